@@ -1,0 +1,274 @@
+"""Hessian and generalised Gauss-Newton as operators with algebra; derivatives of single examples.
+
+``H = Hessian(objective, full)`` is used as ``(H + damping) @ V``: it knows shape, dtype and device, and
+multiplies many vectors at once. Averages are weighted by the data, so any chunking gives the same product.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.func import grad, jacrev, jvp, vjp, vmap
+
+from .data import Examples
+from .objective import WORKING_BYTES, Objective
+from .storage import parse_bytes, require_memory
+
+__all__ = ["GGN", "Hessian", "Operator", "example_products", "per_example_gradients"]
+
+
+class Operator:
+    """A symmetric ``(P, P)`` matrix known by its products.
+
+    Supports ``A @ v`` for ``(P,)`` or ``(P, K)``, ``A + B``, ``A + number`` (times the identity),
+    ``A + diagonal`` for a ``(P,)`` tensor, ``number * A``, and ``A.dense()``.
+    """
+
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device):
+        self.shape, self.dtype, self.device = (size, size), dtype, device
+
+    def _product(self, vectors: Tensor) -> Tensor:
+        raise TypeError(f"{type(self).__name__} must define _product")
+
+    def __matmul__(self, vectors: Tensor) -> Tensor:
+        if not isinstance(vectors, Tensor) or vectors.ndim not in (1, 2) or vectors.shape[0] != self.shape[0]:
+            shape = tuple(getattr(vectors, "shape", ())) or type(vectors).__name__
+            raise ValueError(f"operator of shape {self.shape} times {shape}: give a (P,) or (P, K) tensor")
+        if vectors.dtype != self.dtype or vectors.device != self.device:
+            raise ValueError(
+                f"operator of {self.dtype} on {self.device} times {vectors.dtype} on {vectors.device}: convert one"
+            )
+        columns = vectors[:, None] if vectors.ndim == 1 else vectors
+        product = self._product(columns) if columns.shape[1] else torch.zeros_like(columns)
+        return product[:, 0] if vectors.ndim == 1 else product
+
+    def __add__(self, other: "Operator | Tensor | float") -> "Operator":
+        if isinstance(other, Operator):
+            return _Sum(self, other)
+        return Shifted(self, other)
+
+    __radd__ = __add__
+
+    def __mul__(self, factor: float) -> "Operator":
+        return _Scaled(self, factor)
+
+    __rmul__ = __mul__
+
+    def dense(self, memory: str | int = "1GB") -> Tensor:
+        """The matrix itself, ``(P, P)``, exactly symmetric.
+
+        Raises:
+            MemoryBudgetError: before any work, when the matrix and its making exceed ``memory``.
+        """
+        size = self.shape[0]
+        needed = 2 * size * size * torch.empty((), dtype=self.dtype).element_size()
+        require_memory(
+            needed, parse_bytes(memory), f"a dense {size} × {size} curvature", "use ConjugateGradient or give more memory="
+        )
+        matrix = self._dense()
+        return (matrix + matrix.T).div_(2)
+
+    def _dense(self) -> Tensor:
+        return self @ torch.eye(self.shape[0], dtype=self.dtype, device=self.device)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.shape[0]} × {self.shape[1]}, {self.dtype}, {self.device})"
+
+
+class Shifted(Operator):
+    """``base + diag(shift)``; solvers look inside to reuse the work done on ``base``."""
+
+    def __init__(self, base: Operator, shift: Tensor | float):
+        super().__init__(base.shape[0], base.dtype, base.device)
+        if isinstance(base, Shifted):
+            base, shift = base.base, base.shift + shift
+        shift = torch.as_tensor(shift, dtype=base.dtype, device=base.device)
+        if shift.ndim and shift.shape != (base.shape[0],):
+            raise ValueError(f"cannot add {tuple(shift.shape)} to an operator of shape {base.shape}: a number or (P,)")
+        self.base, self.shift = base, shift
+
+    def _product(self, vectors: Tensor) -> Tensor:
+        return self.base @ vectors + (self.shift[:, None] if self.shift.ndim else self.shift) * vectors
+
+    def _dense(self) -> Tensor:
+        return self.base._dense() + torch.diag(self.shift.expand(self.shape[0]))
+
+
+class _Sum(Operator):
+    def __init__(self, left: Operator, right: Operator):
+        if left.shape != right.shape:
+            raise ValueError(f"cannot add operators of shapes {left.shape} and {right.shape}")
+        super().__init__(left.shape[0], left.dtype, left.device)
+        self.left, self.right = left, right
+
+    def _product(self, vectors: Tensor) -> Tensor:
+        return self.left @ vectors + self.right @ vectors
+
+
+class _Scaled(Operator):
+    def __init__(self, base: Operator, factor: float):
+        super().__init__(base.shape[0], base.dtype, base.device)
+        self.base, self.factor = base, factor
+
+    def _product(self, vectors: Tensor) -> Tensor:
+        return self.factor * (self.base @ vectors)
+
+
+class DataCurvature(Operator):
+    """Curvature of the mean loss ``(1/m) Σ w_i f_i`` plus, unless ``ridge=False``, of the stage's penalty.
+
+    Args:
+        objective: the stage.
+        full: all its parameters ``(D,)``.
+        weights: example weights ``(m,)``; default one each.
+        every: over all D parameters instead of the trained P (without the penalty); its off-diagonal
+            block is the ``G_WT`` of the frozen case.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        full: Tensor,
+        weights: Tensor | None = None,
+        *,
+        ridge: bool = True,
+        every: bool = False,
+    ):
+        super().__init__(objective.layout.size if every else objective.size, full.dtype, full.device)
+        self.objective, self.full, self.every = objective, full, every
+        self.theta = full if every else full[objective.rows]
+        self.weights = full.new_ones(len(objective.data)) if weights is None else weights
+        self.ridge = objective.ridge if ridge and not every else None
+
+    def _full(self, theta: Tensor) -> Tensor:
+        return theta if self.every else self.objective.join(theta, self.full)
+
+    def _product(self, vectors: Tensor) -> Tensor:
+        # Columns share one linearisation; both they and the examples are cut so that tangents fit.
+        result = torch.zeros_like(vectors) if self.ridge is None else self.ridge[:, None] * vectors
+        per_column = 4 * max(1, self.objective.bytes_per_example()) * min(64, len(self.objective.data))
+        width = max(1, min(vectors.shape[1], 256, WORKING_BYTES // per_column))
+        for columns in torch.arange(vectors.shape[1], device=vectors.device).split(width):
+            part = vectors[:, columns]
+            for rows, x, y in self.objective.chunks(copies=4 * len(columns)):
+                result[:, columns] += self._chunk(part, x, y, self.weights[rows] / len(self.objective.data))
+        return result
+
+    def _chunk(self, vectors: Tensor, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+        raise TypeError(f"{type(self).__name__} must define _chunk")
+
+
+class Hessian(DataCurvature):
+    """``∇²F``: exact second derivatives, by forward-over-reverse differentiation of ``∇F``."""
+
+    def _chunk(self, vectors, x, y, weights):
+        gradient = grad(lambda theta: (weights * self.objective.losses(self._full(theta), x, y)).sum())
+        return vmap(lambda v: jvp(gradient, (self.theta,), (v,))[1], in_dims=1, out_dims=1)(vectors)
+
+
+class GGN(DataCurvature):
+    """Generalised Gauss-Newton ``(1/m) Σ w_i J_iᵀ Λ_i J_i`` with ``Λ_i`` the loss's Hessian in the outputs:
+    the Hessian of the model linearised at the parameters; positive semi-definite for convex losses."""
+
+    def _chunk(self, vectors, x, y, weights):
+        def model(theta):
+            return self.objective.outputs(self._full(theta), x)
+
+        outputs, pull_back = vjp(model, self.theta)
+        gradient = grad(lambda z: (weights * self.objective.loss(z, y)).sum())
+
+        def product(v):
+            pushed = jvp(model, (self.theta,), (v,))[1]  # J v
+            return pull_back(jvp(gradient, (outputs,), (pushed,))[1])[0]  # Jᵀ Λ J v
+
+        return vmap(product, in_dims=1, out_dims=1)(vectors)
+
+
+def curvature(kind: str, objective: Objective, full: Tensor, weights: Tensor | None = None) -> DataCurvature:
+    """The stage's curvature by name, ``"hessian"`` or ``"ggn"``, penalty included."""
+    kinds = {"hessian": Hessian, "ggn": GGN}
+    if kind not in kinds:
+        raise ValueError(f"curvature={kind!r} must be one of {sorted(kinds)}")
+    return kinds[kind](objective, full, weights)
+
+
+def _example_chunks(objective: Objective, examples: Examples | None, width: int) -> Iterator:
+    """Chunks in which a ``(B, width)`` matrix fits beside the activations."""
+    size = objective.layout.size * max(1, -(-width // objective.layout.size))
+    copies = 2 + size * 8 // objective.bytes_per_example()
+    return objective.chunks(examples, copies=copies)
+
+
+def per_example_gradients(
+    objective: Objective, full: Tensor, examples: Examples | None = None, function=None, *, every: bool = False
+) -> Iterator[tuple[slice, Tensor]]:
+    """``(positions, ∇f_i)`` chunk by chunk, ``(B, P)`` each.
+
+    Args:
+        objective: the stage.
+        full: all its parameters ``(D,)``.
+        examples: default the stage's own data.
+        function: ``(outputs, targets) -> (B,)``; default the stage's loss.
+        every: derivatives by all D parameters instead of the trained P.
+    """
+    o, function = objective, function or objective.loss
+    theta = full if every else full[o.rows]
+
+    def value(theta, x, y):
+        return function(o.outputs(theta if every else o.join(theta, full), x[None]), y[None])[0]
+
+    for rows, x, y in _example_chunks(o, examples, o.layout.size):
+        yield rows, vmap(grad(value), in_dims=(None, 0, 0))(theta, x, y)
+
+
+def example_products(
+    objective: Objective,
+    full: Tensor,
+    vectors: Tensor,
+    examples: Examples | None = None,
+    function=None,
+    *,
+    mode: str = "auto",
+) -> Tensor:
+    """``∇f_iᵀ v_q`` for every example and vector: ``vectors`` (P, Q) → ``(Q, N)``.
+
+    Forward mode (one directional derivative per vector, no gradient is ever formed) is cheaper for one
+    or two vectors, per-example gradients beyond; ``mode`` is ``"auto"``, ``"forward"`` or ``"gradients"``.
+    ``examples`` and ``function`` as in `per_example_gradients`.
+    """
+    if mode not in ("auto", "forward", "gradients"):
+        raise ValueError(f"mode={mode!r} must be 'auto', 'forward' or 'gradients'")
+    o, function = objective, function or objective.loss
+    result = vectors.new_empty(vectors.shape[1], len(o.data if examples is None else examples))
+    if mode == "gradients" or (mode == "auto" and vectors.shape[1] > 2):
+        for rows, gradients in per_example_gradients(o, full, examples, function):
+            result[:, rows] = (gradients @ vectors).T
+        return result
+    theta = full[o.rows]
+    for rows, x, y in o.chunks(examples, copies=3):
+        for q, v in enumerate(vectors.T):
+            result[q, rows] = jvp(lambda t, x=x, y=y: function(o.outputs(o.join(t, full), x), y), (theta,), (v,))[1]
+    return result
+
+
+def output_jacobians(objective: Objective, full: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """``(positions, J_i, r_i, Λ_i)`` of the stage's own examples, chunk by chunk.
+
+    ``J`` (B, C, P) derivative of the outputs by the trained parameters, ``r`` (B, C) gradient and ``Λ``
+    (B, C, C) Hessian of the loss by the outputs (flattened), so ``∇f_i = J_iᵀ r_i``.
+    """
+    o, theta = objective, full[objective.rows]
+    example = o.data.x[:1]
+    with torch.no_grad():
+        shape = o.outputs(full, example).shape[1:]
+
+    def outputs(theta, x):
+        return o.outputs(o.join(theta, full), x[None])[0].reshape(-1)
+
+    def loss(z, y):
+        return o.loss(z.reshape(1, *shape), y[None])[0]
+
+    for rows, x, y in _example_chunks(o, None, o.layout.size * max(1, shape.numel())):
+        jacobian = vmap(jacrev(outputs), in_dims=(None, 0))(theta, x)
+        z = vmap(outputs, in_dims=(None, 0))(theta, x)
+        yield rows, jacobian, vmap(grad(loss))(z, y), vmap(jacrev(grad(loss)))(z, y)

@@ -1,0 +1,166 @@
+"""Labelled examples that keep their identity, and the real data sets of the lessons."""
+
+from collections.abc import Sequence
+
+import torch
+
+__all__ = ["Examples", "load_digits"]
+
+
+class Examples:
+    """Inputs, targets and identities of a data set, all in memory and never shuffled.
+
+    Behaves as a PyTorch map-style data set: ``examples[3]`` is the pair ``(x, y)``, a slice, a list or
+    a boolean / integer tensor gives `Examples` again, and ``len`` counts.
+
+    Args:
+        x: inputs, ``(N, ...)``; a tensor or array. Floating inputs must be finite.
+        y: targets, ``(N,)`` integer class labels, or ``(N, ...)`` floating targets for regression.
+        ids: ``(N,)`` integers that name the examples through selections; default ``0 .. N-1``.
+        classes: original name of each label, so ``classes[y]`` is what the label meant before
+            `select` re-indexed it; default: the label itself.
+
+    Raises:
+        ValueError: lengths differ, nothing is in it, NaN or inf, negative labels, repeated ids.
+
+    >>> Examples([[0.0], [1.0], [2.0]], [0, 1, 1]).select(classes=(1,)).ids
+    tensor([1, 2])
+    """
+
+    def __init__(self, x, y, ids=None, *, classes: Sequence | None = None):
+        self.x, self.y = torch.as_tensor(x), torch.as_tensor(y)
+        if self.x.ndim == 0 or self.y.ndim == 0 or len(self.x) == 0:
+            raise ValueError(f"x {tuple(self.x.shape)} and y {tuple(self.y.shape)} must hold at least one example")
+        if len(self.x) != len(self.y):
+            raise ValueError(f"x holds {len(self.x)} examples but y holds {len(self.y)}; they must be equal")
+        for name, values in (("x", self.x), ("y", self.y)):
+            if values.is_floating_point() and not bool(torch.isfinite(values).all()):
+                bad = (~torch.isfinite(values)).reshape(len(values), -1).any(1).nonzero()[:5].flatten().tolist()
+                raise ValueError(f"{name} holds NaN or inf, first at positions {bad}; remove or repair those examples")
+        if self.has_labels and int(self.y.min()) < 0:
+            raise ValueError(f"y holds the negative label {int(self.y.min())}; labels are 0 .. classes-1")
+        self.ids = torch.arange(len(self.x)) if ids is None else torch.as_tensor(ids, dtype=torch.int64).cpu()
+        if self.ids.shape != (len(self.x),):
+            raise ValueError(f"ids has shape {tuple(self.ids.shape)}, expected ({len(self.x)},), one per example")
+        if len(torch.unique(self.ids)) != len(self.ids):
+            raise ValueError("ids must be unique; they name the examples in every result")
+        self.classes = None if classes is None else tuple(classes)
+        if self.has_labels:
+            count = int(self.y.max()) + 1
+            self.classes = tuple(range(count)) if self.classes is None else self.classes
+            if count > len(self.classes):
+                raise ValueError(f"y holds the label {count - 1} but classes names only {len(self.classes)} labels")
+
+    @property
+    def has_labels(self) -> bool:
+        """True when the targets are class labels: one integer per example."""
+        return self.y.ndim == 1 and not self.y.is_floating_point()
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index):
+        if isinstance(index, int):
+            return self.x[index], self.y[index]
+        if isinstance(index, slice):
+            keep = torch.arange(len(self))[index]
+        else:
+            keep = torch.as_tensor(index)
+            keep = keep.nonzero().flatten() if keep.dtype == torch.bool and keep.shape == (len(self),) else keep
+        if keep.dtype != torch.int64 or keep.ndim != 1 or len(keep) == 0:
+            raise ValueError(f"index selects {tuple(keep.shape)} of {keep.dtype}: give a non-empty list of positions")
+        if int(keep.min()) < -len(self) or int(keep.max()) >= len(self):
+            raise IndexError(f"index {int(keep.max())} is out of range: there are {len(self)} examples")
+        keep = keep.to(self.x.device)
+        return Examples(self.x[keep], self.y[keep], self.ids[keep.cpu()], classes=self.classes)
+
+    def select(self, classes: Sequence | None = None, n: int | None = None, seed: int = 0) -> "Examples":
+        """A stratified random part of the data; labels become ``0 .. len(classes)-1`` in the given order.
+
+        Args:
+            classes: which of `self.classes` to keep; default all.
+            n: how many examples in all, spread over the classes as evenly as they allow (the first classes
+                get the remainder); default every example of these classes.
+            seed: draws the examples; the same seed gives the same ones, in the order of the data.
+
+        Raises:
+            ValueError: an unknown or repeated class, or a class with too few examples.
+        """
+        if not self.has_labels:
+            raise ValueError(f"select needs class labels, but y has shape {tuple(self.y.shape)} and {self.y.dtype}")
+        wanted = self.classes if classes is None else tuple(classes)
+        unknown = [c for c in wanted if c not in self.classes]
+        if unknown or not wanted or len(set(wanted)) != len(wanted):
+            raise ValueError(f"classes={wanted} must be different ones of {self.classes}; unknown: {unknown}")
+        if n is not None and n < len(wanted):
+            raise ValueError(f"n={n} leaves a class empty: at least {len(wanted)}, one per class, are needed")
+        generator = torch.Generator().manual_seed(seed)
+        labels, kept, new_labels = self.y.cpu(), [], []
+        for position, name in enumerate(wanted):
+            members = (labels == self.classes.index(name)).nonzero().flatten()
+            count = len(members) if n is None else n // len(wanted) + (position < n % len(wanted))
+            if len(members) < max(count, 1):
+                raise ValueError(f"class {name!r} has {len(members)} examples, {max(count, 1)} are wanted; lower n={n}")
+            kept.append(members[torch.randperm(len(members), generator=generator)[:count]])
+            new_labels.append(torch.full((count,), position))
+        order = torch.argsort(torch.cat(kept))
+        keep, new_y = torch.cat(kept)[order], torch.cat(new_labels)[order]
+        device = self.x.device
+        return Examples(self.x[keep.to(device)], new_y.to(device), self.ids[keep], classes=wanted)
+
+    def to(self, *targets: torch.device | torch.dtype | str) -> "Examples":
+        """A copy on another device and / or with inputs (and floating targets) in another floating dtype."""
+
+        def move(values):
+            for target in targets:
+                if not isinstance(target, torch.dtype) or values.is_floating_point():
+                    values = values.to(target)
+            return values
+
+        return Examples(move(self.x), move(self.y), self.ids, classes=self.classes)
+
+    def double(self) -> "Examples":
+        """A copy with float64 inputs."""
+        return self.to(torch.float64)
+
+    def counts(self) -> dict:
+        """How many examples each class has, by its original name."""
+        found = torch.bincount(self.y.cpu(), minlength=len(self.classes)).tolist()
+        return dict(zip(self.classes, found, strict=False))
+
+    def __repr__(self) -> str:
+        about = f"classes {self.counts()}" if self.has_labels else f"targets {tuple(self.y.shape[1:])}"
+        return f"Examples({len(self)} × {tuple(self.x.shape[1:])} {str(self.x.dtype).removeprefix('torch.')}, {about})"
+
+    def _repr_html_(self) -> str:
+        if not self.has_labels:
+            return f"<code>{self!r}</code>"
+        cells = [(name, str(count)) for name, count in self.counts().items()][:10]
+        head, row = ("".join(f"<t{k}>{c[i]}</t{k}>" for c in cells) for i, k in ((0, "h"), (1, "d")))
+        shape = " × ".join(map(str, self.x.shape[1:]))
+        return f"<table><caption>{len(self)} examples, {shape}</caption><tr>{head}</tr><tr>{row}</tr></table>"
+
+
+def load_digits(dtype: torch.dtype | None = None) -> tuple[Examples, Examples]:
+    """Real handwritten digits that ship with scikit-learn: 1,797 images of 8 × 8, no download.
+
+    Optical Recognition of Handwritten Digits (Alpaydin & Kaynak, UCI, 1998), its 17 grey levels scaled to
+    [0, 1]; split once and for all into 1,198 training and 599 test images, stratified by digit.
+
+    Args:
+        dtype: floating dtype of the images; default ``torch.get_default_dtype()``.
+
+    Returns:
+        ``(train, test)``; ``x`` is ``(N, 1, 8, 8)``, ids are positions in scikit-learn's order.
+    """
+    from sklearn.datasets import load_digits as bundled
+
+    raw = bundled()
+    x = torch.as_tensor(raw.images, dtype=dtype or torch.get_default_dtype())[:, None] / 16
+    digits = Examples(x, torch.as_tensor(raw.target, dtype=torch.int64))
+    test = torch.zeros(len(digits), dtype=torch.bool)
+    generator = torch.Generator().manual_seed(0)
+    for label in range(10):
+        members = (digits.y == label).nonzero().flatten()
+        test[members[torch.randperm(len(members), generator=generator)[: len(members) // 3]]] = True
+    return digits[~test], digits[test]

@@ -1,0 +1,292 @@
+"""Implicit influence through any number of stages, and the result that every method returns."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .curvature import Hessian, example_products, output_jacobians, per_example_gradients
+from .data import Examples
+from .errors import ConvergenceWarning, IndefiniteCurvatureError
+from .objective import check_examples, target_function
+from .pipeline import Pipeline
+from .solvers import WAYS_OUT, Exact, SolveReport
+from .storage import read_tensors, write_tensors
+
+__all__ = ["ImplicitInfluence", "Influence", "Ranking"]
+
+
+class Ranking(NamedTuple):
+    """The first k examples of each query, ``(Q, k)`` each: scores, positions in the stage's data, and ids."""
+
+    values: Tensor
+    positions: Tensor
+    ids: Tensor
+
+
+@dataclass
+class Influence:
+    """Scores ``∂q/∂w_i`` of examples on queries, in nats (or units of q) per unit of example weight.
+
+    Positive: the example raises q, so for a loss it is harmful; removing it changes q by minus the score,
+    to first order. ``m ·`` score is the paper's I(z, x_t).
+
+    Attributes:
+        values: ``(Q, N)``.
+        ids, query_ids: identities of the examples ``(N,)`` and queries ``(Q,)``.
+        stage, target, method: where the examples live, what q is, how it was computed.
+    """
+
+    values: Tensor
+    ids: Tensor
+    query_ids: Tensor
+    stage: str = ""
+    target: str = "loss"
+    method: str = ""
+
+    def __post_init__(self):
+        if self.values.shape != (len(self.query_ids), len(self.ids)):
+            raise ValueError(
+                f"values {tuple(self.values.shape)} must be (queries, examples) = ({len(self.query_ids)}, {len(self.ids)})"
+            )
+        if not bool(torch.isfinite(self.values).all()):
+            bad = (~torch.isfinite(self.values)).nonzero()[0].tolist()
+            raise ValueError(f"the score of query {bad[0]} and example {bad[1]} is NaN or inf; check curvature and data")
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, queries) -> "Influence":
+        """Some queries' scores: an index, a slice or a list of positions."""
+        queries = [queries] if isinstance(queries, int) else queries
+        return Influence(self.values[queries], self.ids, self.query_ids[queries], self.stage, self.target, self.method)
+
+    def _ranked(self, k: int, largest: bool) -> Ranking:
+        if not 1 <= k <= len(self.ids):
+            raise ValueError(f"k={k} must be between 1 and the number of examples, {len(self.ids)}")
+        values, positions = self.values.topk(k, dim=1, largest=largest)
+        return Ranking(values, positions, self.ids[positions.cpu()])
+
+    def helpful(self, k: int = 5) -> Ranking:
+        """Each query's k most helpful examples: those that lower q most (raise it, for a margin)."""
+        return self._ranked(k, largest=self.target == "margin")
+
+    def harmful(self, k: int = 5) -> Ranking:
+        """Each query's k most harmful examples: those that raise q most (lower it, for a margin)."""
+        return self._ranked(k, largest=self.target != "margin")
+
+    def removal_effect(self, indices: Sequence[int]) -> Tensor:
+        """Predicted change of each query when the examples at these positions are removed, ``(Q,)``: −Σ scores."""
+        positions = torch.as_tensor(indices, dtype=torch.int64, device=self.values.device).reshape(-1)
+        if len(positions) == 0 or int(positions.min()) < 0 or int(positions.max()) >= len(self.ids):
+            raise ValueError(f"indices={list(indices)} must be positions between 0 and {len(self.ids) - 1}")
+        return -self.values[:, positions].sum(1)
+
+    def mean(self) -> "Influence":
+        """The mean over queries as one row: influence on the average query."""
+        row = self.values.mean(0, keepdim=True)
+        return Influence(row, self.ids, self.query_ids.new_full((1,), -1), self.stage, self.target, self.method)
+
+    def to_frame(self):
+        """A tidy pandas table: one row for each query and example."""
+        import pandas
+
+        queries, examples = self.values.shape
+        return pandas.DataFrame(
+            {
+                "query_id": self.query_ids.repeat_interleave(examples).numpy(),
+                "id": self.ids.repeat(queries).numpy(),
+                "score": self.values.detach().cpu().reshape(-1).numpy(),
+            }
+        )
+
+    def save(self, path) -> None:
+        """Write to one safetensors file, all or nothing."""
+        tensors = {"values": self.values, "ids": self.ids, "query_ids": self.query_ids}
+        write_tensors(path, "influence", tensors, {"stage": self.stage, "target": self.target, "method": self.method})
+
+    @classmethod
+    def load(cls, path) -> "Influence":
+        """Read what `save` wrote; a cut-off, changed or foreign file raises `SavedFileError`."""
+        tensors, facts = read_tensors(path, "influence")
+        return cls(tensors["values"], tensors["ids"], tensors["query_ids"], **facts)
+
+    def __repr__(self) -> str:
+        queries, examples = self.values.shape
+        return (
+            f"Influence({queries} queries × {examples} examples of stage {self.stage!r} on {self.target}, {self.method}; "
+            f"{float((self.values > 0).double().mean()):.0%} positive)"
+        )
+
+    def _repr_html_(self) -> str:
+        good, bad = self.mean().helpful(min(4, len(self.ids))), self.mean().harmful(min(4, len(self.ids)))
+        rows = "".join(
+            f"<tr><td>{sign}</td><td>{int(i)}</td><td>{float(v):+.2e}</td></tr>"
+            for sign, ranking in (("helpful", good), ("harmful", bad))
+            for v, i in zip(ranking.values[0], ranking.ids[0], strict=True)
+        )
+        return f"<table><caption>{self!r}, mean over queries</caption><tr><th></th><th>id</th><th>score</th></tr>{rows}</table>"
+
+
+class ImplicitInfluence:
+    """Multi-stage influence by the implicit function theorem, for stages trained to a minimum.
+
+    The thought experiment: give example i weight ``w_i`` in its stage, retrain this stage and all later ones
+    to their minima, and watch q. The answer, ``∂q/∂w_i``, comes from one pass backwards: with ``a`` the
+    gradient of q by a stage's parameters, ``v = H⁻¹ a``; that stage's own examples score ``−(1/m) vᵀ∇f_i``;
+    the stage before gets ``2α v_S`` through a `Proximal` link, ``a_W − G_WT v`` through a `Frozen` one.
+    With one stage this is Koh & Liang (2017); with two, the two cases of Chen et al. (2020).
+
+    Args:
+        solver: how ``H v = a`` is solved: `Exact` or `ConjugateGradient`.
+        curvature: ``"hessian"``, or ``"ggn"`` for what is inverted where the Hessian is not definite
+            (the cross block of the frozen case stays exact).
+        damping: added to H; a modelling choice, 0 by default.
+        leave_one_out: replace H by ``H − h_i/m`` for example i with ``h_i = J_iᵀ Λ_i J_i``, because removal is
+            a finite step: the scores then predict removal (exact for ridge regression), not the derivative.
+            Costs one solve per example and output; meant for `Exact`.
+
+    Attributes:
+        report_: after `score`, one `SolveReport` per stage solved, by stage name.
+
+    >>> import msif_lab as msif
+    >>> train, test = msif.load_digits(dtype=torch.float64)
+    >>> stage = msif.Stage("digits", msif.softmax_regression(64, 10).double(), train, weight_decay=1e-2)
+    >>> scores = msif.ImplicitInfluence().fit(msif.Pipeline([stage]).fit()).score(test[:3])
+    >>> scores.values.shape
+    torch.Size([3, 1201])
+
+    Reference: Chen et al., Multi-Stage Influence Function, NeurIPS 2020 (arXiv 2007.09081), theorems 1 and 2.
+    """
+
+    def __init__(self, solver=None, *, curvature: str = "hessian", damping: float = 0.0, leave_one_out: bool = False):
+        if curvature not in ("hessian", "ggn"):
+            raise ValueError(f"curvature={curvature!r} must be 'hessian' or 'ggn'")
+        if not 0 <= damping < float("inf"):
+            raise ValueError(f"damping={damping} must be zero or positive")
+        if solver is not None and not hasattr(solver, "prepare"):
+            raise TypeError(f"solver={solver!r} must be a solver object such as Exact() or ConjugateGradient()")
+        self.solver = Exact() if solver is None else solver
+        self.curvature, self.damping, self.leave_one_out = curvature, float(damping), leave_one_out
+        self.report_: dict[str, SolveReport] = {}
+
+    def __repr__(self) -> str:
+        loo = ", leave_one_out=True" if self.leave_one_out else ""
+        return f"ImplicitInfluence({self.solver}, curvature={self.curvature!r}, damping={self.damping}{loo})"
+
+    def fit(self, pipeline: Pipeline) -> "ImplicitInfluence":
+        """The work without queries, once: curvature of every stage, prepared for solving.
+
+        Raises:
+            ValueError: the pipeline is not trained.
+            IndefiniteCurvatureError, MemoryBudgetError: from the solver.
+
+        Warns:
+            ConvergenceWarning: a stage is not at a stationary point, with its gradient norm.
+        """
+        trained = pipeline.trained()
+        self._pipeline, self._full, self._corrected = pipeline, [t.clone() for t in trained], {}
+        self._prepared = []
+        for k, stage in enumerate(pipeline.stages):
+            self._check_stationary(k)
+            operator = pipeline.curvature(k, self.curvature)
+            try:
+                self._prepared.append(self.solver.prepare(operator + self.damping if self.damping else operator))
+            except IndefiniteCurvatureError as error:
+                raise IndefiniteCurvatureError(f"stage {stage.name!r}: {error}", error.smallest) from None
+        return self
+
+    def _check_stationary(self, k: int) -> None:
+        """Warn when the gradient left over is no longer small against what one example pulls, ‖∇f_i‖/m."""
+        o = self._pipeline.objective(k)
+        left = float(self._pipeline.gradient(k).norm())
+        some = o.data[:: max(1, len(o.data) // 256)]
+        squares = [g.square().sum(1) for _, g in per_example_gradients(o, self._full[k], some)]
+        pull = float(torch.cat(squares).mean().sqrt()) / len(o.data)
+        if left > 0.1 * pull:
+            warnings.warn(
+                f"{o.where} is not at a stationary point: ‖∇F‖ = {left:.1e}, one example's pull is {pull:.1e}. Implicit "
+                "influence assumes an optimum; train with LBFGS(), or longer, or use influence that follows the run",
+                ConvergenceWarning,
+                stacklevel=3,
+            )
+
+    def score(self, queries: Examples, stage: int | str = 0, target: str | Callable = "loss") -> Influence:
+        """Influence of one stage's examples on each query.
+
+        Args:
+            queries: examples of the last stage's task, Q of them.
+            stage: whose training examples to score, by name or index.
+            target: q: ``"loss"``, ``"margin"``, ``"output"``, or a function ``(outputs, targets) -> (B,)``.
+
+        Returns:
+            `Influence` with values ``(Q, N)``.
+        """
+        if not hasattr(self, "_prepared"):
+            raise ValueError("call fit(pipeline) before score(queries)")
+        first = self._pipeline.index(stage)
+        last = len(self._pipeline.stages) - 1
+        o = self._pipeline.objective(last)
+        check_examples(o, queries, "queries")
+        function = target_function(target, o.loss)
+        gradients = [g for _, g in per_example_gradients(o, self._full[last], queries, function, every=True)]
+        cotangent = torch.cat(gradients)  # (Q, D) = ∇q by all parameters of the last stage
+        self.report_ = {}
+        for k in range(last, first - 1, -1):
+            rows = self._pipeline.objective(k).rows
+            solution, self.report_[self._pipeline.stages[k].name] = self._prepared[k].solve(cotangent[:, rows].T)
+            if k > first:
+                cotangent = self._pull_back(k, cotangent, solution.T)
+        values = self._example_scores(first, solution)
+        scored = self._pipeline.stages[first]
+        name = target if isinstance(target, str) else getattr(target, "__name__", "custom")
+        return Influence(values, scored.data.ids, queries.ids, scored.name, name, repr(self))
+
+    def _pull_back(self, k: int, cotangent: Tensor, solution: Tensor) -> Tensor:
+        """From ∇q by stage k's parameters (Q, D) and v = H⁻¹∇q (Q, P) to ∇q by the previous stage's (Q, D')."""
+        p, o, full = self._pipeline.prepared(k), self._pipeline.objective(k), self._full[k]
+        before = cotangent.new_zeros(len(cotangent), self._pipeline.objective(k - 1).layout.size)
+        if p.coupled:
+            before[:, p.there["coupled"]] = 2 * o.alpha * solution[:, o.coupled]  # proximal: 2α v_S
+        if p.frozen:
+            padded = cotangent.new_zeros(o.layout.size, len(cotangent)).index_copy(0, o.rows, solution.T)
+            mixed = Hessian(o, full, every=True) @ padded  # its rows W hold G_WT v
+            before[:, p.there["frozen"]] = cotangent[:, p.here["frozen"]] - mixed[p.here["frozen"]].T
+        return before
+
+    def _example_scores(self, k: int, solution: Tensor) -> Tensor:
+        """−(1/m) vᵀ∇f_i for the stage's own examples, ``(Q, N)``."""
+        o = self._pipeline.objective(k)
+        if not self.leave_one_out:
+            return -example_products(o, self._full[k], solution) / len(o.data)
+        # vᵀ(I − h_i/m H⁻¹)⁻¹∇f_i = vᵀJᵢᵀ r̃_i with the corrected residual r̃_i = (I − Λ_i K_i/m)⁻¹ r_i
+        if k not in self._corrected:
+            self._corrected[k] = Examples(o.data.x, self._corrected_residuals(k), o.data.ids)
+
+        def linearised(outputs, residual):
+            return (outputs.reshape(residual.shape) * residual).sum(1)
+
+        return -example_products(o, self._full[k], solution, self._corrected[k], linearised) / len(o.data)
+
+    def _corrected_residuals(self, k: int) -> Tensor:
+        """``(I − Λ_i K_i / m)⁻¹ r_i`` with ``K_i = J_i H⁻¹ J_iᵀ``, ``(N, C)``: Woodbury for H − h_i/m."""
+        o, corrected = self._pipeline.objective(k), []
+        for rows, jacobian, residual, curvature in output_jacobians(o, self._full[k]):
+            examples, outputs, size = jacobian.shape
+            solved, _ = self._prepared[k].solve(jacobian.reshape(-1, size).T)
+            kernel = jacobian @ solved.T.reshape(examples, outputs, size).transpose(1, 2)  # K_i
+            leverage = curvature @ kernel / len(o.data)
+            largest = torch.linalg.eigvals(leverage).real.amax(1)
+            if float(largest.max()) >= 1:
+                i = int(largest.argmax())
+                raise IndefiniteCurvatureError(
+                    f"{o.where}: without example {o.data.ids[rows][i]} the curvature is not positive definite (leverage "
+                    f"{float(largest[i]):.2f} ≥ 1), so no nearby minimum is left; {WAYS_OUT}",
+                    1 - float(largest[i]),
+                )
+            identity = torch.eye(outputs, dtype=leverage.dtype, device=leverage.device)
+            corrected.append(torch.linalg.solve(identity - leverage, residual[:, :, None])[:, :, 0])
+        return torch.cat(corrected)

@@ -1,0 +1,331 @@
+"""A stage as a pure function of flat parameters: the user's module is called, never changed.
+
+Letters as in the lessons: ``θ`` the ``P`` parameters a stage trains, ``w`` the example weights,
+``F(θ; w) = (1/m) Σ_i w_i f_i(θ) + λ/2 ‖θ‖² + α ‖θ_S − c‖²`` with the shared part ``θ_S`` held near the
+previous stage's ``c`` (α = 0 without a proximal link). Many weightings at once are *lanes*, ``(R, P)``.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.nn import functional
+
+from .data import Examples
+from .errors import UnsupportedModelError
+
+__all__ = ["cross_entropy", "mean_squared_error", "next_token_loss"]
+
+WORKING_BYTES = 256 * 10**6  # what one chunk of activations may take; Binder guarantees 1 GB in all
+
+
+def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood of each label in nats: logits ``(B, C)``, labels ``(B,)`` → ``(B,)``.
+
+    >>> cross_entropy(torch.zeros(1, 2), torch.tensor([0]))
+    tensor([0.6931])
+    """
+    return functional.cross_entropy(outputs, targets, reduction="none")
+
+
+def mean_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Squared error of each example averaged over its outputs: ``(B, ...)``, ``(B, ...)`` → ``(B,)``.
+
+    >>> mean_squared_error(torch.tensor([[1.0, 3.0]]), torch.tensor([[1.0, 1.0]]))
+    tensor([2.])
+    """
+    if outputs.shape != targets.shape and outputs.shape[0] == outputs.numel() == targets.numel():
+        outputs = outputs.reshape(targets.shape)  # a single output, with or without its own dimension
+    if outputs.shape != targets.shape:
+        raise ValueError(f"outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)} must have equal shapes")
+    return ((outputs - targets) ** 2).reshape(len(outputs), -1).mean(1)
+
+
+def next_token_loss(outputs: Tensor, tokens: Tensor) -> Tensor:
+    """Mean negative log-likelihood of each next token, in nats: ``(B, T, V)``, ``(B, T)`` → ``(B,)``.
+
+    >>> next_token_loss(torch.zeros(1, 3, 2), torch.tensor([[0, 1, 0]]))
+    tensor([0.6931])
+    """
+    losses = functional.cross_entropy(outputs[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
+    return losses.mean(1)
+
+
+def _margin(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Log-odds of the correct class: z_y − log Σ_{c≠y} exp z_c = −log(exp(loss) − 1)."""
+    correct = functional.one_hot(targets, outputs.shape[-1]).bool()
+    others = outputs.masked_fill(correct, -torch.inf)
+    return (outputs * correct).sum(-1) - others.logsumexp(-1)
+
+
+def _single_output(outputs: Tensor, targets: Tensor) -> Tensor:
+    if outputs[0].numel() != 1:
+        raise ValueError(
+            f"target='output' needs one output per example, the model gives {tuple(outputs.shape[1:])}; "
+            "use target='loss', 'margin' or a function of (outputs, targets)"
+        )
+    return outputs.reshape(len(outputs))
+
+
+def target_function(target: str | Callable, loss: Callable) -> Callable[[Tensor, Tensor], Tensor]:
+    """The quantity q asked about, as ``(outputs, targets) -> (B,)``."""
+    named = {"loss": loss, "margin": _margin, "output": _single_output}
+    if callable(target):
+        return target
+    if target not in named:
+        raise ValueError(f"target={target!r} must be one of {sorted(named)} or a function (outputs, targets) -> (B,)")
+    return named[target]
+
+
+class Layout:
+    """Where each named parameter of a module lies in one flat vector of ``D`` numbers.
+
+    Raises:
+        ValueError: no parameters, or parameters of several dtypes or devices.
+    """
+
+    def __init__(self, model: nn.Module, where: str):
+        parameters = dict(model.named_parameters())
+        kinds = {(p.dtype, str(p.device)) for p in parameters.values()}
+        if len(kinds) != 1:
+            found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds)) or "none at all"
+            raise ValueError(f"{where}: the model's parameters must share one dtype and device; found {found}")
+        self.shapes = {name: p.shape for name, p in parameters.items()}
+        self.trainable = [name for name, p in parameters.items() if p.requires_grad]
+        starts = torch.tensor([0, *(p.numel() for p in parameters.values())]).cumsum(0).tolist()
+        self.spans = {name: range(a, b) for name, a, b in zip(self.shapes, starts, starts[1:], strict=False)}
+        self.size = starts[-1]
+
+    def positions(self, names: Sequence[str]) -> Tensor:
+        """Flat positions of the named parameters, in the order of ``names``."""
+        return torch.tensor([i for name in names for i in self.spans[name]], dtype=torch.int64)
+
+    def flatten(self, model: nn.Module) -> Tensor:
+        """The module's parameters as a new flat vector ``(D,)``."""
+        return torch.cat([p.detach().reshape(-1) for p in dict(model.named_parameters()).values()]).clone()
+
+    def named(self, flat: Tensor) -> dict[str, Tensor]:
+        """Views of a flat vector ``(..., D)`` under their names and shapes."""
+        parts = flat.split([len(span) for span in self.spans.values()], dim=-1)
+        return {
+            name: part.reshape(*flat.shape[:-1], *shape)
+            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
+        }
+
+
+class Objective:
+    """The regularised risk F(θ; w) of one stage as a pure function.
+
+    Args:
+        model: any module; called functionally, so its own parameters are never touched.
+        data: the examples of the mean.
+        loss: ``(outputs, targets) -> (B,)``.
+        weight_decay: λ, on every trained parameter, biases included.
+        trained: names of the parameters θ; default all that require a gradient.
+        alpha, shared: the proximal term ``α ‖θ_S − c‖²`` and the names S it holds.
+        where: how messages name this stage.
+    """
+
+    def __init__(self, model, data, loss, weight_decay=0.0, trained=None, alpha=0.0, shared=(), where="stage"):
+        self.model, self.data, self.loss, self.where = model, data, loss, where
+        self.layout = Layout(model, where)
+        self.weight_decay, self.alpha = float(weight_decay), float(alpha)
+        self.trained = list(self.layout.trainable if trained is None else trained)
+        self.rows = self.layout.positions(self.trained).to(data.x.device)  # (P,) positions of θ among all D
+        trained_spans = {}
+        for name in self.trained:
+            start = sum(len(span) for span in trained_spans.values())
+            trained_spans[name] = range(start, start + len(self.layout.spans[name]))
+        self.coupled = torch.tensor([i for n in shared for i in trained_spans[n]], dtype=torch.int64, device=data.x.device)
+        self._all = self.trained == list(self.layout.shapes)
+        self._bytes = None
+
+    @property
+    def size(self) -> int:
+        """P, how many numbers are trained."""
+        return len(self.rows)
+
+    @property
+    def ridge(self) -> Tensor:
+        """Curvature of the penalty, ``(P,)``: λ everywhere plus 2α on the coupled part."""
+        diagonal = torch.full((self.size,), self.weight_decay, dtype=self.dtype, device=self.rows.device)
+        diagonal[self.coupled] += 2 * self.alpha
+        return diagonal
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    def join(self, theta: Tensor, base: Tensor) -> Tensor:
+        """All D parameters: ``theta`` (P,) in its places, the rest from ``base`` (D,)."""
+        return theta if self._all else base.index_copy(0, self.rows, theta)
+
+    def outputs(self, full: Tensor, x: Tensor) -> Tensor:
+        """Model outputs ``(B, ...)`` at all parameters ``full`` (D,)."""
+        return functional_call(self.model, self.layout.named(full), (x,))
+
+    def losses(self, full: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """Per-example losses ``f_i``, ``(B,)``."""
+        return self.loss(self.outputs(full, x), y)
+
+    def bytes_per_example(self) -> int:
+        """Measured memory that one example's backward pass keeps, in bytes."""
+        if self._bytes is None:
+            kept = {}
+
+            def count(n):
+                sizes = []
+
+                def pack(tensor):
+                    sizes.append(tensor.numel() * tensor.element_size())
+                    return tensor
+
+                full = self.layout.flatten(self.model).requires_grad_()
+                with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+                    self.losses(full, self.data.x[[0] * n], self.data.y[[0] * n]).sum()
+                kept[n] = sum(sizes)
+
+            count(1), count(3)
+            self._bytes = max((kept[3] - kept[1]) // 2, self.data.x[0].numel() * self.data.x.element_size(), 64)
+        return self._bytes
+
+    def chunks(self, examples: Examples | None = None, copies: int = 1, rows: Tensor | None = None) -> Iterator:
+        """``(positions, x, y)`` over examples, in parts so small that ``copies`` of their activations fit.
+
+        Args:
+            examples: default the stage's own data.
+            copies: how many activation sets one example costs (lanes, tangents).
+            rows: only these positions, in this order (a mini-batch).
+        """
+        examples = self.data if examples is None else examples
+        count = len(examples) if rows is None else len(rows)
+        step = max(1, WORKING_BYTES // (self.bytes_per_example() * copies))
+        for start in range(0, count, step):
+            part = slice(start, min(start + step, count)) if rows is None else rows[start : start + step]
+            yield part, examples.x[part], examples.y[part]
+
+
+@dataclass
+class Lanes:
+    """F for R weightings at once; what the recipes minimise.
+
+    Attributes:
+        objective: the stage.
+        base: ``(R, D)`` all parameters; the trained places are overwritten by θ.
+        centre: ``(R, S)`` the previous stage's values c of the coupled parameters, or None.
+        weights: ``(R, m)`` example weights; the 1/m stays whatever they are.
+    """
+
+    objective: Objective
+    base: Tensor
+    centre: Tensor | None
+    weights: Tensor
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def select(self, lanes: Tensor) -> "Lanes":
+        """Only these lanes."""
+        centre = None if self.centre is None else self.centre[lanes]
+        return replace(self, base=self.base[lanes], centre=centre, weights=self.weights[lanes])
+
+    def full(self, theta: Tensor) -> Tensor:
+        """All parameters of each lane, ``(R, D)``."""
+        return self.base.index_copy(1, self.objective.rows, theta)
+
+    def value_and_grad(self, theta: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """F ``(R,)`` and ∇F ``(R, P)`` at ``theta`` (R, P), over all data or the mini-batch ``rows``."""
+        o = self.objective
+        count = len(o.data) if rows is None else len(rows)
+        value, gradient = self._penalty(theta)
+        for part, x, y in o.chunks(copies=len(self), rows=rows):
+            with torch.enable_grad():
+                leaf = theta.detach().requires_grad_()
+                risk = (self.weights[:, part] * self._losses(leaf, x, y)).sum(1) / count  # (R,)
+                (gradient_part,) = torch.autograd.grad(risk.sum(), leaf)
+            value, gradient = value + risk.detach(), gradient + gradient_part
+        return value, gradient
+
+    def _losses(self, theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        o = self.objective
+        if len(self) == 1:  # vmap over one lane would only cost
+            return o.losses(o.join(theta[0], self.base[0]), x, y)[None]
+        return vmap(lambda t, b: o.losses(o.join(t, b), x, y))(theta, self.base)
+
+    def _penalty(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        o = self.objective
+        value, gradient = o.weight_decay / 2 * (theta**2).sum(1), o.weight_decay * theta
+        if self.centre is not None and o.alpha:
+            apart = theta[:, o.coupled] - self.centre
+            value = value + o.alpha * (apart**2).sum(1)
+            gradient = gradient.index_add(1, o.coupled, 2 * o.alpha * apart)
+        return value, gradient
+
+
+def check_examples(objective: Objective, examples: Examples, name: str) -> None:
+    """One forward pass over a few examples that finds what would fail later, or worse, would not fail.
+
+    Raises:
+        ValueError, TypeError: dtype, device, shape or labels do not fit the model and its loss.
+        UnsupportedModelError: the model is random or mixes the examples of a batch.
+    """
+    o = objective
+    if not isinstance(examples, Examples):
+        raise TypeError(f"{name} must be msif_lab.Examples, not {type(examples).__name__}; wrap it: Examples(x, y)")
+    parameter = next(o.model.parameters())
+    if examples.x.device != parameter.device:
+        raise ValueError(f"{name}.x is on {examples.x.device}, the model of {o.where} on {parameter.device}; use .to()")
+    if examples.x.is_floating_point() and examples.x.dtype != parameter.dtype:
+        raise ValueError(
+            f"{name}.x is {examples.x.dtype}, the model of {o.where} is {parameter.dtype}; convert one of them, "
+            f"e.g. {name}.to({parameter.dtype})"
+        )
+    if examples.x.dtype == torch.uint8:
+        raise ValueError(f"{name}.x is uint8; scale it yourself, e.g. x.to(torch.get_default_dtype()) / 255")
+    _check_layers(o.model, o.where)
+    few = torch.unique(torch.tensor([0, len(examples) // 2, len(examples) - 1]))
+    x, y = examples.x[few], examples.y[few]
+    full = o.layout.flatten(o.model)
+    try:
+        with torch.no_grad():
+            outputs, again = o.outputs(full, x), o.outputs(full, x)
+            alone = torch.cat([o.outputs(full, x[i : i + 1]) for i in range(len(x))])
+    except (RuntimeError, IndexError, TypeError) as error:
+        raise ValueError(f"{name}.x of shape {tuple(examples.x.shape)} does not fit the model of {o.where}: {error}") from error
+    close = 1e-3 if outputs.dtype in (torch.float32, torch.float16, torch.bfloat16) else 1e-8
+    if not torch.equal(outputs, again) or not torch.allclose(outputs, alone, rtol=close, atol=close):
+        raise UnsupportedModelError(
+            f"{o.where}: the model's outputs change from call to call or with the batch around an example; influence "
+            "needs a deterministic function of each example (call model.eval(), drop batch statistics)"
+        )
+    if o.loss is cross_entropy:
+        if not examples.has_labels:
+            raise ValueError(f"{name}.y {tuple(examples.y.shape)} {examples.y.dtype}: cross_entropy needs integer labels (N,)")
+        if outputs.ndim != 2 or int(examples.y.max()) >= outputs.shape[1]:
+            raise ValueError(
+                f"{name}.y holds the label {int(examples.y.max())}, the model of {o.where} has outputs "
+                f"{tuple(outputs.shape[1:])}: labels must be 0 .. {outputs.shape[-1] - 1}; use select() or more outputs"
+            )
+    try:
+        with torch.no_grad():
+            losses = o.loss(outputs, y)
+    except (RuntimeError, IndexError, TypeError) as error:
+        raise ValueError(f"{o.where}: loss(outputs, targets) fails on {name}: {error}") from error
+    if losses.shape != (len(x),):
+        raise ValueError(f"{o.where}: loss(outputs, targets) gives {tuple(losses.shape)}, expected one per example ({len(x)},)")
+
+
+def _check_layers(model: nn.Module, where: str) -> None:
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.modules.dropout._DropoutNd) and layer.training and layer.p > 0:
+            problem = "dropout in train mode"
+        elif isinstance(layer, nn.modules.batchnorm._BatchNorm) and (layer.training or not layer.track_running_stats):
+            problem = "batch statistics in use"
+        else:
+            continue
+        raise UnsupportedModelError(
+            f"{where}: layer {name!r} ({type(layer).__name__}) has {problem}, so an example's loss is no function of that "
+            "example; call model.eval() first, or replace the layer (GroupNorm instead of BatchNorm)"
+        )

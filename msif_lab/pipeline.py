@@ -1,0 +1,471 @@
+"""Stages, the links between them, and the pipeline: fit, adopt, retrain under example weights, save, load."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from dataclasses import field as dataclass_field
+
+import torch
+from torch import Tensor, nn
+from torch.func import vmap
+
+from .curvature import DataCurvature, curvature
+from .data import Examples
+from .errors import SavedFileError
+from .objective import Lanes, Layout, Objective, check_examples, cross_entropy, target_function
+from .storage import digest, read_tensors, write_tensors
+from .training import LBFGS, FitReport
+
+__all__ = ["Frozen", "Pipeline", "Proximal", "Retrained", "Stage"]
+
+Shared = str | Sequence[str] | Callable[[str], bool] | None
+
+
+def _shared_names(shared: Shared, before: Layout, after: Layout, where: str) -> list[str]:
+    """The parameters a stage takes over, in its own order; see `Frozen` for what ``shared`` may be."""
+    offered = [name for name in after.shapes if name in before.shapes]
+    if shared is None:
+        names = [n for n in offered if n.split(".")[0] != "head" and before.shapes[n] == after.shapes[n]]
+    elif isinstance(shared, str):
+        names = [n for n in offered if n.startswith(shared)]
+    elif callable(shared):
+        names = [n for n in offered if shared(n)]
+    else:
+        unknown = [n for n in shared if n not in offered]
+        if unknown:
+            raise ValueError(f"{where}: shared names {unknown} are not parameters of both models; those are {offered}")
+        names = [n for n in offered if n in set(shared)]
+    if not names:
+        raise ValueError(
+            f"{where}: no parameter is shared with the previous stage (shared={shared!r}); parameters of both models: "
+            f"{offered or 'none'}; give equal names and shapes, or shared=a prefix, a list, or a function of the name"
+        )
+    for name in names:
+        if before.shapes[name] != after.shapes[name]:
+            raise ValueError(
+                f"{where}: shared parameter {name!r} has shape {tuple(after.shapes[name])} here but "
+                f"{tuple(before.shapes[name])} in the previous stage; leave it out of shared="
+            )
+    return names
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """The shared parameters are taken from the previous stage and stay as they are (the paper's first case).
+
+    Args:
+        shared: which parameters: None for every equal name and shape outside ``head``, a prefix, a list of
+            names, or a function of the name (``lambda n: not n.startswith("fc.")``).
+    """
+
+    shared: Shared = None
+
+
+@dataclass(frozen=True)
+class Proximal:
+    """Everything is trained, ``α ‖W' − W*‖²`` holds the shared part W' near the previous stage's W* (second case).
+
+    Args:
+        alpha: strength α > 0. Large: frozen. Plain gradient descent for K steps of rate η acts like
+            ``2α = 1/(ηK)``.
+        shared: as in `Frozen`.
+    """
+
+    alpha: float
+    shared: Shared = None
+
+    def __post_init__(self):
+        if not isinstance(self.alpha, (int, float)) or not 0 < self.alpha < float("inf"):
+            raise ValueError(f"alpha={self.alpha!r} must be positive and finite; for the limit α → ∞ use Frozen()")
+
+
+@dataclass
+class Stage:
+    """One training stage: ``F(θ; w) = (1/m) Σ_i w_i f_i(θ) + (weight_decay/2) ‖θ‖²`` over what it trains.
+
+    Args:
+        name: unique in the pipeline.
+        model: any module that is a deterministic function of each example; `Pipeline.fit` writes into it.
+        data: the `Examples` it is trained on.
+        loss: ``(outputs, targets) -> (B,)``; cross-entropy by default.
+        weight_decay: λ ≥ 0 on every parameter this stage trains, biases included.
+        link: how it takes over from the previous stage: `Frozen` or `Proximal`; None for the first.
+        recipe: how it is trained; `LBFGS` by default.
+    """
+
+    name: str
+    model: nn.Module
+    data: Examples
+    loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy
+    weight_decay: float = 0.0
+    link: Frozen | Proximal | None = None
+    recipe: LBFGS | object = dataclass_field(default_factory=LBFGS)
+
+    def _problems(self, first: bool) -> list[str]:
+        problems = []
+        if not isinstance(self.model, nn.Module):
+            problems.append(f"model is {type(self.model).__name__}, not a torch.nn.Module")
+        if not isinstance(self.data, Examples):
+            problems.append(f"data is {type(self.data).__name__}, not msif_lab.Examples; wrap it: Examples(x, y)")
+        if not callable(self.loss):
+            problems.append(f"loss={self.loss!r} is not a function (outputs, targets) -> (B,)")
+        if not isinstance(self.weight_decay, (int, float)) or not 0 <= self.weight_decay < float("inf"):
+            problems.append(f"weight_decay={self.weight_decay!r} must be zero or positive")
+        if not hasattr(self.recipe, "run"):
+            problems.append(f"recipe={self.recipe!r} is not a recipe such as LBFGS() or SGD(lr=0.1)")
+        if first and self.link is not None:
+            problems.append(f"link={self.link!r}, but the first stage has nothing to take over; leave it out")
+        if not first and not isinstance(self.link, (Frozen, Proximal)):
+            problems.append(f"link={self.link!r}: a later stage needs link=Frozen() or link=Proximal(alpha=...)")
+        return [f"stage {self.name!r}: {p}" for p in problems]
+
+
+class _Prepared:
+    """A stage made functional: its objective and how its parameters hang on the previous stage's."""
+
+    def __init__(self, stage: Stage, before: "_Prepared | None"):
+        where = f"stage {stage.name!r}"
+        layout = Layout(stage.model, where)
+        shared = [] if before is None else _shared_names(stage.link.shared, before.objective.layout, layout, where)
+        free = stage.link is None or isinstance(stage.link, Proximal)
+        self.coupled = [n for n in shared if free and n in layout.trainable]  # trained, held near by alpha
+        self.frozen = [n for n in shared if n not in self.coupled]  # taken over as they are
+        trained = [n for n in layout.trainable if n not in self.frozen]
+        if not trained:
+            raise ValueError(f"{where}: nothing is left to train; share fewer parameters or unfreeze some")
+        alpha = stage.link.alpha if isinstance(stage.link, Proximal) else 0.0
+        self.objective = Objective(
+            stage.model, stage.data, stage.loss, stage.weight_decay, trained, alpha, self.coupled, where
+        )
+        device = stage.data.x.device
+        self.here, self.there = (  # flat positions of the shared parameters in this model and in the previous one
+            {k: side.positions(names).to(device) for k, names in (("coupled", self.coupled), ("frozen", self.frozen))}
+            for side in (layout, layout if before is None else before.objective.layout)
+        )
+
+    def lanes(self, base: Tensor, previous: Tensor | None, weights: Tensor | None) -> Lanes:
+        """The objective of R weightings: ``base`` (R, D), ``previous`` (R, D') the stage before, ``weights`` (R, m)."""
+        centre = None
+        if previous is not None:
+            base = base.index_copy(1, self.here["frozen"], previous[:, self.there["frozen"]])
+            centre = previous[:, self.there["coupled"]]
+        weights = base.new_ones(len(base), len(self.objective.data)) if weights is None else weights
+        return Lanes(self.objective, base, centre, weights)
+
+
+class Pipeline:
+    """A chain of training stages, each starting from what the one before learned.
+
+    Args:
+        stages: one or more `Stage`; the first without link, the others with one.
+
+    Raises:
+        ValueError, TypeError: everything wrong with the stages, all at once where possible.
+        UnsupportedModelError: a model with dropout or batch statistics switched on.
+    """
+
+    def __init__(self, stages: Sequence[Stage]):
+        self.stages = list(stages)
+        if not self.stages or not all(isinstance(s, Stage) for s in self.stages):
+            raise TypeError("stages must be a non-empty list of msif_lab.Stage")
+        problems = [p for k, s in enumerate(self.stages) for p in s._problems(first=k == 0)]
+        names = [s.name for s in self.stages]
+        if len(set(names)) != len(names):
+            problems.append(f"stage names {names} must differ")
+        if problems:
+            raise ValueError("\n".join(problems))
+        owners: dict[int, str] = {}
+        for stage in self.stages:
+            for parameter in stage.model.parameters():
+                if owners.setdefault(id(parameter), stage.name) != stage.name:
+                    raise ValueError(
+                        f"stages {owners[id(parameter)]!r} and {stage.name!r} hold the same parameter object; each "
+                        "stage needs a model of its own (copy.deepcopy(model)), the link carries values across"
+                    )
+        self._initial = [Layout(s.model, s.name).flatten(s.model) for s in self.stages]
+        self.reports: list[FitReport] | None = None
+        self._take(None)
+        self._prepare()
+        for stage, prepared in zip(self.stages, self._prepared, strict=True):
+            check_examples(prepared.objective, stage.data, f"stage {stage.name!r} data")
+
+    def _prepare(self) -> None:
+        self._prepared: list[_Prepared] = []
+        for stage in self.stages:
+            self._prepared.append(_Prepared(stage, self._prepared[-1] if self._prepared else None))
+
+    def index(self, stage: int | str) -> int:
+        """Position of a stage given by name or (negative) index."""
+        names = [s.name for s in self.stages]
+        if isinstance(stage, str) and stage in names:
+            return names.index(stage)
+        if isinstance(stage, int) and -len(names) <= stage < len(names):
+            return stage % len(names)
+        raise ValueError(f"stage={stage!r} is neither one of {names} nor an index below {len(names)}")
+
+    # --- training ---------------------------------------------------------------------------------
+
+    def fit(self, progress: bool = True) -> "Pipeline":
+        """Train the stages one after the other from their initial weights and write the result into the models.
+
+        Starts from the weights the models had when the pipeline was made, so calling it again gives the
+        same result. Nothing is written before every stage is done: an interrupt leaves the models as they were.
+        """
+        self._check_buffers()
+        for stage, prepared in zip(self.stages, self._prepared, strict=True):
+            check_examples(prepared.objective, stage.data, f"stage {stage.name!r} data")
+        done, reports = self._run([None] * len(self.stages), [i[None] for i in self._initial], False, progress)
+        self._write([full[0] for full in done])
+        self.reports = reports
+        return self
+
+    def adopt(self) -> "Pipeline":
+        """Take the models' present weights as the trained ones: for your own training code.
+
+        Raises:
+            ValueError: a frozen parameter differs from the previous stage's, or NaN or inf in the weights.
+        """
+        present = [p.objective.layout.flatten(s.model) for p, s in zip(self._prepared, self.stages, strict=True)]
+        for k, (stage, full) in enumerate(zip(self.stages, present, strict=True)):
+            if not bool(torch.isfinite(full).all()):
+                raise ValueError(f"stage {stage.name!r}: the model holds NaN or inf; train it again with a lower rate")
+            p = self._prepared[k]
+            if k and not torch.equal(full[p.here["frozen"]], present[k - 1][p.there["frozen"]]):
+                raise ValueError(
+                    f"stage {stage.name!r}: frozen parameters {p.frozen} differ from those of stage "
+                    f"{self.stages[k - 1].name!r}; copy them over, or use link=Proximal(alpha=...)"
+                )
+        self._take(present)
+        self.reports = None
+        return self
+
+    def _run(self, weights, starts, warm: bool, progress: bool) -> tuple[list[Tensor], list[FitReport]]:
+        """Every stage of every lane; ``starts`` (R, D) per stage, trained shared parts restart from W* unless warm."""
+        done, reports, previous = [], [], None
+        for p, stage, start, weight in zip(self._prepared, self.stages, starts, weights, strict=True):
+            lanes = p.lanes(start, previous, weight)
+            if previous is not None and not warm:
+                lanes.base = lanes.base.index_copy(1, p.here["coupled"], lanes.centre)
+            theta, report = stage.recipe.run(lanes, lanes.base[:, p.objective.rows], progress=progress)
+            previous = lanes.full(theta)
+            done.append(previous)
+            reports.append(report)
+        return done, reports
+
+    def _write(self, fulls: Sequence[Tensor]) -> None:
+        with torch.no_grad():
+            for stage, p, full in zip(self.stages, self._prepared, fulls, strict=True):
+                for name, parameter in stage.model.named_parameters():
+                    parameter.copy_(p.objective.layout.named(full)[name])
+        self._take([full.clone() for full in fulls])
+
+    def _take(self, trained: list[Tensor] | None) -> None:
+        self._trained = trained
+        self._curvatures: dict[tuple[int, str], DataCurvature] = {}
+
+    def _check_buffers(self) -> None:
+        for before, after in zip(self.stages, self.stages[1:], strict=False):
+            old = dict(before.model.named_buffers())
+            for name, buffer in after.model.named_buffers():
+                if name in old and old[name].shape == buffer.shape and not torch.equal(old[name], buffer):
+                    raise ValueError(
+                        f"stage {after.name!r}: buffer {name!r} differs from that of stage {before.name!r}; buffers are "
+                        "constants here, so copy them before fitting: after.load_state_dict(before.state_dict(), strict=False)"
+                    )
+
+    # --- the trained state ------------------------------------------------------------------------
+
+    def trained(self) -> list[Tensor]:
+        """Every stage's trained parameters, flat ``(D,)`` each.
+
+        Raises:
+            ValueError: not trained yet, or the models were changed since.
+        """
+        if self._trained is None:
+            raise ValueError("the pipeline is not trained: call pipeline.fit(), or pipeline.adopt() after your own training")
+        for stage, p, full in zip(self.stages, self._prepared, self._trained, strict=True):
+            if not torch.equal(p.objective.layout.flatten(stage.model), full):
+                raise ValueError(
+                    f"stage {stage.name!r}: the model's weights changed since fit(); call pipeline.adopt() to take them"
+                )
+        return self._trained
+
+    def objective(self, stage: int | str) -> Objective:
+        """The stage's F as a pure function."""
+        return self._prepared[self.index(stage)].objective
+
+    def prepared(self, stage: int) -> _Prepared:
+        """The stage's objective and its ties to the previous stage."""
+        return self._prepared[stage]
+
+    def curvature(self, stage: int | str, kind: str = "hessian") -> DataCurvature:
+        """Curvature operator of a stage at the trained parameters, penalty included; the same object until they change."""
+        k, trained = self.index(stage), self.trained()
+        if (k, kind) not in self._curvatures:
+            self._curvatures[k, kind] = curvature(kind, self._prepared[k].objective, trained[k])
+        return self._curvatures[k, kind]
+
+    def gradient(self, stage: int | str) -> Tensor:
+        """∇F of a stage at the trained parameters, ``(P,)``; zero at an optimum."""
+        k, trained = self.index(stage), self.trained()
+        lanes = self._prepared[k].lanes(trained[k][None], trained[k - 1][None] if k else None, None)
+        return lanes.value_and_grad(trained[k][self._prepared[k].objective.rows][None])[1][0]
+
+    def evaluate(self, queries: Examples, target: str | Callable = "loss") -> Tensor:
+        """The quantity q of each query at the trained parameters, ``(Q,)``, in nats for losses."""
+        return Retrained(self, [t[None] for t in self.trained()], []).evaluate(queries, target)[:, 0]
+
+    def retrain(
+        self, weights: Tensor | Mapping, *, warm_start: bool = False, progress: bool = True
+    ) -> "Retrained":
+        """Rerun every stage under example weights, many weightings at once; the models stay as they are.
+
+        Args:
+            weights: ``(R, N)`` or ``(N,)`` weights of the first stage's examples, or a mapping from stage
+                (name or index) to such tensors; stages left out keep weight one. Weight 0 removes an
+                example: the 1/m and the batches stay.
+            warm_start: start each stage from its trained weights instead of its initial ones.
+            progress: show a bar when it takes long.
+
+        Raises:
+            ValueError: wrong shapes, NaN, unknown stage, or a same-seed rerun of adopted weights.
+        """
+        if not warm_start and self.reports is None:
+            raise ValueError(
+                "the pipeline's weights were adopted, so how they came about is unknown; use warm_start=True, or fit()"
+            )
+        given = dict(weights) if isinstance(weights, Mapping) else {0: weights}
+        by_stage: list[Tensor | None] = [None] * len(self.stages)
+        for key, value in given.items():
+            k = self.index(key)
+            value = torch.as_tensor(value, dtype=self._initial[k].dtype, device=self._initial[k].device)
+            value = value[None] if value.ndim == 1 else value
+            if value.ndim != 2 or value.shape[1] != len(self.stages[k].data) or not bool(torch.isfinite(value).all()):
+                raise ValueError(
+                    f"weights of stage {self.stages[k].name!r} have shape {tuple(value.shape)}: expected finite "
+                    f"(R, {len(self.stages[k].data)}) or ({len(self.stages[k].data)},)"
+                )
+            by_stage[k] = value
+        counts = {len(w) for w in by_stage if w is not None}
+        if len(counts) != 1:
+            raise ValueError(f"weights hold {sorted(counts)} weightings; every stage must be given the same number")
+        count = counts.pop()
+        starts = [s.expand(count, -1) for s in (self.trained() if warm_start else self._initial)]
+        return Retrained(self, *self._run(by_stage, starts, warm_start, progress))
+
+    # --- where it lives ---------------------------------------------------------------------------
+
+    def to(self, *targets: torch.device | torch.dtype | str) -> "Pipeline":
+        """Move every model and its data to a device and / or floating dtype; the models change in place."""
+        for stage in self.stages:
+            for target in targets:
+                stage.model.to(target)
+            stage.data = stage.data.to(*targets)
+
+        def move(flats):
+            return None if flats is None else [f.to(s.data.x.device, next(s.model.parameters()).dtype)
+                                               for f, s in zip(flats, self.stages, strict=True)]
+
+        self._initial = move(self._initial)
+        self._take(move(self._trained))
+        self._prepare()
+        return self
+
+    def double(self) -> "Pipeline":
+        """Everything in float64, the precision for stages of up to a few thousand parameters."""
+        return self.to(torch.float64)
+
+    def _facts(self) -> dict:
+        return {
+            "stages": [
+                {
+                    "name": s.name,
+                    "parameters": {n: list(shape) for n, shape in p.objective.layout.shapes.items()},
+                    "weight_decay": s.weight_decay,
+                    "loss": getattr(s.loss, "__name__", type(s.loss).__name__),
+                    "link": None if s.link is None else [type(s.link).__name__, p.objective.alpha, p.coupled, p.frozen],
+                    "recipe": str(s.recipe),
+                    "data": digest(s.data.x, s.data.y, s.data.ids),
+                }
+                for s, p in zip(self.stages, self._prepared, strict=True)
+            ]
+        }
+
+    def save(self, path) -> None:
+        """Write initial and trained weights and a description to one safetensors file, all or nothing."""
+        tensors = {f"{k}.trained": t for k, t in enumerate(self.trained())}
+        tensors |= {f"{k}.initial": t for k, t in enumerate(self._initial)}
+        for k, report in enumerate(self.reports or []):
+            tensors |= {f"{k}.{n}": getattr(report, n) for n in ("value", "gradient_norm", "converged")}
+        write_tensors(path, "pipeline", tensors, self._facts() | {"iterations": [r.iterations for r in self.reports or []]})
+
+    def load(self, path) -> "Pipeline":
+        """Take the weights of a saved pipeline of the same stages; models are written only if all is well.
+
+        Raises:
+            SavedFileError: cut off, changed or foreign file, or one of other stages, data or settings.
+        """
+        tensors, facts = read_tensors(path, "pipeline")
+        ours = self._facts()["stages"]
+        if len(ours) != len(facts["stages"]):
+            raise SavedFileError(f"{str(path)!r} holds {len(facts['stages'])} stages, this pipeline has {len(ours)}")
+        differ = [
+            f"stage {mine['name']!r}: {key} is {saved[key]!r} in the file, {mine[key]!r} here"
+            for mine, saved in zip(ours, facts["stages"], strict=True)
+            for key in mine
+            if mine[key] != saved[key]
+        ]
+        kinds = [
+            f"stage {s.name!r}: weights are {tensors[f'{k}.trained'].dtype} in the file, {i.dtype} here (pipeline.to)"
+            for k, (s, i) in enumerate(zip(self.stages, self._initial, strict=True))
+            if tensors[f"{k}.trained"].dtype != i.dtype
+        ]
+        if differ or kinds:
+            raise SavedFileError(f"{str(path)!r} was saved from another pipeline:\n" + "\n".join(differ + kinds))
+        count = range(len(self.stages))
+        self._initial = [tensors[f"{k}.initial"].to(self._initial[k].device) for k in count]
+        self._write([tensors[f"{k}.trained"].to(self._initial[k].device) for k in count])
+        self.reports = [
+            FitReport(ours[k]["recipe"], n, *(tensors[f"{k}.{f}"] for f in ("value", "gradient_norm", "converged")), 0.0)
+            for k, n in enumerate(facts["iterations"])
+        ] or None
+        return self
+
+    def __repr__(self) -> str:
+        lines = []
+        for s, p in zip(self.stages, self._prepared, strict=True):
+            link = "" if s.link is None else f", {type(s.link).__name__}({p.objective.alpha or ''})"
+            lines.append(f"  {s.name}: {p.objective.size} of {p.objective.layout.size} parameters trained on "
+                         f"{len(s.data)} examples{link}")
+        return "Pipeline(\n" + "\n".join(lines) + ("\n)" if self._trained else "\n) not trained yet")
+
+
+@dataclass
+class Retrained:
+    """The outcome of `Pipeline.retrain`: R complete pipelines that differ in example weights.
+
+    Attributes:
+        pipeline: the one they come from.
+        parameters: per stage ``(R, D)``, flat.
+        reports: per stage a `FitReport` over lanes.
+    """
+
+    pipeline: Pipeline
+    parameters: list[Tensor]
+    reports: list[FitReport]
+
+    def state(self, stage: int | str, lane: int) -> dict[str, Tensor]:
+        """Named parameters of one stage in one lane, ready for ``load_state_dict(..., strict=False)``."""
+        k = self.pipeline.index(stage)
+        return self.pipeline.objective(k).layout.named(self.parameters[k][lane])
+
+    def evaluate(self, queries: Examples, target: str | Callable = "loss") -> Tensor:
+        """The quantity q of each query under each weighting, ``(Q, R)``."""
+        o, fulls = self.pipeline.objective(-1), self.parameters[-1]
+        check_examples(o, queries, "queries")
+        function = target_function(target, o.loss)
+        with torch.no_grad():
+            parts = [
+                vmap(lambda full, x=x, y=y: function(o.outputs(full, x), y))(fulls)
+                for _, x, y in o.chunks(queries, copies=len(fulls))
+            ]
+        return torch.cat(parts, dim=1).T

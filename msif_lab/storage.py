@@ -1,0 +1,117 @@
+"""Files that are whole or absent: atomic writes, checked reads, never a pickle."""
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+
+from .errors import MemoryBudgetError, SavedFileError
+
+FORMAT = 1
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def parse_bytes(size: str | int | float, name: str = "memory") -> int:
+    """Number of bytes in a size such as ``"1GB"``, ``"250 MB"`` or ``10**9``.
+
+    >>> parse_bytes("1.5GB")
+    1500000000
+    """
+    if isinstance(size, (int, float)) and not isinstance(size, bool) and size > 0:
+        return int(size)
+    if isinstance(size, str):
+        text = size.strip().upper()
+        for unit in sorted(_UNITS, key=len, reverse=True):
+            number = text.removesuffix(unit).strip()
+            if text.endswith(unit) and number.replace(".", "", 1).isdigit():
+                return int(float(number) * _UNITS[unit])
+    raise ValueError(f"{name}={size!r} is not a size; write it like '500MB' or '1GB', or as a number of bytes")
+
+
+def require_memory(needed: int, budget: int, what: str, way_out: str) -> None:
+    """Raise `MemoryBudgetError` before the work when ``needed`` bytes exceed ``budget``."""
+    if needed > budget:
+        raise MemoryBudgetError(
+            f"{what} needs about {needed / 1e6:,.0f} MB, the budget is {budget / 1e6:,.0f} MB; {way_out}"
+        )
+
+
+def digest(*tensors: torch.Tensor) -> str:
+    """SHA-256 of the dtypes, shapes and bytes of tensors: same digest, same numbers."""
+    sha = hashlib.sha256()
+    for tensor in tensors:
+        tensor = tensor.detach().cpu().contiguous()
+        sha.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return sha.hexdigest()
+
+
+def _content_digest(tensors: dict[str, torch.Tensor], header: str) -> str:
+    names = sorted(tensors)
+    body = digest(*(tensors[name] for name in names))
+    return hashlib.sha256(f"{names}{header}{body}".encode()).hexdigest()
+
+
+def write_bytes(path: str | os.PathLike, content: bytes) -> Path:
+    """Write a file in one step: readers see the old content or the new one, never a part."""
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"path={str(path)!r}: the folder {str(path.parent)!r} does not exist; create it first")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes the file private; a saved result is not
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def write_tensors(path: str | os.PathLike, kind: str, tensors: dict[str, torch.Tensor], facts: dict) -> Path:
+    """Write named tensors and JSON-able ``facts`` as one safetensors file, with a checksum over both."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    header = json.dumps({"kind": kind, "format": FORMAT, "facts": facts}, sort_keys=True)
+    metadata = {"msif_lab": header, "sha256": _content_digest(tensors, header)}
+    return write_bytes(path, to_bytes(tensors, metadata=metadata))
+
+
+def read_tensors(path: str | os.PathLike, kind: str) -> tuple[dict[str, torch.Tensor], dict]:
+    """Read a file of `write_tensors`: the tensors and the facts.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        SavedFileError: the file is cut off, changed, of another kind or not of msif_lab.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"path={str(path)!r}: there is no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise SavedFileError(
+            f"{str(path)!r} is cut off or is not a safetensors file ({error}); save it again from its source"
+        ) from error
+    header = metadata.get("msif_lab")
+    if header is None:
+        raise SavedFileError(f"{str(path)!r} was not written by msif_lab; load foreign weights into the model yourself")
+    if metadata.get("sha256") != _content_digest(tensors, header):
+        raise SavedFileError(f"{str(path)!r} was changed after it was written (checksum differs); save it again")
+    facts = json.loads(header)
+    if facts["format"] > FORMAT:
+        raise SavedFileError(f"{str(path)!r} has format {facts['format']}, this msif_lab reads up to {FORMAT}; update")
+    if facts["kind"] != kind:
+        raise SavedFileError(f"{str(path)!r} holds a saved {facts['kind']}, not a {kind}")
+    return tensors, facts["facts"]

@@ -1,0 +1,314 @@
+"""Recipes: how a stage is trained, for many example weightings at once and the same way every time."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .curvature import Hessian
+from .errors import NotConvergedError
+from .objective import Lanes
+
+__all__ = ["LBFGS", "SGD", "FitReport"]
+
+
+@dataclass
+class FitReport:
+    """What a recipe did, per lane ``(R,)``.
+
+    Attributes:
+        recipe: its settings, as text.
+        iterations: steps taken (the most of any lane).
+        value: F at the end.
+        gradient_norm: ``‖∇F‖`` at the end.
+        converged: whether the gradient norm is within the recipe's tolerance.
+        seconds: wall-clock time.
+    """
+
+    recipe: str
+    iterations: int
+    value: Tensor
+    gradient_norm: Tensor
+    converged: Tensor
+    seconds: float = field(compare=False)
+
+    def __str__(self) -> str:
+        state = "converged" if bool(self.converged.all()) else "stopped short of an optimum"
+        return f"{self.recipe}: {state} after {self.iterations} steps, ‖∇F‖ = {float(self.gradient_norm.max()):.1e}"
+
+
+def progress_bar(total: int, text: str, show: bool = True) -> tqdm:
+    """A text bar that shows itself after two seconds only and leaves nothing behind."""
+    return tqdm(total=total, desc=text, leave=False, delay=2.0, disable=not show)
+
+
+def _finite(value: Tensor, gradient: Tensor, step: int, advice: str) -> None:
+    if not bool(torch.isfinite(value).all() and torch.isfinite(gradient).all()):
+        raise NotConvergedError(f"training produced NaN or inf at step {step}: the risk is {value.tolist()[:3]}; {advice}")
+
+
+def _noise_floor(lanes: Lanes, theta: Tensor) -> Tensor:
+    """Gradient norm below which rounding hides every further step, ``(R,)``."""
+    return 20 * torch.finfo(theta.dtype).eps * (1 + theta.norm(dim=1))
+
+
+@dataclass(frozen=True)
+class LBFGS:
+    """Full-batch L-BFGS with a strong-Wolfe line search, then a Newton polish: to a stationary point.
+
+    Implicit influence differentiates an optimum, so the optimum has to be one: L-BFGS goes to gradient
+    norm ``tol``; for stages of up to ``polish_up_to`` parameters Newton's method, each step kept only if
+    it shrinks the gradient, goes on to rounding. All lanes move together; finished ones drop out.
+
+    Args:
+        tol: gradient norm ``‖∇F‖`` that counts as converged; default 1e-8 in float64, 1e-5 in float32.
+        max_iter: most L-BFGS iterations.
+        history: pairs kept for the inverse Hessian.
+        polish_up_to: largest P for which a dense Hessian is formed; 0 turns the polish off.
+
+    Reference: Nocedal & Wright, Numerical Optimization, algorithms 3.5, 3.6, 7.4.
+    """
+
+    tol: float | None = None
+    max_iter: int = 5000
+    history: int = 20
+    polish_up_to: int = 2000
+
+    def __post_init__(self):
+        if (self.tol is not None and not self.tol > 0) or self.max_iter < 1 or self.history < 1:
+            raise ValueError(f"{self}: tol must be positive, max_iter and history at least 1")
+
+    def run(self, lanes: Lanes, theta: Tensor, progress: bool = True) -> tuple[Tensor, FitReport]:
+        """Minimise F from ``theta`` (R, P); returns the minimisers and their report."""
+        start = time.perf_counter()
+        tol = self.tol or (1e-8 if theta.dtype == torch.float64 else 1e-5)
+        small = theta.shape[1] <= self.polish_up_to
+        theta, iterations = self._descend(lanes, theta, max(tol, 1e-3) if small else tol, progress)
+        if small:
+            theta, more = self._polish(lanes, theta, progress)
+            iterations += more
+        value, gradient = lanes.value_and_grad(theta)
+        norm = gradient.norm(dim=1)
+        # In float32 rounding alone can exceed tol; what cannot shrink any more has converged.
+        converged = norm <= torch.maximum(norm.new_tensor(tol), _noise_floor(lanes, theta))
+        report = FitReport(str(self), iterations, value, norm, converged, time.perf_counter() - start)
+        return theta, report
+
+    def _polish(self, lanes: Lanes, theta: Tensor, progress: bool, rounds: int = 6) -> tuple[Tensor, int]:
+        """On to rounding: L-BFGS preconditioned by a factorised Hessian, a safeguarded Newton method.
+
+        The lanes' optima lie close together (one example in m differs), so one Hessian serves as the chord
+        of all; the lane it serves worst gives the next one.
+        """
+        iterations, floor = 0, _noise_floor(lanes, theta)
+        for _ in range(rounds):
+            norm = lanes.value_and_grad(theta)[1].norm(dim=1)
+            rest = (norm > floor).nonzero().flatten()
+            if not len(rest):
+                break
+            chord = _chord(lanes, theta, int(norm.argmax()))
+            moved, steps = self._descend(lanes.select(rest), theta[rest], floor[rest], progress, chord, max_iter=40)
+            iterations += steps
+            theta = theta.index_copy(0, rest, moved)
+            if steps <= 1:
+                break
+        return theta, iterations
+
+    def _descend(self, lanes, theta, tol, progress, chord=None, max_iter=None) -> tuple[Tensor, int]:
+        """L-BFGS from ``theta`` to gradient norm ``tol``, with ``chord`` as the initial Hessian if given."""
+        max_iter, tol = max_iter or self.max_iter, theta.new_tensor(tol) if isinstance(tol, float) else tol
+        tol = tol.expand(len(theta))
+        result, alive = theta.clone(), torch.arange(len(theta), device=theta.device)
+        value, gradient = lanes.value_and_grad(theta)
+        _finite(value, gradient, 0, "check the starting weights and the loss")
+        pairs: list[tuple[Tensor, Tensor, Tensor]] = []
+        with progress_bar(max_iter, "L-BFGS", progress) as bar:
+            for iteration in range(max_iter):
+                keep = gradient.norm(dim=1) > tol
+                if not bool(keep.all()):  # finished lanes leave
+                    result[alive[~keep]] = theta[~keep]
+                    lanes = lanes.select(keep)
+                    alive, tol, theta, value, gradient = (t[keep] for t in (alive, tol, theta, value, gradient))
+                    pairs = [tuple(t[keep] for t in pair) for pair in pairs]
+                    if not len(alive):
+                        return result, iteration
+                direction = _two_loop(gradient, pairs, chord)
+                slope = (direction * gradient).sum(1)
+                uphill = slope >= 0  # rounding only; those lanes restart from steepest descent
+                direction = torch.where(uphill[:, None], -gradient, direction)
+                first = 1 / gradient.norm(dim=1).clamp(min=1) if not pairs and chord is None else torch.ones_like(value)
+                new, new_value, new_gradient, moved = strong_wolfe(lanes, theta, value, gradient, direction, first)
+                _finite(new_value, new_gradient, iteration, "the objective is unbounded or not smooth here")
+                s, y = new - theta, new_gradient - gradient
+                curvature = (s * y).sum(1)
+                good = curvature > 1e-10 * s.norm(dim=1) * y.norm(dim=1)
+                rho = torch.where(good, 1 / curvature.where(good, torch.ones_like(curvature)), 0.0)
+                pairs = [*pairs[-self.history + 1 :], (s, y, rho)] if self.history > 1 else [(s, y, rho)]
+                theta, value, gradient = new, new_value, new_gradient
+                if not bool(moved.any()):
+                    break  # no lane can lower F any more at this precision
+                bar.update()
+                bar.set_postfix_str(f"{len(alive)} running, ‖∇F‖ {float(gradient.norm(dim=1).max()):.1e}", refresh=False)
+        result[alive] = theta
+        return result, iteration + 1
+
+
+def _two_loop(gradient: Tensor, pairs: list[tuple[Tensor, Tensor, Tensor]], chord: Tensor | None = None) -> Tensor:
+    """−H⁻¹∇F of each lane from its last steps; pairs with rho 0 (no positive curvature) drop out."""
+    q, factors = gradient.clone(), []
+    for s, y, rho in reversed(pairs):
+        a = rho * (s * q).sum(1)
+        q = q - a[:, None] * y
+        factors.append(a)
+    if chord is not None:
+        q = torch.cholesky_solve(q.T, chord).T
+    else:
+        scale = torch.ones_like(gradient[:, :1])
+        for _, y, rho in pairs:  # γ = sᵀy / yᵀy of each lane's newest valid pair
+            scale = torch.where(rho[:, None] > 0, 1 / (rho * (y * y).sum(1))[:, None], scale)
+        q = scale * q
+    for (s, y, rho), a in zip(pairs, reversed(factors), strict=True):
+        q = q + (a - rho * (y * q).sum(1))[:, None] * s
+    return -q
+
+
+def strong_wolfe(lanes, theta, value, gradient, direction, step, c1=1e-4, c2=0.9, max_tries=25):
+    """A step of each lane that satisfies the strong Wolfe conditions, all lanes in step with each other.
+
+    Keeps a bracket (lo, hi) per lane: hi is infinite until a step overshoots; then cubic interpolation.
+    Near the optimum, where F differences are rounding, the approximate Wolfe condition of Hager & Zhang
+    (2005) stands in for the decrease. Lanes that find nothing keep their point.
+
+    Returns:
+        ``(theta, value, gradient, moved)`` after the step; ``moved`` (R,) is False where none was found.
+    """
+    slope = (direction * gradient).sum(1)
+    slack = 4 * torch.finfo(value.dtype).eps * value.abs()
+    lo, lo_value, lo_slope = torch.zeros_like(step), value.clone(), slope.clone()
+    hi, hi_value, hi_slope = torch.full_like(step, torch.inf), value.clone(), slope.clone()
+    best, best_value, best_gradient = theta.clone(), value.clone(), gradient.clone()
+    open_, moved = torch.arange(len(step), device=step.device), torch.zeros_like(step, dtype=torch.bool)
+    for _ in range(max_tries):  # only lanes whose search is still open are evaluated
+        t, d, start, down = step[open_], direction[open_], value[open_], slope[open_]
+        trial = theta[open_] + t[:, None] * d
+        t_value, t_gradient = (lanes if len(open_) == len(lanes) else lanes.select(open_)).value_and_grad(trial)
+        t_slope = (t_gradient * d).sum(1)
+        decrease = (t_value <= start + c1 * t * down) | (
+            (t_value <= start + slack[open_]) & (t_slope <= (2 * c1 - 1) * down)
+        )
+        worse = ~decrease | ((t_value > lo_value[open_] + slack[open_]) & (lo[open_] > 0)) | ~torch.isfinite(t_value)
+        kept = open_[~worse]  # every decrease is remembered, in case the tries run out
+        best[kept], best_value[kept], best_gradient[kept] = trial[~worse], t_value[~worse], t_gradient[~worse]
+        moved[kept] = True
+        turn = ~worse & (t_slope * (hi - lo)[open_] >= 0)
+        for high, low, new in ((hi, lo, t), (hi_value, lo_value, t_value), (hi_slope, lo_slope, t_slope)):
+            high[open_] = torch.where(worse, new, torch.where(turn, low[open_], high[open_]))
+            low[open_] = torch.where(worse, low[open_], new)
+        open_ = open_[worse | (t_slope.abs() > -c2 * down)]
+        if not len(open_):
+            break
+        step = torch.where(torch.isinf(hi), 2 * step, _cubic(lo, lo_value, lo_slope, hi, hi_value, hi_slope))
+    return best, best_value, best_gradient, moved
+
+
+def _cubic(a, fa, ga, b, fb, gb):
+    """Minimiser of the cubic through two values and slopes, kept in the inner 80 % of the bracket."""
+    d1 = ga + gb - 3 * (fa - fb) / (a - b)
+    root = (d1**2 - ga * gb).clamp(min=0).sqrt() * torch.sign(b - a)
+    point = b - (b - a) * (gb + root - d1) / (gb - ga + 2 * root)
+    near, far = torch.minimum(a, b), torch.maximum(a, b)
+    middle, margin = (a + b) / 2, (far - near) / 10
+    return torch.where(torch.isfinite(point), point, middle).clamp(near + margin, far - margin)
+
+
+def _chord(lanes: Lanes, theta: Tensor, lane: int) -> Tensor:
+    """Cholesky factor of one lane's Hessian, shifted until it is positive definite."""
+    one = torch.tensor([lane], device=theta.device)
+    full = lanes.select(one).full(theta[one])[0]
+    hessian, shift = Hessian(lanes.objective, full, lanes.weights[lane]).dense(), 0.0
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(hessian)
+        if not bool(failed):
+            return factor
+        added = max(9 * shift, 1e-3 * float(hessian.diagonal().abs().mean()))
+        hessian.diagonal().add_(added)
+        shift += added
+
+
+Schedule = str | Callable[[int, int], float]
+
+
+@dataclass(frozen=True)
+class SGD:
+    """Mini-batch gradient descent with heavy-ball momentum, as ``torch.optim.SGD`` does it.
+
+    ``v ← μ v + ∇L_B(θ)``, ``θ ← θ − η_t v`` with ``L_B`` the mini-batch mean plus the stage's penalties.
+    Batch order and schedule depend on the seed alone, not on example weights, so removing an example
+    changes nothing else: runs are reproducible bit for bit on one machine's CPU.
+
+    Args:
+        lr: learning rate η.
+        momentum: μ in [0, 1).
+        epochs: passes over the data.
+        batch_size: examples a step; the last batch of an epoch holds what is left.
+        seed: of the batch order.
+        schedule: factor on η: ``"constant"``, ``"linear"`` (to zero), ``"cosine"``, or ``f(step, steps)``.
+        warmup: steps over which η first rises linearly.
+        nesterov: Nesterov's look-ahead.
+    """
+
+    lr: float
+    momentum: float = 0.9
+    epochs: int = 10
+    batch_size: int = 50
+    seed: int = 0
+    schedule: Schedule = "constant"
+    warmup: int = 0
+    nesterov: bool = False
+
+    def __post_init__(self):
+        if not self.lr > 0 or not 0 <= self.momentum < 1 or self.epochs < 1 or self.batch_size < 1 or self.warmup < 0:
+            raise ValueError(
+                f"{self}: lr must be positive, momentum in [0, 1), epochs and batch_size at least 1, warmup at least 0"
+            )
+        if not callable(self.schedule) and self.schedule not in ("constant", "linear", "cosine"):
+            raise ValueError(f"schedule={self.schedule!r} must be 'constant', 'linear', 'cosine' or a function")
+
+    def steps(self, m: int) -> Iterator[tuple[Tensor, float]]:
+        """The whole run as ``(batch positions, learning rate)`` pairs for ``m`` examples."""
+        generator = torch.Generator().manual_seed(self.seed)
+        total = self.epochs * -(-m // self.batch_size)
+        step = 0
+        for _ in range(self.epochs):
+            for batch in torch.randperm(m, generator=generator).split(self.batch_size):
+                yield batch, self.lr * self._factor(step, total)
+                step += 1
+
+    def _factor(self, step: int, total: int) -> float:
+        rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        if callable(self.schedule):
+            return rise * float(self.schedule(step, total))
+        passed = torch.tensor(max(0, step - self.warmup) / max(1, total - self.warmup), dtype=torch.float64)
+        decay = {"constant": 1.0, "linear": 1 - float(passed), "cosine": float((1 + torch.cos(passed * torch.pi)) / 2)}
+        return rise * decay[self.schedule]
+
+    def run(self, lanes: Lanes, theta: Tensor, progress: bool = True) -> tuple[Tensor, FitReport]:
+        """Train from ``theta`` (R, P); returns the final parameters and the report."""
+        start = time.perf_counter()
+        m = len(lanes.objective.data)
+        velocity, theta, value = torch.zeros_like(theta), theta.clone(), None
+        with progress_bar(self.epochs * -(-m // self.batch_size), "SGD", progress) as bar:
+            for count, (batch, rate) in enumerate(self.steps(m)):
+                value, gradient = lanes.value_and_grad(theta, rows=batch.to(theta.device))
+                _finite(value, gradient, count, f"lower lr={self.lr}")
+                velocity = self.momentum * velocity + gradient
+                theta = theta - rate * (gradient + self.momentum * velocity if self.nesterov else velocity)
+                bar.update()
+        value, gradient = lanes.value_and_grad(theta)
+        norm = gradient.norm(dim=1)
+        return theta, FitReport(
+            str(self), count + 1, value, norm, norm <= _noise_floor(lanes, theta), time.perf_counter() - start
+        )

@@ -1,0 +1,299 @@
+"""Ground truth by real retraining, and how well predictions agree with it."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import joblib
+import numpy
+import torch
+from scipy import stats
+from torch import Tensor
+
+from .data import Examples
+from .errors import ConvergenceWarning, SavedFileError
+from .influence import Influence
+from .objective import check_examples, target_function
+from .pipeline import Pipeline
+from .storage import digest, read_tensors, write_tensors
+from .training import progress_bar
+
+__all__ = ["Agreement", "Effects", "agreement", "removal_effects"]
+
+PROTOCOLS = ("same-seed", "warm-start")
+
+
+@dataclass
+class Effects:
+    """Actual changes of queries when examples are removed and every stage is retrained.
+
+    Attributes:
+        values: ``(Q, R)``, q after removal minus q before, in nats (or units of q).
+        subsets: the R removed groups, positions in the stage's data.
+        base: ``(Q,)`` q before.
+        query_ids: ``(Q,)``.
+        gradient_norm: ``(R,)`` largest ``‖∇F‖`` over the retrained stages.
+        stage, target, protocol: whose examples, what q is, how the retraining was started.
+    """
+
+    values: Tensor
+    subsets: list[list[int]]
+    base: Tensor
+    query_ids: Tensor
+    gradient_norm: Tensor
+    stage: str
+    target: str
+    protocol: str
+
+    def __repr__(self) -> str:
+        queries, removals = self.values.shape
+        return f"Effects({queries} queries × {removals} removals from stage {self.stage!r}, {self.protocol})"
+
+    def save(self, path) -> None:
+        """Write to one safetensors file, all or nothing."""
+        names = ("values", "base", "query_ids", "gradient_norm")
+        facts = {n: getattr(self, n) for n in ("subsets", "stage", "target", "protocol")}
+        write_tensors(path, "effects", {n: getattr(self, n) for n in names}, facts)
+
+    @classmethod
+    def load(cls, path) -> "Effects":
+        """Read what `save` wrote; a cut-off, changed or foreign file raises `SavedFileError`."""
+        tensors, facts = read_tensors(path, "effects")
+        return cls(**tensors, **facts)
+
+
+def _check_subsets(subsets: Sequence[Sequence[int]], m: int) -> list[list[int]]:
+    groups = [[s] if isinstance(s, int) else [int(i) for i in s] for s in subsets]
+    if not groups:
+        raise ValueError("subsets is empty; give lists of positions, e.g. [[3], [17], [5, 9]]")
+    for group in groups:
+        if not group or len(set(group)) != len(group) or min(group) < 0 or max(group) >= m:
+            raise ValueError(f"subset {group} must hold different positions between 0 and {m - 1}")
+        if len(group) == m:
+            raise ValueError(f"subset of all {m} examples leaves nothing to train on")
+    return groups
+
+
+def _retrain_without(pipeline, stage, groups, queries, target, protocol) -> tuple[Tensor, Tensor, bool]:
+    weights = torch.ones(len(groups), len(pipeline.stages[stage].data))
+    for lane, group in enumerate(groups):
+        weights[lane, group] = 0
+    again = pipeline.retrain({stage: weights}, warm_start=protocol == "warm-start", progress=False)
+    norm = torch.stack([r.gradient_norm for r in again.reports]).amax(0)
+    short = any(
+        hasattr(s.recipe, "tol") and not bool(r.converged.all())
+        for s, r in zip(pipeline.stages, again.reports, strict=True)
+    )
+    return again.evaluate(queries, target).cpu(), norm.cpu(), short
+
+
+def removal_effects(
+    pipeline: Pipeline,
+    queries: Examples,
+    subsets: Sequence[Sequence[int]],
+    *,
+    stage: int | str = 0,
+    target: str | Callable = "loss",
+    protocol: str = "same-seed",
+    n_jobs: int = 1,
+    lanes: int = 32,
+    store=None,
+    progress: bool = True,
+) -> Effects:
+    """Remove examples for real: set their weights to 0, rerun every stage, subtract the queries.
+
+    Args:
+        pipeline: fitted (or adopted, with ``"warm-start"``); its models stay as they are.
+        queries: examples of the last stage's task.
+        subsets: R groups of positions in the stage's data; a bare number removes one example.
+        stage: whose examples are removed.
+        target: as in `ImplicitInfluence.score`.
+        protocol: ``"same-seed"`` reruns from the initial weights with the same batches, ``"warm-start"``
+            continues from the trained weights (for stages trained to an optimum; stays in its basin).
+        n_jobs: processes through joblib; ``joblib.parallel_config`` moves them to a cluster.
+        lanes: removals retrained at once in one process by vectorising over models.
+        store: a file that keeps what is done after every batch of ``lanes``; the same call resumes from it.
+        progress: show a bar past two seconds.
+
+    Returns:
+        `Effects` with values ``(Q, R)``.
+
+    Raises:
+        ValueError: empty or repeated positions, unknown stage, target or protocol.
+        SavedFileError: ``store`` belongs to another call, or is damaged.
+
+    Warns:
+        ConvergenceWarning: a recipe with a tolerance missed it in some retraining.
+    """
+    k = pipeline.index(stage)
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"protocol={protocol!r} must be one of {PROTOCOLS}")
+    if not isinstance(lanes, int) or lanes < 1:
+        raise ValueError(f"lanes={lanes!r} must be a positive whole number")
+    groups = _check_subsets(subsets, len(pipeline.stages[k].data))
+    check_examples(pipeline.objective(-1), queries, "queries")
+    target_function(target, pipeline.objective(-1).loss)
+    base = _base(pipeline, queries, target, protocol)
+    name = target if isinstance(target, str) else getattr(target, "__name__", "custom")
+    stage_name = pipeline.stages[k].name
+    after, norms, done = _open_store(store, _key(pipeline, queries, groups, stage_name, name, protocol), len(base), groups)
+    todo = (~done).nonzero().flatten().split(lanes)
+    jobs = (
+        joblib.delayed(_retrain_without)(pipeline, k, [groups[i] for i in part], queries, target, protocol) for part in todo
+    )
+    short = False
+    with progress_bar(len(groups), "retraining", progress) as bar:
+        bar.update(int(done.sum()))
+        for part, (values, norm, missed) in zip(todo, joblib.Parallel(n_jobs, return_as="generator")(jobs), strict=True):
+            after[:, part], norms[part], done[part], short = values, norm, True, short or missed
+            if store is not None:
+                key = _key(pipeline, queries, groups, stage_name, name, protocol)
+                write_tensors(store, "removals", {"after": after, "norms": norms, "done": done}, {"key": key})
+            bar.update(len(part))
+    if short:
+        warnings.warn(
+            f"some retrainings stopped short of their recipe's tolerance: largest ‖∇F‖ is {float(norms.max()):.1e}; "
+            "raise max_iter or weight_decay",
+            ConvergenceWarning,
+            stacklevel=2,
+        )
+    return Effects(after - base[:, None], groups, base, queries.ids, norms, stage_name, name, protocol)
+
+
+def _base(pipeline: Pipeline, queries: Examples, target, protocol: str) -> Tensor:
+    """The queries under weight one, by the same code path as the removals."""
+    if protocol == "same-seed" and pipeline.reports is None:
+        raise ValueError("the weights were adopted, so the run cannot be repeated; use protocol='warm-start', or fit()")
+    return pipeline.evaluate(queries, target).cpu()
+
+
+def _key(pipeline, queries, groups, stage, target, protocol) -> str:
+    parts = [digest(t) for t in (*pipeline.trained(), queries.x, queries.y, queries.ids)]
+    return f"{parts} {groups} {stage} {target} {protocol} {[str(s.recipe) for s in pipeline.stages]}"
+
+
+def _open_store(store, key: str, queries: int, groups) -> tuple[Tensor, Tensor, Tensor]:
+    try:
+        tensors, facts = read_tensors(store, "removals") if store is not None else (None, None)
+    except FileNotFoundError:
+        tensors = None
+    if tensors is None:
+        after = torch.zeros(queries, len(groups), dtype=torch.float64)
+        return after, torch.zeros(len(groups), dtype=torch.float64), torch.zeros(len(groups), dtype=torch.bool)
+    if facts["key"] != key:
+        raise SavedFileError(f"store={str(store)!r} holds removals of another pipeline, queries or subsets; name another file")
+    return tensors["after"], tensors["norms"], tensors["done"]
+
+
+@dataclass
+class Agreement:
+    """How predictions of removal agree with retraining, per query.
+
+    Attributes:
+        predicted, actual: ``(Q, R)`` changes of q.
+        r, rho, slope: ``(Q,)`` Pearson, Spearman (its mean is the LDS when the removals are random subsets),
+            and slope of actual on predicted (1: the units are right); NaN for a query without variation.
+        pooled: the same three over all pairs.
+        intervals: bootstrap 95 % interval over queries of each mean.
+    """
+
+    predicted: numpy.ndarray
+    actual: numpy.ndarray
+    r: numpy.ndarray
+    rho: numpy.ndarray
+    slope: numpy.ndarray
+    pooled: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    query_ids: numpy.ndarray
+
+    def mean(self, statistic: str = "r") -> float:
+        """Mean over queries of ``"r"``, ``"rho"`` or ``"slope"``."""
+        return float(numpy.nanmean(getattr(self, statistic)))
+
+    def to_frame(self):
+        """One row per query: id, r, rho, slope."""
+        import pandas
+
+        return pandas.DataFrame({"query_id": self.query_ids, "r": self.r, "rho": self.rho, "slope": self.slope})
+
+    def _rows(self) -> list[tuple[str, str, str, str]]:
+        names = {"r": "Pearson r", "rho": "Spearman", "slope": "slope actual / predicted"}
+        return [
+            (label, f"{self.mean(n):.3f}", "{:.3f} – {:.3f}".format(*self.intervals[n]), f"{self.pooled[n]:.3f}")
+            for n, label in names.items()
+        ]
+
+    def __str__(self) -> str:
+        queries, removals = self.actual.shape
+        lines = [f"{queries} queries × {removals} removals; mean per query, 95 % interval over queries, pooled"]
+        return "\n".join(lines + [f"  {a:<25} {b:>7}  ({c})  {d:>7}" for a, b, c, d in self._rows()])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        head = "<tr><th></th><th>mean per query</th><th>95 % interval</th><th>pooled</th></tr>"
+        body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in self._rows())
+        queries, removals = self.actual.shape
+        return f"<table><caption>{queries} queries × {removals} removals</caption>{head}{body}</table>"
+
+    def plot(self, ax=None):
+        """Predicted against actual, one colour per query; see `plots.agreement_scatter`."""
+        from . import plots
+
+        return plots.agreement_scatter(self, ax=ax)
+
+
+def agreement(scores: Influence, effects: Effects, *, resamples: int = 2000, seed: int = 0) -> Agreement:
+    """Hold predicted removal effects against actual ones, query by query.
+
+    Args:
+        scores: predictions; the change for a group is ``−Σ`` of its scores.
+        effects: the ground truth for the same queries, stage and target.
+        resamples, seed: of the bootstrap over queries.
+
+    Raises:
+        ValueError: scores and effects are of different queries, stages or targets, or fewer than 3 removals.
+
+    Warns:
+        UserWarning: queries whose predictions or effects do not vary, left out of the means.
+    """
+    if not torch.equal(scores.query_ids, effects.query_ids):
+        raise ValueError("scores and effects are of different queries; compute both on the same Examples")
+    if (scores.stage, scores.target) != (effects.stage, effects.target):
+        raise ValueError(
+            f"scores are of stage {scores.stage!r} on {scores.target}, effects of {effects.stage!r} on {effects.target}"
+        )
+    if len(effects.subsets) < 3:
+        raise ValueError(f"{len(effects.subsets)} removals are too few to correlate; at least 3 are needed")
+    predicted = torch.stack([scores.removal_effect(s) for s in effects.subsets], 1).detach().cpu().double().numpy()
+    return compare(predicted, effects.values.double().numpy(), effects.query_ids.numpy(), resamples=resamples, seed=seed)
+
+
+def compare(predicted, actual, query_ids=None, *, resamples: int = 2000, seed: int = 0) -> Agreement:
+    """`agreement` of two ``(Q, R)`` arrays of predicted and actual changes."""
+    predicted, actual = numpy.asarray(predicted, float), numpy.asarray(actual, float)
+    per_query = numpy.array([_statistics(p, a) for p, a in zip(predicted, actual, strict=True)])
+    undefined = int(numpy.isnan(per_query).any(1).sum())
+    if undefined == len(per_query):
+        raise ValueError("no query has predictions and effects that vary, so nothing can be correlated")
+    if undefined:
+        warnings.warn(f"{undefined} of {len(per_query)} queries do not vary and are left out of the means", stacklevel=2)
+    defined = per_query[~numpy.isnan(per_query).any(1)]
+    names = ("r", "rho", "slope")
+    draws = numpy.random.default_rng(seed).integers(len(defined), size=(resamples, len(defined)))
+    low, high = numpy.percentile(defined[draws].mean(1), [2.5, 97.5], axis=0)
+    return Agreement(
+        predicted,
+        actual,
+        *per_query.T,
+        pooled=dict(zip(names, _statistics(predicted.ravel(), actual.ravel()), strict=True)),
+        intervals={n: (float(a), float(b)) for n, a, b in zip(names, low, high, strict=True)},
+        query_ids=numpy.arange(len(actual)) if query_ids is None else query_ids,
+    )
+
+
+def _statistics(predicted, actual) -> tuple[float, float, float]:
+    if numpy.ptp(predicted) == 0 or numpy.ptp(actual) == 0:
+        return (float("nan"),) * 3
+    r = float(stats.pearsonr(predicted, actual).statistic)
+    return r, float(stats.spearmanr(predicted, actual).statistic), r * float(actual.std() / predicted.std())

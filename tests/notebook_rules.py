@@ -1,0 +1,172 @@
+"""How a lesson must be built, checked on the file alone (level L0: no kernel)."""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+
+import nbformat
+
+MAX_CODE_CELLS, MAX_WORDS, MAX_LINES, MAX_BYTES = 45, 2000, 15, 600_000
+IMAGES = ("image/png", "image/jpeg")
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+BUDGET = re.compile(r"read\s+\d+\s*min\s*/\s*run\s+\d+\s*(s|min)\s*/\s*[\d.]+\s*(MB|GB)")
+FORBIDDEN_CODE = ("!pip", "%pip", "sys.path", "os.chdir", "NotImplementedError")
+# Unix homes and work folders, not preceded by what makes them part of a URL, a word or a closing HTML tag.
+MACHINE_PATH = re.compile(r"(?<![\w.<])/(?:root|home|work|tmp|Users)\b|\bC:\\(?=[A-Z])")
+TIMING = re.compile(r"Wall time|CPU times|\d\s?(?:it/s|s/it)\b")
+
+
+def structure_problems(nb: nbformat.NotebookNode) -> list[str]:
+    """Everything that keeps a notebook from being a lesson as TEACHING.md describes it, one line each."""
+    return _header(nb) + _setup(nb) + _text(nb) + _code(nb) + _outputs(nb)
+
+
+def _header(nb) -> list[str]:
+    first = nb.cells[0].source if nb.cells and nb.cells[0].cell_type == "markdown" else ""
+    problems = []
+    if not first.startswith("# "):
+        problems.append("first cell is not a title (# ...)")
+    if "mybinder.org/v2/" not in first:
+        problems.append("first cell has no Binder badge")
+    if not BUDGET.search(first):
+        problems.append("first cell has no budget line (read 10 min / run 40 s / 400 MB)")
+    return problems
+
+
+def _setup(nb) -> list[str]:
+    """One folded setup cell, the first code of the lesson, right after the objectives."""
+    objectives = [i for i, cell in enumerate(nb.cells) if _has_heading(cell, "objectives")]
+    hidden = [i for i, cell in enumerate(nb.cells) if _hidden(cell) and "solution" not in _tags(cell)]
+    code = [i for i, cell in enumerate(nb.cells) if cell.cell_type == "code"]
+    problems = []
+    if len(objectives) != 1:
+        problems.append(f"{len(objectives)} cells with an Objectives heading, not 1")
+    if len(hidden) != 1:
+        problems.append(f"{len(hidden)} folded setup cells, not 1 (jupyter.source_hidden or hide-input)")
+    elif code[0] != hidden[0]:
+        problems.append("the setup cell is not the first code cell")
+    elif objectives and not 0 < hidden[0] - objectives[0] <= 2:
+        problems.append("the setup cell does not follow the objectives")
+    return problems
+
+
+def _text(nb) -> list[str]:
+    problems = []
+    headings = [h for cell in nb.cells for h in _headings(cell)]
+    if sum(level == 1 for level, _ in headings) != 1:
+        problems.append("not exactly one # title")
+    for (above, _), (level, title) in pairwise(headings):
+        if level > above + 1:
+            problems.append(f"heading {title!r} skips a level")
+    titles = [title.lower() for _, title in headings]
+    last = ("recap", "references", "next")
+    places = [max((i for i, title in enumerate(titles) if word in title), default=None) for word in last]
+    if None in places:
+        problems += [
+            f"no {w.capitalize()} heading" for w, place in zip(last, places, strict=True) if place is None
+        ]
+    elif places != sorted(places):
+        problems.append("recap, references and next are out of order")
+    markdown = "\n\n".join(cell.source for cell in nb.cells if cell.cell_type == "markdown")
+    if "what could fool you" not in markdown.lower():
+        problems.append("recap does not say what could fool you")
+    words = _words(markdown)
+    if words > MAX_WORDS:
+        problems.append(f"{words} words, over {MAX_WORDS}")
+    return problems
+
+
+def _code(nb) -> list[str]:
+    problems = []
+    code = [(i, cell) for i, cell in enumerate(nb.cells) if cell.cell_type == "code"]
+    numbered = [(i, cell) for i, cell in code if cell.source.strip()]  # Run All does not count empty cells
+    if len(numbered) > MAX_CODE_CELLS:
+        problems.append(f"{len(numbered)} code cells, over {MAX_CODE_CELLS}")
+    counts = [cell.execution_count for _, cell in numbered]
+    if counts != list(range(1, len(numbered) + 1)):
+        problems.append(f"execution counts are not 1, 2, ...: {counts}")
+    for i, cell in numbered:
+        lines = sum(bool(line.strip()) for line in cell.source.splitlines())
+        if lines > MAX_LINES and not _hidden(cell) and "solution" not in _tags(cell):
+            problems.append(f"cell {i}: {lines} lines of code, over {MAX_LINES}")
+        problems += [f"cell {i}: forbidden {word}" for word in FORBIDDEN_CODE if word in cell.source]
+    for i, cell in enumerate(nb.cells):
+        if found := MACHINE_PATH.search(cell.source):
+            problems.append(f"cell {i}: absolute path {found[0]}")
+        if "execution" in cell.metadata:
+            problems.append(f"cell {i}: metadata hold timings")
+    if not any(re.search(r"^\s*assert\b", cell.source, re.MULTILINE) for _, cell in numbered):
+        problems.append("no claim is asserted")
+    return problems
+
+
+def _outputs(nb) -> list[str]:
+    problems = []
+    if "widgets" in nb.metadata:
+        problems.append("notebook metadata hold widget state")
+    size = len(nbformat.writes(nb).encode())
+    if size > MAX_BYTES:
+        problems.append(f"{size / 1e3:.0f} kB, over {MAX_BYTES / 1e3:.0f}")
+    before = ""
+    for i, cell in enumerate(nb.cells):
+        if cell.cell_type != "code":
+            continue
+        if "live-widget" in _tags(cell):
+            if cell.outputs:
+                problems.append(f"cell {i}: output of a live widget is kept")
+            if ".static(" not in before:
+                problems.append(f"cell {i}: live widget without .static() in the code cell before")
+        before = cell.source
+        for out in cell.outputs:
+            problems += [f"cell {i}: {problem}" for problem in _output(out)]
+    return problems
+
+
+def _output(out) -> list[str]:
+    if out.output_type == "error":
+        return [f"error output {out.ename}"]
+    problems = []
+    data = out.get("data", {})
+    for mime in IMAGES:
+        if mime in data and not out.metadata.get(mime, {}).get("alt", "").strip():
+            problems.append(f"{mime} without alt text")
+    if WIDGET in data:
+        problems.append("widget view in the output")
+    text = out.get("text", "") + "\n".join(str(v) for mime, v in data.items() if mime.startswith("text/"))
+    if re.search(r"<img(?![^>]*\balt=)", text):
+        problems.append("<img> without alt text")
+    text = re.sub(r"base64,[\w+/=]+", "", text)  # image bytes may spell anything
+    if found := MACHINE_PATH.search(text):
+        problems.append(f"absolute path {found[0]} in the output")
+    if found := TIMING.search(text):
+        problems.append(f"timing {found[0]!r} in the output")
+    return problems
+
+
+def _headings(cell) -> list[tuple[int, str]]:
+    if cell.cell_type != "markdown":
+        return []
+    source = re.sub(r"^```.*?^```", "", cell.source, flags=re.MULTILINE | re.DOTALL)  # comments in shown code
+    return [(len(m[1]), m[2]) for m in re.finditer(r"^(#{1,6}) +(.+)$", source, re.MULTILINE)]
+
+
+def _has_heading(cell, word: str) -> bool:
+    return any(word in title.lower() for _, title in _headings(cell))
+
+
+def _hidden(cell) -> bool:
+    folded = cell.metadata.get("jupyter", {}).get("source_hidden", False) or "hide-input" in _tags(cell)
+    return cell.cell_type == "code" and folded
+
+
+def _tags(cell) -> list[str]:
+    return cell.metadata.get("tags", [])
+
+
+def _words(markdown: str) -> int:
+    """Words that are read: no link targets or HTML, a formula counts as one."""
+    markdown = re.sub(r"\$\$.*?\$\$|\$[^$\n]+\$", "formula", markdown, flags=re.DOTALL)
+    markdown = re.sub(r"\]\([^)]*\)|<[^>\n]+>", " ", markdown)
+    return len(re.findall(r"\w[\w'’-]*", markdown))
