@@ -4,17 +4,34 @@
 multiplies many vectors at once. Averages are weighted by the data, so any chunking gives the same product.
 """
 
+import functools
+import warnings
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
-from torch.func import grad, jacrev, jvp, vjp, vmap
+from torch import Tensor, func
+from torch.func import grad, vjp, vmap
 
 from .data import Examples
 from .objective import WORKING_BYTES, Objective
 from .storage import parse_bytes, require_memory
 
 __all__ = ["GGN", "Hessian", "Operator", "example_products", "per_example_gradients"]
+
+
+@functools.cache
+def _load_forward_mode() -> None:
+    """PyTorch loads its forward-mode rules at first use and, in some versions, warns about its own code."""
+    one = torch.ones(())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        func.jvp(torch.sin, (one,), (one,))
+
+
+def jvp(function, primals, tangents):
+    """`torch.func.jvp` without PyTorch's own deprecation notices."""
+    _load_forward_mode()
+    return func.jvp(function, primals, tangents)
 
 
 class Operator:
@@ -192,10 +209,9 @@ def curvature(kind: str, objective: Objective, full: Tensor, weights: Tensor | N
     return kinds[kind](objective, full, weights)
 
 
-def _example_chunks(objective: Objective, examples: Examples | None, width: int) -> Iterator:
-    """Chunks in which a ``(B, width)`` matrix fits beside the activations."""
-    size = objective.layout.size * max(1, -(-width // objective.layout.size))
-    copies = 2 + size * 8 // objective.bytes_per_example()
+def example_chunks(objective: Objective, examples: Examples | None = None) -> Iterator:
+    """`Objective.chunks` so small that a few ``(B, P)`` matrices fit beside the activations."""
+    copies = 2 + 4 * 8 * objective.layout.size // objective.bytes_per_example()
     return objective.chunks(examples, copies=copies)
 
 
@@ -217,7 +233,7 @@ def per_example_gradients(
     def value(theta, x, y):
         return function(o.outputs(theta if every else o.join(theta, full), x[None]), y[None])[0]
 
-    for rows, x, y in _example_chunks(o, examples, o.layout.size):
+    for rows, x, y in example_chunks(o, examples):
         yield rows, vmap(grad(value), in_dims=(None, 0, 0))(theta, x, y)
 
 
@@ -226,7 +242,6 @@ def example_products(
     full: Tensor,
     vectors: Tensor,
     examples: Examples | None = None,
-    function=None,
     *,
     mode: str = "auto",
 ) -> Tensor:
@@ -234,41 +249,40 @@ def example_products(
 
     Forward mode (one directional derivative per vector, no gradient is ever formed) is cheaper for one
     or two vectors, per-example gradients beyond; ``mode`` is ``"auto"``, ``"forward"`` or ``"gradients"``.
-    ``examples`` and ``function`` as in `per_example_gradients`.
     """
     if mode not in ("auto", "forward", "gradients"):
         raise ValueError(f"mode={mode!r} must be 'auto', 'forward' or 'gradients'")
-    o, function = objective, function or objective.loss
+    o = objective
     result = vectors.new_empty(vectors.shape[1], len(o.data if examples is None else examples))
     if mode == "gradients" or (mode == "auto" and vectors.shape[1] > 2):
-        for rows, gradients in per_example_gradients(o, full, examples, function):
+        for rows, gradients in per_example_gradients(o, full, examples):
             result[:, rows] = (gradients @ vectors).T
         return result
     theta = full[o.rows]
     for rows, x, y in o.chunks(examples, copies=3):
         for q, v in enumerate(vectors.T):
-            result[q, rows] = jvp(lambda t, x=x, y=y: function(o.outputs(o.join(t, full), x), y), (theta,), (v,))[1]
+            result[q, rows] = jvp(lambda t, x=x, y=y: o.losses(o.join(t, full), x, y), (theta,), (v,))[1]
     return result
 
 
-def output_jacobians(objective: Objective, full: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """``(positions, J_i, r_i, Λ_i)`` of the stage's own examples, chunk by chunk.
+def own_products(kind: str, objective: Objective, full: Tensor, x: Tensor, y: Tensor, vectors: Tensor) -> Tensor:
+    """``h_i v_i``: each example's own curvature times a vector of its own, ``vectors`` (B, P) → (B, P).
 
-    ``J`` (B, C, P) derivative of the outputs by the trained parameters, ``r`` (B, C) gradient and ``Λ``
-    (B, C, C) Hessian of the loss by the outputs (flattened), so ``∇f_i = J_iᵀ r_i``.
+    ``kind`` is ``"hessian"`` for ``h_i = ∇²f_i`` or ``"ggn"`` for ``J_iᵀ Λ_i J_i``.
     """
     o, theta = objective, full[objective.rows]
-    example = o.data.x[:1]
-    with torch.no_grad():
-        shape = o.outputs(full, example).shape[1:]
 
     def outputs(theta, x):
-        return o.outputs(o.join(theta, full), x[None])[0].reshape(-1)
+        return o.outputs(o.join(theta, full), x[None])
 
-    def loss(z, y):
-        return o.loss(z.reshape(1, *shape), y[None])[0]
+    def product(x, y, v):
+        def loss(z):
+            return o.loss(z, y[None])[0]
 
-    for rows, x, y in _example_chunks(o, None, o.layout.size * max(1, shape.numel())):
-        jacobian = vmap(jacrev(outputs), in_dims=(None, 0))(theta, x)
-        z = vmap(outputs, in_dims=(None, 0))(theta, x)
-        yield rows, jacobian, vmap(grad(loss))(z, y), vmap(jacrev(grad(loss)))(z, y)
+        if kind == "hessian":
+            return jvp(grad(lambda t: loss(outputs(t, x))), (theta,), (v,))[1]
+        z, pull_back = vjp(lambda t: outputs(t, x), theta)
+        pushed = jvp(lambda t: outputs(t, x), (theta,), (v,))[1]
+        return pull_back(jvp(grad(loss), (z,), (pushed,))[1])[0]
+
+    return vmap(product)(x, y, vectors)

@@ -8,13 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .curvature import Hessian, example_products, output_jacobians, per_example_gradients
+from .curvature import Hessian, example_products, own_products, per_example_gradients
 from .data import Examples
 from .errors import ConvergenceWarning, IndefiniteCurvatureError
-from .objective import check_examples, target_function
+from .objective import WORKING_BYTES, check_examples, target_function
 from .pipeline import Pipeline
-from .solvers import WAYS_OUT, Exact, SolveReport
-from .storage import read_tensors, write_tensors
+from .solvers import Exact, SolveReport
+from .storage import read_tensors, require_memory, write_tensors
 
 __all__ = ["ImplicitInfluence", "Influence", "Ranking"]
 
@@ -145,9 +145,9 @@ class ImplicitInfluence:
         curvature: ``"hessian"``, or ``"ggn"`` for what is inverted where the Hessian is not definite
             (the cross block of the frozen case stays exact).
         damping: added to H; a modelling choice, 0 by default.
-        leave_one_out: replace H by ``H − h_i/m`` for example i with ``h_i = J_iᵀ Λ_i J_i``, because removal is
-            a finite step: the scores then predict removal (exact for ridge regression), not the derivative.
-            Costs one solve per example and output; meant for `Exact`.
+        leave_one_out: replace H by ``H − h_i/m`` for example i with its own curvature ``h_i``, because removal
+            is a finite step: the scores then predict removal (exact for ridge regression), not the derivative.
+            Costs a few solves per example; meant for `Exact`.
 
     Attributes:
         report_: after `score`, one `SolveReport` per stage solved, by stage name.
@@ -188,7 +188,7 @@ class ImplicitInfluence:
             ConvergenceWarning: a stage is not at a stationary point, with its gradient norm.
         """
         trained = pipeline.trained()
-        self._pipeline, self._full, self._corrected = pipeline, [t.clone() for t in trained], {}
+        self._pipeline, self._full, self._shifts = pipeline, [t.clone() for t in trained], {}
         self._prepared = []
         for k, stage in enumerate(pipeline.stages):
             self._check_stationary(k)
@@ -240,7 +240,8 @@ class ImplicitInfluence:
             solution, self.report_[self._pipeline.stages[k].name] = self._prepared[k].solve(cotangent[:, rows].T)
             if k > first:
                 cotangent = self._pull_back(k, cotangent, solution.T)
-        values = self._example_scores(first, solution)
+        rows = self._pipeline.objective(first).rows
+        values = self._example_scores(first, cotangent[:, rows], solution)
         scored = self._pipeline.stages[first]
         name = target if isinstance(target, str) else getattr(target, "__name__", "custom")
         return Influence(values, scored.data.ids, queries.ids, scored.name, name, repr(self))
@@ -257,36 +258,56 @@ class ImplicitInfluence:
             before[:, p.there["frozen"]] = cotangent[:, p.here["frozen"]] - mixed[p.here["frozen"]].T
         return before
 
-    def _example_scores(self, k: int, solution: Tensor) -> Tensor:
-        """−(1/m) vᵀ∇f_i for the stage's own examples, ``(Q, N)``."""
-        o = self._pipeline.objective(k)
+    def _example_scores(self, k: int, cotangent: Tensor, solution: Tensor) -> Tensor:
+        """−(1/m) ∇qᵀH⁻¹∇f_i for the stage's own examples, ``(Q, N)``; with (H − h_i/m)⁻¹ for leave-one-out."""
+        o, full = self._pipeline.objective(k), self._full[k]
         if not self.leave_one_out:
-            return -example_products(o, self._full[k], solution) / len(o.data)
-        # vᵀ(I − h_i/m H⁻¹)⁻¹∇f_i = vᵀJᵢᵀ r̃_i with the corrected residual r̃_i = (I − Λ_i K_i/m)⁻¹ r_i
-        if k not in self._corrected:
-            self._corrected[k] = Examples(o.data.x, self._corrected_residuals(k), o.data.ids)
+            return -example_products(o, full, solution) / len(o.data)
+        if k not in self._shifts:
+            self._shifts[k] = self._leave_one_out_shifts(k)
+        return -cotangent @ self._shifts[k].T
 
-        def linearised(outputs, residual):
-            return (outputs.reshape(residual.shape) * residual).sum(1)
+    def _leave_one_out_shifts(self, k: int) -> Tensor:
+        """Each example's Newton step of leaving it out, ``(H − h_i/m)⁻¹ ∇f_i / m``, ``(N, P)``.
 
-        return -example_products(o, self._full[k], solution, self._corrected[k], linearised) / len(o.data)
-
-    def _corrected_residuals(self, k: int) -> Tensor:
-        """``(I − Λ_i K_i / m)⁻¹ r_i`` with ``K_i = J_i H⁻¹ J_iᵀ``, ``(N, C)``: Woodbury for H − h_i/m."""
-        o, corrected = self._pipeline.objective(k), []
-        for rows, jacobian, residual, curvature in output_jacobians(o, self._full[k]):
-            examples, outputs, size = jacobian.shape
-            solved, _ = self._prepared[k].solve(jacobian.reshape(-1, size).T)
-            kernel = jacobian @ solved.T.reshape(examples, outputs, size).transpose(1, 2)  # K_i
-            leverage = curvature @ kernel / len(o.data)
-            largest = torch.linalg.eigvals(leverage).real.amax(1)
-            if float(largest.max()) >= 1:
-                i = int(largest.argmax())
-                raise IndefiniteCurvatureError(
-                    f"{o.where}: without example {o.data.ids[rows][i]} the curvature is not positive definite (leverage "
-                    f"{float(largest[i]):.2f} ≥ 1), so no nearby minimum is left; {WAYS_OUT}",
-                    1 - float(largest[i]),
-                )
-            identity = torch.eye(outputs, dtype=leverage.dtype, device=leverage.device)
-            corrected.append(torch.linalg.solve(identity - leverage, residual[:, :, None])[:, :, 0])
-        return torch.cat(corrected)
+        Conjugate gradients on all N systems side by side, preconditioned by H⁻¹: ``h_i`` has few directions
+        that matter, so a handful of steps do, and ``H p`` follows from the recursion (``H H⁻¹ r = r``).
+        """
+        o, full = self._pipeline.objective(k), self._full[k]
+        size = o.size * len(o.data) * full.element_size()
+        require_memory(size, WORKING_BYTES * 8, "leave_one_out=True", "score without it, or a smaller model or data set")
+        shifts, failed = [], []
+        for rows, gradients in per_example_gradients(o, full):
+            x, y, b = o.data.x[rows], o.data.y[rows], gradients / len(o.data)
+            shift, residual, p, h_p = torch.zeros_like(b), b.clone(), torch.zeros_like(b), torch.zeros_like(b)
+            before = b.new_full((len(b),), torch.inf)
+            alive, good = b.norm(dim=1) > 0, torch.ones(len(b), dtype=torch.bool, device=b.device)
+            for _ in range(50):
+                if not bool(alive.any()):
+                    break
+                z = self._prepared[k].solve(residual.T)[0].T
+                square = (residual * z).sum(1)
+                beta = torch.where(alive, square / before, torch.zeros_like(square))[:, None]
+                p, h_p = z + beta * p, residual + beta * h_p
+                a_p = h_p - own_products(self.curvature, o, full, x, y, p) / len(o.data)
+                curvature = (p * a_p).sum(1)
+                good &= ~alive | (curvature > 0)
+                alive = alive & good
+                step = torch.where(alive, square / curvature, torch.zeros_like(square))[:, None]
+                shift, residual, before = shift + step * p, residual - step * a_p, square
+                tolerance = 1e-11 if b.dtype == torch.float64 else 1e-5
+                alive = alive & (residual.norm(dim=1) > tolerance * b.norm(dim=1))
+            good &= ~alive
+            if not bool(good.all()):  # no nearby minimum without these; the derivative is what is left
+                shift[~good] = self._prepared[k].solve(b[~good].T)[0].T
+                failed += o.data.ids[rows][~good.cpu()].tolist()
+            shifts.append(shift)
+        if failed:
+            warnings.warn(
+                f"{o.where}: without examples {failed[:10]} ({len(failed)} in all) the curvature H − h_i/m is not positive "
+                "definite, so there may be no nearby minimum; their scores are not corrected. Use curvature='ggn' or "
+                "more weight decay",
+                ConvergenceWarning,
+                stacklevel=4,
+            )
+        return torch.cat(shifts)

@@ -55,7 +55,7 @@ def next_token_loss(outputs: Tensor, tokens: Tensor) -> Tensor:
 
 def _margin(outputs: Tensor, targets: Tensor) -> Tensor:
     """Log-odds of the correct class: z_y − log Σ_{c≠y} exp z_c = −log(exp(loss) − 1)."""
-    correct = functional.one_hot(targets, outputs.shape[-1]).bool()
+    correct = torch.arange(outputs.shape[-1], device=outputs.device) == targets[..., None]
     others = outputs.masked_fill(correct, -torch.inf)
     return (outputs * correct).sum(-1) - others.logsumexp(-1)
 

@@ -49,6 +49,8 @@ class SolveReport:
             f"iterations, worst residual {worst:.1e}, smallest curvature {self.smallest_curvature:.2e}"
         )
 
+    __repr__ = __str__
+
 
 def relative_residuals(operator: Operator, x: Tensor, b: Tensor) -> Tensor:
     """``‖A x − b‖ / ‖b‖`` of each column; 0 for a zero right-hand side that was answered by zero."""

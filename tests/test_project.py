@@ -29,7 +29,7 @@ ORDER = [
 
 CONDA_NAME = {"torch": "pytorch-cpu", "matplotlib": "matplotlib-base", "seaborn": "seaborn-base"}
 CONDA_ONLY = {"python", "pip"}
-HEAVY = {"seaborn", "sklearn", "ipywidgets", "torchvision", "matplotlib", "pandas"}
+HEAVY = {"seaborn", "sklearn", "ipywidgets", "torchvision", "matplotlib", "pandas", "scipy.stats"}
 
 
 # ---- Environments ----
