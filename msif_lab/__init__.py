@@ -1,12 +1,79 @@
-"""msif_lab: which pretraining examples made this finetuned prediction good or bad?"""
+"""msif_lab: which pretraining examples made this finetuned prediction good or bad?
 
-from .curvature import *
-from .data import *
-from .errors import *
-from .influence import *
-from .models import *
-from .objective import *
-from .pipeline import *
-from .solvers import *
-from .training import *
-from .validation import *
+Multi-stage influence functions (Chen et al., NeurIPS 2020, arXiv 2007.09081), held against real retraining.
+"""
+
+from .curvature import GGN, Hessian, Operator, example_products, per_example_gradients
+from .data import Examples, load_digits
+from .errors import (
+    ConvergenceWarning,
+    DataUnavailableError,
+    IndefiniteCurvatureError,
+    MemoryBudgetError,
+    MsifError,
+    NotConvergedError,
+    SavedFileError,
+    UnsupportedModelError,
+)
+from .influence import ImplicitInfluence, Influence, Ranking
+from .models import EmbeddingHead, convnet, mlp, softmax_regression
+from .objective import cross_entropy, mean_squared_error, next_token_loss
+from .pipeline import Pipeline, Retrained
+from .solvers import ConjugateGradient, Exact, SolveReport, Spectrum, schur_complement
+from .stages import Frozen, Proximal, Stage
+from .training import LBFGS, SGD, FitReport
+from .validation import Agreement, Effects, agreement, removal_effects
+
+__version__ = "0.1.0"
+
+__all__ = [
+    # data
+    "Examples",
+    "load_digits",
+    # models and losses
+    "EmbeddingHead",
+    "convnet",
+    "mlp",
+    "softmax_regression",
+    "cross_entropy",
+    "mean_squared_error",
+    "next_token_loss",
+    # stages, links, recipes, pipeline
+    "Stage",
+    "Frozen",
+    "Proximal",
+    "LBFGS",
+    "SGD",
+    "FitReport",
+    "Pipeline",
+    "Retrained",
+    # influence
+    "ImplicitInfluence",
+    "Influence",
+    "Ranking",
+    # curvature and solvers
+    "Operator",
+    "Hessian",
+    "GGN",
+    "per_example_gradients",
+    "example_products",
+    "Exact",
+    "ConjugateGradient",
+    "SolveReport",
+    "Spectrum",
+    "schur_complement",
+    # ground truth
+    "removal_effects",
+    "Effects",
+    "agreement",
+    "Agreement",
+    # errors
+    "MsifError",
+    "ConvergenceWarning",
+    "NotConvergedError",
+    "IndefiniteCurvatureError",
+    "MemoryBudgetError",
+    "DataUnavailableError",
+    "SavedFileError",
+    "UnsupportedModelError",
+]

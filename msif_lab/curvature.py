@@ -80,7 +80,10 @@ class Operator:
         size = self.shape[0]
         needed = 2 * size * size * torch.empty((), dtype=self.dtype).element_size()
         require_memory(
-            needed, parse_bytes(memory), f"a dense {size} × {size} curvature", "use ConjugateGradient or give more memory="
+            needed,
+            parse_bytes(memory),
+            f"a dense {size} × {size} curvature",
+            "use ConjugateGradient or give more memory=",
         )
         matrix = self._dense()
         return (matrix + matrix.T).div_(2)
@@ -216,7 +219,12 @@ def example_chunks(objective: Objective, examples: Examples | None = None) -> It
 
 
 def per_example_gradients(
-    objective: Objective, full: Tensor, examples: Examples | None = None, function=None, *, every: bool = False
+    objective: Objective,
+    full: Tensor,
+    examples: Examples | None = None,
+    function=None,
+    *,
+    every: bool = False,
 ) -> Iterator[tuple[slice, Tensor]]:
     """``(positions, ∇f_i)`` chunk by chunk, ``(B, P)`` each.
 

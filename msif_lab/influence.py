@@ -54,7 +54,9 @@ class Influence:
             )
         if not bool(torch.isfinite(self.values).all()):
             bad = (~torch.isfinite(self.values)).nonzero()[0].tolist()
-            raise ValueError(f"the score of query {bad[0]} and example {bad[1]} is NaN or inf; check curvature and data")
+            raise ValueError(
+                f"the score of query {bad[0]} and example {bad[1]} is NaN or inf; check curvature and data"
+            )
 
     def __len__(self) -> int:
         return len(self.values)
@@ -275,7 +277,9 @@ class ImplicitInfluence:
         """
         o, full = self._pipeline.objective(k), self._full[k]
         size = o.size * len(o.data) * full.element_size()
-        require_memory(size, WORKING_BYTES * 8, "leave_one_out=True", "score without it, or a smaller model or data set")
+        require_memory(
+            size, WORKING_BYTES * 8, "leave_one_out=True", "score without it, or a smaller model or data set"
+        )
         shifts, failed = [], []
         for rows, gradients in per_example_gradients(o, full):
             x, y, b = o.data.x[rows], o.data.y[rows], gradients / len(o.data)

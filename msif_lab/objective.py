@@ -138,7 +138,9 @@ class Objective:
         for name in self.trained:
             start = sum(len(span) for span in trained_spans.values())
             trained_spans[name] = range(start, start + len(self.layout.spans[name]))
-        self.coupled = torch.tensor([i for n in shared for i in trained_spans[n]], dtype=torch.int64, device=data.x.device)
+        self.coupled = torch.tensor(
+            [i for n in shared for i in trained_spans[n]], dtype=torch.int64, device=data.x.device
+        )
         self._all = self.trained == list(self.layout.shapes)
         self._bytes = None
 
@@ -293,7 +295,9 @@ def check_examples(objective: Objective, examples: Examples, name: str) -> None:
             outputs, again = o.outputs(full, x), o.outputs(full, x)
             alone = torch.cat([o.outputs(full, x[i : i + 1]) for i in range(len(x))])
     except (RuntimeError, IndexError, TypeError) as error:
-        raise ValueError(f"{name}.x of shape {tuple(examples.x.shape)} does not fit the model of {o.where}: {error}") from error
+        raise ValueError(
+            f"{name}.x of shape {tuple(examples.x.shape)} does not fit the model of {o.where}: {error}"
+        ) from error
     close = 1e-3 if outputs.dtype in (torch.float32, torch.float16, torch.bfloat16) else 1e-8
     if not torch.equal(outputs, again) or not torch.allclose(outputs, alone, rtol=close, atol=close):
         raise UnsupportedModelError(
@@ -302,7 +306,9 @@ def check_examples(objective: Objective, examples: Examples, name: str) -> None:
         )
     if o.loss is cross_entropy:
         if not examples.has_labels:
-            raise ValueError(f"{name}.y {tuple(examples.y.shape)} {examples.y.dtype}: cross_entropy needs integer labels (N,)")
+            raise ValueError(
+                f"{name}.y {tuple(examples.y.shape)} {examples.y.dtype}: cross_entropy needs integer labels (N,)"
+            )
         if outputs.ndim != 2 or int(examples.y.max()) >= outputs.shape[1]:
             raise ValueError(
                 f"{name}.y holds the label {int(examples.y.max())}, the model of {o.where} has outputs "
@@ -314,7 +320,9 @@ def check_examples(objective: Objective, examples: Examples, name: str) -> None:
     except (RuntimeError, IndexError, TypeError) as error:
         raise ValueError(f"{o.where}: loss(outputs, targets) fails on {name}: {error}") from error
     if losses.shape != (len(x),):
-        raise ValueError(f"{o.where}: loss(outputs, targets) gives {tuple(losses.shape)}, expected one per example ({len(x)},)")
+        raise ValueError(
+            f"{o.where}: loss(outputs, targets) gives {tuple(losses.shape)}, expected one per example ({len(x)},)"
+        )
 
 
 def _check_layers(model: nn.Module, where: str) -> None:

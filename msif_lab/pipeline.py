@@ -1,155 +1,21 @@
-"""Stages, the links between them, and the pipeline: fit, adopt, retrain under example weights, save, load."""
+"""The pipeline of stages: fit, adopt, retrain under example weights, save, load."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from dataclasses import field as dataclass_field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import vmap
 
 from .curvature import DataCurvature, curvature
 from .data import Examples
 from .errors import SavedFileError
-from .objective import Lanes, Layout, Objective, check_examples, cross_entropy, target_function
+from .objective import Layout, Objective, check_examples, target_function
+from .stages import Prepared, Stage
 from .storage import digest, read_tensors, write_tensors
-from .training import LBFGS, FitReport
+from .training import FitReport
 
-__all__ = ["Frozen", "Pipeline", "Proximal", "Retrained", "Stage"]
-
-Shared = str | Sequence[str] | Callable[[str], bool] | None
-
-
-def _shared_names(shared: Shared, before: Layout, after: Layout, where: str) -> list[str]:
-    """The parameters a stage takes over, in its own order; see `Frozen` for what ``shared`` may be."""
-    offered = [name for name in after.shapes if name in before.shapes]
-    if shared is None:
-        names = [n for n in offered if n.split(".")[0] != "head" and before.shapes[n] == after.shapes[n]]
-    elif isinstance(shared, str):
-        names = [n for n in offered if n.startswith(shared)]
-    elif callable(shared):
-        names = [n for n in offered if shared(n)]
-    else:
-        unknown = [n for n in shared if n not in offered]
-        if unknown:
-            raise ValueError(f"{where}: shared names {unknown} are not parameters of both models; those are {offered}")
-        names = [n for n in offered if n in set(shared)]
-    if not names:
-        raise ValueError(
-            f"{where}: no parameter is shared with the previous stage (shared={shared!r}); parameters of both models: "
-            f"{offered or 'none'}; give equal names and shapes, or shared=a prefix, a list, or a function of the name"
-        )
-    for name in names:
-        if before.shapes[name] != after.shapes[name]:
-            raise ValueError(
-                f"{where}: shared parameter {name!r} has shape {tuple(after.shapes[name])} here but "
-                f"{tuple(before.shapes[name])} in the previous stage; leave it out of shared="
-            )
-    return names
-
-
-@dataclass(frozen=True)
-class Frozen:
-    """The shared parameters are taken from the previous stage and stay as they are (the paper's first case).
-
-    Args:
-        shared: which parameters: None for every equal name and shape outside ``head``, a prefix, a list of
-            names, or a function of the name (``lambda n: not n.startswith("fc.")``).
-    """
-
-    shared: Shared = None
-
-
-@dataclass(frozen=True)
-class Proximal:
-    """Everything is trained, ``α ‖W' − W*‖²`` holds the shared part W' near the previous stage's W* (second case).
-
-    Args:
-        alpha: strength α > 0. Large: frozen. Plain gradient descent for K steps of rate η acts like
-            ``2α = 1/(ηK)``.
-        shared: as in `Frozen`.
-    """
-
-    alpha: float
-    shared: Shared = None
-
-    def __post_init__(self):
-        if not isinstance(self.alpha, (int, float)) or not 0 < self.alpha < float("inf"):
-            raise ValueError(f"alpha={self.alpha!r} must be positive and finite; for the limit α → ∞ use Frozen()")
-
-
-@dataclass
-class Stage:
-    """One training stage: ``F(θ; w) = (1/m) Σ_i w_i f_i(θ) + (weight_decay/2) ‖θ‖²`` over what it trains.
-
-    Args:
-        name: unique in the pipeline.
-        model: any module that is a deterministic function of each example; `Pipeline.fit` writes into it.
-        data: the `Examples` it is trained on.
-        loss: ``(outputs, targets) -> (B,)``; cross-entropy by default.
-        weight_decay: λ ≥ 0 on every parameter this stage trains, biases included.
-        link: how it takes over from the previous stage: `Frozen` or `Proximal`; None for the first.
-        recipe: how it is trained; `LBFGS` by default.
-    """
-
-    name: str
-    model: nn.Module
-    data: Examples
-    loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy
-    weight_decay: float = 0.0
-    link: Frozen | Proximal | None = None
-    recipe: LBFGS | object = dataclass_field(default_factory=LBFGS)
-
-    def _problems(self, first: bool) -> list[str]:
-        problems = []
-        if not isinstance(self.model, nn.Module):
-            problems.append(f"model is {type(self.model).__name__}, not a torch.nn.Module")
-        if not isinstance(self.data, Examples):
-            problems.append(f"data is {type(self.data).__name__}, not msif_lab.Examples; wrap it: Examples(x, y)")
-        if not callable(self.loss):
-            problems.append(f"loss={self.loss!r} is not a function (outputs, targets) -> (B,)")
-        if not isinstance(self.weight_decay, (int, float)) or not 0 <= self.weight_decay < float("inf"):
-            problems.append(f"weight_decay={self.weight_decay!r} must be zero or positive")
-        if not hasattr(self.recipe, "run"):
-            problems.append(f"recipe={self.recipe!r} is not a recipe such as LBFGS() or SGD(lr=0.1)")
-        if first and self.link is not None:
-            problems.append(f"link={self.link!r}, but the first stage has nothing to take over; leave it out")
-        if not first and not isinstance(self.link, (Frozen, Proximal)):
-            problems.append(f"link={self.link!r}: a later stage needs link=Frozen() or link=Proximal(alpha=...)")
-        return [f"stage {self.name!r}: {p}" for p in problems]
-
-
-class _Prepared:
-    """A stage made functional: its objective and how its parameters hang on the previous stage's."""
-
-    def __init__(self, stage: Stage, before: "_Prepared | None"):
-        where = f"stage {stage.name!r}"
-        layout = Layout(stage.model, where)
-        shared = [] if before is None else _shared_names(stage.link.shared, before.objective.layout, layout, where)
-        free = stage.link is None or isinstance(stage.link, Proximal)
-        self.coupled = [n for n in shared if free and n in layout.trainable]  # trained, held near by alpha
-        self.frozen = [n for n in shared if n not in self.coupled]  # taken over as they are
-        trained = [n for n in layout.trainable if n not in self.frozen]
-        if not trained:
-            raise ValueError(f"{where}: nothing is left to train; share fewer parameters or unfreeze some")
-        alpha = stage.link.alpha if isinstance(stage.link, Proximal) else 0.0
-        self.objective = Objective(
-            stage.model, stage.data, stage.loss, stage.weight_decay, trained, alpha, self.coupled, where
-        )
-        device = stage.data.x.device
-        self.here, self.there = (  # flat positions of the shared parameters in this model and in the previous one
-            {k: side.positions(names).to(device) for k, names in (("coupled", self.coupled), ("frozen", self.frozen))}
-            for side in (layout, layout if before is None else before.objective.layout)
-        )
-
-    def lanes(self, base: Tensor, previous: Tensor | None, weights: Tensor | None) -> Lanes:
-        """The objective of R weightings: ``base`` (R, D), ``previous`` (R, D') the stage before, ``weights`` (R, m)."""
-        centre = None
-        if previous is not None:
-            base = base.index_copy(1, self.here["frozen"], previous[:, self.there["frozen"]])
-            centre = previous[:, self.there["coupled"]]
-        weights = base.new_ones(len(base), len(self.objective.data)) if weights is None else weights
-        return Lanes(self.objective, base, centre, weights)
+__all__ = ["Pipeline", "Retrained"]
 
 
 class Pipeline:
@@ -167,7 +33,7 @@ class Pipeline:
         self.stages = list(stages)
         if not self.stages or not all(isinstance(s, Stage) for s in self.stages):
             raise TypeError("stages must be a non-empty list of msif_lab.Stage")
-        problems = [p for k, s in enumerate(self.stages) for p in s._problems(first=k == 0)]
+        problems = [p for k, s in enumerate(self.stages) for p in s.problems(first=k == 0)]
         names = [s.name for s in self.stages]
         if len(set(names)) != len(names):
             problems.append(f"stage names {names} must differ")
@@ -189,9 +55,9 @@ class Pipeline:
             check_examples(prepared.objective, stage.data, f"stage {stage.name!r} data")
 
     def _prepare(self) -> None:
-        self._prepared: list[_Prepared] = []
+        self._prepared: list[Prepared] = []
         for stage in self.stages:
-            self._prepared.append(_Prepared(stage, self._prepared[-1] if self._prepared else None))
+            self._prepared.append(Prepared(stage, self._prepared[-1] if self._prepared else None))
 
     def index(self, stage: int | str) -> int:
         """Position of a stage given by name or (negative) index."""
@@ -281,7 +147,9 @@ class Pipeline:
             ValueError: not trained yet, or the models were changed since.
         """
         if self._trained is None:
-            raise ValueError("the pipeline is not trained: call pipeline.fit(), or pipeline.adopt() after your own training")
+            raise ValueError(
+                "the pipeline is not trained: call pipeline.fit(), or pipeline.adopt() after your own training"
+            )
         for stage, p, full in zip(self.stages, self._prepared, self._trained, strict=True):
             if not torch.equal(p.objective.layout.flatten(stage.model), full):
                 raise ValueError(
@@ -293,7 +161,7 @@ class Pipeline:
         """The stage's F as a pure function."""
         return self._prepared[self.index(stage)].objective
 
-    def prepared(self, stage: int) -> _Prepared:
+    def prepared(self, stage: int) -> Prepared:
         """The stage's objective and its ties to the previous stage."""
         return self._prepared[stage]
 
@@ -314,9 +182,7 @@ class Pipeline:
         """The quantity q of each query at the trained parameters, ``(Q,)``, in nats for losses."""
         return Retrained(self, [t[None] for t in self.trained()], []).evaluate(queries, target)[:, 0]
 
-    def retrain(
-        self, weights: Tensor | Mapping, *, warm_start: bool = False, progress: bool = True
-    ) -> "Retrained":
+    def retrain(self, weights: Tensor | Mapping, *, warm_start: bool = False, progress: bool = True) -> "Retrained":
         """Rerun every stage under example weights, many weightings at once; the models stay as they are.
 
         Args:
@@ -362,8 +228,14 @@ class Pipeline:
             stage.data = stage.data.to(*targets)
 
         def move(flats):
-            return None if flats is None else [f.to(s.data.x.device, next(s.model.parameters()).dtype)
-                                               for f, s in zip(flats, self.stages, strict=True)]
+            return (
+                None
+                if flats is None
+                else [
+                    f.to(s.data.x.device, next(s.model.parameters()).dtype)
+                    for f, s in zip(flats, self.stages, strict=True)
+                ]
+            )
 
         self._initial = move(self._initial)
         self._take(move(self._trained))
@@ -396,7 +268,12 @@ class Pipeline:
         tensors |= {f"{k}.initial": t for k, t in enumerate(self._initial)}
         for k, report in enumerate(self.reports or []):
             tensors |= {f"{k}.{n}": getattr(report, n) for n in ("value", "gradient_norm", "converged")}
-        write_tensors(path, "pipeline", tensors, self._facts() | {"iterations": [r.iterations for r in self.reports or []]})
+        write_tensors(
+            path,
+            "pipeline",
+            tensors,
+            self._facts() | {"iterations": [r.iterations for r in self.reports or []]},
+        )
 
     def load(self, path) -> "Pipeline":
         """Take the weights of a saved pipeline of the same stages; models are written only if all is well.
@@ -425,7 +302,12 @@ class Pipeline:
         self._initial = [tensors[f"{k}.initial"].to(self._initial[k].device) for k in count]
         self._write([tensors[f"{k}.trained"].to(self._initial[k].device) for k in count])
         self.reports = [
-            FitReport(ours[k]["recipe"], n, *(tensors[f"{k}.{f}"] for f in ("value", "gradient_norm", "converged")), 0.0)
+            FitReport(
+                ours[k]["recipe"],
+                n,
+                *(tensors[f"{k}.{f}"] for f in ("value", "gradient_norm", "converged")),
+                0.0,
+            )
             for k, n in enumerate(facts["iterations"])
         ] or None
         return self
@@ -434,8 +316,10 @@ class Pipeline:
         lines = []
         for s, p in zip(self.stages, self._prepared, strict=True):
             link = "" if s.link is None else f", {type(s.link).__name__}({p.objective.alpha or ''})"
-            lines.append(f"  {s.name}: {p.objective.size} of {p.objective.layout.size} parameters trained on "
-                         f"{len(s.data)} examples{link}")
+            lines.append(
+                f"  {s.name}: {p.objective.size} of {p.objective.layout.size} parameters trained on "
+                f"{len(s.data)} examples{link}"
+            )
         return "Pipeline(\n" + "\n".join(lines) + ("\n)" if self._trained else "\n) not trained yet")
 
 

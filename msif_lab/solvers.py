@@ -101,7 +101,8 @@ def _cholesky(matrix: Tensor, what: str) -> Tensor:
     if bool(failed):
         smallest = float(torch.linalg.eigvalsh(matrix)[0])
         raise IndefiniteCurvatureError(
-            f"{what} is not positive definite: its smallest eigenvalue is {smallest:.3e}; {WAYS_OUT}", smallest
+            f"{what} is not positive definite: its smallest eigenvalue is {smallest:.3e}; {WAYS_OUT}",
+            smallest,
         )
     return factor
 
@@ -158,7 +159,10 @@ class Factorised:
         self.operator, self.matrix, self._name = operator, solver.dense(operator), repr(solver)
         self.factor = _cholesky(self.matrix, "the curvature")
         # Inverse iteration: the smallest eigenvalue for the price of a few triangular solves.
-        v = torch.ones_like(self.matrix[:, :1]) + 0.1 * torch.cos(torch.arange(len(self.matrix)).to(self.matrix))[:, None]
+        v = (
+            torch.ones_like(self.matrix[:, :1])
+            + 0.1 * torch.cos(torch.arange(len(self.matrix)).to(self.matrix))[:, None]
+        )
         for _ in range(30):
             v = torch.cholesky_solve(v / v.norm(), self.factor)
         v = v / v.norm()

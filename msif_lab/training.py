@@ -47,7 +47,9 @@ def progress_bar(total: int, text: str, show: bool = True) -> tqdm:
 
 def _finite(value: Tensor, gradient: Tensor, step: int, advice: str) -> None:
     if not bool(torch.isfinite(value).all() and torch.isfinite(gradient).all()):
-        raise NotConvergedError(f"training produced NaN or inf at step {step}: the risk is {value.tolist()[:3]}; {advice}")
+        raise NotConvergedError(
+            f"training produced NaN or inf at step {step}: the risk is {value.tolist()[:3]}; {advice}"
+        )
 
 
 def _noise_floor(lanes: Lanes, theta: Tensor) -> Tensor:
@@ -151,7 +153,9 @@ class LBFGS:
                 if not bool(moved.any()):
                     break  # no lane can lower F any more at this precision
                 bar.update()
-                bar.set_postfix_str(f"{len(alive)} running, ‖∇F‖ {float(gradient.norm(dim=1).max()):.1e}", refresh=False)
+                bar.set_postfix_str(
+                    f"{len(alive)} running, ‖∇F‖ {float(gradient.norm(dim=1).max()):.1e}", refresh=False
+                )
         result[alive] = theta
         return result, iteration + 1
 
@@ -292,7 +296,11 @@ class SGD:
         if callable(self.schedule):
             return rise * float(self.schedule(step, total))
         passed = torch.tensor(max(0, step - self.warmup) / max(1, total - self.warmup), dtype=torch.float64)
-        decay = {"constant": 1.0, "linear": 1 - float(passed), "cosine": float((1 + torch.cos(passed * torch.pi)) / 2)}
+        decay = {
+            "constant": 1.0,
+            "linear": 1 - float(passed),
+            "cosine": float((1 + torch.cos(passed * torch.pi)) / 2),
+        }
         return rise * decay[self.schedule]
 
     def run(self, lanes: Lanes, theta: Tensor, progress: bool = True) -> tuple[Tensor, FitReport]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import joblib
 import numpy
 import torch
-from scipy import stats
 from torch import Tensor
 
 from .data import Examples
@@ -136,15 +135,20 @@ def removal_effects(
     base = _base(pipeline, queries, target, protocol)
     name = target if isinstance(target, str) else getattr(target, "__name__", "custom")
     stage_name = pipeline.stages[k].name
-    after, norms, done = _open_store(store, _key(pipeline, queries, groups, stage_name, name, protocol), len(base), groups)
+    after, norms, done = _open_store(
+        store, _key(pipeline, queries, groups, stage_name, name, protocol), len(base), groups
+    )
     todo = (~done).nonzero().flatten().split(lanes)
     jobs = (
-        joblib.delayed(_retrain_without)(pipeline, k, [groups[i] for i in part], queries, target, protocol) for part in todo
+        joblib.delayed(_retrain_without)(pipeline, k, [groups[i] for i in part], queries, target, protocol)
+        for part in todo
     )
     short = False
     with progress_bar(len(groups), "retraining", progress) as bar:
         bar.update(int(done.sum()))
-        for part, (values, norm, missed) in zip(todo, joblib.Parallel(n_jobs, return_as="generator")(jobs), strict=True):
+        for part, (values, norm, missed) in zip(
+            todo, joblib.Parallel(n_jobs, return_as="generator")(jobs), strict=True
+        ):
             after[:, part], norms[part], done[part], short = values, norm, True, short or missed
             if store is not None:
                 key = _key(pipeline, queries, groups, stage_name, name, protocol)
@@ -179,9 +183,15 @@ def _open_store(store, key: str, queries: int, groups) -> tuple[Tensor, Tensor, 
         tensors = None
     if tensors is None:
         after = torch.zeros(queries, len(groups), dtype=torch.float64)
-        return after, torch.zeros(len(groups), dtype=torch.float64), torch.zeros(len(groups), dtype=torch.bool)
+        return (
+            after,
+            torch.zeros(len(groups), dtype=torch.float64),
+            torch.zeros(len(groups), dtype=torch.bool),
+        )
     if facts["key"] != key:
-        raise SavedFileError(f"store={str(store)!r} holds removals of another pipeline, queries or subsets; name another file")
+        raise SavedFileError(
+            f"store={str(store)!r} holds removals of another pipeline, queries or subsets; name another file"
+        )
     return tensors["after"], tensors["norms"], tensors["done"]
 
 
@@ -219,7 +229,12 @@ class Agreement:
     def _rows(self) -> list[tuple[str, str, str, str]]:
         names = {"r": "Pearson r", "rho": "Spearman", "slope": "slope actual / predicted"}
         return [
-            (label, f"{self.mean(n):.3f}", "{:.3f} – {:.3f}".format(*self.intervals[n]), f"{self.pooled[n]:.3f}")
+            (
+                label,
+                f"{self.mean(n):.3f}",
+                "{:.3f} – {:.3f}".format(*self.intervals[n]),
+                f"{self.pooled[n]:.3f}",
+            )
             for n, label in names.items()
         ]
 
@@ -266,7 +281,9 @@ def agreement(scores: Influence, effects: Effects, *, resamples: int = 2000, see
     if len(effects.subsets) < 3:
         raise ValueError(f"{len(effects.subsets)} removals are too few to correlate; at least 3 are needed")
     predicted = torch.stack([scores.removal_effect(s) for s in effects.subsets], 1).detach().cpu().double().numpy()
-    return compare(predicted, effects.values.double().numpy(), effects.query_ids.numpy(), resamples=resamples, seed=seed)
+    return compare(
+        predicted, effects.values.double().numpy(), effects.query_ids.numpy(), resamples=resamples, seed=seed
+    )
 
 
 def compare(predicted, actual, query_ids=None, *, resamples: int = 2000, seed: int = 0) -> Agreement:
@@ -277,7 +294,9 @@ def compare(predicted, actual, query_ids=None, *, resamples: int = 2000, seed: i
     if undefined == len(per_query):
         raise ValueError("no query has predictions and effects that vary, so nothing can be correlated")
     if undefined:
-        warnings.warn(f"{undefined} of {len(per_query)} queries do not vary and are left out of the means", stacklevel=2)
+        warnings.warn(
+            f"{undefined} of {len(per_query)} queries do not vary and are left out of the means", stacklevel=2
+        )
     defined = per_query[~numpy.isnan(per_query).any(1)]
     names = ("r", "rho", "slope")
     draws = numpy.random.default_rng(seed).integers(len(defined), size=(resamples, len(defined)))
@@ -293,6 +312,8 @@ def compare(predicted, actual, query_ids=None, *, resamples: int = 2000, seed: i
 
 
 def _statistics(predicted, actual) -> tuple[float, float, float]:
+    from scipy import stats  # half a second to import; nothing else here needs it
+
     if numpy.ptp(predicted) == 0 or numpy.ptp(actual) == 0:
         return (float("nan"),) * 3
     r = float(stats.pearsonr(predicted, actual).statistic)

@@ -64,9 +64,7 @@ def _text(nb) -> list[str]:
     last = ("recap", "references", "next")
     places = [max((i for i, title in enumerate(titles) if word in title), default=None) for word in last]
     if None in places:
-        problems += [
-            f"no {w.capitalize()} heading" for w, place in zip(last, places, strict=True) if place is None
-        ]
+        problems += [f"no {w.capitalize()} heading" for w, place in zip(last, places, strict=True) if place is None]
     elif places != sorted(places):
         problems.append("recap, references and next are out of order")
     markdown = "\n\n".join(cell.source for cell in nb.cells if cell.cell_type == "markdown")

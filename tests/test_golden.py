@@ -50,16 +50,15 @@ def test_scores_equal_finite_differences_of_the_whole_pipeline(kind, regression,
 
 def test_unpolished_optimum_fails_the_same_check():
     """Negative control: the strict check tells a loose optimum from a stationary point."""
-    pipeline = random_pipeline(link=LINKS["frozen"], fit=False)
-    for stage in pipeline.stages:
-        stage.recipe = msif.LBFGS(tol=1e-2, polish_up_to=0)
-    pipeline.fit(progress=False)
+    pipeline = random_pipeline(k=1)
     queries = random_queries(pipeline)
+    truth = finite_differences(pipeline, queries, 0, [0, 3])
+    with torch.no_grad():
+        for p in pipeline.stages[0].model.parameters():
+            p.mul_(1.02)
     with pytest.warns(msif.ConvergenceWarning, match="not at a stationary point"):
-        scores = msif.ImplicitInfluence().fit(pipeline).score(queries).values[:, [0, 3]]
-    for stage in pipeline.stages:
-        stage.recipe = msif.LBFGS()
-    assert float(relative_errors(scores, finite_differences(pipeline, queries, 0, [0, 3])).max()) > 1e-3
+        scores = msif.ImplicitInfluence().fit(pipeline.adopt()).score(queries).values[:, [0, 3]]
+    assert float(relative_errors(scores, truth).max()) > 1e-2
 
 
 @pytest.mark.parametrize("target", ["margin", lambda z, y: z[:, 0] ** 2])
@@ -194,10 +193,16 @@ def test_below_the_alpha_floor_is_refused():
     proximal.adopt()
     smallest = float(torch.linalg.eigvalsh(proximal.curvature(1).dense())[0])
     assert smallest < 0
-    with pytest.warns(msif.ConvergenceWarning), pytest.raises(msif.IndefiniteCurvatureError, match="stage1") as caught:
+    with (
+        pytest.warns(msif.ConvergenceWarning),
+        pytest.raises(msif.IndefiniteCurvatureError, match="stage1") as caught,
+    ):
         msif.ImplicitInfluence().fit(proximal)
     assert f"{smallest:.3e}" in str(caught.value) and abs(caught.value.smallest - smallest) < 1e-12
-    with pytest.warns(msif.ConvergenceWarning), pytest.raises(msif.IndefiniteCurvatureError, match="conjugate"):
+    with (
+        pytest.warns(msif.ConvergenceWarning),
+        pytest.raises(msif.IndefiniteCurvatureError, match="conjugate"),
+    ):
         msif.ImplicitInfluence(msif.ConjugateGradient(max_iter=3000)).fit(proximal).score(random_queries(proximal))
     enough = at_same_point(2 * abs(smallest), pipeline)
     with pytest.warns(msif.ConvergenceWarning):

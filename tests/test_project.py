@@ -23,7 +23,18 @@ TOP_LEVEL = {"README.md", "LICENSE", "CONTRIBUTING.md", "pyproject.toml", "envir
 
 # Data flow down this list; a module imports only from those above it.
 ORDER = [
-    *("errors", "storage", "data", "models", "objective", "curvature", "training", "pipeline", "solvers"),
+    *(
+        "errors",
+        "storage",
+        "data",
+        "models",
+        "objective",
+        "curvature",
+        "training",
+        "stages",
+        "pipeline",
+        "solvers",
+    ),
     *("influence", "unrolled", "baselines", "validation", "cleaning", "experiments", "plots", "widgets"),
 ]
 

@@ -1,0 +1,149 @@
+"""A stage, and the links that say what it takes over from the stage before."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from .data import Examples
+from .objective import Lanes, Layout, Objective, cross_entropy
+from .training import LBFGS
+
+__all__ = ["Frozen", "Proximal", "Stage"]
+
+Shared = str | Sequence[str] | Callable[[str], bool] | None
+
+
+def shared_names(shared: Shared, before: Layout, after: Layout, where: str) -> list[str]:
+    """The parameters a stage takes over, in its own order; see `Frozen` for what ``shared`` may be."""
+    offered = [name for name in after.shapes if name in before.shapes]
+    if shared is None:
+        names = [n for n in offered if n.split(".")[0] != "head" and before.shapes[n] == after.shapes[n]]
+    elif isinstance(shared, str):
+        names = [n for n in offered if n.startswith(shared)]
+    elif callable(shared):
+        names = [n for n in offered if shared(n)]
+    else:
+        unknown = [n for n in shared if n not in offered]
+        if unknown:
+            raise ValueError(f"{where}: shared names {unknown} are not parameters of both models; those are {offered}")
+        names = [n for n in offered if n in set(shared)]
+    if not names:
+        raise ValueError(
+            f"{where}: no parameter is shared with the previous stage (shared={shared!r}); parameters of both models: "
+            f"{offered or 'none'}; give equal names and shapes, or shared=a prefix, a list, or a function of the name"
+        )
+    for name in names:
+        if before.shapes[name] != after.shapes[name]:
+            raise ValueError(
+                f"{where}: shared parameter {name!r} has shape {tuple(after.shapes[name])} here but "
+                f"{tuple(before.shapes[name])} in the previous stage; leave it out of shared="
+            )
+    return names
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """The shared parameters are taken from the previous stage and stay as they are (the paper's first case).
+
+    Args:
+        shared: which parameters: None for every equal name and shape outside ``head``, a prefix, a list of
+            names, or a function of the name (``lambda n: not n.startswith("fc.")``).
+    """
+
+    shared: Shared = None
+
+
+@dataclass(frozen=True)
+class Proximal:
+    """Everything is trained, ``α ‖W' − W*‖²`` holds the shared part W' near the previous stage's W* (second case).
+
+    Args:
+        alpha: strength α > 0. Large: frozen. Plain gradient descent for K steps of rate η acts like
+            ``2α = 1/(ηK)``.
+        shared: as in `Frozen`.
+    """
+
+    alpha: float
+    shared: Shared = None
+
+    def __post_init__(self):
+        if not isinstance(self.alpha, (int, float)) or not 0 < self.alpha < float("inf"):
+            raise ValueError(f"alpha={self.alpha!r} must be positive and finite; for the limit α → ∞ use Frozen()")
+
+
+@dataclass
+class Stage:
+    """One training stage: ``F(θ; w) = (1/m) Σ_i w_i f_i(θ) + (weight_decay/2) ‖θ‖²`` over what it trains.
+
+    Args:
+        name: unique in the pipeline.
+        model: any module that is a deterministic function of each example; `Pipeline.fit` writes into it.
+        data: the `Examples` it is trained on.
+        loss: ``(outputs, targets) -> (B,)``; cross-entropy by default.
+        weight_decay: λ ≥ 0 on every parameter this stage trains, biases included.
+        link: how it takes over from the previous stage: `Frozen` or `Proximal`; None for the first.
+        recipe: how it is trained; `LBFGS` by default.
+    """
+
+    name: str
+    model: nn.Module
+    data: Examples
+    loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy
+    weight_decay: float = 0.0
+    link: Frozen | Proximal | None = None
+    recipe: LBFGS | object = field(default_factory=LBFGS)
+
+    def problems(self, first: bool) -> list[str]:
+        problems = []
+        if not isinstance(self.model, nn.Module):
+            problems.append(f"model is {type(self.model).__name__}, not a torch.nn.Module")
+        if not isinstance(self.data, Examples):
+            problems.append(f"data is {type(self.data).__name__}, not msif_lab.Examples; wrap it: Examples(x, y)")
+        if not callable(self.loss):
+            problems.append(f"loss={self.loss!r} is not a function (outputs, targets) -> (B,)")
+        if not isinstance(self.weight_decay, (int, float)) or not 0 <= self.weight_decay < float("inf"):
+            problems.append(f"weight_decay={self.weight_decay!r} must be zero or positive")
+        if not hasattr(self.recipe, "run"):
+            problems.append(f"recipe={self.recipe!r} is not a recipe such as LBFGS() or SGD(lr=0.1)")
+        if first and self.link is not None:
+            problems.append(f"link={self.link!r}, but the first stage has nothing to take over; leave it out")
+        if not first and not isinstance(self.link, (Frozen, Proximal)):
+            problems.append(f"link={self.link!r}: a later stage needs link=Frozen() or link=Proximal(alpha=...)")
+        return [f"stage {self.name!r}: {p}" for p in problems]
+
+
+class Prepared:
+    """A stage made functional: its objective and how its parameters hang on the previous stage's."""
+
+    def __init__(self, stage: Stage, before: "Prepared | None"):
+        where = f"stage {stage.name!r}"
+        layout = Layout(stage.model, where)
+        shared = [] if before is None else shared_names(stage.link.shared, before.objective.layout, layout, where)
+        free = stage.link is None or isinstance(stage.link, Proximal)
+        self.coupled = [n for n in shared if free and n in layout.trainable]  # trained, held near by alpha
+        self.frozen = [n for n in shared if n not in self.coupled]  # taken over as they are
+        trained = [n for n in layout.trainable if n not in self.frozen]
+        if not trained:
+            raise ValueError(f"{where}: nothing is left to train; share fewer parameters or unfreeze some")
+        alpha = stage.link.alpha if isinstance(stage.link, Proximal) else 0.0
+        self.objective = Objective(
+            stage.model, stage.data, stage.loss, stage.weight_decay, trained, alpha, self.coupled, where
+        )
+        device = stage.data.x.device
+        (
+            self.here,
+            self.there,
+        ) = (  # flat positions of the shared parameters in this model and in the previous one
+            {k: side.positions(names).to(device) for k, names in (("coupled", self.coupled), ("frozen", self.frozen))}
+            for side in (layout, layout if before is None else before.objective.layout)
+        )
+
+    def lanes(self, base: Tensor, previous: Tensor | None, weights: Tensor | None) -> Lanes:
+        """The objective of R weightings: ``base`` (R, D), ``previous`` (R, D') the stage before, ``weights`` (R, m)."""
+        centre = None
+        if previous is not None:
+            base = base.index_copy(1, self.here["frozen"], previous[:, self.there["frozen"]])
+            centre = previous[:, self.there["coupled"]]
+        weights = base.new_ones(len(base), len(self.objective.data)) if weights is None else weights
+        return Lanes(self.objective, base, centre, weights)
