@@ -50,7 +50,7 @@ class Influence:
     def __post_init__(self):
         if self.values.shape != (len(self.query_ids), len(self.ids)):
             raise ValueError(
-                f"values {tuple(self.values.shape)} must be (queries, examples) = ({len(self.query_ids)}, {len(self.ids)})"
+                f"values {tuple(self.values.shape)} must be ({len(self.query_ids)} queries, {len(self.ids)} ids)"
             )
         if not bool(torch.isfinite(self.values).all()):
             bad = (~torch.isfinite(self.values)).nonzero()[0].tolist()
@@ -119,7 +119,7 @@ class Influence:
     def __repr__(self) -> str:
         queries, examples = self.values.shape
         return (
-            f"Influence({queries} queries × {examples} examples of stage {self.stage!r} on {self.target}, {self.method}; "
+            f"Influence({queries} queries × {examples} examples of {self.stage!r} on {self.target}; {self.method}; "
             f"{float((self.values > 0).double().mean()):.0%} positive)"
         )
 
@@ -130,7 +130,8 @@ class Influence:
             for sign, ranking in (("helpful", good), ("harmful", bad))
             for v, i in zip(ranking.values[0], ranking.ids[0], strict=True)
         )
-        return f"<table><caption>{self!r}, mean over queries</caption><tr><th></th><th>id</th><th>score</th></tr>{rows}</table>"
+        title = f"{len(self)} queries × {len(self.ids)} examples of stage {self.stage!r}; mean effect on {self.target}"
+        return f"<table><caption>{title}</caption><tr><th></th><th>id</th><th>score</th></tr>{rows}</table>"
 
 
 class ImplicitInfluence:
@@ -210,8 +211,8 @@ class ImplicitInfluence:
         pull = float(torch.cat(squares).mean().sqrt()) / len(o.data)
         if left > 0.1 * pull:
             warnings.warn(
-                f"{o.where} is not at a stationary point: ‖∇F‖ = {left:.1e}, one example's pull is {pull:.1e}. Implicit "
-                "influence assumes an optimum; train with LBFGS(), or longer, or use influence that follows the run",
+                f"{o.where} is not at a stationary point: ‖∇F‖ = {left:.1e}, one example's pull is {pull:.1e}. "
+                "Implicit influence assumes an optimum; train with LBFGS(), or longer, or use influence that follows the run",
                 ConvergenceWarning,
                 stacklevel=3,
             )
@@ -308,8 +309,8 @@ class ImplicitInfluence:
             shifts.append(shift)
         if failed:
             warnings.warn(
-                f"{o.where}: without examples {failed[:10]} ({len(failed)} in all) the curvature H − h_i/m is not positive "
-                "definite, so there may be no nearby minimum; their scores are not corrected. Use curvature='ggn' or "
+                f"{o.where}: without examples {failed[:10]} ({len(failed)} in all) the curvature H − h_i/m is not "
+                "positive definite, so there may be no nearby minimum; their scores are not corrected. Use curvature='ggn' or "
                 "more weight decay",
                 ConvergenceWarning,
                 stacklevel=4,

@@ -1,5 +1,6 @@
 """Small smooth networks in two named parts, ``embedding`` and ``head``; any ``nn.Module`` works as well."""
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -67,7 +68,7 @@ def mlp(
 
     def make():
         layers: list[nn.Module] = [nn.Flatten()]
-        for before, after in zip(widths, widths[1:], strict=False):
+        for before, after in itertools.pairwise(widths):
             layers += [nn.Linear(before, after), activation()]
         return EmbeddingHead(nn.Sequential(*layers), nn.Linear(widths[-1], classes))
 

@@ -134,8 +134,8 @@ class Pipeline:
             for name, buffer in after.model.named_buffers():
                 if name in old and old[name].shape == buffer.shape and not torch.equal(old[name], buffer):
                     raise ValueError(
-                        f"stage {after.name!r}: buffer {name!r} differs from that of stage {before.name!r}; buffers are "
-                        "constants here, so copy them before fitting: after.load_state_dict(before.state_dict(), strict=False)"
+                        f"stage {after.name!r}: buffer {name!r} differs from that of stage {before.name!r}; buffers "
+                        "are constants here, so copy them first: after.load_state_dict(before.state_dict(), strict=False)"
                     )
 
     # --- the trained state ------------------------------------------------------------------------
@@ -166,7 +166,7 @@ class Pipeline:
         return self._prepared[stage]
 
     def curvature(self, stage: int | str, kind: str = "hessian") -> DataCurvature:
-        """Curvature operator of a stage at the trained parameters, penalty included; the same object until they change."""
+        """Curvature operator of a stage at the trained parameters, penalty included; kept until they change."""
         k, trained = self.index(stage), self.trained()
         if (k, kind) not in self._curvatures:
             self._curvatures[k, kind] = curvature(kind, self._prepared[k].objective, trained[k])

@@ -258,8 +258,8 @@ class ConjugateGradient:
         if not bool(converged.all()):
             message = (
                 f"{self}: {int((~converged).sum())} of {b.shape[1]} columns stopped at relative residual up to "
-                f"{float(residuals.max()):.1e} (asked: {self.tol:.0e}) after {iterations} iterations, smallest curvature "
-                f"{smallest:.1e}; raise max_iter, add damping, or loosen tol"
+                f"{float(residuals.max()):.1e} (asked: {self.tol:.0e}) after {iterations} iterations, smallest "
+                f"curvature {smallest:.1e}; raise max_iter, add damping, or loosen tol"
             )
             if self.strict:
                 raise NotConvergedError(message)

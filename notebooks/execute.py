@@ -85,7 +85,6 @@ def execute(notebook: Path, cwd: Path | None = None) -> tuple[nbformat.NotebookN
         kernel_name="python3",
         timeout=CELL_TIMEOUT,
         record_timing=False,
-        store_widget_state=False,
         coalesce_streams=True,  # otherwise the chunks of printed text depend on timing
         resources={"metadata": {"path": str(cwd or notebook.resolve().parent)}},
     )

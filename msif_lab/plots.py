@@ -1,0 +1,146 @@
+"""Pictures of pipelines, influence and agreement; nothing numerical is computed here."""
+
+import math
+
+import torch
+
+from .data import Examples
+from .influence import Influence
+from .pipeline import Pipeline
+from .stages import Frozen
+from .validation import Agreement
+
+__all__ = ["agreement_scatter", "influence_grid", "pipeline_diagram", "use_style"]
+
+HELPFUL, HARMFUL, NEUTRAL = "#0173b2", "#de8f05", "#808080"  # seaborn's colourblind blue and orange; grey
+
+
+def use_style() -> None:
+    """Seaborn's colourblind palette, readable sizes, 100 dpi; call once at the top of a notebook."""
+    import matplotlib.pyplot as plt
+    import seaborn
+
+    seaborn.set_theme(context="notebook", style="ticks", palette="colorblind", font_scale=0.9)
+    plt.rcParams.update(
+        {"figure.dpi": 100, "savefig.dpi": 100, "savefig.bbox": "tight", "axes.spines.top": False,
+         "axes.spines.right": False, "figure.facecolor": "white", "figure.constrained_layout.use": True}
+    )  # fmt: skip
+
+
+def pipeline_diagram(pipeline: Pipeline, ax=None):
+    """Stages as boxes, from left to right; on each arrow what is handed over and how; at the end the query.
+
+    Returns:
+        the matplotlib axes.
+    """
+    import matplotlib.pyplot as plt
+
+    width, gap, count = 2.3, 1.5, len(pipeline.stages)
+    total = count * (width + gap) + 0.9
+    if ax is None:
+        _, ax = plt.subplots(figsize=(0.88 * total, 1.5))
+    ax.set(xlim=(-0.05, total + 0.05), ylim=(0, 1))
+    ax.axis("off")
+    for k, stage in enumerate(pipeline.stages):
+        o, p = pipeline.objective(k), pipeline.prepared(k)
+        lines = [f"{len(stage.data)} examples", f"trains {o.size:,} of {o.layout.size:,}", "parameters"]
+        if stage.data.has_labels:
+            lines[0] += f" of {', '.join(map(str, stage.data.classes))}"
+        left = k * (width + gap)
+        _box(ax, left, width, stage.name, lines, HELPFUL)
+        if k:
+            shared = len(p.here["frozen"]) + len(p.here["coupled"])
+            how = "frozen" if isinstance(stage.link, Frozen) else f"held near, α = {o.alpha:g}"
+            _arrow(ax, left - gap, left, f"{shared:,} shared", how)
+    _arrow(ax, total - 0.9 - gap, total - 0.9, "final", "parameters")
+    _box(ax, total - 0.9, 0.9, "query", ["loss q"], HARMFUL)
+    return ax
+
+
+def _box(ax, left: float, width: float, title: str, lines: list[str], colour: str) -> None:
+    from matplotlib.patches import FancyBboxPatch
+
+    style = {"boxstyle": "round,pad=0,rounding_size=0.08", "facecolor": "white", "edgecolor": colour, "linewidth": 1.5}
+    ax.add_patch(FancyBboxPatch((left, 0.08), width, 0.84, **style))
+    ax.text(left + width / 2, 0.76, title, ha="center", va="center", fontsize=10, weight="bold")
+    ax.text(left + width / 2, 0.38, "\n".join(lines), ha="center", va="center", fontsize=8.5)
+
+
+def _arrow(ax, start: float, end: float, above: str, below: str) -> None:
+    arrow = {"arrowstyle": "-|>", "color": "black", "lw": 1.5, "shrinkA": 3, "shrinkB": 3}
+    ax.annotate("", xy=(end, 0.5), xytext=(start, 0.5), arrowprops=arrow)
+    ax.text((start + end) / 2, 0.56, above, ha="center", va="bottom", fontsize=8)
+    ax.text((start + end) / 2, 0.44, below, ha="center", va="top", fontsize=8)
+
+
+def _picture(image: torch.Tensor):
+    """(C, H, W) → what imshow takes."""
+    image = image.detach().cpu()
+    return image[0] if image.shape[0] == 1 else image.permute(1, 2, 0).clamp(0, 1)
+
+
+def influence_grid(scores: Influence, examples: Examples, queries: Examples, query: int = 0, k: int = 5):
+    """One query with its k most helpful and k most harmful examples: picture, sign, label, id.
+
+    Args:
+        scores: of ``examples`` on ``queries``.
+        examples: images ``(N, C, H, W)`` of the scored stage.
+        queries: images of the queries.
+        query: position of the query.
+        k: pictures a row.
+
+    Returns:
+        the matplotlib figure.
+    """
+    import matplotlib.pyplot as plt
+
+    if examples.x.ndim != 4 or queries.x.ndim != 4:
+        raise ValueError(f"images (N, C, H, W) are needed; examples.x is {tuple(examples.x.shape)}")
+    if len(examples) != len(scores.ids) or len(queries) != len(scores):
+        raise ValueError(
+            f"scores are {tuple(scores.values.shape)}, given {len(queries)} queries, {len(examples)} examples"
+        )
+    figure, axes = plt.subplots(2, k + 1, figsize=(1.12 * (k + 1), 3.3))
+    for ax in axes.flat:
+        ax.set_xticks([])
+        ax.set_yticks([])
+    axes[1, 0].axis("off")
+    axes[0, 0].imshow(_picture(queries.x[query]), cmap="gray_r")
+    axes[0, 0].set_title(f"query: {queries.classes[int(queries.y[query])]}", fontsize=9)
+    rows = (("helpful", HELPFUL, scores.helpful(k)), ("harmful", HARMFUL, scores.harmful(k)))
+    for row, (word, colour, ranking) in enumerate(rows):
+        for column, position in enumerate(ranking.positions[query].tolist()):
+            ax, value = axes[row, column + 1], float(ranking.values[query, column])
+            ax.imshow(_picture(examples.x[position]), cmap="gray_r")
+            ax.set_title(f"label {examples.classes[int(examples.y[position])]}", fontsize=9)
+            sign = "−" if value < 0 else "+"
+            ax.set_xlabel(f"{sign}{abs(value) * 1e3:.1f}", fontsize=9, labelpad=3)
+            for spine in ax.spines.values():
+                spine.set(visible=True, color=colour, linewidth=2)
+        axes[row, 1].set_ylabel(f"{word} ({'+' if word == 'harmful' else '−'})", color=colour, fontsize=9)
+    figure.supxlabel(
+        "score below each image: change in query loss per unit of weight, thousandths of a nat", fontsize=8
+    )
+    return figure
+
+
+def agreement_scatter(report: Agreement, ax=None, title: str = ""):
+    """Predicted against actual change of every query and removal, with the line where they agree.
+
+    Returns:
+        the matplotlib axes.
+    """
+    import matplotlib.pyplot as plt
+
+    if ax is None:
+        _, ax = plt.subplots(figsize=(4.2, 3.8))
+    ax.axline((0, 0), slope=1, color=NEUTRAL, lw=1, ls="--", zorder=0)
+    ax.scatter(report.predicted.ravel(), report.actual.ravel(), s=6, alpha=0.4, color=HELPFUL, linewidths=0)
+    limit = 1.05 * max(abs(report.predicted).max(), abs(report.actual).max())
+    limit = limit if math.isfinite(limit) and limit > 0 else 1.0
+    ax.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", title=title)
+    ax.set_xlabel("predicted change in query loss, nats")
+    ax.set_ylabel("actual change after retraining, nats")
+    text = f"mean per-query r = {report.mean():.3f}\nslope = {report.mean('slope'):.2f}"
+    ax.text(0.03, 0.97, text, transform=ax.transAxes, va="top", fontsize=9)
+    return ax
