@@ -212,7 +212,7 @@ class ImplicitInfluence:
         if left > 0.1 * pull:
             warnings.warn(
                 f"{o.where} is not at a stationary point: ‖∇F‖ = {left:.1e}, one example's pull is {pull:.1e}. "
-                "Implicit influence assumes an optimum; train with LBFGS(), or longer, or use influence that follows the run",
+                "Implicit influence assumes an optimum; train with LBFGS(), or for longer",
                 ConvergenceWarning,
                 stacklevel=3,
             )
@@ -310,8 +310,8 @@ class ImplicitInfluence:
         if failed:
             warnings.warn(
                 f"{o.where}: without examples {failed[:10]} ({len(failed)} in all) the curvature H − h_i/m is not "
-                "positive definite, so there may be no nearby minimum; their scores are not corrected. Use curvature='ggn' or "
-                "more weight decay",
+                "positive definite, so there may be no nearby minimum; their scores are not corrected. "
+                "Use curvature='ggn' or more weight decay",
                 ConvergenceWarning,
                 stacklevel=4,
             )

@@ -135,7 +135,7 @@ class Pipeline:
                 if name in old and old[name].shape == buffer.shape and not torch.equal(old[name], buffer):
                     raise ValueError(
                         f"stage {after.name!r}: buffer {name!r} differs from that of stage {before.name!r}; buffers "
-                        "are constants here, so copy them first: after.load_state_dict(before.state_dict(), strict=False)"
+                        "are constants here, so copy them: after.load_state_dict(before.state_dict(), strict=False)"
                     )
 
     # --- the trained state ------------------------------------------------------------------------
