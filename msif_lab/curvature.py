@@ -62,11 +62,20 @@ class Operator:
     def __add__(self, other: "Operator | Tensor | float") -> "Operator":
         if isinstance(other, Operator):
             return _Sum(self, other)
-        return Shifted(self, other)
+        base, shift = (self.base, self.shift) if isinstance(self, Shifted) else (self, 0.0)
+        if isinstance(other, Tensor) and other.ndim and other.shape != (self.shape[0],):
+            raise ValueError(f"cannot add {tuple(other.shape)} to an operator of shape {self.shape}: a number or (P,)")
+        if not isinstance(other, (int, float, Tensor)):
+            raise TypeError(f"cannot add {type(other).__name__} to an operator: a number, a (P,) tensor or an operator")
+        return Shifted(base, shift + other)
 
     __radd__ = __add__
 
     def __mul__(self, factor: float) -> "Operator":
+        if not isinstance(factor, (int, float)) and not (isinstance(factor, Tensor) and factor.ndim == 0):
+            raise TypeError(
+                f"an operator can be multiplied by a number, not {type(factor).__name__}; products are A @ v"
+            )
         return _Scaled(self, factor)
 
     __rmul__ = __mul__
@@ -100,12 +109,7 @@ class Shifted(Operator):
 
     def __init__(self, base: Operator, shift: Tensor | float):
         super().__init__(base.shape[0], base.dtype, base.device)
-        if isinstance(base, Shifted):
-            base, shift = base.base, base.shift + shift
-        shift = torch.as_tensor(shift, dtype=base.dtype, device=base.device)
-        if shift.ndim and shift.shape != (base.shape[0],):
-            raise ValueError(f"cannot add {tuple(shift.shape)} to an operator of shape {base.shape}: a number or (P,)")
-        self.base, self.shift = base, shift
+        self.base, self.shift = base, torch.as_tensor(shift, dtype=base.dtype, device=base.device)
 
     def _product(self, vectors: Tensor) -> Tensor:
         return self.base @ vectors + (self.shift[:, None] if self.shift.ndim else self.shift) * vectors
@@ -155,6 +159,9 @@ class DataCurvature(Operator):
         every: bool = False,
     ):
         super().__init__(objective.layout.size if every else objective.size, full.dtype, full.device)
+        for name, tensor, size in (("full", full, objective.layout.size), ("weights", weights, len(objective.data))):
+            if tensor is not None and tensor.shape != (size,):
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected ({size},)")
         self.objective, self.full, self.every = objective, full, every
         self.theta = full if every else full[objective.rows]
         self.weights = full.new_ones(len(objective.data)) if weights is None else weights
@@ -261,6 +268,8 @@ def example_products(
     if mode not in ("auto", "forward", "gradients"):
         raise ValueError(f"mode={mode!r} must be 'auto', 'forward' or 'gradients'")
     o = objective
+    if vectors.ndim != 2 or vectors.shape[0] != o.size:
+        raise ValueError(f"vectors have shape {tuple(vectors.shape)}, expected (P, Q) with P = {o.size}")
     result = vectors.new_empty(vectors.shape[1], len(o.data if examples is None else examples))
     if mode == "gradients" or (mode == "auto" and vectors.shape[1] > 2):
         for rows, gradients in per_example_gradients(o, full, examples):

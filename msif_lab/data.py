@@ -1,6 +1,7 @@
 """Labelled examples that keep their identity, and the real data sets of the lessons."""
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -29,6 +30,7 @@ class Examples:
 
     def __init__(self, x, y, ids=None, *, classes: Sequence | None = None):
         self.x, self.y = torch.as_tensor(x), torch.as_tensor(y)
+        self.y = self.y if self.y.is_floating_point() else self.y.to(torch.int64)
         if self.x.ndim == 0 or self.y.ndim == 0 or len(self.x) == 0:
             raise ValueError(f"x {tuple(self.x.shape)} and y {tuple(self.y.shape)} must hold at least one example")
         if len(self.x) != len(self.y):
@@ -39,7 +41,10 @@ class Examples:
                 raise ValueError(f"{name} holds NaN or inf, first at positions {bad}; remove or repair those examples")
         if self.has_labels and int(self.y.min()) < 0:
             raise ValueError(f"y holds the negative label {int(self.y.min())}; labels are 0 .. classes-1")
-        self.ids = torch.arange(len(self.x)) if ids is None else torch.as_tensor(ids, dtype=torch.int64).cpu()
+        self.ids = torch.arange(len(self.x)) if ids is None else torch.as_tensor(ids).cpu()
+        if self.ids.is_floating_point():
+            raise ValueError(f"ids are {self.ids.dtype}, but must be integers, one per example")
+        self.ids = self.ids.to(torch.int64)
         if self.ids.shape != (len(self.x),):
             raise ValueError(f"ids has shape {tuple(self.ids.shape)}, expected ({len(self.x)},), one per example")
         if len(torch.unique(self.ids)) != len(self.ids):
@@ -60,8 +65,8 @@ class Examples:
         return len(self.x)
 
     def __getitem__(self, index):
-        if isinstance(index, int):
-            return self.x[index], self.y[index]
+        if not isinstance(index, slice) and getattr(index, "ndim", 0) == 0 and hasattr(index, "__index__"):
+            return self.x[operator.index(index)], self.y[operator.index(index)]
         if isinstance(index, slice):
             keep = torch.arange(len(self))[index]
         else:
@@ -70,7 +75,8 @@ class Examples:
         if keep.dtype != torch.int64 or keep.ndim != 1 or len(keep) == 0:
             raise ValueError(f"index selects {tuple(keep.shape)} of {keep.dtype}: give a non-empty list of positions")
         if int(keep.min()) < -len(self) or int(keep.max()) >= len(self):
-            raise IndexError(f"index {int(keep.max())} is out of range: there are {len(self)} examples")
+            worst = int(keep.max()) if int(keep.max()) >= len(self) else int(keep.min())
+            raise IndexError(f"index {worst} is out of range: there are {len(self)} examples")
         keep = keep.to(self.x.device)
         return Examples(self.x[keep], self.y[keep], self.ids[keep.cpu()], classes=self.classes)
 
@@ -88,6 +94,10 @@ class Examples:
         """
         if not self.has_labels:
             raise ValueError(f"select needs class labels, but y has shape {tuple(self.y.shape)} and {self.y.dtype}")
+        if classes is not None and not isinstance(classes, Iterable):
+            raise TypeError(f"classes={classes!r} must be a sequence of {self.classes}, e.g. ({classes!r},)")
+        if n is not None and not isinstance(n, int):
+            raise TypeError(f"n={n!r} must be a whole number")
         wanted = self.classes if classes is None else tuple(classes)
         unknown = [c for c in wanted if c not in self.classes]
         if unknown or not wanted or len(set(wanted)) != len(wanted):
@@ -99,8 +109,10 @@ class Examples:
         for position, name in enumerate(wanted):
             members = (labels == self.classes.index(name)).nonzero().flatten()
             count = len(members) if n is None else n // len(wanted) + (position < n % len(wanted))
-            if len(members) < max(count, 1):
-                raise ValueError(f"class {name!r} has {len(members)} examples, {max(count, 1)} are wanted; lower n={n}")
+            if not len(members):
+                raise ValueError(f"class {name!r} has no examples here; leave it out of classes=")
+            if len(members) < count:
+                raise ValueError(f"class {name!r} has {len(members)} examples, {count} are wanted; lower n={n}")
             kept.append(members[torch.randperm(len(members), generator=generator)[:count]])
             new_labels.append(torch.full((count,), position))
         order = torch.argsort(torch.cat(kept))
@@ -145,7 +157,7 @@ def load_digits(dtype: torch.dtype | None = None) -> tuple[Examples, Examples]:
     """Real handwritten digits that ship with scikit-learn: 1,797 images of 8 × 8, no download.
 
     Optical Recognition of Handwritten Digits (Alpaydin & Kaynak, UCI, 1998), its 17 grey levels scaled to
-    [0, 1]; split once and for all into 1,198 training and 599 test images, stratified by digit.
+    [0, 1]; split once and for all into 1,201 training and 596 test images, stratified by digit.
 
     Args:
         dtype: floating dtype of the images; default ``torch.get_default_dtype()``.

@@ -11,7 +11,7 @@ from torch import Tensor
 from .curvature import Hessian, example_products, own_products, per_example_gradients
 from .data import Examples
 from .errors import ConvergenceWarning, IndefiniteCurvatureError
-from .objective import WORKING_BYTES, check_examples, target_function
+from .objective import WORKING_BYTES, ask
 from .pipeline import Pipeline
 from .solvers import Exact, SolveReport
 from .storage import read_tensors, require_memory, write_tensors
@@ -82,9 +82,12 @@ class Influence:
 
     def removal_effect(self, indices: Sequence[int]) -> Tensor:
         """Predicted change of each query when the examples at these positions are removed, ``(Q,)``: −Σ scores."""
-        positions = torch.as_tensor(indices, dtype=torch.int64, device=self.values.device).reshape(-1)
-        if len(positions) == 0 or int(positions.min()) < 0 or int(positions.max()) >= len(self.ids):
-            raise ValueError(f"indices={list(indices)} must be positions between 0 and {len(self.ids) - 1}")
+        positions = torch.as_tensor(indices).reshape(-1).to(self.values.device)
+        whole = len(positions) > 0 and not positions.is_floating_point() and positions.dtype != torch.bool
+        if not whole or int(positions.min()) < 0 or int(positions.max()) >= len(self.ids):
+            raise ValueError(f"indices={indices!r} must be positions between 0 and {len(self.ids) - 1}")
+        if len(torch.unique(positions)) != len(positions):
+            raise ValueError(f"indices={indices!r} must be different positions")
         return -self.values[:, positions].sum(1)
 
     def mean(self) -> "Influence":
@@ -170,7 +173,7 @@ class ImplicitInfluence:
             raise ValueError(f"curvature={curvature!r} must be 'hessian' or 'ggn'")
         if not 0 <= damping < float("inf"):
             raise ValueError(f"damping={damping} must be zero or positive")
-        if solver is not None and not hasattr(solver, "prepare"):
+        if solver is not None and (not hasattr(solver, "prepare") or isinstance(solver, type)):
             raise TypeError(f"solver={solver!r} must be a solver object such as Exact() or ConjugateGradient()")
         self.solver = Exact() if solver is None else solver
         self.curvature, self.damping, self.leave_one_out = curvature, float(damping), leave_one_out
@@ -190,6 +193,8 @@ class ImplicitInfluence:
         Warns:
             ConvergenceWarning: a stage is not at a stationary point, with its gradient norm.
         """
+        if not isinstance(pipeline, Pipeline):
+            raise TypeError(f"pipeline must be a msif_lab.Pipeline, not {type(pipeline).__name__}")
         trained = pipeline.trained()
         self._pipeline, self._full, self._shifts = pipeline, [t.clone() for t in trained], {}
         self._prepared = []
@@ -232,9 +237,14 @@ class ImplicitInfluence:
             raise ValueError("call fit(pipeline) before score(queries)")
         first = self._pipeline.index(stage)
         last = len(self._pipeline.stages) - 1
+        for stage_, then, now in zip(self._pipeline.stages, self._full, self._pipeline.trained(), strict=True):
+            if then.dtype != now.dtype or then.device != now.device or not torch.equal(then, now):
+                raise ValueError(
+                    f"stage {stage_.name!r} changed since fit: {then.dtype} on {then.device} then, {now.dtype} on "
+                    f"{now.device} now, or other weights; call fit(pipeline) again"
+                )
         o = self._pipeline.objective(last)
-        check_examples(o, queries, "queries")
-        function = target_function(target, o.loss)
+        function = ask(o, queries, target)
         gradients = [g for _, g in per_example_gradients(o, self._full[last], queries, function, every=True)]
         cotangent = torch.cat(gradients)  # (Q, D) = ∇q by all parameters of the last stage
         self.report_ = {}

@@ -63,6 +63,8 @@ def mlp(
     >>> [name for name, _ in mlp(64, hidden=(16,), classes=4).named_parameters()]
     ['embedding.1.weight', 'embedding.1.bias', 'head.weight', 'head.bias']
     """
+    if isinstance(hidden, int):
+        raise TypeError(f"hidden={hidden} must be a sequence of widths, e.g. ({hidden},)")
     widths = [in_features, *hidden]
     _positive(in_features=in_features, classes=classes, **{f"hidden[{i}]": w for i, w in enumerate(hidden)})
 
@@ -105,7 +107,7 @@ def convnet(
     >>> sum(p.numel() for p in convnet((1, 14, 14), classes=4).parameters())
     6020
     """
-    if len(in_shape) != 3 or min(in_shape[1:]) < 2 ** len(channels):
+    if len(in_shape) != 3 or in_shape[0] < 1 or min(in_shape[1:]) < 2 ** len(channels):
         raise ValueError(
             f"in_shape={tuple(in_shape)} must be (channels, height, width) with sides of at least "
             f"{2 ** len(channels)} for {len(channels)} poolings"

@@ -25,7 +25,8 @@ def _negative_log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
     cross_entropy falls back to Python decompositions, this is several times faster."""
     largest = logits.detach().amax(-1, keepdim=True)
     correct = torch.arange(logits.shape[-1], device=logits.device) == labels[..., None]
-    return (logits - largest).exp().sum(-1).log() + largest[..., 0] - (logits * correct).sum(-1)
+    picked = logits.where(correct, 0.0).sum(-1).where(correct.any(-1), torch.nan)  # no output for the label: no number
+    return (logits - largest).exp().sum(-1).log() + largest[..., 0] - picked
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -148,6 +149,8 @@ class Objective:
             [i for n in shared for i in trained_spans[n]], dtype=torch.int64, device=data.x.device
         )
         self._all = self.trained == list(self.layout.shapes)
+        # Constants of the function; copies, so that a module that writes into them cannot change itself.
+        self.buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
         self._bytes = None
 
     @property
@@ -172,7 +175,7 @@ class Objective:
 
     def outputs(self, full: Tensor, x: Tensor) -> Tensor:
         """Model outputs ``(B, ...)`` at all parameters ``full`` (D,)."""
-        return functional_call(self.model, self.layout.named(full), (x,))
+        return functional_call(self.model, self.layout.named(full) | self.buffers, (x,))
 
     def losses(self, full: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """Per-example losses ``f_i``, ``(B,)``."""
@@ -292,10 +295,20 @@ def check_examples(objective: Objective, examples: Examples, name: str) -> None:
         )
     if examples.x.dtype == torch.uint8:
         raise ValueError(f"{name}.x is uint8; scale it yourself, e.g. x.to(torch.get_default_dtype()) / 255")
-    _check_layers(o.model, o.where)
+    check_layers(o.model, o.where)
+    named = examples.has_labels and o.data.has_labels and examples.classes != tuple(range(len(examples.classes)))
+    if named and examples.classes != o.data.classes[: len(examples.classes)]:
+        raise ValueError(
+            f"{name} have classes {examples.classes}, {o.where} has {o.data.classes}: labels would mean something "
+            "else; select the queries with the same classes in the same order"
+        )
+    if examples.y.is_floating_point() and examples.y.dtype != parameter.dtype:
+        raise ValueError(
+            f"{name}.y is {examples.y.dtype}, the model is {parameter.dtype}; use {name}.to({parameter.dtype})"
+        )
     few = torch.unique(torch.tensor([0, len(examples) // 2, len(examples) - 1]))
     x, y = examples.x[few], examples.y[few]
-    full = o.layout.flatten(o.model)
+    full, buffers = o.layout.flatten(o.model), {n: b.clone() for n, b in o.buffers.items()}
     try:
         with torch.no_grad():
             outputs, again = o.outputs(full, x), o.outputs(full, x)
@@ -304,6 +317,13 @@ def check_examples(objective: Objective, examples: Examples, name: str) -> None:
         raise ValueError(
             f"{name}.x of shape {tuple(examples.x.shape)} does not fit the model of {o.where}: {error}"
         ) from error
+    for buffer, before in buffers.items():
+        if not torch.equal(before, o.buffers[buffer]):
+            o.buffers = buffers
+            raise UnsupportedModelError(
+                f"{o.where}: calling the model writes into its buffer {buffer!r}, so it is no fixed function; call "
+                "model.eval() first, or replace that layer"
+            )
     close = 1e-3 if outputs.dtype in (torch.float32, torch.float16, torch.bfloat16) else 1e-8
     if not torch.equal(outputs, again) or not torch.allclose(outputs, alone, rtol=close, atol=close):
         raise UnsupportedModelError(
@@ -323,20 +343,51 @@ def check_examples(objective: Objective, examples: Examples, name: str) -> None:
     try:
         with torch.no_grad():
             losses = o.loss(outputs, y)
+            singly = [o.loss(outputs[i : i + 1], y[i : i + 1]) for i in range(len(x))]
     except (RuntimeError, IndexError, TypeError) as error:
         raise ValueError(f"{o.where}: loss(outputs, targets) fails on {name}: {error}") from error
     if losses.shape != (len(x),):
         raise ValueError(
             f"{o.where}: loss(outputs, targets) gives {tuple(losses.shape)}, expected one per example ({len(x)},)"
         )
+    if not torch.allclose(losses, torch.cat([s.reshape(-1) for s in singly]), rtol=close, atol=close, equal_nan=True):
+        raise ValueError(
+            f"{o.where}: loss(outputs, targets) mixes the examples of a batch; it must give one per example"
+        )
 
 
-def _check_layers(model: nn.Module, where: str) -> None:
+def ask(objective: Objective, queries: Examples, target: str | Callable) -> Callable[[Tensor, Tensor], Tensor]:
+    """The checked quantity q for these queries.
+
+    Raises:
+        ValueError, TypeError: the queries do not fit the model, or the target is no finite number per query.
+    """
+    check_examples(objective, queries, "queries")
+    function = target_function(target, objective.loss)
+    if target == "margin" and not queries.has_labels:
+        raise ValueError(f"target='margin' needs class labels, queries.y is {tuple(queries.y.shape)} {queries.y.dtype}")
+    with torch.no_grad():
+        outputs = objective.outputs(objective.layout.flatten(objective.model), queries.x[:3])
+        values = function(outputs, queries.y[:3])
+    if not isinstance(values, Tensor) or values.shape != (len(outputs),):
+        shape = tuple(getattr(values, "shape", ())) if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(
+            f"target(outputs, targets) gives {shape}, expected one number per query, (B,) = ({len(outputs)},)"
+        )
+    if not bool(torch.isfinite(values).all()):
+        raise ValueError(f"target gives NaN or inf on the first queries: {values.tolist()}")
+    return function
+
+
+def check_layers(model: nn.Module, where: str) -> None:
+    """Refuse dropout and batch statistics that are switched on."""
     for name, layer in model.named_modules():
         if isinstance(layer, nn.modules.dropout._DropoutNd) and layer.training and layer.p > 0:
             problem = "dropout in train mode"
         elif isinstance(layer, nn.modules.batchnorm._BatchNorm) and (layer.training or not layer.track_running_stats):
             problem = "batch statistics in use"
+        elif isinstance(layer, nn.modules.instancenorm._InstanceNorm) and layer.training and layer.track_running_stats:
+            problem = "running statistics being updated"
         else:
             continue
         raise UnsupportedModelError(

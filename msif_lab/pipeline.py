@@ -10,9 +10,9 @@ from torch.func import vmap
 from .curvature import DataCurvature, curvature
 from .data import Examples
 from .errors import SavedFileError
-from .objective import Layout, Objective, check_examples, target_function
+from .objective import Layout, Objective, ask, check_examples, check_layers
 from .stages import Prepared, Stage
-from .storage import digest, read_tensors, write_tensors
+from .storage import describe, digest, read_tensors, write_tensors
 from .training import FitReport
 
 __all__ = ["Pipeline", "Retrained"]
@@ -30,7 +30,7 @@ class Pipeline:
     """
 
     def __init__(self, stages: Sequence[Stage]):
-        self.stages = list(stages)
+        self.stages = [] if isinstance(stages, Stage) else list(stages)
         if not self.stages or not all(isinstance(s, Stage) for s in self.stages):
             raise TypeError("stages must be a non-empty list of msif_lab.Stage")
         problems = [p for k, s in enumerate(self.stages) for p in s.problems(first=k == 0)]
@@ -51,13 +51,13 @@ class Pipeline:
         self.reports: list[FitReport] | None = None
         self._take(None)
         self._prepare()
-        for stage, prepared in zip(self.stages, self._prepared, strict=True):
-            check_examples(prepared.objective, stage.data, f"stage {stage.name!r} data")
 
     def _prepare(self) -> None:
+        """Make every stage functional as it is now: settings, data and buffers."""
         self._prepared: list[Prepared] = []
         for stage in self.stages:
             self._prepared.append(Prepared(stage, self._prepared[-1] if self._prepared else None))
+            check_examples(self._prepared[-1].objective, stage.data, f"stage {stage.name!r} data")
 
     def index(self, stage: int | str) -> int:
         """Position of a stage given by name or (negative) index."""
@@ -76,9 +76,8 @@ class Pipeline:
         Starts from the weights the models had when the pipeline was made, so calling it again gives the
         same result. Nothing is written before every stage is done: an interrupt leaves the models as they were.
         """
+        self._prepare()
         self._check_buffers()
-        for stage, prepared in zip(self.stages, self._prepared, strict=True):
-            check_examples(prepared.objective, stage.data, f"stage {stage.name!r} data")
         done, reports = self._run([None] * len(self.stages), [i[None] for i in self._initial], False, progress)
         self._write([full[0] for full in done])
         self.reports = reports
@@ -90,10 +89,9 @@ class Pipeline:
         Raises:
             ValueError: a frozen parameter differs from the previous stage's, or NaN or inf in the weights.
         """
+        self._prepare()
         present = [p.objective.layout.flatten(s.model) for p, s in zip(self._prepared, self.stages, strict=True)]
         for k, (stage, full) in enumerate(zip(self.stages, present, strict=True)):
-            if not bool(torch.isfinite(full).all()):
-                raise ValueError(f"stage {stage.name!r}: the model holds NaN or inf; train it again with a lower rate")
             p = self._prepared[k]
             if k and not torch.equal(full[p.here["frozen"]], present[k - 1][p.there["frozen"]]):
                 raise ValueError(
@@ -118,15 +116,32 @@ class Pipeline:
         return done, reports
 
     def _write(self, fulls: Sequence[Tensor]) -> None:
+        named = [p.objective.layout.named(full) for p, full in zip(self._prepared, fulls, strict=True)]
+        pairs = [(q, new[n]) for s, new in zip(self.stages, named, strict=True) for n, q in s.model.named_parameters()]
+        old = [q.detach().clone() for q, _ in pairs]
         with torch.no_grad():
-            for stage, p, full in zip(self.stages, self._prepared, fulls, strict=True):
-                for name, parameter in stage.model.named_parameters():
-                    parameter.copy_(p.objective.layout.named(full)[name])
+            try:
+                for parameter, new in pairs:
+                    parameter.copy_(new)
+            except BaseException:  # an interrupt between two parameters
+                for (parameter, _), before in zip(pairs, old, strict=True):
+                    parameter.copy_(before)
+                raise
         self._take([full.clone() for full in fulls])
 
     def _take(self, trained: list[Tensor] | None) -> None:
         self._trained = trained
+        self._settings = [dict(vars(s)) for s in self.stages]
         self._curvatures: dict[tuple[int, str], DataCurvature] = {}
+
+    def _changed(self) -> list[str]:
+        """Which settings of which stages are no longer those of the fit."""
+        return [
+            f"{key} of stage {stage.name!r}"
+            for stage, settings in zip(self.stages, self._settings, strict=True)
+            for key, value in vars(stage).items()
+            if not (value is settings[key] or (key not in ("model", "data") and value == settings[key]))
+        ]
 
     def _check_buffers(self) -> None:
         for before, after in zip(self.stages, self.stages[1:], strict=False):
@@ -151,6 +166,12 @@ class Pipeline:
                 "the pipeline is not trained: call pipeline.fit(), or pipeline.adopt() after your own training"
             )
         for stage, p, full in zip(self.stages, self._prepared, self._trained, strict=True):
+            check_layers(stage.model, f"stage {stage.name!r}")
+            for name, buffer in stage.model.named_buffers():
+                if not torch.equal(buffer, p.objective.buffers[name]):
+                    raise ValueError(
+                        f"stage {stage.name!r}: buffer {name!r} changed since fit(); call pipeline.adopt() to take it"
+                    )
             if not torch.equal(p.objective.layout.flatten(stage.model), full):
                 raise ValueError(
                     f"stage {stage.name!r}: the model's weights changed since fit(); call pipeline.adopt() to take them"
@@ -199,15 +220,24 @@ class Pipeline:
             raise ValueError(
                 "the pipeline's weights were adopted, so how they came about is unknown; use warm_start=True, or fit()"
             )
+        changed = [] if warm_start else self._changed()
+        if changed:
+            raise ValueError(f"{'; '.join(changed)} changed since fit(), so this is another run; call fit() again")
         given = dict(weights) if isinstance(weights, Mapping) else {0: weights}
+        if not given:
+            raise ValueError("weights are empty: give (R, N) weights of a stage, or a mapping from stages to weights")
         by_stage: list[Tensor | None] = [None] * len(self.stages)
         for key, value in given.items():
             k = self.index(key)
+            if by_stage[k] is not None:
+                raise ValueError(f"weights of stage {self.stages[k].name!r} are given twice, by name and by index")
             value = torch.as_tensor(value, dtype=self._initial[k].dtype, device=self._initial[k].device)
             value = value[None] if value.ndim == 1 else value
-            if value.ndim != 2 or value.shape[1] != len(self.stages[k].data) or not bool(torch.isfinite(value).all()):
+            if not bool(torch.isfinite(value).all()):
+                raise ValueError(f"weights of stage {self.stages[k].name!r} hold NaN or inf")
+            if value.ndim != 2 or not len(value) or value.shape[1] != len(self.stages[k].data):
                 raise ValueError(
-                    f"weights of stage {self.stages[k].name!r} have shape {tuple(value.shape)}: expected finite "
+                    f"weights of stage {self.stages[k].name!r} have shape {tuple(value.shape)}: expected "
                     f"(R, {len(self.stages[k].data)}) or ({len(self.stages[k].data)},)"
                 )
             by_stage[k] = value
@@ -237,6 +267,8 @@ class Pipeline:
                 ]
             )
 
+        if any(f.dtype != next(s.model.parameters()).dtype for f, s in zip(self._initial, self.stages, strict=True)):
+            self.reports = None  # in another precision the run would be another one
         self._initial = move(self._initial)
         self._take(move(self._trained))
         self._prepare()
@@ -246,16 +278,19 @@ class Pipeline:
         """Everything in float64, the precision for stages of up to a few thousand parameters."""
         return self.to(torch.float64)
 
-    def _facts(self) -> dict:
+    def facts(self) -> dict:
+        """What makes this pipeline this one, JSON-able: names, shapes, settings, and digests of the data."""
         return {
             "stages": [
                 {
                     "name": s.name,
                     "parameters": {n: list(shape) for n, shape in p.objective.layout.shapes.items()},
                     "weight_decay": s.weight_decay,
-                    "loss": getattr(s.loss, "__name__", type(s.loss).__name__),
+                    "loss": describe(s.loss),
+                    "model": str(s.model),
+                    "buffer": digest(*s.model.buffers()),
                     "link": None if s.link is None else [type(s.link).__name__, p.objective.alpha, p.coupled, p.frozen],
-                    "recipe": str(s.recipe),
+                    "recipe": describe(s.recipe),
                     "data": digest(s.data.x, s.data.y, s.data.ids),
                 }
                 for s, p in zip(self.stages, self._prepared, strict=True)
@@ -272,7 +307,7 @@ class Pipeline:
             path,
             "pipeline",
             tensors,
-            self._facts() | {"iterations": [r.iterations for r in self.reports or []]},
+            self.facts() | {"iterations": [r.iterations for r in self.reports or []]},
         )
 
     def load(self, path) -> "Pipeline":
@@ -282,7 +317,7 @@ class Pipeline:
             SavedFileError: cut off, changed or foreign file, or one of other stages, data or settings.
         """
         tensors, facts = read_tensors(path, "pipeline")
-        ours = self._facts()["stages"]
+        ours = self.facts()["stages"]
         if len(ours) != len(facts["stages"]):
             raise SavedFileError(f"{str(path)!r} holds {len(facts['stages'])} stages, this pipeline has {len(ours)}")
         differ = [
@@ -345,8 +380,7 @@ class Retrained:
     def evaluate(self, queries: Examples, target: str | Callable = "loss") -> Tensor:
         """The quantity q of each query under each weighting, ``(Q, R)``."""
         o, fulls = self.pipeline.objective(-1), self.parameters[-1]
-        check_examples(o, queries, "queries")
-        function = target_function(target, o.loss)
+        function = ask(o, queries, target)
         with torch.no_grad():
             parts = [
                 vmap(lambda full, x=x, y=y: function(o.outputs(full, x), y))(fulls)

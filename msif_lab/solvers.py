@@ -58,9 +58,11 @@ def relative_residuals(operator: Operator, x: Tensor, b: Tensor) -> Tensor:
     return (operator @ x - b).norm(dim=0) / norm.where(norm > 0, torch.ones_like(norm))
 
 
-def _check_columns(b: Tensor) -> None:
+def _check_columns(operator: Operator, b: Tensor) -> None:
     if b.ndim != 2 or not bool(torch.isfinite(b).all()):
         raise ValueError(f"right-hand sides of shape {tuple(b.shape)} must be a finite (P, K) tensor")
+    if b.shape[0] != operator.shape[0]:
+        raise ValueError(f"operator of shape {operator.shape} times {tuple(b.shape)}: give a (P, K) tensor")
 
 
 @dataclass
@@ -170,7 +172,7 @@ class Factorised:
 
     def solve(self, columns: Tensor) -> tuple[Tensor, SolveReport]:
         """``A⁻¹ B`` for ``B`` (P, K), and the report."""
-        _check_columns(columns)
+        _check_columns(self.operator, columns)
         start = time.perf_counter()
         x = torch.cholesky_solve(columns, self.factor)
         norm = columns.norm(dim=0)
@@ -223,7 +225,7 @@ class ConjugateGradient:
             IndefiniteCurvatureError: a direction with ``pᵀAp ≤ 0`` was met; no number is returned.
             NotConvergedError: in strict mode, short of the tolerance after ``max_iter``.
         """
-        _check_columns(b)
+        _check_columns(operator, b)
         start = time.perf_counter()
         x, norm = torch.zeros_like(b), b.norm(dim=0)
         relative = (norm > 0).to(b.dtype)
@@ -254,7 +256,7 @@ class ConjugateGradient:
             if self.callback is not None:
                 self.callback(iterations, relative.clone())
         residuals = relative_residuals(operator, x, b)  # the recursion drifts; report the true ones
-        converged = residuals <= 10 * self.tol
+        converged = (relative <= self.tol) & (residuals <= 10 * self.tol)
         if not bool(converged.all()):
             message = (
                 f"{self}: {int((~converged).sum())} of {b.shape[1]} columns stopped at relative residual up to "

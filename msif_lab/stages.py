@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from .data import Examples
@@ -104,7 +105,7 @@ class Stage:
             problems.append(f"loss={self.loss!r} is not a function (outputs, targets) -> (B,)")
         if not isinstance(self.weight_decay, (int, float)) or not 0 <= self.weight_decay < float("inf"):
             problems.append(f"weight_decay={self.weight_decay!r} must be zero or positive")
-        if not hasattr(self.recipe, "run"):
+        if not hasattr(self.recipe, "run") or isinstance(self.recipe, type):
             problems.append(f"recipe={self.recipe!r} is not a recipe such as LBFGS() or SGD(lr=0.1)")
         if first and self.link is not None:
             problems.append(f"link={self.link!r}, but the first stage has nothing to take over; leave it out")
@@ -119,6 +120,9 @@ class Prepared:
     def __init__(self, stage: Stage, before: "Prepared | None"):
         where = f"stage {stage.name!r}"
         layout = Layout(stage.model, where)
+        for name, parameter in stage.model.named_parameters():
+            if not parameter.is_meta and not bool(torch.isfinite(parameter).all()):
+                raise ValueError(f"{where}: parameter {name!r} holds NaN or inf; start from finite weights")
         shared = [] if before is None else shared_names(stage.link.shared, before.objective.layout, layout, where)
         free = stage.link is None or isinstance(stage.link, Proximal)
         self.coupled = [n for n in shared if free and n in layout.trainable]  # trained, held near by alpha

@@ -1,5 +1,6 @@
 """Files that are whole or absent: atomic writes, checked reads, never a pickle."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -51,6 +52,31 @@ def digest(*tensors: torch.Tensor) -> str:
     return sha.hexdigest()
 
 
+def describe(thing) -> str:
+    """Text that tells settings apart and is the same in every process: functions by name and code, no addresses."""
+    if dataclasses.is_dataclass(thing) and not isinstance(thing, type):
+        values = ", ".join(f"{f.name}={describe(getattr(thing, f.name))}" for f in dataclasses.fields(thing))
+        return f"{type(thing).__name__}({values})"
+    if callable(thing):
+        code = getattr(thing, "__code__", None)
+        if code is None:
+            return getattr(thing, "__qualname__", type(thing).__qualname__)
+        content = f"{code.co_code.hex()}{code.co_names}{[c for c in code.co_consts if not hasattr(c, 'co_code')]}"
+        return f"{thing.__name__}#{hashlib.sha256(content.encode()).hexdigest()[:8]}"
+    return repr(thing)
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """Raise `OSError` before long work whose result could not be written to ``path``."""
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{str(path)!r} is a folder; name a file in it")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{str(path)!r}: the folder {str(path.parent)!r} does not exist; create it first")
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"{str(path)!r}: the folder {str(path.parent)!r} cannot be written to")
+
+
 def _content_digest(tensors: dict[str, torch.Tensor], header: str) -> str:
     names = sorted(tensors)
     body = digest(*(tensors[name] for name in names))
@@ -60,8 +86,7 @@ def _content_digest(tensors: dict[str, torch.Tensor], header: str) -> str:
 def write_bytes(path: str | os.PathLike, content: bytes) -> Path:
     """Write a file in one step: readers see the old content or the new one, never a part."""
     path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"path={str(path)!r}: the folder {str(path.parent)!r} does not exist; create it first")
+    check_writable(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -80,7 +105,7 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> Path:
 
 def write_tensors(path: str | os.PathLike, kind: str, tensors: dict[str, torch.Tensor], facts: dict) -> Path:
     """Write named tensors and JSON-able ``facts`` as one safetensors file, with a checksum over both."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     header = json.dumps({"kind": kind, "format": FORMAT, "facts": facts}, sort_keys=True)
     metadata = {"msif_lab": header, "sha256": _content_digest(tensors, header)}
     return write_bytes(path, to_bytes(tensors, metadata=metadata))

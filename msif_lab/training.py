@@ -87,11 +87,16 @@ class LBFGS:
         """Minimise F from ``theta`` (R, P); returns the minimisers and their report."""
         start = time.perf_counter()
         tol = self.tol or (1e-8 if theta.dtype == torch.float64 else 1e-5)
-        small = theta.shape[1] <= self.polish_up_to
-        theta, iterations = self._descend(lanes, theta, max(tol, 1e-3) if small else tol, progress)
-        if small:
-            theta, more = self._polish(lanes, theta, progress)
-            iterations += more
+        levels = (
+            [level for level in (1e-3, 1e-4, 1e-5, 1e-6) if level > tol] if theta.shape[1] <= self.polish_up_to else []
+        )
+        iterations = 0
+        for level in (*levels, tol):
+            theta, steps = self._descend(lanes, theta, level, progress)
+            iterations += steps
+            if theta.shape[1] <= self.polish_up_to:
+                theta, steps = _polish(lanes, theta)
+                iterations += steps
         value, gradient = lanes.value_and_grad(theta)
         norm = gradient.norm(dim=1)
         # In float32 rounding alone can exceed tol; what cannot shrink any more has converged.
@@ -99,49 +104,27 @@ class LBFGS:
         report = FitReport(str(self), iterations, value, norm, converged, time.perf_counter() - start)
         return theta, report
 
-    def _polish(self, lanes: Lanes, theta: Tensor, progress: bool, rounds: int = 6) -> tuple[Tensor, int]:
-        """On to rounding: L-BFGS preconditioned by a factorised Hessian, a safeguarded Newton method.
-
-        The lanes' optima lie close together (one example in m differs), so one Hessian serves as the chord
-        of all; the lane it serves worst gives the next one.
-        """
-        iterations, floor = 0, _noise_floor(lanes, theta)
-        for _ in range(rounds):
-            norm = lanes.value_and_grad(theta)[1].norm(dim=1)
-            rest = (norm > floor).nonzero().flatten()
-            if not len(rest):
-                break
-            chord = _chord(lanes, theta, int(norm.argmax()))
-            moved, steps = self._descend(lanes.select(rest), theta[rest], floor[rest], progress, chord, max_iter=40)
-            iterations += steps
-            theta = theta.index_copy(0, rest, moved)
-            if steps <= 1:
-                break
-        return theta, iterations
-
-    def _descend(self, lanes, theta, tol, progress, chord=None, max_iter=None) -> tuple[Tensor, int]:
-        """L-BFGS from ``theta`` to gradient norm ``tol``, with ``chord`` as the initial Hessian if given."""
-        max_iter, tol = max_iter or self.max_iter, theta.new_tensor(tol) if isinstance(tol, float) else tol
-        tol = tol.expand(len(theta))
+    def _descend(self, lanes: Lanes, theta: Tensor, tol: float, progress: bool) -> tuple[Tensor, int]:
+        """L-BFGS from ``theta`` to gradient norm ``tol``."""
         result, alive = theta.clone(), torch.arange(len(theta), device=theta.device)
         value, gradient = lanes.value_and_grad(theta)
         _finite(value, gradient, 0, "check the starting weights and the loss")
         pairs: list[tuple[Tensor, Tensor, Tensor]] = []
-        with progress_bar(max_iter, "L-BFGS", progress) as bar:
-            for iteration in range(max_iter):
+        with progress_bar(self.max_iter, "L-BFGS", progress) as bar:
+            for iteration in range(self.max_iter):
                 keep = gradient.norm(dim=1) > tol
                 if not bool(keep.all()):  # finished lanes leave
                     result[alive[~keep]] = theta[~keep]
                     lanes = lanes.select(keep)
-                    alive, tol, theta, value, gradient = (t[keep] for t in (alive, tol, theta, value, gradient))
+                    alive, theta, value, gradient = (t[keep] for t in (alive, theta, value, gradient))
                     pairs = [tuple(t[keep] for t in pair) for pair in pairs]
                     if not len(alive):
                         return result, iteration
-                direction = _two_loop(gradient, pairs, chord)
+                direction = _two_loop(gradient, pairs)
                 slope = (direction * gradient).sum(1)
                 uphill = slope >= 0  # rounding only; those lanes restart from steepest descent
                 direction = torch.where(uphill[:, None], -gradient, direction)
-                first = 1 / gradient.norm(dim=1).clamp(min=1) if not pairs and chord is None else torch.ones_like(value)
+                first = 1 / gradient.norm(dim=1).clamp(min=1) if not pairs else torch.ones_like(value)
                 new, new_value, new_gradient, moved = strong_wolfe(lanes, theta, value, gradient, direction, first)
                 _finite(new_value, new_gradient, iteration, "the objective is unbounded or not smooth here")
                 s, y = new - theta, new_gradient - gradient
@@ -160,20 +143,17 @@ class LBFGS:
         return result, iteration + 1
 
 
-def _two_loop(gradient: Tensor, pairs: list[tuple[Tensor, Tensor, Tensor]], chord: Tensor | None = None) -> Tensor:
+def _two_loop(gradient: Tensor, pairs: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
     """−H⁻¹∇F of each lane from its last steps; pairs with rho 0 (no positive curvature) drop out."""
     q, factors = gradient.clone(), []
     for s, y, rho in reversed(pairs):
         a = rho * (s * q).sum(1)
         q = q - a[:, None] * y
         factors.append(a)
-    if chord is not None:
-        q = torch.cholesky_solve(q.T, chord).T
-    else:
-        scale = torch.ones_like(gradient[:, :1])
-        for _, y, rho in pairs:  # γ = sᵀy / yᵀy of each lane's newest valid pair
-            scale = torch.where(rho[:, None] > 0, 1 / (rho * (y * y).sum(1))[:, None], scale)
-        q = scale * q
+    scale = torch.ones_like(gradient[:, :1])
+    for _, y, rho in pairs:  # γ = sᵀy / yᵀy of each lane's newest valid pair
+        scale = torch.where(rho[:, None] > 0, 1 / (rho * (y * y).sum(1))[:, None], scale)
+    q = scale * q
     for (s, y, rho), a in zip(pairs, reversed(factors), strict=True):
         q = q + (a - rho * (y * q).sum(1))[:, None] * s
     return -q
@@ -228,18 +208,50 @@ def _cubic(a, fa, ga, b, fb, gb):
     return torch.where(torch.isfinite(point), point, middle).clamp(near + margin, far - margin)
 
 
-def _chord(lanes: Lanes, theta: Tensor, lane: int) -> Tensor:
-    """Cholesky factor of one lane's Hessian, shifted until it is positive definite."""
+def _polish(lanes: Lanes, theta: Tensor, max_steps: int = 60) -> tuple[Tensor, int]:
+    """Newton's method to rounding, for the lanes where it contracts; the others come back unchanged.
+
+    The lanes' optima lie close together (one example in m differs), so one factorised Hessian, the chord,
+    serves many: each step shrinks the gradient by about the relative change of curvature. A lane is kept only
+    while every step halves its gradient, which no step into another basin does.
+    """
+    floor = _noise_floor(lanes, theta)
+    gradient = lanes.value_and_grad(theta)[1]
+    norm = gradient.norm(dim=1)
+    waiting, theta, total = norm > floor, theta.clone(), 0
+    while bool(waiting.any()):
+        chord = _hessian_factor(lanes, theta, int(waiting.nonzero()[0]))
+        if chord is None:  # not in the convex neighbourhood of a minimum yet
+            return theta, total
+        before = int(waiting.sum())
+        lane = waiting.nonzero().flatten()
+        point, slope, size = theta[lane], gradient[lane], norm[lane]
+        for _ in range(max_steps):
+            total += 1
+            trial = point - torch.cholesky_solve(slope.T, chord).T
+            t_slope = lanes.select(lane).value_and_grad(trial)[1]
+            t_size = t_slope.norm(dim=1)
+            halved = t_size < 0.5 * size
+            done = (halved & (t_size <= floor[lane])) | (
+                ~halved & (size <= 1e3 * floor[lane])
+            )  # or rounding stopped it
+            best = torch.where((t_size < size)[:, None], trial, point)
+            theta[lane[done]], waiting[lane[done]] = best[done], False
+            more = halved & ~done
+            lane, point, slope, size = lane[more], trial[more], t_slope[more], t_size[more]
+            if not len(lane):
+                break
+        if int(waiting.sum()) == before or before > 8:  # far lanes go on with L-BFGS rather than Hessians of their own
+            break
+    return theta, total
+
+
+def _hessian_factor(lanes: Lanes, theta: Tensor, lane: int) -> Tensor | None:
+    """Cholesky factor of one lane's Hessian, None where it is not positive definite."""
     one = torch.tensor([lane], device=theta.device)
     full = lanes.select(one).full(theta[one])[0]
-    hessian, shift = Hessian(lanes.objective, full, lanes.weights[lane]).dense(), 0.0
-    while True:
-        factor, failed = torch.linalg.cholesky_ex(hessian)
-        if not bool(failed):
-            return factor
-        added = max(9 * shift, 1e-3 * float(hessian.diagonal().abs().mean()))
-        hessian.diagonal().add_(added)
-        shift += added
+    factor, failed = torch.linalg.cholesky_ex(Hessian(lanes.objective, full, lanes.weights[lane]).dense())
+    return None if bool(failed) else factor
 
 
 Schedule = str | Callable[[int, int], float]
@@ -274,6 +286,9 @@ class SGD:
     nesterov: bool = False
 
     def __post_init__(self):
+        for name in ("epochs", "batch_size", "warmup"):
+            if not isinstance(getattr(self, name), int):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number")
         if not self.lr > 0 or not 0 <= self.momentum < 1 or self.epochs < 1 or self.batch_size < 1 or self.warmup < 0:
             raise ValueError(
                 f"{self}: lr must be positive, momentum in [0, 1), epochs and batch_size at least 1, warmup at least 0"

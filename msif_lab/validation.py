@@ -1,7 +1,7 @@
 """Ground truth by real retraining, and how well predictions agree with it."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import joblib
@@ -12,9 +12,9 @@ from torch import Tensor
 from .data import Examples
 from .errors import ConvergenceWarning, SavedFileError
 from .influence import Influence
-from .objective import check_examples, target_function
+from .objective import ask
 from .pipeline import Pipeline
-from .storage import digest, read_tensors, write_tensors
+from .storage import check_writable, describe, digest, read_tensors, write_tensors
 from .training import progress_bar
 
 __all__ = ["Agreement", "Effects", "agreement", "removal_effects"]
@@ -62,7 +62,14 @@ class Effects:
 
 
 def _check_subsets(subsets: Sequence[Sequence[int]], m: int) -> list[list[int]]:
-    groups = [[s] if isinstance(s, int) else [int(i) for i in s] for s in subsets]
+    if not isinstance(subsets, Iterable):
+        raise TypeError(f"subsets={subsets!r} must be lists of positions, e.g. [[3], [17], [5, 9]]")
+    groups = []
+    for subset in subsets:
+        members = torch.as_tensor(subset if isinstance(subset, (int, torch.Tensor)) else numpy.asarray(subset))
+        if len(members.reshape(-1)) and (members.is_floating_point() or members.dtype == torch.bool):
+            raise ValueError(f"subset {subset} must hold positions, whole numbers between 0 and {m - 1}")
+        groups.append([int(i) for i in members.reshape(-1)])
     if not groups:
         raise ValueError("subsets is empty; give lists of positions, e.g. [[3], [17], [5, 9]]")
     for group in groups:
@@ -73,17 +80,17 @@ def _check_subsets(subsets: Sequence[Sequence[int]], m: int) -> list[list[int]]:
     return groups
 
 
-def _retrain_without(pipeline, stage, groups, queries, target, protocol) -> tuple[Tensor, Tensor, bool]:
+def _retrain_without(pipeline, stage, groups, queries, target, protocol) -> tuple[Tensor, Tensor, Tensor]:
     weights = torch.ones(len(groups), len(pipeline.stages[stage].data))
     for lane, group in enumerate(groups):
         weights[lane, group] = 0
     again = pipeline.retrain({stage: weights}, warm_start=protocol == "warm-start", progress=False)
     norm = torch.stack([r.gradient_norm for r in again.reports]).amax(0)
-    short = any(
-        hasattr(s.recipe, "tol") and not bool(r.converged.all())
-        for s, r in zip(pipeline.stages, again.reports, strict=True)
-    )
-    return again.evaluate(queries, target).cpu(), norm.cpu(), short
+    short = torch.zeros(len(groups), dtype=torch.bool)
+    for s, r in zip(pipeline.stages, again.reports, strict=True):
+        if hasattr(s.recipe, "tol"):
+            short |= ~r.converged.cpu()
+    return again.evaluate(queries, target).cpu().double(), norm.cpu().double(), short
 
 
 def removal_effects(
@@ -130,31 +137,30 @@ def removal_effects(
     if not isinstance(lanes, int) or lanes < 1:
         raise ValueError(f"lanes={lanes!r} must be a positive whole number")
     groups = _check_subsets(subsets, len(pipeline.stages[k].data))
-    check_examples(pipeline.objective(-1), queries, "queries")
-    target_function(target, pipeline.objective(-1).loss)
+    ask(pipeline.objective(-1), queries, target)
+    if store is not None:
+        check_writable(store)
     base = _base(pipeline, queries, target, protocol)
     name = target if isinstance(target, str) else getattr(target, "__name__", "custom")
     stage_name = pipeline.stages[k].name
-    after, norms, done = _open_store(
-        store, _key(pipeline, queries, groups, stage_name, name, protocol), len(base), groups
-    )
-    todo = (~done).nonzero().flatten().split(lanes)
+    key = _key(pipeline, queries, groups, stage_name, target, protocol)
+    after, norms, done, short = _open_store(store, key, len(base), groups)
+    todo = [part for part in (~done).nonzero().flatten().split(lanes) if len(part)]
     jobs = (
         joblib.delayed(_retrain_without)(pipeline, k, [groups[i] for i in part], queries, target, protocol)
         for part in todo
     )
-    short = False
     with progress_bar(len(groups), "retraining", progress) as bar:
         bar.update(int(done.sum()))
         for part, (values, norm, missed) in zip(
             todo, joblib.Parallel(n_jobs, return_as="generator")(jobs), strict=True
         ):
-            after[:, part], norms[part], done[part], short = values, norm, True, short or missed
+            after[:, part], norms[part], done[part], short[part] = values, norm, True, missed
             if store is not None:
-                key = _key(pipeline, queries, groups, stage_name, name, protocol)
-                write_tensors(store, "removals", {"after": after, "norms": norms, "done": done}, {"key": key})
+                state = {"after": after, "norms": norms, "done": done, "short": short}
+                write_tensors(store, "removals", state, {"key": key})
             bar.update(len(part))
-    if short:
+    if bool(short.any()):
         warnings.warn(
             f"some retrainings stopped short of their recipe's tolerance: largest ‖∇F‖ is {float(norms.max()):.1e}; "
             "raise max_iter or weight_decay",
@@ -168,31 +174,28 @@ def _base(pipeline: Pipeline, queries: Examples, target, protocol: str) -> Tenso
     """The queries under weight one, by the same code path as the removals."""
     if protocol == "same-seed" and pipeline.reports is None:
         raise ValueError("the weights were adopted, so the run cannot be repeated; use protocol='warm-start', or fit()")
-    return pipeline.evaluate(queries, target).cpu()
+    return pipeline.evaluate(queries, target).cpu().double()
 
 
 def _key(pipeline, queries, groups, stage, target, protocol) -> str:
     parts = [digest(t) for t in (*pipeline.trained(), queries.x, queries.y, queries.ids)]
-    return f"{parts} {groups} {stage} {target} {protocol} {[str(s.recipe) for s in pipeline.stages]}"
+    return f"{parts} {groups} {stage} {describe(target)} {protocol} {pipeline.facts()}"
 
 
-def _open_store(store, key: str, queries: int, groups) -> tuple[Tensor, Tensor, Tensor]:
+def _open_store(store, key: str, queries: int, groups) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     try:
         tensors, facts = read_tensors(store, "removals") if store is not None else (None, None)
     except FileNotFoundError:
         tensors = None
     if tensors is None:
-        after = torch.zeros(queries, len(groups), dtype=torch.float64)
-        return (
-            after,
-            torch.zeros(len(groups), dtype=torch.float64),
-            torch.zeros(len(groups), dtype=torch.bool),
-        )
+        count, kind = len(groups), torch.float64
+        done, short = torch.zeros(2, count, dtype=torch.bool)
+        return torch.zeros(queries, count, dtype=kind), torch.zeros(count, dtype=kind), done, short
     if facts["key"] != key:
         raise SavedFileError(
             f"store={str(store)!r} holds removals of another pipeline, queries or subsets; name another file"
         )
-    return tensors["after"], tensors["norms"], tensors["done"]
+    return tensors["after"], tensors["norms"], tensors["done"], tensors["short"]
 
 
 @dataclass
@@ -289,6 +292,11 @@ def agreement(scores: Influence, effects: Effects, *, resamples: int = 2000, see
 def compare(predicted, actual, query_ids=None, *, resamples: int = 2000, seed: int = 0) -> Agreement:
     """`agreement` of two ``(Q, R)`` arrays of predicted and actual changes."""
     predicted, actual = numpy.asarray(predicted, float), numpy.asarray(actual, float)
+    for name, values in (("predictions", predicted), ("effects", actual)):
+        if not numpy.isfinite(values).all():
+            raise ValueError(
+                f"{name} hold NaN or inf, first at (query, removal) {numpy.argwhere(~numpy.isfinite(values))[0]}"
+            )
     per_query = numpy.array([_statistics(p, a) for p, a in zip(predicted, actual, strict=True)])
     undefined = int(numpy.isnan(per_query).any(1).sum())
     if undefined == len(per_query):
