@@ -1,5 +1,6 @@
 """Labelled examples that keep their identity, and the real data sets of the lessons."""
 
+import numbers
 import operator
 from collections.abc import Iterable, Sequence
 
@@ -49,6 +50,7 @@ class Examples:
             raise ValueError(f"ids has shape {tuple(self.ids.shape)}, expected ({len(self.x)},), one per example")
         if len(torch.unique(self.ids)) != len(self.ids):
             raise ValueError("ids must be unique; they name the examples in every result")
+        self.named = classes is not None  # else the labels mean whatever the user says they mean
         self.classes = None if classes is None else tuple(classes)
         if self.has_labels:
             count = int(self.y.max()) + 1
@@ -78,7 +80,12 @@ class Examples:
             worst = int(keep.max()) if int(keep.max()) >= len(self) else int(keep.min())
             raise IndexError(f"index {worst} is out of range: there are {len(self)} examples")
         keep = keep.to(self.x.device)
-        return Examples(self.x[keep], self.y[keep], self.ids[keep.cpu()], classes=self.classes)
+        return self._with(self.x[keep], self.y[keep], self.ids[keep.cpu()])
+
+    def _with(self, x, y, ids) -> "Examples":
+        new = Examples(x, y, ids, classes=self.classes)
+        new.named = self.named
+        return new
 
     def select(self, classes: Sequence | None = None, n: int | None = None, seed: int = 0) -> "Examples":
         """A stratified random part of the data; labels become ``0 .. len(classes)-1`` in the given order.
@@ -96,7 +103,7 @@ class Examples:
             raise ValueError(f"select needs class labels, but y has shape {tuple(self.y.shape)} and {self.y.dtype}")
         if classes is not None and not isinstance(classes, Iterable):
             raise TypeError(f"classes={classes!r} must be a sequence of {self.classes}, e.g. ({classes!r},)")
-        if n is not None and not isinstance(n, int):
+        if n is not None and not isinstance(n, numbers.Integral):
             raise TypeError(f"n={n!r} must be a whole number")
         wanted = self.classes if classes is None else tuple(classes)
         unknown = [c for c in wanted if c not in self.classes]
@@ -129,7 +136,7 @@ class Examples:
                     values = values.to(target)
             return values
 
-        return Examples(move(self.x), move(self.y), self.ids, classes=self.classes)
+        return self._with(move(self.x), move(self.y), self.ids)
 
     def double(self) -> "Examples":
         """A copy with float64 inputs."""

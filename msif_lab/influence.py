@@ -1,5 +1,6 @@
 """Implicit influence through any number of stages, and the result that every method returns."""
 
+import numbers
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ class Influence:
 
     def __getitem__(self, queries) -> "Influence":
         """Some queries' scores: an index, a slice or a list of positions."""
-        queries = [queries] if isinstance(queries, int) else queries
+        queries = [int(queries)] if isinstance(queries, numbers.Integral) else queries
         return Influence(self.values[queries], self.ids, self.query_ids[queries], self.stage, self.target, self.method)
 
     def _ranked(self, k: int, largest: bool) -> Ranking:

@@ -296,7 +296,7 @@ def check_examples(objective: Objective, examples: Examples, name: str) -> None:
     if examples.x.dtype == torch.uint8:
         raise ValueError(f"{name}.x is uint8; scale it yourself, e.g. x.to(torch.get_default_dtype()) / 255")
     check_layers(o.model, o.where)
-    named = examples.has_labels and o.data.has_labels and examples.classes != tuple(range(len(examples.classes)))
+    named = examples.has_labels and o.data.has_labels and examples.named and o.data.named
     if named and examples.classes != o.data.classes[: len(examples.classes)]:
         raise ValueError(
             f"{name} have classes {examples.classes}, {o.where} has {o.data.classes}: labels would mean something "
@@ -313,7 +313,7 @@ def check_examples(objective: Objective, examples: Examples, name: str) -> None:
         with torch.no_grad():
             outputs, again = o.outputs(full, x), o.outputs(full, x)
             alone = torch.cat([o.outputs(full, x[i : i + 1]) for i in range(len(x))])
-    except (RuntimeError, IndexError, TypeError) as error:
+    except (RuntimeError, IndexError, TypeError, ValueError, AssertionError) as error:
         raise ValueError(
             f"{name}.x of shape {tuple(examples.x.shape)} does not fit the model of {o.where}: {error}"
         ) from error

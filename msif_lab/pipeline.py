@@ -300,6 +300,8 @@ class Pipeline:
     def save(self, path) -> None:
         """Write initial and trained weights and a description to one safetensors file, all or nothing."""
         tensors = {f"{k}.trained": t for k, t in enumerate(self.trained())}
+        if self._changed():
+            raise ValueError(f"{'; '.join(self._changed())} changed since fit(); call fit() or adopt() before save()")
         tensors |= {f"{k}.initial": t for k, t in enumerate(self._initial)}
         for k, report in enumerate(self.reports or []):
             tensors |= {f"{k}.{n}": getattr(report, n) for n in ("value", "gradient_norm", "converged")}

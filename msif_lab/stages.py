@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy
 import torch
 from torch import Tensor, nn
 
@@ -69,7 +70,7 @@ class Proximal:
     shared: Shared = None
 
     def __post_init__(self):
-        if not isinstance(self.alpha, (int, float)) or not 0 < self.alpha < float("inf"):
+        if not isinstance(self.alpha, (int, float, numpy.floating)) or not 0 < self.alpha < float("inf"):
             raise ValueError(f"alpha={self.alpha!r} must be positive and finite; for the limit α → ∞ use Frozen()")
 
 
@@ -103,7 +104,7 @@ class Stage:
             problems.append(f"data is {type(self.data).__name__}, not msif_lab.Examples; wrap it: Examples(x, y)")
         if not callable(self.loss):
             problems.append(f"loss={self.loss!r} is not a function (outputs, targets) -> (B,)")
-        if not isinstance(self.weight_decay, (int, float)) or not 0 <= self.weight_decay < float("inf"):
+        if not isinstance(self.weight_decay, (int, float, numpy.floating)) or not 0 <= self.weight_decay < float("inf"):
             problems.append(f"weight_decay={self.weight_decay!r} must be zero or positive")
         if not hasattr(self.recipe, "run") or isinstance(self.recipe, type):
             problems.append(f"recipe={self.recipe!r} is not a recipe such as LBFGS() or SGD(lr=0.1)")

@@ -1,6 +1,7 @@
 """Files that are whole or absent: atomic writes, checked reads, never a pickle."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -58,10 +59,17 @@ def describe(thing) -> str:
         values = ", ".join(f"{f.name}={describe(getattr(thing, f.name))}" for f in dataclasses.fields(thing))
         return f"{type(thing).__name__}({values})"
     if callable(thing):
+        if isinstance(thing, functools.partial):
+            return f"partial({describe(thing.func)}, {thing.args}, {thing.keywords})"
         code = getattr(thing, "__code__", None)
-        if code is None:
-            return getattr(thing, "__qualname__", type(thing).__qualname__)
-        content = f"{code.co_code.hex()}{code.co_names}{[c for c in code.co_consts if not hasattr(c, 'co_code')]}"
+        if code is None:  # an object that can be called: its settings, or the name of a built-in
+            settings = {k: v for k, v in sorted(getattr(thing, "__dict__", {}).items()) if not callable(v)}
+            return f"{getattr(thing, '__qualname__', type(thing).__qualname__)}({settings})"
+        cells = [cell.cell_contents for cell in thing.__closure__ or ()]
+        inner = [describe(c) if callable(c) else repr(c) for c in (*cells, *(thing.__defaults__ or ()))]
+        content = (
+            f"{code.co_code.hex()}{code.co_names}{[c for c in code.co_consts if not hasattr(c, 'co_code')]}{inner}"
+        )
         return f"{thing.__name__}#{hashlib.sha256(content.encode()).hexdigest()[:8]}"
     return repr(thing)
 

@@ -92,7 +92,7 @@ class LBFGS:
         )
         iterations = 0
         for level in (*levels, tol):
-            theta, steps = self._descend(lanes, theta, level, progress)
+            theta, steps = self._descend(lanes, theta, level, max(1, self.max_iter - iterations), progress)
             iterations += steps
             if theta.shape[1] <= self.polish_up_to:
                 theta, steps = _polish(lanes, theta)
@@ -104,19 +104,22 @@ class LBFGS:
         report = FitReport(str(self), iterations, value, norm, converged, time.perf_counter() - start)
         return theta, report
 
-    def _descend(self, lanes: Lanes, theta: Tensor, tol: float, progress: bool) -> tuple[Tensor, int]:
-        """L-BFGS from ``theta`` to gradient norm ``tol``."""
+    def _descend(self, lanes: Lanes, theta: Tensor, tol: float, most: int, progress: bool) -> tuple[Tensor, int]:
+        """L-BFGS from ``theta`` to gradient norm ``tol``, or to where rounding hides all progress."""
         result, alive = theta.clone(), torch.arange(len(theta), device=theta.device)
         value, gradient = lanes.value_and_grad(theta)
         _finite(value, gradient, 0, "check the starting weights and the loss")
         pairs: list[tuple[Tensor, Tensor, Tensor]] = []
-        with progress_bar(self.max_iter, "L-BFGS", progress) as bar:
-            for iteration in range(self.max_iter):
-                keep = gradient.norm(dim=1) > tol
+        smallest, stalled = gradient.norm(dim=1), torch.zeros_like(value)  # iterations without any progress
+        with progress_bar(most, "L-BFGS", progress) as bar:
+            for iteration in range(most):
+                keep = (gradient.norm(dim=1) > tol) & (stalled < 10)
                 if not bool(keep.all()):  # finished lanes leave
                     result[alive[~keep]] = theta[~keep]
                     lanes = lanes.select(keep)
-                    alive, theta, value, gradient = (t[keep] for t in (alive, theta, value, gradient))
+                    alive, theta, value, gradient, smallest, stalled = (
+                        t[keep] for t in (alive, theta, value, gradient, smallest, stalled)
+                    )
                     pairs = [tuple(t[keep] for t in pair) for pair in pairs]
                     if not len(alive):
                         return result, iteration
@@ -132,9 +135,11 @@ class LBFGS:
                 good = curvature > 1e-10 * s.norm(dim=1) * y.norm(dim=1)
                 rho = torch.where(good, 1 / curvature.where(good, torch.ones_like(curvature)), 0.0)
                 pairs = [*pairs[-self.history + 1 :], (s, y, rho)] if self.history > 1 else [(s, y, rho)]
+                lower = value - new_value > 4 * torch.finfo(value.dtype).eps * value.abs()
+                smaller = new_gradient.norm(dim=1) < 0.9 * smallest
+                stalled = torch.where(moved & (lower | smaller), 0.0, stalled + 1)
+                smallest = torch.minimum(smallest, new_gradient.norm(dim=1))
                 theta, value, gradient = new, new_value, new_gradient
-                if not bool(moved.any()):
-                    break  # no lane can lower F any more at this precision
                 bar.update()
                 bar.set_postfix_str(
                     f"{len(alive)} running, ‖∇F‖ {float(gradient.norm(dim=1).max()):.1e}", refresh=False

@@ -100,7 +100,7 @@ def removal_effects(
     *,
     stage: int | str = 0,
     target: str | Callable = "loss",
-    protocol: str = "same-seed",
+    protocol: str | None = None,
     n_jobs: int = 1,
     lanes: int = 32,
     store=None,
@@ -115,7 +115,8 @@ def removal_effects(
         stage: whose examples are removed.
         target: as in `ImplicitInfluence.score`.
         protocol: ``"same-seed"`` reruns from the initial weights with the same batches, ``"warm-start"``
-            continues from the trained weights (for stages trained to an optimum; stays in its basin).
+            continues from the trained weights. Default: warm start where every stage is trained to an
+            optimum (from scratch a removal may end in another one, which no influence is about), else same seed.
         n_jobs: processes through joblib; ``joblib.parallel_config`` moves them to a cluster.
         lanes: removals retrained at once in one process by vectorising over models.
         store: a file that keeps what is done after every batch of ``lanes``; the same call resumes from it.
@@ -132,6 +133,8 @@ def removal_effects(
         ConvergenceWarning: a recipe with a tolerance missed it in some retraining.
     """
     k = pipeline.index(stage)
+    if protocol is None:
+        protocol = "warm-start" if all(hasattr(s.recipe, "tol") for s in pipeline.stages) else "same-seed"
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol={protocol!r} must be one of {PROTOCOLS}")
     if not isinstance(lanes, int) or lanes < 1:

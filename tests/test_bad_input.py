@@ -146,7 +146,6 @@ def test_labels_of_any_integer_dtype_train_alike(dtype):
     assert torch.equal(reference.trained()[0], other.trained()[0])
 
 
-@bug("B29")
 @pytest.mark.parametrize(
     "use",
     [
@@ -188,7 +187,7 @@ class Picky(nn.Linear):
     ("use", "says"),
     (lambda: build(data=examples(X[:, :2])), "data.x of shape (6, 2) | does not fit the model | 'only'"),
     (lambda: build(data=examples((X * 9).long())), "data.x of shape (6, 3) | does not fit the model | 'only'"),
-    (lambda: build(Picky(3, 3)), "data.x of shape (6, 3) | 'only' | images, please", bug("B31")),
+    (lambda: build(Picky(3, 3)), "data.x of shape (6, 3) | 'only' | images, please"),
     (lambda: build(data=examples((X * 9).byte())), "data.x is uint8 | / 255"),
     (lambda: build(net(2)), "data.y holds the label 2 | 'only' | outputs (2,) | 0 .. 1 | select()"),
     (lambda: build(data=examples(y=X)), "data.y (6, 3) torch.float32 | cross_entropy needs integer labels"),
@@ -302,12 +301,13 @@ def test_a_model_that_is_a_function_of_each_example_trains(model):
 
 
 @bug("B30")
-@pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
-def test_a_layer_without_forward_derivatives_works_or_is_named(norm):
-    """PyTorch's own NotImplementedError says neither which layer nor what to do."""
+def test_a_layer_without_forward_derivatives_works_or_is_named():
+    """PyTorch's own NotImplementedError says neither which model nor what to do."""
+    pipeline = build(nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)))).fit(progress=False)
     try:
-        pipeline = build(nn.Sequential(norm(nn.Linear(3, 3))).eval(), recipe=msif.LBFGS()).fit(progress=False)
-        assert msif.ImplicitInfluence().fit(pipeline).score(examples()).values.any()
+        with pytest.warns(msif.ConvergenceWarning):
+            scores = msif.ImplicitInfluence(curvature="ggn", damping=1.0).fit(pipeline).score(examples())
+        assert scores.values.any()
     except msif.UnsupportedModelError as error:
         assert "'only'" in str(error)
 
@@ -553,7 +553,7 @@ def test_queries_that_do_not_fit_are_refused(fitted, attributor, queries, ask, s
         asks.get(ask, lambda q: msif.removal_effects(fitted, q, [0], progress=False))(spoil(queries))
 
 
-@pytest.mark.parametrize("wanted", [(4, 3, 5), (3, 5), pytest.param((0, 1, 2), marks=bug("B26"))], ids=str)
+@pytest.mark.parametrize("wanted", [(4, 3, 5), (3, 5), (0, 1, 2)], ids=str)
 def test_queries_of_other_classes_are_refused(wanted):
     """Label 0 is a 3 to the model: 0 in queries of other digits would mean another digit."""
     data = msif.Examples(torch.cat([X, X + 1]), torch.arange(12) % 6)
@@ -794,7 +794,7 @@ def test_a_missing_folder_is_named_and_nothing_is_written(tmp_path):
     (lambda: build_two(msif.Proximal(0.7)), "'two' | link is | 0.1 | 0.7"),
     (lambda: build_two(msif.Frozen()), "'two' | link is | 'Proximal' | 'Frozen'"),
     (lambda: build_two(msif.Proximal(0.1), recipe=msif.SGD(0.2)), "'one' | recipe is | lr=0.1 | lr=0.2"),
-    (lambda: build_two(msif.Proximal(0.1), loss=lambda z, y: z[:, 0]), "'one' | loss is 'cross_entropy | <lambda>"),
+    (lambda: build_two(msif.Proximal(0.1), loss=lambda z, y: z[:, 0]), "'one' | loss is | cross_entropy | <lambda>"),
     (lambda: build_two(msif.Proximal(0.1), second=net(4)), "'two' | parameters is | [4, 4]"),
     (lambda: build_two(msif.Proximal(0.1)).to(torch.float32), "float64 in the file | float32 here | pipeline.to"),
     (lambda: build(), "2 stages | this pipeline has 1"),
@@ -811,7 +811,6 @@ def test_a_pipeline_of_other_settings_is_not_loaded(saved, here, says):
         pipeline.trained()
 
 
-@bug("B28")
 def test_settings_changed_since_the_fit_are_not_saved_with_its_weights(tmp_path):
     pipeline = build().fit(progress=False)
     pipeline.stages[0].weight_decay = 7.0
@@ -819,7 +818,6 @@ def test_settings_changed_since_the_fit_are_not_saved_with_its_weights(tmp_path)
         pipeline.save(tmp_path / "p")
 
 
-@bug("B27")
 def test_a_pipeline_with_another_loss_object_is_not_loaded(tmp_path):
     def smoothed(amount):
         return build(loss=nn.CrossEntropyLoss(reduction="none", label_smoothing=amount))
@@ -882,13 +880,17 @@ def column(c, z, y):
     return z[:, c]
 
 
+def closure(c):
+    return lambda z, y: z[:, c]
+
+
 @pytest.mark.parametrize(
     "targets",
     [
         pytest.param([lambda z, y: z[:, 0], lambda z, y: z[:, 1]], id="lambdas"),
-        pytest.param([lambda z, y, c=c: z[:, c] for c in (0, 1)], id="defaults", marks=bug("B27")),
-        pytest.param([(lambda c: lambda z, y: z[:, c])(c) for c in (0, 1)], id="closures", marks=bug("B27")),
-        pytest.param([functools.partial(column, c) for c in (0, 1)], id="partials", marks=bug("B27")),
+        pytest.param([lambda z, y, c=c: z[:, c] for c in (0, 1)], id="defaults"),
+        pytest.param([closure(0), closure(1)], id="closures"),
+        pytest.param([functools.partial(column, c) for c in (0, 1)], id="partials"),
     ],
 )
 def test_a_store_of_another_target_function_is_refused(tmp_path, targets):

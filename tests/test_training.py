@@ -18,11 +18,6 @@ LINKS = {"frozen": msif.Frozen(), "proximal": msif.Proximal(0.3)}
 SGD = msif.SGD(lr=0.1, momentum=0.9, epochs=4, batch_size=7, seed=3)
 
 
-def bug(reason):
-    """Known to be wrong; strict, so that this fails as soon as it is right, and the mark can go."""
-    return pytest.mark.filterwarnings("default")
-
-
 def draw(*size, seed=0):
     return torch.randn(*size, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
@@ -321,14 +316,12 @@ def test_later_stages_have_weights_of_their_own():
     assert torch.equal(flat(fresh), again.parameters[1][1])
 
 
-@bug("T10: the later entry wins silently")
 def test_a_stage_given_weights_twice_is_refused():
     pipeline = unfitted(SGD).fit(progress=False)
     with pytest.raises(ValueError, match="stage0"):
         pipeline.retrain({0: torch.ones(24), "stage0": torch.zeros(24)}, progress=False)
 
 
-@bug("T2: the polish uses the Hessian of another lane while the gradient is still 1e-3")
 def test_a_lane_does_not_depend_on_its_neighbours(digits):
     """Real digits from scratch: the optimum a lane reaches is that of its own weights alone."""
     data = digits[0].select(classes=(0, 1, 2, 3), n=400)
@@ -387,7 +380,6 @@ def test_to_and_double_move_everything():
     assert float((again.parameters[1][0] - single.trained()[1]).abs().max()) < 1e-10
 
 
-@bug("T9: the rerun differs from the fit by rounding in float32, effects inherit it")
 def test_a_moved_fit_is_not_repeated_as_if_it_were_the_same_run():
     """Trained in float32, moved to float64: a same-seed rerun in float64 is another run than the fit."""
     pipeline = unfitted(msif.SGD(lr=0.1, epochs=40, batch_size=7)).to(torch.float32).fit(progress=False).double()

@@ -15,11 +15,6 @@ SGD = msif.SGD(lr=0.1, epochs=5, batch_size=7, seed=3)
 SUBSETS = [[3], [17], [5, 9], [0, 1, 2, 23]]
 
 
-def bug(reason):
-    """Known to be wrong; strict, so that this fails as soon as it is right, and the mark can go."""
-    return pytest.mark.filterwarnings("default")
-
-
 def with_recipe(recipe, link=None):
     pipeline = random_pipeline(link=link or LINKS["proximal"], fit=False)
     for stage in pipeline.stages:
@@ -126,7 +121,6 @@ def test_other_targets(target):
     assert float((effects.values[:, 0] - expected).abs().max()) <= 1e-8
 
 
-@bug("T7: the base is that of the old recipe")
 def test_a_recipe_changed_since_the_fit_is_not_a_same_seed_rerun():
     """Effects would hold the difference between the recipes, not of a removal."""
     pipeline = with_recipe(SGD)
@@ -135,7 +129,6 @@ def test_a_recipe_changed_since_the_fit_is_not_a_same_seed_rerun():
         effects_of(pipeline)
 
 
-@bug("T1: RuntimeError, Double for the destination and Float for the source")
 def test_float32_pipelines():
     """The default dtype of PyTorch and of load_digits()."""
     double, single = (random_pipeline(link=LINKS["proximal"], fit=False) for _ in range(2))
@@ -267,7 +260,6 @@ def _only(effects, queries):
     )  # fmt: skip
 
 
-@bug("T11: counted as a query that does not vary")
 def test_nan_effects_do_not_pass_silently():
     scores, effects, _ = made_up()
     effects.values[1, 3] = float("nan")
