@@ -87,7 +87,8 @@ class Operator:
             MemoryBudgetError: before any work, when the matrix and its making exceed ``memory``.
         """
         size = self.shape[0]
-        needed = 2 * size * size * torch.empty((), dtype=self.dtype).element_size()
+        # the matrix, its transpose while it is made symmetric, and what a factorisation adds
+        needed = 4 * size * size * torch.empty((), dtype=self.dtype).element_size()
         require_memory(
             needed,
             parse_bytes(memory),

@@ -54,10 +54,11 @@ class Pipeline:
 
     def _prepare(self) -> None:
         """Make every stage functional as it is now: settings, data and buffers."""
-        self._prepared: list[Prepared] = []
+        prepared: list[Prepared] = []
         for stage in self.stages:
-            self._prepared.append(Prepared(stage, self._prepared[-1] if self._prepared else None))
-            check_examples(self._prepared[-1].objective, stage.data, f"stage {stage.name!r} data")
+            prepared.append(Prepared(stage, prepared[-1] if prepared else None))
+            check_examples(prepared[-1].objective, stage.data, f"stage {stage.name!r} data")
+        self._prepared = prepared
 
     def index(self, stage: int | str) -> int:
         """Position of a stage given by name or (negative) index."""
