@@ -6,14 +6,20 @@ import os
 import stat
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from conftest import random_pipeline
 
 import msif_lab as msif
-from msif_lab.storage import read_tensors, write_bytes
+from msif_lab.storage import describe, read_tensors, write_bytes
 
 PACKAGE = Path(msif.__file__).parent
+
+
+def bug(name):
+    """Known to be wrong; strict, so that this fails as soon as it is right, and the mark can go."""
+    return pytest.mark.xfail(strict=True, reason=name)
 
 
 def quick(recipe=None):
@@ -276,3 +282,71 @@ def test_a_resumed_run_still_says_that_retrainings_stopped_short(tmp_path, monke
     for _ in range(2):  # the rest, then a rerun with nothing left to compute
         with pytest.warns(msif.ConvergenceWarning, match="stopped short"):
             remove(pipeline, store=tmp_path / "store", subsets=range(3), lanes=1)
+
+
+# --- how settings are told apart ----------------------------------------------------------------------
+
+
+def closure(value):
+    return lambda z, y: value
+
+
+def recursive():
+    def f(z, y):
+        return f(z, y)
+
+    return f
+
+
+class Thing:
+    """An object whose default repr holds its address."""
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (lambda z: z + 1, lambda z: z - 1),
+        (closure(1), closure(2)),
+        pytest.param(closure(torch.zeros(5000)), closure(torch.arange(5000) == 2500), id="tensors", marks=bug("B32")),
+        pytest.param(lambda z, *, c=1: c, lambda z, *, c=2: c, id="keyword defaults", marks=bug("B32")),
+        pytest.param(lambda z: (lambda q: q + 1)(z), lambda z: (lambda q: q - 1)(z), id="inner", marks=bug("B32")),
+        (msif.SGD(0.1, schedule=lambda i, n: 1.0), msif.SGD(0.1, schedule=lambda i, n: 0.5)),
+        (torch.nn.CrossEntropyLoss(label_smoothing=0.1), torch.nn.CrossEntropyLoss(label_smoothing=0.2)),
+    ],
+)
+def test_different_functions_are_described_differently(one, other):
+    assert describe(one) != describe(other) and describe(one) == describe(one)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: closure(3),
+        lambda: msif.SGD(0.1, schedule=closure(1.0)),
+        pytest.param(recursive, id="recursive", marks=bug("B32")),
+        pytest.param(lambda: closure(Thing()), id="object", marks=bug("B32")),
+    ],
+)
+def test_equal_functions_are_described_equally(make):
+    """Made twice, as two processes would; no address, and no end in itself."""
+    assert describe(make()) == describe(make())
+
+
+@bug("B32")
+@pytest.mark.parametrize("function", [msif.cross_entropy, torch.nn.functional.cross_entropy, closure])
+def test_an_importable_function_is_described_by_its_name(function):
+    """Its byte code changes with every Python and every edit, and would make all saved files foreign."""
+    code = function.__code__
+    try:
+        before = describe(function)
+        function.__code__ = code.replace(co_consts=(*code.co_consts, "edited"))
+        assert describe(function) == before and function.__name__ in before
+    finally:
+        function.__code__ = code
+
+
+@bug("B33")
+def test_a_weight_decay_from_numpy_can_be_saved(tmp_path):
+    pipeline = quick()
+    pipeline.stages[0].weight_decay = numpy.float32(0.5)
+    pipeline.fit(progress=False).save(tmp_path / "p")
