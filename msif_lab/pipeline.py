@@ -286,7 +286,7 @@ class Pipeline:
                 {
                     "name": s.name,
                     "parameters": {n: list(shape) for n, shape in p.objective.layout.shapes.items()},
-                    "weight_decay": s.weight_decay,
+                    "weight_decay": float(s.weight_decay),
                     "loss": describe(s.loss),
                     "model": str(s.model),
                     "buffer": digest(*s.model.buffers()),

@@ -1,11 +1,12 @@
 """Files that are whole or absent: atomic writes, checked reads, never a pickle."""
 
-import dataclasses
 import functools
 import hashlib
 import json
 import os
+import sys
 import tempfile
+import types
 from pathlib import Path
 
 import torch
@@ -53,25 +54,40 @@ def digest(*tensors: torch.Tensor) -> str:
     return sha.hexdigest()
 
 
-def describe(thing) -> str:
-    """Text that tells settings apart and is the same in every process: functions by name and code, no addresses."""
-    if dataclasses.is_dataclass(thing) and not isinstance(thing, type):
-        values = ", ".join(f"{f.name}={describe(getattr(thing, f.name))}" for f in dataclasses.fields(thing))
-        return f"{type(thing).__name__}({values})"
-    if callable(thing):
-        if isinstance(thing, functools.partial):
-            return f"partial({describe(thing.func)}, {thing.args}, {thing.keywords})"
-        code = getattr(thing, "__code__", None)
-        if code is None:  # an object that can be called: its settings, or the name of a built-in
-            settings = {k: v for k, v in sorted(getattr(thing, "__dict__", {}).items()) if not callable(v)}
-            return f"{getattr(thing, '__qualname__', type(thing).__qualname__)}({settings})"
-        cells = [cell.cell_contents for cell in thing.__closure__ or ()]
-        inner = [describe(c) if callable(c) else repr(c) for c in (*cells, *(thing.__defaults__ or ()))]
-        content = (
-            f"{code.co_code.hex()}{code.co_names}{[c for c in code.co_consts if not hasattr(c, 'co_code')]}{inner}"
+def describe(thing, seen: tuple = ()) -> str:
+    """Text that tells settings apart and is the same in every process, so it holds no addresses.
+
+    Importable functions go by name, others by name and content: code, defaults and what they close over;
+    objects by class and attributes, tensors by digest.
+    """
+    if id(thing) in seen:
+        return "..."
+    seen = (*seen, id(thing))
+    if isinstance(thing, torch.Tensor):
+        return f"tensor#{digest(thing)[:12]}"
+    if isinstance(thing, (list, tuple)):
+        return f"[{', '.join(describe(item, seen) for item in thing)}]"
+    if isinstance(thing, dict):
+        return f"{{{', '.join(f'{key}: {describe(value, seen)}' for key, value in sorted(thing.items(), key=str))}}}"
+    if isinstance(thing, functools.partial):
+        return f"partial{describe([thing.func, thing.args, thing.keywords], seen)}"
+    if isinstance(thing, types.CodeType):
+        return describe([thing.co_code.hex(), thing.co_names, thing.co_varnames, thing.co_consts], seen)
+    if isinstance(thing, types.FunctionType):
+        place = functools.reduce(
+            lambda owner, name: getattr(owner, name, None),
+            thing.__qualname__.split("."),
+            sys.modules.get(thing.__module__),
         )
-        return f"{thing.__name__}#{hashlib.sha256(content.encode()).hexdigest()[:8]}"
-    return repr(thing)
+        if place is thing:
+            return f"{thing.__module__}.{thing.__qualname__}"
+        closed = [cell.cell_contents for cell in thing.__closure__ or ()]
+        content = describe([thing.__code__, thing.__defaults__, thing.__kwdefaults__, closed], seen)
+        return f"{thing.__name__}#{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+    if isinstance(thing, type) or not hasattr(thing, "__dict__"):
+        return getattr(thing, "__qualname__", repr(thing))
+    settings = ", ".join(f"{name}={describe(value, seen)}" for name, value in vars(thing).items())
+    return f"{type(thing).__qualname__}({settings})"
 
 
 def check_writable(path: str | os.PathLike) -> None:

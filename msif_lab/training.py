@@ -113,7 +113,7 @@ class LBFGS:
         smallest, stalled = gradient.norm(dim=1), torch.zeros_like(value)  # iterations without any progress
         with progress_bar(most, "L-BFGS", progress) as bar:
             for iteration in range(most):
-                keep = (gradient.norm(dim=1) > tol) & (stalled < 10)
+                keep = (gradient.norm(dim=1) > tol) & (stalled < 30)
                 if not bool(keep.all()):  # finished lanes leave
                     result[alive[~keep]] = theta[~keep]
                     lanes = lanes.select(keep)
@@ -220,7 +220,7 @@ def _polish(lanes: Lanes, theta: Tensor, max_steps: int = 60) -> tuple[Tensor, i
     serves many: each step shrinks the gradient by about the relative change of curvature. A lane is kept only
     while every step halves its gradient, which no step into another basin does.
     """
-    floor = _noise_floor(lanes, theta)
+    floor, rounding = _noise_floor(lanes, theta), 1e3 if theta.dtype == torch.float64 else 4.0
     gradient = lanes.value_and_grad(theta)[1]
     norm = gradient.norm(dim=1)
     waiting, theta, total = norm > floor, theta.clone(), 0
@@ -237,9 +237,8 @@ def _polish(lanes: Lanes, theta: Tensor, max_steps: int = 60) -> tuple[Tensor, i
             t_slope = lanes.select(lane).value_and_grad(trial)[1]
             t_size = t_slope.norm(dim=1)
             halved = t_size < 0.5 * size
-            done = (halved & (t_size <= floor[lane])) | (
-                ~halved & (size <= 1e3 * floor[lane])
-            )  # or rounding stopped it
+            # Within `rounding` a step that no longer halves the gradient was stopped by rounding, not by distance.
+            done = (halved & (t_size <= floor[lane])) | (~halved & (size <= rounding * floor[lane]))
             best = torch.where((t_size < size)[:, None], trial, point)
             theta[lane[done]], waiting[lane[done]] = best[done], False
             more = halved & ~done
