@@ -62,8 +62,8 @@ class LBFGS:
     """Full-batch L-BFGS with a strong-Wolfe line search, then a Newton polish: to a stationary point.
 
     Implicit influence differentiates an optimum, so the optimum has to be one: L-BFGS goes to gradient
-    norm ``tol``; for stages of up to ``polish_up_to`` parameters Newton's method, each step kept only if
-    it shrinks the gradient, goes on to rounding. All lanes move together; finished ones drop out.
+    norm ``tol``; in stages of up to ``polish_up_to`` parameters Newton's method takes over as soon as each of
+    its steps halves the gradient, and goes on to rounding. All lanes move together; finished ones drop out.
 
     Args:
         tol: gradient norm ``‖∇F‖`` that counts as converged; default 1e-8 in float64, 1e-5 in float32.

@@ -174,7 +174,7 @@ def removal_effects(
 
 
 def _base(pipeline: Pipeline, queries: Examples, target, protocol: str) -> Tensor:
-    """The queries under weight one, by the same code path as the removals."""
+    """The queries at the trained weights; a same-seed rerun needs a run that can be repeated."""
     if protocol == "same-seed" and pipeline.reports is None:
         raise ValueError("the weights were adopted, so the run cannot be repeated; use protocol='warm-start', or fit()")
     return pipeline.evaluate(queries, target).cpu().double()

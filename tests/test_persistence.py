@@ -17,11 +17,6 @@ from msif_lab.storage import describe, read_tensors, write_bytes
 PACKAGE = Path(msif.__file__).parent
 
 
-def bug(name):
-    """Known to be wrong; strict, so that this fails as soon as it is right, and the mark can go."""
-    return pytest.mark.xfail(strict=True, reason=name)
-
-
 def quick(recipe=None):
     """An untrained proximal pipeline that a short run trains."""
     pipeline = random_pipeline(link=msif.Proximal(0.3), fit=False)
