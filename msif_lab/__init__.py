@@ -13,15 +13,18 @@ from .errors import (
     MsifError,
     NotConvergedError,
     SavedFileError,
+    UnsmoothTrainingWarning,
     UnsupportedModelError,
 )
 from .influence import ImplicitInfluence, Influence, Ranking
+from .lbfgs import LBFGS
 from .models import EmbeddingHead, convnet, mlp, softmax_regression
 from .objective import cross_entropy, mean_squared_error, next_token_loss
 from .pipeline import Pipeline, Retrained
 from .solvers import ConjugateGradient, Exact, SolveReport, Spectrum, schur_complement
-from .stages import Frozen, Proximal, Stage
-from .training import LBFGS, SGD, FitReport
+from .stages import Frozen, Proximal, Stage, WarmStart
+from .training import SGD, Adam, AdamW, FitReport
+from .unrolled import UnrolledInfluence
 from .validation import Agreement, Effects, agreement, removal_effects
 
 __version__ = "0.1.0"
@@ -42,13 +45,17 @@ __all__ = [
     "Stage",
     "Frozen",
     "Proximal",
+    "WarmStart",
     "LBFGS",
     "SGD",
+    "Adam",
+    "AdamW",
     "FitReport",
     "Pipeline",
     "Retrained",
     # influence
     "ImplicitInfluence",
+    "UnrolledInfluence",
     "Influence",
     "Ranking",
     # curvature and solvers
@@ -76,4 +83,5 @@ __all__ = [
     "DataUnavailableError",
     "SavedFileError",
     "UnsupportedModelError",
+    "UnsmoothTrainingWarning",
 ]

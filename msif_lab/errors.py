@@ -8,6 +8,7 @@ __all__ = [
     "MsifError",
     "NotConvergedError",
     "SavedFileError",
+    "UnsmoothTrainingWarning",
     "UnsupportedModelError",
 ]
 
@@ -50,3 +51,7 @@ class UnsupportedModelError(MsifError, ValueError):
 
 class ConvergenceWarning(UserWarning):
     """Training or a solve stopped short of its tolerance; the number is in the message."""
+
+
+class UnsmoothTrainingWarning(UserWarning):
+    """A training run reacts so unevenly to example weights that its derivative will not predict removals."""

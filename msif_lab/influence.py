@@ -12,9 +12,10 @@ from torch import Tensor
 from .curvature import Hessian, example_products, own_products, per_example_gradients
 from .data import Examples
 from .errors import ConvergenceWarning, IndefiniteCurvatureError
-from .objective import WORKING_BYTES, ask
+from .objective import WORKING_BYTES, ask, target_name
 from .pipeline import Pipeline
 from .solvers import Exact, SolveReport
+from .stages import Stage, WarmStart
 from .storage import read_tensors, require_memory, write_tensors
 
 __all__ = ["ImplicitInfluence", "Influence", "Ranking"]
@@ -138,6 +139,16 @@ class Influence:
         return f"<table><caption>{title}</caption><tr><th></th><th>id</th><th>score</th></tr>{rows}</table>"
 
 
+def require_unchanged(pipeline: Pipeline, full: Sequence[Tensor]) -> None:
+    """Raise when the trained parameters are no longer those ``full`` that an attributor was fitted to."""
+    for stage, then, now in zip(pipeline.stages, full, pipeline.trained(), strict=True):
+        if then.dtype != now.dtype or then.device != now.device or not torch.equal(then, now):
+            raise ValueError(
+                f"stage {stage.name!r} changed since fit: {then.dtype} on {then.device} then, {now.dtype} on "
+                f"{now.device} now, or other weights; call fit(pipeline) again"
+            )
+
+
 class ImplicitInfluence:
     """Multi-stage influence by the implicit function theorem, for stages trained to a minimum.
 
@@ -188,7 +199,7 @@ class ImplicitInfluence:
         """The work without queries, once: curvature of every stage, prepared for solving.
 
         Raises:
-            ValueError: the pipeline is not trained.
+            ValueError: the pipeline is not trained, or has a `WarmStart` link.
             IndefiniteCurvatureError, MemoryBudgetError: from the solver.
 
         Warns:
@@ -200,6 +211,7 @@ class ImplicitInfluence:
         self._pipeline, self._full, self._shifts = pipeline, [t.clone() for t in trained], {}
         self._prepared = []
         for k, stage in enumerate(pipeline.stages):
+            _refuse_warm_start(stage)
             self._check_stationary(k)
             operator = pipeline.curvature(k, self.curvature)
             try:
@@ -238,12 +250,7 @@ class ImplicitInfluence:
             raise ValueError("call fit(pipeline) before score(queries)")
         first = self._pipeline.index(stage)
         last = len(self._pipeline.stages) - 1
-        for stage_, then, now in zip(self._pipeline.stages, self._full, self._pipeline.trained(), strict=True):
-            if then.dtype != now.dtype or then.device != now.device or not torch.equal(then, now):
-                raise ValueError(
-                    f"stage {stage_.name!r} changed since fit: {then.dtype} on {then.device} then, {now.dtype} on "
-                    f"{now.device} now, or other weights; call fit(pipeline) again"
-                )
+        require_unchanged(self._pipeline, self._full)
         o = self._pipeline.objective(last)
         function = ask(o, queries, target)
         gradients = [g for _, g in per_example_gradients(o, self._full[last], queries, function, every=True)]
@@ -257,8 +264,7 @@ class ImplicitInfluence:
         rows = self._pipeline.objective(first).rows
         values = self._example_scores(first, cotangent[:, rows], solution)
         scored = self._pipeline.stages[first]
-        name = target if isinstance(target, str) else getattr(target, "__name__", "custom")
-        return Influence(values, scored.data.ids, queries.ids, scored.name, name, repr(self))
+        return Influence(values, scored.data.ids, queries.ids, scored.name, target_name(target), repr(self))
 
     def _pull_back(self, k: int, cotangent: Tensor, solution: Tensor) -> Tensor:
         """From ∇q by stage k's parameters (Q, D) and v = H⁻¹∇q (Q, P) to ∇q by the previous stage's (Q, D')."""
@@ -327,3 +333,14 @@ class ImplicitInfluence:
                 stacklevel=4,
             )
         return torch.cat(shifts)
+
+
+def _refuse_warm_start(stage: Stage) -> None:
+    if isinstance(stage.link, WarmStart):
+        known = hasattr(stage.recipe, "equivalent_alpha")
+        alpha = f"{stage.recipe.equivalent_alpha(len(stage.data)):.3g}" if known else "..."
+        raise ValueError(
+            f"stage {stage.name!r} has link=WarmStart(): a minimum does not depend on where training started, so "
+            "implicit influence has nothing to say. Use UnrolledInfluence; or read the finetuning as proximal: "
+            f"the same stages with link=Proximal(alpha={alpha}) in a Pipeline of their own, then adopt()"
+        )

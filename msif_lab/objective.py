@@ -86,6 +86,11 @@ def target_function(target: str | Callable, loss: Callable) -> Callable[[Tensor,
     return named[target]
 
 
+def target_name(target: str | Callable) -> str:
+    """How results name their target."""
+    return target if isinstance(target, str) else getattr(target, "__name__", "custom")
+
+
 class Layout:
     """Where each named parameter of a module lies in one flat vector of ``D`` numbers.
 
@@ -202,17 +207,24 @@ class Objective:
             self._bytes = max((kept[3] - kept[1]) // 2, self.data.x[0].numel() * self.data.x.element_size(), 64)
         return self._bytes
 
-    def chunks(self, examples: Examples | None = None, copies: int = 1, rows: Tensor | None = None) -> Iterator:
+    def chunks(
+        self,
+        examples: Examples | None = None,
+        copies: int = 1,
+        rows: Tensor | None = None,
+        memory: int = WORKING_BYTES,
+    ) -> Iterator:
         """``(positions, x, y)`` over examples, in parts so small that ``copies`` of their activations fit.
 
         Args:
             examples: default the stage's own data.
             copies: how many activation sets one example costs (lanes, tangents).
             rows: only these positions, in this order (a mini-batch).
+            memory: bytes all copies of a part may take.
         """
         examples = self.data if examples is None else examples
         count = len(examples) if rows is None else len(rows)
-        step = max(1, WORKING_BYTES // (self.bytes_per_example() * copies))
+        step = max(1, memory // (self.bytes_per_example() * copies))
         for start in range(0, count, step):
             part = slice(start, min(start + step, count)) if rows is None else rows[start : start + step]
             yield part, examples.x[part], examples.y[part]

@@ -10,7 +10,7 @@ from torch.func import vmap
 from .curvature import DataCurvature, curvature
 from .data import Examples
 from .errors import SavedFileError
-from .objective import Layout, Objective, ask, check_examples, check_layers
+from .objective import Lanes, Layout, Objective, ask, check_examples, check_layers
 from .stages import Prepared, Stage
 from .storage import describe, digest, read_tensors, write_tensors
 from .training import FitReport
@@ -97,7 +97,8 @@ class Pipeline:
             if k and not torch.equal(full[p.here["frozen"]], present[k - 1][p.there["frozen"]]):
                 raise ValueError(
                     f"stage {stage.name!r}: frozen parameters {p.frozen} differ from those of stage "
-                    f"{self.stages[k - 1].name!r}; copy them over, or use link=Proximal(alpha=...)"
+                    f"{self.stages[k - 1].name!r}; copy them over, or train them: "
+                    "link=Proximal(alpha=...) or WarmStart()"
                 )
         self._take(present)
         self.reports = None
@@ -108,13 +109,31 @@ class Pipeline:
         done, reports, previous = [], [], None
         for p, stage, start, weight in zip(self._prepared, self.stages, starts, weights, strict=True):
             lanes = p.lanes(start, previous, weight)
-            if previous is not None and not warm:
-                lanes.base = lanes.base.index_copy(1, p.here["coupled"], lanes.centre)
+            if not warm:
+                lanes = p.start(lanes)
             theta, report = stage.recipe.run(lanes, lanes.base[:, p.objective.rows], progress=progress)
             previous = lanes.full(theta)
             done.append(previous)
             reports.append(report)
         return done, reports
+
+    def require_repeatable(self) -> None:
+        """Raise `ValueError` where a rerun would not be the run that `fit` did."""
+        if self._trained is not None and self.reports is None:
+            raise ValueError(
+                "the pipeline's weights were adopted, so how they came about is unknown; use warm_start=True, or fit()"
+            )
+        if changed := self._changed():
+            raise ValueError(f"{'; '.join(changed)} changed since fit(), so this is another run; call fit() again")
+
+    def initial(self, stage: int) -> Tensor:
+        """All parameters ``(D,)`` of a stage before training, nothing taken over yet."""
+        return self._initial[stage]
+
+    def fresh_lanes(self, stage: int, previous: Tensor | None) -> Lanes:
+        """A stage as `fit` starts it, all weights one; ``previous`` (1, D') are the stage before's final parameters."""
+        p = self._prepared[stage]
+        return p.start(p.lanes(self._initial[stage][None], previous, None))
 
     def _write(self, fulls: Sequence[Tensor]) -> None:
         named = [p.objective.layout.named(full) for p, full in zip(self._prepared, fulls, strict=True)]
@@ -217,13 +236,8 @@ class Pipeline:
         Raises:
             ValueError: wrong shapes, NaN, unknown stage, or a same-seed rerun of adopted weights.
         """
-        if not warm_start and self.reports is None:
-            raise ValueError(
-                "the pipeline's weights were adopted, so how they came about is unknown; use warm_start=True, or fit()"
-            )
-        changed = [] if warm_start else self._changed()
-        if changed:
-            raise ValueError(f"{'; '.join(changed)} changed since fit(), so this is another run; call fit() again")
+        if not warm_start:
+            self.require_repeatable()
         given = dict(weights) if isinstance(weights, Mapping) else {0: weights}
         if not given:
             raise ValueError("weights are empty: give (R, N) weights of a stage, or a mapping from stages to weights")

@@ -1,17 +1,17 @@
 """A stage, and the links that say what it takes over from the stage before."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy
 import torch
 from torch import Tensor, nn
 
 from .data import Examples
+from .lbfgs import LBFGS
 from .objective import Lanes, Layout, Objective, cross_entropy
-from .training import LBFGS
 
-__all__ = ["Frozen", "Proximal", "Stage"]
+__all__ = ["Frozen", "Proximal", "Stage", "WarmStart"]
 
 Shared = str | Sequence[str] | Callable[[str], bool] | None
 
@@ -74,6 +74,24 @@ class Proximal:
             raise ValueError(f"alpha={self.alpha!r} must be positive and finite; for the limit α → ∞ use Frozen()")
 
 
+@dataclass(frozen=True)
+class WarmStart:
+    """Everything is trained, starting from the previous stage's W* and simply going on: plain full finetuning.
+
+    What the finetuned model keeps of W* it keeps only because training stops early, so this link means
+    something with `SGD` or `Adam`, and its influence is `UnrolledInfluence`'s. `SGD.equivalent_alpha` gives the
+    `Proximal` link that resembles it.
+
+    Args:
+        shared: as in `Frozen`.
+    """
+
+    shared: Shared = None
+
+
+Link = Frozen | Proximal | WarmStart
+
+
 @dataclass
 class Stage:
     """One training stage: ``F(θ; w) = (1/m) Σ_i w_i f_i(θ) + (weight_decay/2) ‖θ‖²`` over what it trains.
@@ -84,7 +102,7 @@ class Stage:
         data: the `Examples` it is trained on.
         loss: ``(outputs, targets) -> (B,)``; cross-entropy by default.
         weight_decay: λ ≥ 0 on every parameter this stage trains, biases included.
-        link: how it takes over from the previous stage: `Frozen` or `Proximal`; None for the first.
+        link: how it takes over from the previous stage: `Frozen`, `Proximal` or `WarmStart`; None for the first.
         recipe: how it is trained; `LBFGS` by default.
     """
 
@@ -93,7 +111,7 @@ class Stage:
     data: Examples
     loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy
     weight_decay: float = 0.0
-    link: Frozen | Proximal | None = None
+    link: Link | None = None
     recipe: LBFGS | object = field(default_factory=LBFGS)
 
     def problems(self, first: bool) -> list[str]:
@@ -110,8 +128,10 @@ class Stage:
             problems.append(f"recipe={self.recipe!r} is not a recipe such as LBFGS() or SGD(lr=0.1)")
         if first and self.link is not None:
             problems.append(f"link={self.link!r}, but the first stage has nothing to take over; leave it out")
-        if not first and not isinstance(self.link, (Frozen, Proximal)):
-            problems.append(f"link={self.link!r}: a later stage needs link=Frozen() or link=Proximal(alpha=...)")
+        if not first and not isinstance(self.link, Link):
+            problems.append(
+                f"link={self.link!r}: a later stage needs link=Frozen(), link=Proximal(alpha=...) or link=WarmStart()"
+            )
         return [f"stage {self.name!r}: {p}" for p in problems]
 
 
@@ -125,8 +145,8 @@ class Prepared:
             if not parameter.is_meta and not bool(torch.isfinite(parameter).all()):
                 raise ValueError(f"{where}: parameter {name!r} holds NaN or inf; start from finite weights")
         shared = [] if before is None else shared_names(stage.link.shared, before.objective.layout, layout, where)
-        free = stage.link is None or isinstance(stage.link, Proximal)
-        self.coupled = [n for n in shared if free and n in layout.trainable]  # trained, held near by alpha
+        free = not isinstance(stage.link, Frozen)
+        self.coupled = [n for n in shared if free and n in layout.trainable]  # trained from W*, held near by alpha
         self.frozen = [n for n in shared if n not in self.coupled]  # taken over as they are
         trained = [n for n in layout.trainable if n not in self.frozen]
         if not trained:
@@ -143,6 +163,12 @@ class Prepared:
             {k: side.positions(names).to(device) for k, names in (("coupled", self.coupled), ("frozen", self.frozen))}
             for side in (layout, layout if before is None else before.objective.layout)
         )
+
+    def start(self, lanes: Lanes) -> Lanes:
+        """The lanes of a fresh run: what is taken over and trained on starts at W*."""
+        if lanes.centre is None:
+            return lanes
+        return replace(lanes, base=lanes.base.index_copy(1, self.here["coupled"], lanes.centre))
 
     def lanes(self, base: Tensor, previous: Tensor | None, weights: Tensor | None) -> Lanes:
         """The objective of R weightings: ``base`` (R, D), ``previous`` (R, D') the stage before, ``weights`` (R, m)."""

@@ -1,18 +1,20 @@
-"""Recipes: how a stage is trained, for many example weightings at once and the same way every time."""
+"""Mini-batch recipes: how a stage is trained, for many example weightings at once, the same way every time,
+and how one step of it is run backwards (`UnrolledInfluence` differentiates the whole run)."""
 
 import time
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .curvature import Hessian
 from .errors import NotConvergedError
 from .objective import Lanes
 
-__all__ = ["LBFGS", "SGD", "FitReport"]
+__all__ = ["SGD", "Adam", "AdamW", "FitReport"]
 
 
 @dataclass
@@ -45,260 +47,63 @@ def progress_bar(total: int, text: str, show: bool = True) -> tqdm:
     return tqdm(total=total, desc=text, leave=False, delay=2.0, disable=not show)
 
 
-def _finite(value: Tensor, gradient: Tensor, step: int, advice: str) -> None:
+def check_finite(value: Tensor, gradient: Tensor, step: int, advice: str) -> None:
     if not bool(torch.isfinite(value).all() and torch.isfinite(gradient).all()):
         raise NotConvergedError(
             f"training produced NaN or inf at step {step}: the risk is {value.tolist()[:3]}; {advice}"
         )
 
 
-def _noise_floor(lanes: Lanes, theta: Tensor) -> Tensor:
+def noise_floor(lanes: Lanes, theta: Tensor) -> Tensor:
     """Gradient norm below which rounding hides every further step, ``(R,)``."""
     return 20 * torch.finfo(theta.dtype).eps * (1 + theta.norm(dim=1))
 
 
-@dataclass(frozen=True)
-class LBFGS:
-    """Full-batch L-BFGS with a strong-Wolfe line search, then a Newton polish: to a stationary point.
-
-    Implicit influence differentiates an optimum, so the optimum has to be one: L-BFGS goes to gradient
-    norm ``tol``; in stages of up to ``polish_up_to`` parameters Newton's method takes over as soon as each of
-    its steps halves the gradient, and goes on to rounding. All lanes move together; finished ones drop out.
-
-    Args:
-        tol: gradient norm ``‖∇F‖`` that counts as converged; default 1e-8 in float64, 1e-5 in float32.
-        max_iter: most L-BFGS iterations.
-        history: pairs kept for the inverse Hessian.
-        polish_up_to: largest P for which a dense Hessian is formed; 0 turns the polish off.
-
-    Reference: Nocedal & Wright, Numerical Optimization, algorithms 3.5, 3.6, 7.4.
-    """
-
-    tol: float | None = None
-    max_iter: int = 5000
-    history: int = 20
-    polish_up_to: int = 2000
-
-    def __post_init__(self):
-        if (self.tol is not None and not self.tol > 0) or self.max_iter < 1 or self.history < 1:
-            raise ValueError(f"{self}: tol must be positive, max_iter and history at least 1")
-
-    def run(self, lanes: Lanes, theta: Tensor, progress: bool = True) -> tuple[Tensor, FitReport]:
-        """Minimise F from ``theta`` (R, P); returns the minimisers and their report."""
-        start = time.perf_counter()
-        tol = self.tol or (1e-8 if theta.dtype == torch.float64 else 1e-5)
-        levels = (
-            [level for level in (1e-3, 1e-4, 1e-5, 1e-6) if level > tol] if theta.shape[1] <= self.polish_up_to else []
-        )
-        iterations = 0
-        for level in (*levels, tol):
-            theta, steps = self._descend(lanes, theta, level, max(1, self.max_iter - iterations), progress)
-            iterations += steps
-            if theta.shape[1] <= self.polish_up_to:
-                theta, steps = _polish(lanes, theta)
-                iterations += steps
-        value, gradient = lanes.value_and_grad(theta)
-        norm = gradient.norm(dim=1)
-        # In float32 rounding alone can exceed tol; what cannot shrink any more has converged.
-        converged = norm <= torch.maximum(norm.new_tensor(tol), _noise_floor(lanes, theta))
-        report = FitReport(str(self), iterations, value, norm, converged, time.perf_counter() - start)
-        return theta, report
-
-    def _descend(self, lanes: Lanes, theta: Tensor, tol: float, most: int, progress: bool) -> tuple[Tensor, int]:
-        """L-BFGS from ``theta`` to gradient norm ``tol``, or to where rounding hides all progress."""
-        result, alive = theta.clone(), torch.arange(len(theta), device=theta.device)
-        value, gradient = lanes.value_and_grad(theta)
-        _finite(value, gradient, 0, "check the starting weights and the loss")
-        pairs: list[tuple[Tensor, Tensor, Tensor]] = []
-        smallest, stalled = gradient.norm(dim=1), torch.zeros_like(value)  # iterations without any progress
-        with progress_bar(most, "L-BFGS", progress) as bar:
-            for iteration in range(most):
-                keep = (gradient.norm(dim=1) > tol) & (stalled < 30)
-                if not bool(keep.all()):  # finished lanes leave
-                    result[alive[~keep]] = theta[~keep]
-                    lanes = lanes.select(keep)
-                    alive, theta, value, gradient, smallest, stalled = (
-                        t[keep] for t in (alive, theta, value, gradient, smallest, stalled)
-                    )
-                    pairs = [tuple(t[keep] for t in pair) for pair in pairs]
-                    if not len(alive):
-                        return result, iteration
-                direction = _two_loop(gradient, pairs)
-                slope = (direction * gradient).sum(1)
-                uphill = slope >= 0  # rounding only; those lanes restart from steepest descent
-                direction = torch.where(uphill[:, None], -gradient, direction)
-                first = 1 / gradient.norm(dim=1).clamp(min=1) if not pairs else torch.ones_like(value)
-                new, new_value, new_gradient, moved = strong_wolfe(lanes, theta, value, gradient, direction, first)
-                _finite(new_value, new_gradient, iteration, "the objective is unbounded or not smooth here")
-                s, y = new - theta, new_gradient - gradient
-                curvature = (s * y).sum(1)
-                good = curvature > 1e-10 * s.norm(dim=1) * y.norm(dim=1)
-                rho = torch.where(good, 1 / curvature.where(good, torch.ones_like(curvature)), 0.0)
-                pairs = [*pairs[-self.history + 1 :], (s, y, rho)] if self.history > 1 else [(s, y, rho)]
-                lower = value - new_value > 4 * torch.finfo(value.dtype).eps * value.abs()
-                smaller = new_gradient.norm(dim=1) < 0.9 * smallest
-                stalled = torch.where(moved & (lower | smaller), 0.0, stalled + 1)
-                smallest = torch.minimum(smallest, new_gradient.norm(dim=1))
-                theta, value, gradient = new, new_value, new_gradient
-                bar.update()
-                bar.set_postfix_str(
-                    f"{len(alive)} running, ‖∇F‖ {float(gradient.norm(dim=1).max()):.1e}", refresh=False
-                )
-        result[alive] = theta
-        return result, iteration + 1
-
-
-def _two_loop(gradient: Tensor, pairs: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-    """−H⁻¹∇F of each lane from its last steps; pairs with rho 0 (no positive curvature) drop out."""
-    q, factors = gradient.clone(), []
-    for s, y, rho in reversed(pairs):
-        a = rho * (s * q).sum(1)
-        q = q - a[:, None] * y
-        factors.append(a)
-    scale = torch.ones_like(gradient[:, :1])
-    for _, y, rho in pairs:  # γ = sᵀy / yᵀy of each lane's newest valid pair
-        scale = torch.where(rho[:, None] > 0, 1 / (rho * (y * y).sum(1))[:, None], scale)
-    q = scale * q
-    for (s, y, rho), a in zip(pairs, reversed(factors), strict=True):
-        q = q + (a - rho * (y * q).sum(1))[:, None] * s
-    return -q
-
-
-def strong_wolfe(lanes, theta, value, gradient, direction, step, c1=1e-4, c2=0.9, max_tries=25):
-    """A step of each lane that satisfies the strong Wolfe conditions, all lanes in step with each other.
-
-    Keeps a bracket (lo, hi) per lane: hi is infinite until a step overshoots; then cubic interpolation.
-    Near the optimum, where F differences are rounding, the approximate Wolfe condition of Hager & Zhang
-    (2005) stands in for the decrease. Lanes that find nothing keep their point.
-
-    Returns:
-        ``(theta, value, gradient, moved)`` after the step; ``moved`` (R,) is False where none was found.
-    """
-    slope = (direction * gradient).sum(1)
-    slack = 4 * torch.finfo(value.dtype).eps * value.abs()
-    lo, lo_value, lo_slope = torch.zeros_like(step), value.clone(), slope.clone()
-    hi, hi_value, hi_slope = torch.full_like(step, torch.inf), value.clone(), slope.clone()
-    best, best_value, best_gradient = theta.clone(), value.clone(), gradient.clone()
-    open_, moved = torch.arange(len(step), device=step.device), torch.zeros_like(step, dtype=torch.bool)
-    for _ in range(max_tries):  # only lanes whose search is still open are evaluated
-        t, d, start, down = step[open_], direction[open_], value[open_], slope[open_]
-        trial = theta[open_] + t[:, None] * d
-        t_value, t_gradient = (lanes if len(open_) == len(lanes) else lanes.select(open_)).value_and_grad(trial)
-        t_slope = (t_gradient * d).sum(1)
-        decrease = (t_value <= start + c1 * t * down) | (
-            (t_value <= start + slack[open_]) & (t_slope <= (2 * c1 - 1) * down)
-        )
-        worse = ~decrease | ((t_value > lo_value[open_] + slack[open_]) & (lo[open_] > 0)) | ~torch.isfinite(t_value)
-        kept = open_[~worse]  # every decrease is remembered, in case the tries run out
-        best[kept], best_value[kept], best_gradient[kept] = trial[~worse], t_value[~worse], t_gradient[~worse]
-        moved[kept] = True
-        turn = ~worse & (t_slope * (hi - lo)[open_] >= 0)
-        for high, low, new in ((hi, lo, t), (hi_value, lo_value, t_value), (hi_slope, lo_slope, t_slope)):
-            high[open_] = torch.where(worse, new, torch.where(turn, low[open_], high[open_]))
-            low[open_] = torch.where(worse, low[open_], new)
-        open_ = open_[worse | (t_slope.abs() > -c2 * down)]
-        if not len(open_):
-            break
-        step = torch.where(torch.isinf(hi), 2 * step, _cubic(lo, lo_value, lo_slope, hi, hi_value, hi_slope))
-    return best, best_value, best_gradient, moved
-
-
-def _cubic(a, fa, ga, b, fb, gb):
-    """Minimiser of the cubic through two values and slopes, kept in the inner 80 % of the bracket."""
-    d1 = ga + gb - 3 * (fa - fb) / (a - b)
-    root = (d1**2 - ga * gb).clamp(min=0).sqrt() * torch.sign(b - a)
-    point = b - (b - a) * (gb + root - d1) / (gb - ga + 2 * root)
-    near, far = torch.minimum(a, b), torch.maximum(a, b)
-    middle, margin = (a + b) / 2, (far - near) / 10
-    return torch.where(torch.isfinite(point), point, middle).clamp(near + margin, far - margin)
-
-
-def _polish(lanes: Lanes, theta: Tensor, max_steps: int = 60) -> tuple[Tensor, int]:
-    """Newton's method to rounding, for the lanes where it contracts; the others come back unchanged.
-
-    The lanes' optima lie close together (one example in m differs), so one factorised Hessian, the chord,
-    serves many: each step shrinks the gradient by about the relative change of curvature. A lane is kept only
-    while every step halves its gradient, which no step into another basin does.
-    """
-    floor, rounding = _noise_floor(lanes, theta), 1e3 if theta.dtype == torch.float64 else 4.0
-    gradient = lanes.value_and_grad(theta)[1]
-    norm = gradient.norm(dim=1)
-    waiting, theta, total = norm > floor, theta.clone(), 0
-    while bool(waiting.any()):
-        chord = _hessian_factor(lanes, theta, int(waiting.nonzero()[0]))
-        if chord is None:  # not in the convex neighbourhood of a minimum yet
-            return theta, total
-        before = int(waiting.sum())
-        lane = waiting.nonzero().flatten()
-        point, slope, size = theta[lane], gradient[lane], norm[lane]
-        for _ in range(max_steps):
-            total += 1
-            trial = point - torch.cholesky_solve(slope.T, chord).T
-            t_slope = lanes.select(lane).value_and_grad(trial)[1]
-            t_size = t_slope.norm(dim=1)
-            halved = t_size < 0.5 * size
-            # Within `rounding` a step that no longer halves the gradient was stopped by rounding, not by distance.
-            done = (halved & (t_size <= floor[lane])) | (~halved & (size <= rounding * floor[lane]))
-            best = torch.where((t_size < size)[:, None], trial, point)
-            theta[lane[done]], waiting[lane[done]] = best[done], False
-            more = halved & ~done
-            lane, point, slope, size = lane[more], trial[more], t_slope[more], t_size[more]
-            if not len(lane):
-                break
-        if int(waiting.sum()) == before or before > 8:  # far lanes go on with L-BFGS rather than Hessians of their own
-            break
-    return theta, total
-
-
-def _hessian_factor(lanes: Lanes, theta: Tensor, lane: int) -> Tensor | None:
-    """Cholesky factor of one lane's Hessian, None where it is not positive definite."""
-    one = torch.tensor([lane], device=theta.device)
-    full = lanes.select(one).full(theta[one])[0]
-    factor, failed = torch.linalg.cholesky_ex(Hessian(lanes.objective, full, lanes.weights[lane]).dense())
-    return None if bool(failed) else factor
-
-
 Schedule = str | Callable[[int, int], float]
+State = tuple[Tensor, ...]
 
 
-@dataclass(frozen=True)
-class SGD:
-    """Mini-batch gradient descent with heavy-ball momentum, as ``torch.optim.SGD`` does it.
+class MiniBatch(ABC):
+    """What mini-batch recipes share: batches, schedule, and the loop.
 
-    ``v ← μ v + ∇L_B(θ)``, ``θ ← θ − η_t v`` with ``L_B`` the mini-batch mean plus the stage's penalties.
     Batch order and schedule depend on the seed alone, not on example weights, so removing an example
     changes nothing else: runs are reproducible bit for bit on one machine's CPU.
 
-    Args:
-        lr: learning rate η.
-        momentum: μ in [0, 1).
-        epochs: passes over the data.
-        batch_size: examples a step; the last batch of an epoch holds what is left.
-        seed: of the batch order.
-        schedule: factor on η: ``"constant"``, ``"linear"`` (to zero), ``"cosine"``, or ``f(step, steps)``.
-        warmup: steps over which η first rises linearly.
-        nesterov: Nesterov's look-ahead.
+    A recipe adds the optimiser itself as pure functions on ``(R, P)`` tensors: `start`, `update`, and the
+    transpose `pull_back` of one update. A recipe of your own needs no more to be trained, vectorised over
+    weightings, and unrolled.
     """
 
-    lr: float
-    momentum: float = 0.9
-    epochs: int = 10
-    batch_size: int = 50
-    seed: int = 0
-    schedule: Schedule = "constant"
-    warmup: int = 0
-    nesterov: bool = False
+    decoupled: ClassVar[bool] = False  # weight decay acts on θ directly, not through the gradient
 
-    def __post_init__(self):
+    def _check(self) -> None:
         for name in ("epochs", "batch_size", "warmup"):
             if not isinstance(getattr(self, name), int):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number")
-        if not self.lr > 0 or not 0 <= self.momentum < 1 or self.epochs < 1 or self.batch_size < 1 or self.warmup < 0:
-            raise ValueError(
-                f"{self}: lr must be positive, momentum in [0, 1), epochs and batch_size at least 1, warmup at least 0"
-            )
+        if not self.lr > 0 or self.epochs < 1 or self.batch_size < 1 or self.warmup < 0:
+            raise ValueError(f"{self}: lr must be positive, epochs and batch_size at least 1, warmup at least 0")
         if not callable(self.schedule) and self.schedule not in ("constant", "linear", "cosine"):
             raise ValueError(f"schedule={self.schedule!r} must be 'constant', 'linear', 'cosine' or a function")
+
+    # --- the optimiser, defined by each recipe ----------------------------------------------------
+
+    @abstractmethod
+    def start(self, theta: Tensor) -> State:
+        """The optimiser's memory before the first step."""
+
+    @abstractmethod
+    def update(self, theta: Tensor, state: State, gradient: Tensor, step: int, rate: float, decay: float):
+        """One step: ``(θ, state, ∇L_B) → (θ, state, saved)``; ``saved`` is what `pull_back` will need."""
+
+    @abstractmethod
+    def pull_back(self, theta_bar: Tensor, state_bar: State, saved: State, step: int, rate: float, decay: float):
+        """The transpose of `update`: from derivatives of q after the step to those before it.
+
+        ``(θ̄, state̅) → (ḡ, θ̄, state̅)``, all ``(Q, P)``. ``ḡ = ∂q/∂∇L_B``; how ∇L_B hangs on θ is not its business:
+        the caller adds ``∇²L_B ḡ`` to θ̄.
+        """
+
+    # --- the run ----------------------------------------------------------------------------------
 
     def steps(self, m: int) -> Iterator[tuple[Tensor, float]]:
         """The whole run as ``(batch positions, learning rate)`` pairs for ``m`` examples."""
@@ -322,20 +127,157 @@ class SGD:
         }
         return rise * decay[self.schedule]
 
+    def decay(self, lanes: Lanes) -> float:
+        """λ of decoupled weight decay; 0 where the penalty is part of the gradient."""
+        return lanes.objective.weight_decay if self.decoupled else 0.0
+
+    def advance(self, lanes: Lanes, theta: Tensor, state: State, step: int, batch: Tensor, rate: float):
+        """One step on one mini-batch: ``(θ, state, saved)`` after it. Training and its replay both come through here.
+
+        Raises:
+            NotConvergedError: NaN or inf.
+        """
+        value, gradient = lanes.value_and_grad(theta, rows=batch.to(theta.device))
+        check_finite(value, gradient, step, f"lower lr={self.lr}")
+        decay = self.decay(lanes)
+        if decay:
+            gradient = gradient - decay * theta  # the penalty's share, which `update` applies itself
+        return self.update(theta, state, gradient, step, rate, decay)
+
     def run(self, lanes: Lanes, theta: Tensor, progress: bool = True) -> tuple[Tensor, FitReport]:
         """Train from ``theta`` (R, P); returns the final parameters and the report."""
         start = time.perf_counter()
         m = len(lanes.objective.data)
-        velocity, theta, value = torch.zeros_like(theta), theta.clone(), None
-        with progress_bar(self.epochs * -(-m // self.batch_size), "SGD", progress) as bar:
-            for count, (batch, rate) in enumerate(self.steps(m)):
-                value, gradient = lanes.value_and_grad(theta, rows=batch.to(theta.device))
-                _finite(value, gradient, count, f"lower lr={self.lr}")
-                velocity = self.momentum * velocity + gradient
-                theta = theta - rate * (gradient + self.momentum * velocity if self.nesterov else velocity)
+        theta, state = theta.clone(), self.start(theta)
+        with progress_bar(self.epochs * -(-m // self.batch_size), type(self).__name__, progress) as bar:
+            for step, (batch, rate) in enumerate(self.steps(m)):
+                theta, state, _ = self.advance(lanes, theta, state, step, batch, rate)
                 bar.update()
         value, gradient = lanes.value_and_grad(theta)
         norm = gradient.norm(dim=1)
         return theta, FitReport(
-            str(self), count + 1, value, norm, norm <= _noise_floor(lanes, theta), time.perf_counter() - start
+            str(self), step + 1, value, norm, norm <= noise_floor(lanes, theta), time.perf_counter() - start
         )
+
+
+@dataclass(frozen=True)
+class SGD(MiniBatch):
+    """Mini-batch gradient descent with heavy-ball momentum, as ``torch.optim.SGD`` does it.
+
+    ``v ← μ v + ∇L_B(θ)``, ``θ ← θ − η_t v`` with ``L_B`` the mini-batch mean plus the stage's penalties.
+
+    Args:
+        lr: learning rate η.
+        momentum: μ in [0, 1).
+        epochs: passes over the data.
+        batch_size: examples a step; the last batch of an epoch holds what is left.
+        seed: of the batch order.
+        schedule: factor on η: ``"constant"``, ``"linear"`` (to zero), ``"cosine"``, or ``f(step, steps)``.
+        warmup: steps over which η first rises linearly.
+        nesterov: Nesterov's look-ahead, ``θ ← θ − η_t (∇L_B + μ v)``.
+    """
+
+    lr: float
+    momentum: float = 0.9
+    epochs: int = 10
+    batch_size: int = 50
+    seed: int = 0
+    schedule: Schedule = "constant"
+    warmup: int = 0
+    nesterov: bool = False
+
+    def __post_init__(self):
+        self._check()
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"{self}: momentum must be in [0, 1)")
+
+    def start(self, theta):
+        return (torch.zeros_like(theta),)
+
+    def update(self, theta, state, gradient, step, rate, decay):
+        velocity = self.momentum * state[0] + gradient
+        theta = theta - rate * (gradient + self.momentum * velocity if self.nesterov else velocity)
+        return theta, (velocity,), ()
+
+    def pull_back(self, theta_bar, state_bar, saved, step, rate, decay):
+        if self.nesterov:
+            v_bar = state_bar[0] - rate * self.momentum * theta_bar
+            return v_bar - rate * theta_bar, theta_bar, (self.momentum * v_bar,)
+        v_bar = state_bar[0] - rate * theta_bar
+        return v_bar, theta_bar, (self.momentum * v_bar,)
+
+    def equivalent_alpha(self, m: int) -> float:
+        """The α whose `Proximal` link acts like this run from W* on ``m`` examples: ``2α = (1 − μ) / Σ_t η_t``.
+
+        Gradient descent for a time ``τ = Σ η_t / (1 − μ)`` filters curvature s by ``exp(−τ s)``, the proximal
+        optimum by ``2α / (s + 2α)``; they agree for small s at ``2α = 1/τ`` (MATH.md, section 2).
+
+        >>> SGD(lr=0.1, momentum=0.0, epochs=10, batch_size=5).equivalent_alpha(m=10)
+        0.25
+        """
+        return (1 - self.momentum) / (2 * sum(rate for _, rate in self.steps(m)))
+
+
+@dataclass(frozen=True)
+class Adam(MiniBatch):
+    """Adam (Kingma & Ba 2015) as ``torch.optim.Adam`` does it, the stage's penalties part of the gradient.
+
+    ``m ← β₁ m + (1 − β₁) g``, ``s ← β₂ s + (1 − β₂) g²``, ``θ ← θ − η_t m̂ / (√ŝ + ε)`` with the bias-corrected
+    ``m̂ = m / (1 − β₁ᵗ)``, ``ŝ = s / (1 − β₂ᵗ)``. Neither moment crosses stages.
+
+    Args:
+        lr: learning rate η.
+        betas: (β₁, β₂), each in [0, 1).
+        eps: ε > 0.
+        epochs, batch_size, seed, schedule, warmup: as in `SGD`.
+    """
+
+    lr: float = 1e-3
+    betas: Sequence[float] = (0.9, 0.999)
+    eps: float = 1e-8
+    epochs: int = 10
+    batch_size: int = 50
+    seed: int = 0
+    schedule: Schedule = "constant"
+    warmup: int = 0
+
+    def __post_init__(self):
+        self._check()
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas) or not self.eps > 0:
+            raise ValueError(f"{self}: betas must be two numbers in [0, 1), eps positive")
+
+    def start(self, theta):
+        return torch.zeros_like(theta), torch.zeros_like(theta)
+
+    def _corrected(self, first, second, step):
+        """m̂, √ŝ and the two divisors that correct the bias."""
+        c1, c2 = (1 - beta ** (step + 1) for beta in self.betas)
+        return first / c1, (second / c2).sqrt(), c1, c2
+
+    def update(self, theta, state, gradient, step, rate, decay):
+        (b1, b2), (first, second) = self.betas, state
+        first, second = b1 * first + (1 - b1) * gradient, b2 * second + (1 - b2) * gradient**2
+        mean, root, _, _ = self._corrected(first, second, step)
+        theta = (1 - rate * decay) * theta - rate * mean / (root + self.eps)
+        return theta, (first, second), (gradient, first, second)
+
+    def pull_back(self, theta_bar, state_bar, saved, step, rate, decay):
+        (b1, b2), (gradient, first, second) = self.betas, saved
+        mean, root, c1, c2 = self._corrected(first, second, step)
+        # d(m̂ / (√ŝ + ε)) by s; where s is 0 every gradient so far was, m̂ is 0 with it and so is the product
+        by_second = torch.where(root > 0, mean / (2 * c2 * root * (root + self.eps) ** 2), 0.0)
+        first_bar = state_bar[0] - rate / c1 / (root + self.eps) * theta_bar
+        second_bar = state_bar[1] + rate * by_second * theta_bar
+        g_bar = (1 - b1) * first_bar + 2 * (1 - b2) * gradient * second_bar
+        return g_bar, (1 - rate * decay) * theta_bar, (b1 * first_bar, b2 * second_bar)
+
+
+@dataclass(frozen=True)
+class AdamW(Adam):
+    """`Adam` with decoupled weight decay (Loshchilov & Hutter 2019), as ``torch.optim.AdamW``.
+
+    The stage's ``weight_decay`` λ shrinks θ by ``1 − η_t λ`` each step and stays out of the moments; a
+    proximal term remains part of the gradient.
+    """
+
+    decoupled: ClassVar[bool] = True

@@ -12,7 +12,7 @@ from torch import Tensor
 from .data import Examples
 from .errors import ConvergenceWarning, SavedFileError
 from .influence import Influence
-from .objective import ask
+from .objective import ask, target_name
 from .pipeline import Pipeline
 from .storage import check_writable, describe, digest, read_tensors, write_tensors
 from .training import progress_bar
@@ -144,7 +144,6 @@ def removal_effects(
     if store is not None:
         check_writable(store)
     base = _base(pipeline, queries, target, protocol)
-    name = target if isinstance(target, str) else getattr(target, "__name__", "custom")
     stage_name = pipeline.stages[k].name
     key = _key(pipeline, queries, groups, stage_name, target, protocol)
     after, norms, done, short = _open_store(store, key, len(base), groups)
@@ -170,7 +169,7 @@ def removal_effects(
             ConvergenceWarning,
             stacklevel=2,
         )
-    return Effects(after - base[:, None], groups, base, queries.ids, norms, stage_name, name, protocol)
+    return Effects(after - base[:, None], groups, base, queries.ids, norms, stage_name, target_name(target), protocol)
 
 
 def _base(pipeline: Pipeline, queries: Examples, target, protocol: str) -> Tensor:

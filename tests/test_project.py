@@ -31,11 +31,12 @@ ORDER = [
         "objective",
         "curvature",
         "training",
+        "lbfgs",
         "stages",
         "pipeline",
         "solvers",
     ),
-    *("influence", "unrolled", "baselines", "validation", "cleaning", "experiments", "plots", "widgets"),
+    *("influence", "replay", "unrolled", "baselines", "validation", "cleaning", "experiments", "plots", "widgets"),
 ]
 
 CONDA_NAME = {"torch": "pytorch-cpu", "matplotlib": "matplotlib-base", "seaborn": "seaborn-base"}

@@ -1,0 +1,149 @@
+"""A stage's run, replayed from checkpoints: exact states of every step without keeping every step."""
+
+import math
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from .objective import Lanes
+from .pipeline import Pipeline
+from .storage import require_memory
+from .training import MiniBatch
+
+__all__ = ["Trajectory", "UnrolledPlan"]
+
+
+@dataclass
+class Trajectory:
+    """One stage's run as `Pipeline.fit` did it, kept at checkpoints; what lies between is computed again on demand.
+
+    Attributes:
+        recipe, lanes: what is run, on one lane with all weights one.
+        bounds: first step of each segment, and T. A single segment keeps every step instead.
+        steps: batch and rate of each of the T steps.
+        final: all parameters after the run ``(D,)``.
+    """
+
+    recipe: MiniBatch
+    lanes: Lanes
+    bounds: list[int]
+    steps: list[tuple[Tensor, float]] = field(init=False)
+    final: Tensor = field(init=False)
+
+    def run(self, bar=None) -> "Trajectory":
+        """The whole stage once."""
+        self.steps = list(self.recipe.steps(len(self.lanes.objective.data)))
+        theta = self.lanes.base[:, self.lanes.objective.rows]
+        state = self.recipe.start(theta)
+        self._checkpoints, self._kept = [], None
+        for segment in range(len(self.bounds) - 1):
+            self._checkpoints.append((theta, state))
+            records, theta, state = self._walk(segment, keep=len(self.bounds) == 2, bar=bar)
+            self._kept = records or None
+        self.final = self.lanes.full(theta)[0]
+        return self
+
+    def segment(self, index: int) -> list[tuple[Tensor, tuple]]:
+        """``(θ (P,) before the step, what the recipe saved in it)`` of each step of a segment."""
+        return list(self._kept) if self._kept else self._walk(index, keep=True)[0]
+
+    def _walk(self, segment: int, keep: bool, bar=None):
+        theta, state = self._checkpoints[segment]
+        records = []
+        for step in range(*self.bounds[segment : segment + 2]):
+            before = theta[0]
+            theta, state, saved = self.recipe.advance(self.lanes, theta, state, step, *self.steps[step])
+            if keep:
+                records.append((before, saved))
+            if bar is not None:
+                bar.update()
+        return records, theta, state
+
+
+@dataclass(frozen=True)
+class UnrolledPlan:
+    """What unrolling a pipeline takes, before it is done; prints as a table.
+
+    Attributes:
+        steps: per stage, T.
+        segments: per stage, into how many stretches its run is cut; 1 keeps every step.
+        stored: bytes of the checkpoints and of the longest stretch between two.
+        swept: bytes of the adjoints and of one mini-batch's derivatives during a sweep.
+        budget: bytes allowed.
+        queries, part: Q, and how many of them one sweep carries.
+        seconds: estimates for fit and for score, from one measured step of each stage; NaN if not measured.
+    """
+
+    steps: dict[str, int]
+    segments: dict[str, int]
+    stored: int
+    swept: int
+    budget: int
+    queries: int
+    part: int
+    seconds: tuple[float, float] = (math.nan, math.nan)
+
+    @property
+    def sweeps(self) -> int:
+        return -(-self.queries // self.part)
+
+    def __repr__(self) -> str:
+        used = f"{(self.stored + self.swept) / 1e6:,.1f} of {self.budget / 1e6:,.1f} MB"
+        lines = [f"{self.queries} queries, {self.part} a sweep, {self.sweeps} sweep(s); {used}"]
+        for name, count in self.segments.items():
+            how = "every step kept" if count == 1 else f"{count} checkpoints, recomputed once a sweep"
+            lines.append(f"  {name}: {self.steps[name]} steps, {how}")
+        if not math.isnan(self.seconds[0]):
+            lines.append("  estimated: {:.1f} s to fit, {:.1f} s to score".format(*self.seconds))
+        return "\n".join(lines)
+
+
+def even_bounds(steps: int, segments: int) -> list[int]:
+    """Cut ``range(steps)`` into stretches of equal length, give or take one."""
+    segments = min(segments, steps)
+    return [round(i * steps / segments) for i in range(segments + 1)]
+
+
+def plan_segments(pipeline: Pipeline, budget: int, segments: int | None) -> tuple[dict[str, int], dict[str, int], int]:
+    """Segments and steps per stage, and the bytes they take, for at most ``budget`` bytes.
+
+    Keeps every step where that fits; else √T checkpoints a stage, which with one recomputation is the least
+    memory: checkpoints and the stretch between two are then equally large.
+
+    Raises:
+        MemoryBudgetError: not even that fits.
+    """
+    steps, checkpoint, record = {}, {}, {}
+    for k, stage in enumerate(pipeline.stages):
+        lanes = pipeline.fresh_lanes(k, pipeline.initial(k - 1)[None] if k else None)
+        theta = lanes.base[:, lanes.objective.rows]
+        walk = list(stage.recipe.steps(len(stage.data)))
+        state = stage.recipe.start(theta)
+        _, _, saved = stage.recipe.advance(lanes, theta, state, 0, *walk[0])
+        steps[stage.name] = len(walk)
+        checkpoint[stage.name] = _bytes(theta, *state)
+        record[stage.name] = _bytes(theta, *saved)
+
+    def needed(counts):
+        if all(c == 1 for c in counts.values()):
+            return sum(steps[n] * record[n] for n in steps)
+        kept = [steps[n] * record[n] for n in steps if counts[n] == 1]
+        stretch = [-(-steps[n] // c) * record[n] for n, c in counts.items() if c > 1]
+        return sum(kept) + sum(c * checkpoint[n] for n, c in counts.items()) + max(stretch)
+
+    every = dict.fromkeys(steps, 1)
+    root = {n: max(2, math.ceil(math.sqrt(t * record[n] / checkpoint[n]))) for n, t in steps.items()}
+    chosen = {n: min(segments, t) for n, t in steps.items()} if segments else every
+    if not segments and needed(every) > budget:
+        chosen = {n: min(c, steps[n]) for n, c in root.items()}
+    require_memory(
+        needed(chosen),
+        budget,
+        f"replaying {sum(steps.values())} steps from {sum(chosen.values())} checkpoints",
+        "give more memory=" + ("" if not segments else ", or leave segments= to the plan"),
+    )
+    return steps, chosen, needed(chosen)
+
+
+def _bytes(*tensors: Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
