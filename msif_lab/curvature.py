@@ -6,7 +6,7 @@ multiplies many vectors at once. Averages are weighted by the data, so any chunk
 
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, func
@@ -304,3 +304,60 @@ def own_products(kind: str, objective: Objective, full: Tensor, x: Tensor, y: Te
         return pull_back(jvp(grad(loss), (z,), (pushed,))[1])[0]
 
     return vmap(product)(x, y, vectors)
+
+
+TRANSPOSE_FIXED, TRANSPOSE_PER_QUERY = 4, 5  # activation sets one example costs below
+
+
+def gradient_transpose(
+    o: Objective,
+    full: Tensor,
+    batch: Tensor,
+    cotangents: Tensor,
+    weights: Tensor | None = None,
+    every: bool = False,
+    memory: int = 10**9,
+) -> tuple[Tensor, Tensor]:
+    """Pull ``ḡ`` back through ``(θ, w) ↦ (1/|B|) Σ_{i∈B} w_i ∇f_i(θ)``.
+
+    By θ that is the Hessian-vector product ``∇²L_B ḡ``, by ``w_i`` the score ``∇f_i·ḡ / |B|``: one pass gives both.
+
+    Args:
+        o: the stage.
+        full: all its parameters ``(D,)``.
+        batch: positions of B in the stage's data.
+        cotangents: ḡ ``(Q, P)``.
+        weights: w ``(|B|,)``, one by default.
+        every: derivatives by all D parameters, not only the trained P: the other rows hold G_WT ḡ.
+        memory: bytes that the pass may take.
+
+    Returns:
+        ``(Q, P or D)`` products, the penalty's left out, and ``(Q, |B|)`` scores.
+    """
+    point = full if every else full[o.rows]
+    if every:
+        cotangents = cotangents.new_zeros(len(cotangents), len(full)).index_copy(1, o.rows, cotangents)
+    products, scores = torch.zeros_like(cotangents), []
+    weights = full.new_ones(len(batch)) if weights is None else weights
+    start = 0
+    for _, x, y in o.chunks(copies=TRANSPOSE_FIXED + TRANSPOSE_PER_QUERY * len(cotangents), rows=batch, memory=memory):
+
+        def risk(theta, w, x=x, y=y):
+            return (w * o.losses(theta if every else o.join(theta, full), x, y)).sum()
+
+        by_theta, by_weight = _transpose(risk, point, weights[start : start + len(x)] / len(batch), cotangents)
+        start += len(x)
+        products += by_theta
+        scores.append(by_weight / len(batch))
+    return products, torch.cat(scores, dim=1)
+
+
+def _transpose(risk: Callable, theta: Tensor, weights: Tensor, cotangents: Tensor) -> tuple[Tensor, Tensor]:
+    """Many cotangents through ``(θ, w) ↦ ∂risk/∂θ``: the vjp of a gradient."""
+    if len(cotangents) > 1:
+        return vmap(vjp(grad(risk), theta, weights)[1])(cotangents)
+    with torch.enable_grad():  # for a single one PyTorch's own double backward is twice as fast
+        theta, weights = theta.detach().requires_grad_(), weights.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(risk(theta, weights), theta, create_graph=True)
+        by = torch.autograd.grad(gradient @ cotangents[0], (theta, weights), materialize_grads=True)
+    return by[0][None], by[1][None]

@@ -9,10 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import ask
 from .curvature import Hessian, example_products, own_products, per_example_gradients
 from .data import Examples
 from .errors import ConvergenceWarning, IndefiniteCurvatureError
-from .objective import WORKING_BYTES, ask, target_name
+from .objective import WORKING_BYTES, target_name
 from .pipeline import Pipeline
 from .solvers import Exact, SolveReport
 from .stages import Stage, WarmStart

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
+from .checks import ask, check_examples, check_layers
 from .curvature import DataCurvature, curvature
 from .data import Examples
 from .errors import SavedFileError
-from .objective import Lanes, Layout, Objective, ask, check_examples, check_layers
-from .stages import Prepared, Stage
+from .objective import Lanes, Layout, Objective
+from .stages import Prepared, Stage, check_buffers
 from .storage import describe, digest, read_tensors, write_tensors
 from .training import FitReport
 
@@ -78,7 +79,7 @@ class Pipeline:
         same result. Nothing is written before every stage is done: an interrupt leaves the models as they were.
         """
         self._prepare()
-        self._check_buffers()
+        check_buffers(self.stages)
         done, reports = self._run([None] * len(self.stages), [i[None] for i in self._initial], False, progress)
         self._write([full[0] for full in done])
         self.reports = reports
@@ -162,16 +163,6 @@ class Pipeline:
             for key, value in vars(stage).items()
             if not (value is settings[key] or (key not in ("model", "data") and value == settings[key]))
         ]
-
-    def _check_buffers(self) -> None:
-        for before, after in zip(self.stages, self.stages[1:], strict=False):
-            old = dict(before.model.named_buffers())
-            for name, buffer in after.model.named_buffers():
-                if name in old and old[name].shape == buffer.shape and not torch.equal(old[name], buffer):
-                    raise ValueError(
-                        f"stage {after.name!r}: buffer {name!r} differs from that of stage {before.name!r}; buffers "
-                        "are constants here, so copy them: after.load_state_dict(before.state_dict(), strict=False)"
-                    )
 
     # --- the trained state ------------------------------------------------------------------------
 

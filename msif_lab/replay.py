@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from .curvature import TRANSPOSE_FIXED as FIXED
+from .curvature import TRANSPOSE_PER_QUERY as PER_QUERY
+from .errors import MemoryBudgetError
 from .objective import Lanes
 from .pipeline import Pipeline
 from .storage import require_memory
@@ -104,7 +107,36 @@ def even_bounds(steps: int, segments: int) -> list[int]:
     return [round(i * steps / segments) for i in range(segments + 1)]
 
 
-def plan_segments(pipeline: Pipeline, budget: int, segments: int | None) -> tuple[dict[str, int], dict[str, int], int]:
+def make_plan(
+    pipeline: Pipeline, queries: int, memory: int, segments: int | None = None, runs: int = 1
+) -> UnrolledPlan:
+    """Half of the budget for the states of so many runs, a quarter each for adjoints and for one batch's derivatives.
+
+    Raises:
+        ValueError: no queries.
+        MemoryBudgetError: not even a single query and √T checkpoints fit.
+    """
+    if queries < 1:
+        raise ValueError(f"queries={queries} must be at least 1")
+    steps, segments, stored = _segments(pipeline, memory // 2 // runs, segments)
+    quarter, adjoint, example = memory // 4, 0, 0
+    for k in range(len(pipeline.stages)):
+        o = pipeline.objective(k)
+        # θ̄, the optimiser's share, ḡ, the product, and their temporaries
+        adjoint = max(adjoint, 12 * o.layout.size * pipeline.initial(k).element_size())
+        example = max(example, o.bytes_per_example())
+    together = min(16, *(len(s.data) for s in pipeline.stages), quarter // (example * (FIXED + PER_QUERY)))
+    if quarter < adjoint or together < 1:
+        needed = 4 * max(adjoint, example * (FIXED + PER_QUERY))
+        raise MemoryBudgetError(
+            f"sweeping with a single query needs a budget of about {needed / 1e6:,.1f} MB, memory= gives "
+            f"{memory / 1e6:,.1f} MB; give more"
+        )
+    part = min(queries, quarter // adjoint, (quarter // (example * together) - FIXED) // PER_QUERY)
+    return UnrolledPlan(steps, segments, stored * runs, part * adjoint + quarter, memory, queries, part)
+
+
+def _segments(pipeline: Pipeline, budget: int, segments: int | None) -> tuple[dict[str, int], dict[str, int], int]:
     """Segments and steps per stage, and the bytes they take, for at most ``budget`` bytes.
 
     Keeps every step where that fits; else √T checkpoints a stage, which with one recomputation is the least

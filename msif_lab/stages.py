@@ -178,3 +178,15 @@ class Prepared:
             centre = previous[:, self.there["coupled"]]
         weights = base.new_ones(len(base), len(self.objective.data)) if weights is None else weights
         return Lanes(self.objective, base, centre, weights)
+
+
+def check_buffers(stages: Sequence[Stage]) -> None:
+    """Refuse buffers (constants here) that a stage would silently not take over."""
+    for before, after in zip(stages, stages[1:], strict=False):
+        old = dict(before.model.named_buffers())
+        for name, buffer in after.model.named_buffers():
+            if name in old and old[name].shape == buffer.shape and not torch.equal(old[name], buffer):
+                raise ValueError(
+                    f"stage {after.name!r}: buffer {name!r} differs from that of stage {before.name!r}; buffers "
+                    "are constants here, so copy them: after.load_state_dict(before.state_dict(), strict=False)"
+                )

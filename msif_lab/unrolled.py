@@ -11,25 +11,30 @@ The reverse goes through the last stage first, then over each link into the stag
 Derived in notebooks/09.
 """
 
-import dataclasses
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.func import grad, vjp, vmap
 
-from .curvature import per_example_gradients
+from .checks import ask
+from .curvature import gradient_transpose, per_example_gradients
 from .data import Examples
-from .errors import MemoryBudgetError
+from .errors import UnsmoothTrainingWarning
 from .influence import Influence, require_unchanged
-from .objective import Objective, ask, target_name
-from .pipeline import Pipeline
-from .replay import Trajectory, UnrolledPlan, even_bounds, plan_segments
+from .objective import target_name
+from .pipeline import Pipeline, Retrained
+from .replay import Trajectory, UnrolledPlan, even_bounds, make_plan
 from .storage import parse_bytes
 from .training import MiniBatch, progress_bar
 
 __all__ = ["UnrolledInfluence"]
+
+
+GROWTH = 30.0  # of the adjoint, backwards: runs below it had r > 0.9 on digits, runs above r = 0 (lesson 09)
+NONLINEARITY = 0.3  # 0.02 to 0.06 on those runs, above 0.6 where r was below 0.5
 
 
 class UnrolledInfluence:
@@ -44,11 +49,15 @@ class UnrolledInfluence:
         memory: for states of the run, adjoints and batch derivatives, as ``"1GB"``. Where not every step's state
             fits, states are recomputed from checkpoints, same bits.
         segments: cut every stage's run into this many stretches instead of letting the budget decide.
+        group_fraction: p > 0 predicts the removal of *random groups* holding this fraction of the stage's examples
+            better, at the price of one more training. Instead of at w = 1 the run is differentiated at w = 1 − p,
+            the average of such removals, which is the best linear predictor where q is quadratic in w. The scores
+            then predict removal, level included, and are no longer the derivative.
 
     Attributes:
         plan_: after `score`, the `UnrolledPlan` that was followed.
-        adjoint_norms_: after `score`, per stage ``(T,)``: the queries' mean ‖θ̄‖ before each step. Growth backwards
-            in time by orders of magnitude means a run so sensitive that removals are beyond any derivative.
+        adjoint_norms_: after `score`, per stage ``(T,)``: the queries' mean ‖θ̄‖ before each step, ‖∇q‖ being the
+            end of it. Growth backwards in time means a run that amplifies small changes.
 
     >>> import msif_lab as msif
     >>> train, test = msif.load_digits()
@@ -60,16 +69,19 @@ class UnrolledInfluence:
     Reference: Ilyas & Engstrom 2025 (arXiv 2504.16430) for one stage; across stages, MATH.md section 3.
     """
 
-    def __init__(self, *, memory: str | int = "1GB", segments: int | None = None):
+    def __init__(self, *, memory: str | int = "1GB", segments: int | None = None, group_fraction: float = 0.0):
         self.memory = parse_bytes(memory)
         if segments is not None and (not isinstance(segments, int) or segments < 1):
             raise ValueError(f"segments={segments!r} must be a whole number of at least 1, or None")
-        self.segments = segments
+        if not isinstance(group_fraction, (int, float)) or not 0 <= group_fraction < 1:
+            raise ValueError(f"group_fraction={group_fraction!r} must be a fraction of the examples, in [0, 1)")
+        self.segments, self.group_fraction = segments, float(group_fraction)
         self.plan_: UnrolledPlan | None = None
         self.adjoint_norms_: dict[str, Tensor] = {}
 
     def __repr__(self) -> str:
-        return f"UnrolledInfluence(memory={self.memory}, segments={self.segments})"
+        group = f", group_fraction={self.group_fraction}" if self.group_fraction else ""
+        return f"UnrolledInfluence(memory={self.memory}, segments={self.segments}{group})"
 
     def plan(self, pipeline: Pipeline, queries: Examples | int) -> UnrolledPlan:
         """Segments, bytes and estimated seconds for so many queries, before anything long is done.
@@ -91,62 +103,51 @@ class UnrolledInfluence:
             back = _seconds(gradient_transpose, o, full, batch, cotangents, every=every, memory=self.memory // 4)
             replay = forward * (plan.segments[stage.name] > 1)
             fit, sweep = fit + forward * plan.steps[stage.name], sweep + (back + replay) * plan.steps[stage.name]
-        return dataclasses.replace(plan, seconds=(fit, sweep * plan.sweeps))
+        return replace(plan, seconds=(fit, sweep * plan.sweeps + fit * (self.group_fraction > 0)))
 
     def _plan(self, pipeline: Pipeline, queries: int) -> UnrolledPlan:
-        """Half of the budget for the run's states, a quarter each for adjoints and for one batch's derivatives."""
-        if queries < 1:
-            raise ValueError(f"queries={queries} must be at least 1")
-        steps, segments, stored = plan_segments(pipeline, self.memory // 2, self.segments)
-        quarter = self.memory // 4
-        adjoint = one = 0
-        for k in range(len(pipeline.stages)):
-            o = pipeline.objective(k)
-            item = pipeline.initial(k).element_size()
-            adjoint = max(adjoint, 12 * o.layout.size * item)  # θ̄, its state, ḡ, products, and their temporaries
-            one = max(one, o.bytes_per_example())
-        part = min(queries, quarter // adjoint, (quarter // one - FIXED_COPIES) // COPIES_PER_QUERY)
-        if part < 1:
-            needed = 4 * max(adjoint, one * (FIXED_COPIES + COPIES_PER_QUERY))
-            raise MemoryBudgetError(
-                f"one query's sweep needs a budget of about {needed / 1e6:,.1f} MB, memory= gives "
-                f"{self.memory / 1e6:,.1f} MB; give more"
-            )
-        swept = part * adjoint + quarter
-        return UnrolledPlan(steps, segments, stored, swept, self.memory, queries, part)
+        return make_plan(pipeline, queries, self.memory, self.segments, runs=2 if self.group_fraction else 1)
 
     def fit(self, pipeline: Pipeline, progress: bool = True) -> "UnrolledInfluence":
         """Replay the pipeline's training, keep its states or checkpoints, and see that it ends at the same weights.
 
         Raises:
             ValueError: not trained, adopted, changed since, trained by `LBFGS`, or the replay ends elsewhere.
-            MemoryBudgetError: not even √T checkpoints fit half of the budget.
+            MemoryBudgetError: not even √T checkpoints fit their half of the budget.
         """
         _require_run(pipeline)
         trained = pipeline.trained()
+        self._pipeline, self._at = pipeline, {}
         plan = self._plan(pipeline, 1)
+        runs = self._replay(plan, {}, progress)
+        for stage, run, end in zip(pipeline.stages, runs, trained, strict=True):
+            _require_same_end(stage.name, run.final, end)
+        self._runs, self._full = runs, [t.clone() for t in trained]
+        return self
+
+    def _replay(self, plan: UnrolledPlan, weights: dict[int, float], progress: bool) -> list[Trajectory]:
+        """Every stage's run, at weight one or at another weight of all examples of some stages."""
         runs, previous = [], None
         with progress_bar(sum(plan.steps.values()), "replay", progress) as bar:
-            for k, stage in enumerate(pipeline.stages):
-                lanes = pipeline.fresh_lanes(k, previous)
+            for k, stage in enumerate(self._pipeline.stages):
+                lanes = self._pipeline.fresh_lanes(k, previous)
+                lanes = replace(lanes, weights=weights.get(k, 1.0) * lanes.weights)
                 bounds = even_bounds(plan.steps[stage.name], plan.segments[stage.name])
                 runs.append(Trajectory(stage.recipe, lanes, bounds).run(bar))
-                _require_same_end(stage.name, runs[-1].final, trained[k])
                 previous = runs[-1].final[None]
-        self._pipeline, self._runs, self._full = pipeline, runs, [t.clone() for t in trained]
-        return self
+        return runs
 
     def score(
         self, queries: Examples, stage: int | str = 0, target: str | Callable = "loss", progress: bool = True
     ) -> Influence:
-        """Influence of one stage's examples on each query, as `ImplicitInfluence.score`.
+        """Influence of one stage's examples on each query; arguments as in `ImplicitInfluence.score`.
 
         Raises:
             ValueError, TypeError: queries or target do not fit; the pipeline changed since fit.
             MemoryBudgetError: a single query's sweep exceeds the budget.
 
         Warns:
-            UnsmoothTrainingWarning: the adjoints grow so much that no derivative will predict a removal.
+            UnsmoothTrainingWarning: the run amplifies changes so much that no derivative will predict a removal.
         """
         if not hasattr(self, "_runs"):
             raise ValueError("call fit(pipeline) before score(queries)")
@@ -154,49 +155,81 @@ class UnrolledInfluence:
         require_unchanged(pipeline, self._full)
         o = pipeline.objective(-1)
         function = ask(o, queries, target)
-        self.plan_ = plan = self._plan(pipeline, len(queries))
-        gradients = torch.cat([g for _, g in per_example_gradients(o, self._full[-1], queries, function, every=True)])
-        total = plan.sweeps * sum(len(run.steps) for run in self._runs[first:])
-        self._norms, parts = {}, []
-        with progress_bar(total, "sweep", progress) as bar:
-            for part in gradients.split(plan.part):  # (Q, D) = ∇q by all parameters of the last stage
-                for k in range(len(self._runs) - 1, first - 1, -1):
-                    part, values = self._sweep(k, part, first, bar)
-                parts.append(values)
-        self.adjoint_norms_ = {name: norms.cpu() / len(queries) for name, norms in self._norms.items()}
-        self._warn_if_unsmooth()
+        self.plan_ = self._plan(pipeline, len(queries))
+        runs = self._runs
+        if self.group_fraction:
+            if first not in self._at:  # one run more, kept for the next call
+                self._at = {first: self._replay(self.plan_, {first: 1 - self.group_fraction}, progress)}
+            runs = self._at[first]
+        values = self._sweep(runs, first, queries, function, progress)
+        if self.group_fraction:
+            values = values + self._level(runs, values, queries, target)
         scored = pipeline.stages[first]
-        return Influence(torch.cat(parts), scored.data.ids, queries.ids, scored.name, target_name(target), repr(self))
+        return Influence(values, scored.data.ids, queries.ids, scored.name, target_name(target), repr(self))
 
-    def _sweep(self, k: int, cotangent: Tensor, first: int, bar) -> tuple[Tensor, Tensor]:
-        """Backwards through stage k.
+    def _level(self, runs: Sequence[Trajectory], values: Tensor, queries: Examples, target) -> Tensor:
+        """What every score must change by so that −Σ over a group of pN is right on average, ``(Q, 1)``.
 
-        From ∇q by its final parameters (Q, D) to ∇q by those of the stage before (Q, D'), and the scores of
-        its own examples (Q, m).
+        Around w̄ = 1 − p: ``q(w) ≈ q(w̄) + Σ_j s_j (w_j − w̄)``. Seen from q(1) that is −Σ over the group plus
+        ``q(w̄) − q(1) + p Σ_j s_j`` for all; each of the pN members carries its share.
         """
-        run, p, recipe = self._runs[k], self._pipeline.prepared(k), self._runs[k].recipe
-        o, base, decay = p.objective, run.lanes.base[0], recipe.decay(run.lanes)
-        every = k > first and bool(p.frozen)
-        ridge = o.ridge - decay  # curvature of the penalty as the gradient has it
+        p, m = self.group_fraction, values.shape[1]
+        at = Retrained(self._pipeline, [run.final[None] for run in runs], []).evaluate(queries, target)
+        return -(at - self._pipeline.evaluate(queries, target)[:, None] + p * values.sum(1, keepdim=True)) / (p * m)
+
+    def _sweep(self, runs: Sequence[Trajectory], first: int, queries: Examples, function, progress: bool) -> Tensor:
+        """Backwards through all stages down to ``first``, in parts of the queries; its scores ``(Q, N)``."""
+        o = self._pipeline.objective(-1)
+        gradients = [g for _, g in per_example_gradients(o, runs[-1].final, queries, function, every=True)]
+        norms = {k: torch.zeros(len(runs[k].steps) + 1, dtype=o.dtype, device=o.rows.device) for k in range(len(runs))}
+        total, parts = self.plan_.sweeps * sum(len(run.steps) for run in runs[first:]), []
+        with progress_bar(total, "sweep", progress) as bar:
+            for part in torch.cat(gradients).split(
+                self.plan_.part
+            ):  # (Q, D) = ∇q by all of the last stage's parameters
+                for k in range(len(runs) - 1, first - 1, -1):
+                    part, values = self._stage(k, runs[k], part, first, norms[k], bar)
+                parts.append(values)
+        named = {self._pipeline.stages[k].name: norms[k] / len(queries) for k in range(first, len(runs))}
+        self.adjoint_norms_ = {name: norm.cpu() for name, norm in named.items()}
+        growth = {name: float(norm.max() / norm[-1].clamp(min=1e-30)) for name, norm in self.adjoint_norms_.items()}
+        worst = max(growth, key=growth.get)
+        if growth[worst] > GROWTH:
+            warnings.warn(
+                f"stage {worst!r}: its run amplifies small changes {growth[worst]:.0f}-fold, so it is too chaotic for "
+                "these derivatives to predict removals; lower the learning rate, warm it up or let it decay, and see "
+                "check()",
+                UnsmoothTrainingWarning,
+                stacklevel=3,
+            )
+        return torch.cat(parts)
+
+    def _stage(self, k: int, run: Trajectory, cotangent: Tensor, first: int, norms: Tensor, bar):
+        """Backwards through stage k: from ∇q by its final parameters ``(Q, D)`` to ∇q by those of the stage before
+        ``(Q, D')``, and the scores of its own examples ``(Q, m)``."""
+        p, recipe, base = self._pipeline.prepared(k), run.recipe, run.lanes.base[0]
+        o, decay = p.objective, recipe.decay(run.lanes)
+        every, ridge = k > first and bool(p.frozen), o.ridge - decay  # the penalty's curvature as ∇L_B has it
         scores = cotangent.new_zeros(len(cotangent), len(o.data))
-        norms = self._norms.setdefault(self._pipeline.stages[k].name, cotangent.new_zeros(len(run.steps)))
         theta_bar, frozen_bar = cotangent[:, o.rows], cotangent[:, p.here["frozen"]]
         centre_bar = cotangent.new_zeros(len(cotangent), len(o.coupled))
-        state_bar = tuple(torch.zeros_like(theta_bar) for _ in recipe.start(base[o.rows]))
+        state_bar = recipe.start(theta_bar)  # zeros: q does not ask for the optimiser's memory
+        norms[-1] += theta_bar.norm(dim=1).sum()
         for segment in reversed(range(len(run.bounds) - 1)):
             records = run.segment(segment)
             for step in reversed(range(*run.bounds[segment : segment + 2])):
                 (batch, rate), (theta, saved) = run.steps[step], records.pop()
                 batch = batch.to(base.device)
                 g_bar, theta_bar, state_bar = recipe.pull_back(theta_bar, state_bar, saved, step, rate, decay)
-                full = o.join(theta, base)
-                product, own = gradient_transpose(o, full, batch, g_bar, every=every, memory=self.memory // 4)
+                product, own = gradient_transpose(
+                    o, o.join(theta, base), batch, g_bar, run.lanes.weights[0, batch], every, self.memory // 4
+                )
                 scores[:, batch] += own
                 if every:  # what is frozen shapes every step's gradient
                     frozen_bar = frozen_bar + product[:, p.here["frozen"]]
                     product = product[:, o.rows]
                 theta_bar = theta_bar + product + ridge * g_bar
-                centre_bar -= 2 * o.alpha * g_bar[:, o.coupled]  # ∇ of α‖θ_S − c‖² by θ, then by c
+                centre_bar -= 2 * o.alpha * g_bar[:, o.coupled]  # the gradient holds 2α (θ_S − c)
                 norms[step] += theta_bar.norm(dim=1).sum()
                 bar.update()
         if not bool(torch.isfinite(theta_bar).all()):
@@ -207,62 +240,102 @@ class UnrolledInfluence:
         if k == 0:
             return theta_bar, scores
         before = cotangent.new_zeros(len(cotangent), self._pipeline.objective(k - 1).layout.size)
-        before[:, p.there["coupled"]] = (
-            centre_bar + theta_bar[:, o.coupled]
-        )  # centre of the penalty, and start of the run
+        before[:, p.there["coupled"]] = theta_bar[:, o.coupled] + centre_bar  # where the run starts, what holds it
         before[:, p.there["frozen"]] = frozen_bar
         return before, scores
 
-    def _warn_if_unsmooth(self) -> None: ...
+    def check(
+        self,
+        n: int = 3,
+        queries: Examples | None = None,
+        stage: int | str = 0,
+        steps: Sequence[float] | None = None,
+        seed: int = 0,
+    ) -> "RunCheck":
+        """Hold the scores of n random examples against reruns of all stages: tiny changes of weight, and removal.
+
+        Args:
+            n: examples to try; the run is repeated ``2 n (len(steps) + 1)`` times, all at once.
+            queries: default the first five training examples of the last stage.
+            stage: whose examples.
+            steps: changes h of weight for the central differences ``(q(1 + h) − q(1 − h)) / 2h``.
+            seed: of the choice of examples.
+
+        Warns:
+            UnsmoothTrainingWarning: removing an example and doubling it do not have opposite effects (median
+                nonlinearity above 0.3), so its derivative says little about its removal.
+        """
+        if not hasattr(self, "_runs"):
+            raise ValueError("call fit(pipeline) before check()")
+        pipeline, k = self._pipeline, self._pipeline.index(stage)
+        m = len(pipeline.stages[k].data)
+        if not isinstance(n, int) or not 1 <= n <= m:
+            raise ValueError(f"n={n!r} must be between 1 and the number of examples, {m}")
+        queries = pipeline.stages[-1].data[:5] if queries is None else queries
+        double = pipeline.objective(k).dtype == torch.float64
+        steps = steps or ((1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6) if double else (0.3, 0.1, 0.03, 0.01))
+        examples = torch.randperm(m, generator=torch.Generator().manual_seed(seed))[:n]
+        plain = UnrolledInfluence(memory=self.memory, segments=self.segments)
+        plain._pipeline, plain._runs, plain._full = pipeline, self._runs, self._full
+        scores = plain.score(queries, stage, progress=False).values[:, examples]
+        weights = torch.ones(len(steps) + 1, 2, n, m, dtype=torch.float64)
+        for row, h in enumerate((*steps, 1.0)):
+            for column, i in enumerate(examples):
+                weights[row, :, column, i] = torch.tensor([1 + h, 1 - h], dtype=torch.float64)
+        q = pipeline.retrain({k: weights.reshape(-1, m)}, progress=False).evaluate(queries)
+        up, down = q.reshape(len(q), len(steps) + 1, 2, n).unbind(2)  # (Q, H + 1, n)
+        differences = (up - down)[:, :-1] / (2 * torch.tensor(steps, dtype=q.dtype, device=q.device)[:, None])
+        size = scores.norm(dim=0).clamp(min=1e-30)
+        now = pipeline.evaluate(queries)[:, None]
+        bend = (up[:, -1] + down[:, -1] - 2 * now).norm(dim=0) / (up - down)[:, -1].norm(dim=0).clamp(min=1e-30)
+        report = RunCheck(
+            examples, tuple(steps), ((differences - scores[:, None]).norm(dim=0) / size).cpu(), bend.cpu(),
+            -scores.cpu(), (down[:, -1] - now).cpu()
+        )  # fmt: skip
+        if float(bend.median()) > NONLINEARITY:
+            warnings.warn(
+                f"removing an example and doubling it differ by {float(bend.median()):.0%} of their effect (median of "
+                f"{n}): this run is too unsmooth for derivatives to predict removals. Smaller or decaying learning "
+                "rates, warm-up, smooth activations (tanh, SiLU) and larger batches help",
+                UnsmoothTrainingWarning,
+                stacklevel=2,
+            )
+        return report
 
 
-COPIES_PER_QUERY, FIXED_COPIES = 5, 4  # activation sets one example of a batch costs in `gradient_transpose`
+@dataclass(frozen=True)
+class RunCheck:
+    """What `UnrolledInfluence.check` found for n examples.
 
-
-def gradient_transpose(
-    o: Objective, full: Tensor, batch: Tensor, cotangents: Tensor, *, every: bool = False, memory: int = 10**9
-) -> tuple[Tensor, Tensor]:
-    """Pull ``ḡ`` back through ``(θ, w) ↦ (1/|B|) Σ_{i∈B} w_i ∇f_i(θ)`` at w = 1.
-
-    By θ that is the Hessian-vector product ``∇²L_B ḡ``, by ``w_i`` the score ``∇f_i·ḡ / |B|``: one pass gives both.
-
-    Args:
-        o: the stage.
-        full: all its parameters ``(D,)``.
-        batch: positions of B in the stage's data.
-        cotangents: ḡ ``(Q, P)``.
-        every: derivatives by all D parameters, not only the trained P: the other rows hold G_WT ḡ.
-        memory: bytes that the pass may take.
-
-    Returns:
-        ``(Q, P or D)`` products, the penalty's left out, and ``(Q, |B|)`` scores.
+    Attributes:
+        examples: their positions ``(n,)``.
+        steps: changes h of weight that were tried.
+        errors: ``(H, n)`` relative distance of central differences from the scores, over queries: a V over h,
+            truncation on the right, rounding on the left.
+        nonlinearity: ``(n,)`` ``‖q(2) + q(0) − 2 q(1)‖ / ‖q(2) − q(0)‖`` over the weight of the example, 0 for a
+            linear response.
+        predicted, actual: ``(Q, n)`` change of q on removal.
     """
-    point = full if every else full[o.rows]
-    if every:
-        cotangents = cotangents.new_zeros(len(cotangents), len(full)).index_copy(1, o.rows, cotangents)
-    products, scores = torch.zeros_like(cotangents), []
-    copies = FIXED_COPIES + COPIES_PER_QUERY * len(cotangents)
-    for _, x, y in o.chunks(copies=copies, rows=batch, memory=memory):
 
-        def risk(theta, w, x=x, y=y):
-            return (w * o.losses(theta if every else o.join(theta, full), x, y)).sum()
+    examples: Tensor
+    steps: tuple[float, ...]
+    errors: Tensor
+    nonlinearity: Tensor
+    predicted: Tensor
+    actual: Tensor
 
-        weights = full.new_full((len(x),), 1 / len(batch))
-        by_theta, by_weight = _transpose(risk, point, weights, cotangents)
-        products += by_theta
-        scores.append(by_weight / len(batch))
-    return products, torch.cat(scores, dim=1)
+    @property
+    def error(self) -> float:
+        """The worst example's error at its best step."""
+        return float(self.errors.amin(0).max())
 
-
-def _transpose(risk: Callable, theta: Tensor, weights: Tensor, cotangents: Tensor) -> tuple[Tensor, Tensor]:
-    """Many cotangents through ``(θ, w) ↦ ∂risk/∂θ``: the vjp of a gradient."""
-    if len(cotangents) > 1:
-        return vmap(vjp(grad(risk), theta, weights)[1])(cotangents)
-    with torch.enable_grad():  # for a single one PyTorch's own double backward is twice as fast
-        theta, weights = theta.detach().requires_grad_(), weights.requires_grad_()
-        (gradient,) = torch.autograd.grad(risk(theta, weights), theta, create_graph=True)
-        by = torch.autograd.grad(gradient @ cotangents[0], (theta, weights), materialize_grads=True)
-    return by[0][None], by[1][None]
+    def __repr__(self) -> str:
+        lines = [f"{len(self.examples)} examples: derivative within {self.error:.1e} of central differences"]
+        lines += [
+            f"  example {int(i)}: best error {float(e):.1e}, nonlinearity of removal {float(b):.2f}"
+            for i, e, b in zip(self.examples, self.errors.amin(0), self.nonlinearity, strict=True)
+        ]
+        return "\n".join(lines)
 
 
 def _require_run(pipeline: Pipeline) -> None:

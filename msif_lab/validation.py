@@ -9,10 +9,11 @@ import numpy
 import torch
 from torch import Tensor
 
+from .checks import ask
 from .data import Examples
 from .errors import ConvergenceWarning, SavedFileError
 from .influence import Influence
-from .objective import ask, target_name
+from .objective import target_name
 from .pipeline import Pipeline
 from .storage import check_writable, describe, digest, read_tensors, write_tensors
 from .training import progress_bar

@@ -29,6 +29,7 @@ ORDER = [
         "data",
         "models",
         "objective",
+        "checks",
         "curvature",
         "training",
         "lbfgs",
