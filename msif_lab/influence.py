@@ -211,8 +211,9 @@ class ImplicitInfluence:
         trained = pipeline.trained()
         self._pipeline, self._full, self._shifts = pipeline, [t.clone() for t in trained], {}
         self._prepared = []
-        for k, stage in enumerate(pipeline.stages):
+        for stage in pipeline.stages:
             _refuse_warm_start(stage)
+        for k, stage in enumerate(pipeline.stages):
             self._check_stationary(k)
             operator = pipeline.curvature(k, self.curvature)
             try:

@@ -1,5 +1,6 @@
 """A stage, and the links that say what it takes over from the stage before."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -182,7 +183,7 @@ class Prepared:
 
 def check_buffers(stages: Sequence[Stage]) -> None:
     """Refuse buffers (constants here) that a stage would silently not take over."""
-    for before, after in zip(stages, stages[1:], strict=False):
+    for before, after in itertools.pairwise(stages):
         old = dict(before.model.named_buffers())
         for name, buffer in after.model.named_buffers():
             if name in old and old[name].shape == buffer.shape and not torch.equal(old[name], buffer):

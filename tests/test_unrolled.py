@@ -1,0 +1,498 @@
+"""Unrolled scores against central differences of the real run, recomputation, memory, diagnostics, bad input."""
+
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import digits_pipeline, random_pipeline, random_queries
+from torch.func import vjp
+
+import msif_lab as msif
+from msif_lab import unrolled as module
+
+F64 = torch.float64
+RECIPES = {  # 24, 20 and 16 examples in batches of 7: the last one is partial
+    "plain": msif.SGD(lr=0.2, momentum=0.0, epochs=3, batch_size=7, seed=3, schedule="linear"),
+    "momentum": msif.SGD(lr=0.1, epochs=3, batch_size=7, seed=3, schedule="cosine", warmup=2),
+    "nesterov": msif.SGD(lr=0.1, nesterov=True, epochs=3, batch_size=7),
+    "adam": msif.Adam(lr=0.02, epochs=3, batch_size=7, schedule="linear"),
+    "adamw": msif.AdamW(lr=0.02, eps=1e-4, epochs=3, batch_size=7, warmup=3),
+}
+LINKS = {"frozen": msif.Frozen(), "warm": msif.WarmStart(), "proximal": msif.Proximal(0.3)}
+
+
+def trained(recipe="momentum", link="warm", k=2, kind="mlp", regression=False, recipes=None):
+    pipeline = random_pipeline(kind, regression, LINKS[link], k, fit=False)
+    for i, stage in enumerate(pipeline.stages):
+        stage.recipe = RECIPES[recipes[i] if recipes else recipe]
+    return pipeline.fit(progress=False)
+
+
+def central_differences(pipeline, queries, stage, examples, step, centre=1.0, target="loss"):
+    """(Q, E) fourth-order central differences of the queries by example weights, the same run every time."""
+    m, n = len(pipeline.stages[stage].data), len(examples)
+    weights = torch.full((4, n, m), centre, dtype=F64)
+    for lane, i in enumerate(examples):
+        weights[:, lane, i] += step * torch.tensor([1, -1, 2, -2], dtype=F64)
+    q = pipeline.retrain({stage: weights.reshape(4 * n, m)}, progress=False).evaluate(queries, target)
+    a, b, c, d = q.reshape(len(q), 4, n).unbind(1)
+    return (8 * (a - b) - (c - d)) / (12 * step)
+
+
+def worst_error(pipeline, queries, stages=None, scores=None):
+    """Largest relative distance, over stages and examples, at the best of three steps."""
+    attributor, worst = msif.UnrolledInfluence().fit(pipeline, progress=False), 0.0
+    for stage in range(len(pipeline.stages)) if stages is None else stages:
+        examples = [0, 3, 7, 11, 13]
+        values = attributor.score(queries, stage=stage).values[:, examples]
+        errors = []
+        for step in (1e-3, 1e-4, 1e-5):
+            truth = central_differences(pipeline, queries, stage, examples, step)
+            errors.append((values - truth).norm(dim=0) / truth.norm(dim=0).clamp(min=1e-9))
+        worst = max(worst, float(torch.stack(errors).amin(0).max()))
+    return worst
+
+
+# ---- The derivative ----
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("link", LINKS)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_scores_equal_central_differences_of_the_whole_run(recipe, link, k):
+    if k == 1 and link != "frozen":
+        pytest.skip("one stage has no link")
+    pipeline = trained(recipe, link, k)
+    worst = worst_error(pipeline, random_queries(pipeline))
+    print(f"mlp {recipe} {link} k={k}: worst relative error {worst:.1e}")
+    assert worst <= 1e-6
+
+
+@pytest.mark.parametrize("link", LINKS)
+@pytest.mark.parametrize("recipe", ["momentum", "adam"])
+@pytest.mark.parametrize("regression", [False, True], ids=["cross-entropy", "squared-error"])
+def test_scores_of_a_conv_net(recipe, link, regression):
+    pipeline = trained(recipe, link, kind="convnet", regression=regression)
+    worst = worst_error(pipeline, random_queries(pipeline))
+    print(f"convnet {recipe} {link}: worst relative error {worst:.1e}")
+    assert worst <= 1e-6
+
+
+@pytest.mark.parametrize("recipes", [("adam", "plain", "momentum"), ("nesterov", "adamw", "adam")])
+def test_stages_may_differ_in_recipe(recipes):
+    pipeline = trained(link="proximal", k=3, recipes=recipes)
+    assert worst_error(pipeline, random_queries(pipeline)) <= 1e-6
+
+
+@pytest.mark.parametrize("target", ["margin", lambda z, y: z[:, 0] ** 2])
+def test_other_targets_than_the_loss(target):
+    pipeline = trained()
+    queries = random_queries(pipeline)
+    scores = msif.UnrolledInfluence().fit(pipeline).score(queries, target=target).values[:, :3]
+    truth = central_differences(pipeline, queries, 0, [0, 1, 2], 1e-3, target=target)
+    assert float((scores - truth).norm() / truth.norm()) <= 1e-6
+
+
+def test_a_single_query_takes_another_way_to_the_same_number():
+    pipeline = trained("adam", "frozen", k=3)
+    queries = random_queries(pipeline)
+    attributor = msif.UnrolledInfluence().fit(pipeline)
+    together = attributor.score(queries).values
+    for i in range(len(queries)):
+        alone = attributor.score(queries[i : i + 1]).values[0]
+        assert float((alone - together[i]).norm() / together[i].norm()) <= 1e-12
+
+
+def test_frozen_stage_in_the_middle_has_no_say():
+    """Stage 1 of three frozen ones trains only its own head, which stage 2 does not take over."""
+    pipeline = trained(link="frozen", k=3)
+    scores = msif.UnrolledInfluence().fit(pipeline).score(random_queries(pipeline), stage=1).values
+    assert float(scores.abs().max()) == 0.0
+
+
+def test_limits_of_the_links_on_the_same_run():
+    """A proximal link of tiny alpha is a warm start."""
+    loose = trained(link="warm")
+    queries = random_queries(loose)
+    expected = msif.UnrolledInfluence().fit(loose).score(queries).values
+    pipeline = random_pipeline(link=msif.Proximal(1e-9), fit=False)
+    for stage in pipeline.stages:
+        stage.recipe = RECIPES["momentum"]
+    scores = msif.UnrolledInfluence().fit(pipeline.fit(False)).score(queries).values
+    assert float((scores - expected).norm() / expected.norm()) <= 1e-6
+
+
+@pytest.mark.parametrize("link", ["frozen", "proximal"])
+def test_agrees_with_implicit_influence_at_an_optimum(link):
+    """Two derivations, one number, once training has converged."""
+    recipe = msif.SGD(lr=0.3, momentum=0.9, epochs=1500, batch_size=24)
+    pipeline = random_pipeline(link=LINKS[link], weight_decay=0.1, fit=False)
+    for stage in pipeline.stages:
+        stage.recipe = recipe
+    pipeline.fit(progress=False)
+    queries = random_queries(pipeline)
+    implicit = msif.ImplicitInfluence().fit(pipeline).score(queries).values
+    scores = msif.UnrolledInfluence().fit(pipeline, progress=False).score(queries, progress=False).values
+    assert float((scores - implicit).norm() / implicit.norm()) <= 1e-6
+
+
+# ---- Negative controls: the strict check catches each term left out ----
+
+
+def forget_momentum(recipe, theta_bar, state_bar, saved, step, rate, decay):
+    v_bar = -rate * theta_bar
+    return v_bar, theta_bar, (v_bar,)
+
+
+def test_forgotten_momentum_fails(monkeypatch):
+    monkeypatch.setattr(msif.SGD, "pull_back", forget_momentum)
+    pipeline = trained()
+    assert worst_error(pipeline, random_queries(pipeline), stages=[0]) > 1e-2
+
+
+def test_forgotten_hessian_fails(monkeypatch):
+    original = module.gradient_transpose
+
+    def first_order(*args, **kwargs):
+        product, scores = original(*args, **kwargs)
+        return 0 * product, scores
+
+    monkeypatch.setattr(module, "gradient_transpose", first_order)
+    pipeline = trained()
+    assert worst_error(pipeline, random_queries(pipeline), stages=[0]) > 1e-2
+
+
+@pytest.mark.parametrize("link", ["frozen", "proximal"])
+def test_forgotten_path_across_the_link_fails(monkeypatch, link):
+    pipeline = trained(link=link)
+    prepared = pipeline.prepared(1)
+    original = module.gradient_transpose
+
+    def without_mixed(o, full, batch, cotangents, *args):
+        product, scores = original(o, full, batch, cotangents, *args)
+        if link == "frozen" and product.shape[1] > o.size:
+            product[:, prepared.here["frozen"]] = 0
+        return product, scores
+
+    monkeypatch.setattr(module, "gradient_transpose", without_mixed)
+    if link == "proximal":  # as if the centre of the penalty did not move with W*
+        monkeypatch.setattr(prepared.objective, "alpha", 0.0)
+        monkeypatch.setattr(module, "_require_same_end", lambda *_: None)
+    queries = random_queries(pipeline)
+    scores = msif.UnrolledInfluence().fit(pipeline).score(queries).values[:, [0, 3]]
+    monkeypatch.undo()
+    truth = central_differences(pipeline, queries, 0, [0, 3], 1e-3)
+    assert float((scores - truth).norm() / truth.norm()) > 1e-2
+
+
+# ---- The recipes' transposes ----
+
+
+@pytest.mark.parametrize("step", [0, 5])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_pull_back_is_the_transpose_of_update(recipe, step):
+    recipe, generator = RECIPES[recipe], torch.Generator().manual_seed(step)
+
+    def draw():
+        return torch.randn(3, 11, generator=generator, dtype=F64)
+
+    theta, gradient, rate, decay = draw(), draw(), 0.03, 0.2 * recipe.decoupled
+    state = tuple(draw().abs() for _ in recipe.start(theta))
+
+    def update(theta, state, gradient):
+        return recipe.update(theta, state, gradient, step, rate, decay)[:2]
+
+    theta_bar, state_bar = draw(), tuple(draw() for _ in state)
+    _, transpose = vjp(update, theta, state, gradient)
+    expected = transpose((theta_bar, state_bar))
+    saved = recipe.update(theta, state, gradient, step, rate, decay)[2]
+    g_bar, theta_before, state_before = recipe.pull_back(theta_bar, state_bar, saved, step, rate, decay)
+    for ours, theirs in zip(
+        (theta_before, *state_before, g_bar), (expected[0], *expected[1], expected[2]), strict=True
+    ):
+        assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
+def test_adam_with_gradients_that_are_exactly_zero():
+    """Pixels that are never lit: no gradient, ŝ = 0, and still finite, right derivatives."""
+    pipeline = random_pipeline(fit=False, link=msif.WarmStart(), weight_decay=0.0)
+    for stage in pipeline.stages:
+        stage.data.x[:, :, 0] = 0
+        stage.recipe = msif.Adam(lr=0.02, eps=1e-4, epochs=3, batch_size=7)
+    pipeline = msif.Pipeline(pipeline.stages).fit(progress=False)
+    assert worst_error(pipeline, random_queries(pipeline)) <= 1e-6
+
+
+# ---- Recomputation and memory ----
+
+
+@pytest.mark.parametrize("recipe", ["momentum", "adam"])
+def test_recomputation_gives_the_same_bits(recipe):
+    pipeline = trained(recipe, "proximal")
+    queries = random_queries(pipeline)
+    expected = msif.UnrolledInfluence().fit(pipeline).score(queries).values
+    for segments in (1, 3, 4, 100):  # 12 and 9 steps: √T is 3 to 4, 100 is one step each
+        attributor = msif.UnrolledInfluence(segments=segments).fit(pipeline)
+        assert torch.equal(attributor.score(queries).values, expected)
+        assert list(attributor.plan_.segments.values()) == [min(segments, t) for t in attributor.plan_.steps.values()]
+
+
+def test_small_budget_recomputes_and_sweeps_in_parts():
+    pipeline = random_pipeline(link=msif.Frozen(), fit=False)
+    for stage in pipeline.stages:
+        stage.recipe = replace(RECIPES["adam"], epochs=20)
+    pipeline.fit(progress=False)
+    queries = random_queries(pipeline, 9)
+    roomy = msif.UnrolledInfluence().fit(pipeline)
+    expected = roomy.score(queries).values
+    assert roomy.plan_.sweeps == 1 and set(roomy.plan_.segments.values()) == {1}
+    tight = msif.UnrolledInfluence(memory=110_000).fit(pipeline)
+    values = tight.score(queries).values
+    assert tight.plan_.sweeps > 1 and min(tight.plan_.segments.values()) > 1
+    assert tight.plan_.stored + tight.plan_.swept <= 110_000
+    assert float((values - expected).norm() / expected.norm()) <= 1e-12
+
+
+MEMORY = """
+import re, torch, msif_lab as msif
+torch.set_num_threads(1)
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+generator = torch.Generator().manual_seed(0)
+data = msif.Examples(torch.randn(60, 300, generator=generator), torch.arange(60) % 3)
+recipe = msif.SGD(lr=0.01, epochs=200, batch_size=10, seed=1)
+stage = msif.Stage("one", msif.mlp(300, hidden=(300,), classes=3), data, recipe=recipe)
+def score(pipeline, epochs, memory):
+    pipeline.stages[0].recipe = msif.SGD(lr=0.01, epochs=epochs, batch_size=10, seed=1)
+    attributor = msif.UnrolledInfluence(memory=memory).fit(pipeline.fit(False), progress=False)
+    attributor.score(data[:2], progress=False)
+    return attributor.plan_
+pipeline = msif.Pipeline([stage])
+score(pipeline, 2, "1GB")  # what PyTorch loads on first use is not ours to count
+before = peak()
+plan = score(pipeline, 200, "100MB")
+print(peak() - before, plan.steps["one"] * stage.model.embedding[1].weight.numel() * 4, plan.segments["one"])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+def test_peak_memory_stays_under_the_budget():
+    out = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True).stdout.split()
+    grown, every_state, segments = map(int, out)
+    print(f"peak grew by {grown / 1e6:.0f} MB on a budget of 100 MB; all states take {every_state / 1e6:.0f} MB")
+    assert every_state > 4e8 and segments > 1
+    assert grown < 1e8
+
+
+def test_plan_says_what_will_happen():
+    pipeline = trained()
+    plan = msif.UnrolledInfluence(segments=2).plan(pipeline, 7)
+    assert (plan.queries, plan.part, plan.sweeps) == (7, 7, 1)
+    assert plan.steps == {"stage0": 12, "stage1": 9} and all(s > 0 for s in plan.seconds)
+    for word in ("7 queries", "stage0: 12 steps", "2 checkpoints", "to fit", "MB"):
+        assert word in repr(plan)
+    with pytest.raises(msif.MemoryBudgetError, match="more"):
+        msif.UnrolledInfluence(memory=20_000).plan(pipeline, 7)
+
+
+# ---- Groups ----
+
+
+def test_group_fraction_linearises_at_the_mean_of_such_removals():
+    pipeline = trained()
+    queries, p, m = random_queries(pipeline), 0.25, 24
+    scores = msif.UnrolledInfluence(group_fraction=p).fit(pipeline).score(queries).values
+    slopes = central_differences(pipeline, queries, 0, range(m), 1e-3, centre=1 - p)
+    middle = pipeline.retrain(torch.full((m,), 1 - p, dtype=F64), progress=False).evaluate(queries)[:, 0]
+    for group in ([0, 5, 6, 9, 12, 20], [1, 2, 3, 4, 21, 23]):
+        weights = torch.ones(m, dtype=F64)
+        weights[group] = 0
+        expected = middle + slopes @ (weights - (1 - p)) - pipeline.evaluate(queries)
+        assert torch.allclose(-scores[:, group].sum(1), expected, rtol=1e-6, atol=1e-9)
+
+
+# ---- Diagnostics ----
+
+
+def test_check_draws_a_v_and_agrees():
+    pipeline = trained("adam", "proximal")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", msif.UnsmoothTrainingWarning)  # 24 examples: each removal is a large step
+        report = msif.UnrolledInfluence().fit(pipeline).check(n=4, queries=random_queries(pipeline))
+    assert report.error <= 1e-6 and report.errors.shape == (6, 4)
+    assert float(report.errors[0].min()) > 10 * report.error  # the coarsest step is worse than the best
+    assert report.predicted.shape == report.actual.shape == (5, 4)
+    assert "4 examples: derivative within" in repr(report)
+
+
+def test_check_sees_a_wrong_derivative(monkeypatch):
+    pipeline = trained()
+    attributor = msif.UnrolledInfluence().fit(pipeline)
+    monkeypatch.setattr(msif.SGD, "pull_back", forget_momentum)
+    assert attributor.check().error > 1e-2
+
+
+def sgd_digits(digits, lr, activation=torch.nn.Tanh, epochs=6):
+    recipe = msif.SGD(lr=lr, epochs=epochs, batch_size=50)
+    pipeline = digits_pipeline(digits, msif.WarmStart(), recipe=recipe, weight_decay=1e-3)
+    for stage, classes in zip(pipeline.stages, (4, 6), strict=True):
+        stage.model = msif.mlp(64, hidden=(16,), classes=classes, activation=activation).double()
+    return msif.Pipeline(pipeline.stages).fit(progress=False)
+
+
+def test_smooth_training_gives_no_warning(digits):
+    attributor = msif.UnrolledInfluence().fit(sgd_digits(digits, 0.1), progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attributor.score(digits[1].select(classes=range(4, 10), n=6), progress=False)
+        attributor.check()
+    norms = attributor.adjoint_norms_
+    assert {n: len(v) for n, v in norms.items()} == {"pretrain": 49, "finetune": 25}
+
+
+def test_too_large_a_learning_rate_warns(digits):
+    attributor = msif.UnrolledInfluence().fit(sgd_digits(digits, 1.0, epochs=12), progress=False)
+    with pytest.warns(msif.UnsmoothTrainingWarning, match=r"amplifies small changes \d+-fold"):
+        attributor.score(digits[1].select(classes=range(4, 10), n=6), progress=False)
+
+
+def test_kinks_warn_in_check(digits):
+    attributor = msif.UnrolledInfluence().fit(sgd_digits(digits, 0.2, torch.nn.ReLU, epochs=12), progress=False)
+    with pytest.warns(msif.UnsmoothTrainingWarning, match="doubling it differ by"):
+        report = attributor.check(n=9)
+    assert float(report.nonlinearity.median()) > 0.3
+
+
+# ---- Bad input ----
+
+
+def refused(error, *words):
+    return pytest.raises(error, match="(?s)" + "".join(f"(?=.*{word})" for word in words))
+
+
+def test_pipelines_without_a_run_to_differentiate():
+    attributor = msif.UnrolledInfluence()
+    with refused(TypeError, "pipeline", "list"):
+        attributor.fit([1])
+    with refused(ValueError, "'stage0'", "LBFGS", "SGD", "ImplicitInfluence"):
+        attributor.fit(random_pipeline(k=1))
+    pipeline = random_pipeline(link=msif.WarmStart(), fit=False)
+    for stage in pipeline.stages:
+        stage.recipe = RECIPES["plain"]
+    with refused(ValueError, "not trained", "fit"):
+        attributor.fit(pipeline)
+    with refused(ValueError, "adopted", "ImplicitInfluence"):
+        attributor.fit(pipeline.adopt())
+    pipeline.fit(progress=False)
+    pipeline.stages[1].recipe = replace(RECIPES["plain"], lr=0.5)
+    with refused(ValueError, "recipe of stage 'stage1' changed", "fit"):
+        attributor.fit(pipeline)
+    with refused(ValueError, "call fit"):
+        msif.UnrolledInfluence().score(random_queries(pipeline))
+    with refused(ValueError, "call fit"):
+        msif.UnrolledInfluence().check()
+
+
+def test_a_run_that_cannot_be_repeated():
+    class Moody:
+        """A loss that grows with every call: the same numbers from call to call only while nobody looks twice."""
+
+        def __init__(self):
+            self.calls = 0
+
+        def __call__(self, outputs, targets):
+            self.calls += torch.is_grad_enabled()
+            return (1 + 0.01 * self.calls) * msif.cross_entropy(outputs, targets)
+
+    pipeline = random_pipeline(k=1, fit=False)
+    pipeline.stages[0].loss, pipeline.stages[0].recipe = Moody(), RECIPES["plain"]
+    pipeline = msif.Pipeline(pipeline.stages).fit(progress=False)
+    with refused(ValueError, "'stage0'", "not deterministic", "relative"):
+        msif.UnrolledInfluence().fit(pipeline)
+
+
+def test_stochastic_layers_are_refused_with_the_way_out():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(0.5), torch.nn.Linear(16, 3)).double()
+    data = random_pipeline(k=1, fit=False).stages[0].data
+    with refused(msif.UnsupportedModelError, "Dropout", "eval"):
+        msif.Pipeline([msif.Stage("one", model, data, recipe=RECIPES["plain"])])
+    model.eval()
+    pipeline = msif.Pipeline([msif.Stage("one", model, data, recipe=RECIPES["plain"])]).fit(progress=False)
+    attributor = msif.UnrolledInfluence().fit(pipeline)
+    model.train()
+    with refused(msif.UnsupportedModelError, "Dropout", "eval"):
+        attributor.score(data[:2])
+
+
+def test_settings_out_of_range():
+    for settings, words in [
+        ({"memory": "lots"}, ("memory", "500MB")),
+        ({"segments": 0}, ("segments=0", "at least 1")),
+        ({"segments": 2.5}, ("segments=2.5",)),
+        ({"group_fraction": 1.0}, ("group_fraction=1.0", "\\[0, 1\\)")),
+        ({"group_fraction": "10%"}, ("group_fraction",)),
+    ]:
+        with refused(ValueError, *words):
+            msif.UnrolledInfluence(**settings)
+    for settings, words in [
+        ({"betas": (0.9, 1.0)}, ("betas",)),
+        ({"betas": (0.9,)}, ("betas",)),
+        ({"eps": 0.0}, ("eps",)),
+        ({"lr": -1.0}, ("lr",)),
+        ({"epochs": 1.5}, ("epochs=1.5",)),
+        ({"schedule": "cubic"}, ("schedule='cubic'",)),
+    ]:
+        with refused(ValueError, *words):
+            msif.Adam(**settings)
+
+
+def test_arguments_of_the_calls():
+    pipeline = trained()
+    queries = random_queries(pipeline)
+    attributor = msif.UnrolledInfluence().fit(pipeline)
+    with refused(ValueError, "stage='nope'", "stage0"):
+        attributor.score(queries, stage="nope")
+    with refused(ValueError, "target='less'"):
+        attributor.score(queries, target="less")
+    with refused(TypeError, "queries", "Examples"):
+        attributor.score(queries.x)
+    with refused(ValueError, "n=0", "24"):
+        attributor.check(n=0)
+    with refused(ValueError, "queries=0"):
+        attributor.plan(pipeline, 0)
+    with refused(msif.MemoryBudgetError, "MB", "more"):
+        msif.UnrolledInfluence(memory="1KB").fit(pipeline)
+    with torch.no_grad():
+        pipeline.stages[1].model.head.bias.add_(1.0)
+    with refused(ValueError, "'stage1'", "changed since"):
+        attributor.score(queries)
+    pipeline.adopt()
+    with refused(ValueError, "'stage1'", "changed since"):
+        attributor.score(queries)
+
+
+def test_implicit_influence_refuses_a_warm_start():
+    pipeline = trained()
+    with refused(ValueError, "'stage1'", "WarmStart", "UnrolledInfluence", "Proximal\\(alpha=0\\.\\d+\\)"):
+        msif.ImplicitInfluence().fit(pipeline)
+
+
+def test_divergence_is_named():
+    with refused(msif.NotConvergedError, "NaN or inf", "lower lr=1000"):
+        pipeline = random_pipeline(k=1, fit=False)
+        pipeline.stages[0].recipe = msif.Adam(lr=1e3, epochs=300, batch_size=7)
+        pipeline.stages[0].loss = lambda z, y: msif.cross_entropy(z, y).exp()
+        msif.Pipeline(pipeline.stages).fit(progress=False)
+
+
+def test_nothing_but_fit_writes_into_the_models():
+    pipeline = trained()
+    before = [p.clone() for s in pipeline.stages for p in s.model.parameters()]
+    attributor = msif.UnrolledInfluence(group_fraction=0.1).fit(pipeline)
+    attributor.score(random_queries(pipeline))
+    attributor.check(n=1)
+    after = [p for s in pipeline.stages for p in s.model.parameters()]
+    assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, after, strict=True))
