@@ -1,8 +1,11 @@
 """A stage's run, replayed from checkpoints: exact states of every step without keeping every step."""
 
 import math
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from .curvature import TRANSPOSE_FIXED as FIXED
@@ -21,10 +24,10 @@ class Trajectory:
     """One stage's run as `Pipeline.fit` did it, kept at checkpoints; what lies between is computed again on demand.
 
     Attributes:
-        recipe, lanes: what is run, on one lane with all weights one.
+        recipe, lanes: what is run, on one lane or several.
         bounds: first step of each segment, and T. A single segment keeps every step instead.
         steps: batch and rate of each of the T steps.
-        final: all parameters after the run ``(D,)``.
+        final: all parameters after the run ``(R, D)``.
     """
 
     recipe: MiniBatch
@@ -43,18 +46,18 @@ class Trajectory:
             self._checkpoints.append((theta, state))
             records, theta, state = self._walk(segment, keep=len(self.bounds) == 2, bar=bar)
             self._kept = records or None
-        self.final = self.lanes.full(theta)[0]
+        self.final = self.lanes.full(theta)
         return self
 
     def segment(self, index: int) -> list[tuple[Tensor, tuple]]:
-        """``(θ (P,) before the step, what the recipe saved in it)`` of each step of a segment."""
+        """``(θ (R, P) before the step, what the recipe saved in it)`` of each step of a segment."""
         return list(self._kept) if self._kept else self._walk(index, keep=True)[0]
 
     def _walk(self, segment: int, keep: bool, bar=None):
         theta, state = self._checkpoints[segment]
         records = []
         for step in range(*self.bounds[segment : segment + 2]):
-            before = theta[0]
+            before = theta
             theta, state, saved = self.recipe.advance(self.lanes, theta, state, step, *self.steps[step])
             if keep:
                 records.append((before, saved))
@@ -179,3 +182,45 @@ def _segments(pipeline: Pipeline, budget: int, segments: int | None) -> tuple[di
 
 def _bytes(*tensors: Tensor) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def require_run(pipeline: Pipeline) -> None:
+    """Refuse pipelines whose training cannot be replayed and run backwards, with the way out."""
+    if not isinstance(pipeline, Pipeline):
+        raise TypeError(f"pipeline must be a msif_lab.Pipeline, not {type(pipeline).__name__}")
+    for stage in pipeline.stages:
+        if not isinstance(stage.recipe, MiniBatch):
+            raise ValueError(
+                f"stage {stage.name!r} was trained by {type(stage.recipe).__name__}, whose steps cannot be run "
+                "backwards here; train it with recipe=SGD(...) or Adam(...), or use ImplicitInfluence, made for optima"
+            )
+    pipeline.trained()
+    if pipeline.reports is None:
+        raise ValueError(
+            "the pipeline's weights were adopted, so there is no run to differentiate; train with pipeline.fit() and a "
+            "recipe such as SGD(...), or use ImplicitInfluence, which needs only the final weights"
+        )
+    pipeline.require_repeatable()
+
+
+def require_same_end(name: str, ours: Tensor, trained: Tensor) -> None:
+    """Refuse a replay that does not end where training did."""
+    apart = float((ours - trained).norm() / trained.norm().clamp(min=1e-30))
+    if not apart <= torch.finfo(trained.dtype).eps ** 0.5:
+        raise ValueError(
+            f"stage {name!r}: replaying its training ends {apart:.1e} (relative) away from the trained weights, so the "
+            "run is not deterministic: a loss or model that draws random numbers or counts its calls, or GPU kernels "
+            "that add in changing order (torch.use_deterministic_algorithms(True) before fit())"
+        )
+
+
+def seconds(function: Callable, *args, **kwargs) -> float:
+    """Wall-clock time of the faster of two calls after one to warm up."""
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        function(*args, **kwargs)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])

@@ -11,7 +11,6 @@ The reverse goes through the last stage first, then over each link into the stag
 Derived in notebooks/09.
 """
 
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -20,19 +19,20 @@ import torch
 from torch import Tensor
 
 from .checks import ask
-from .curvature import gradient_transpose, per_example_gradients
+from .curvature import gradient_transpose, own_products, per_example_gradients
 from .data import Examples
 from .errors import UnsmoothTrainingWarning
 from .influence import Influence, require_unchanged
 from .objective import target_name
 from .pipeline import Pipeline, Retrained
-from .replay import Trajectory, UnrolledPlan, even_bounds, make_plan
+from .replay import Trajectory, UnrolledPlan, even_bounds, make_plan, require_run, require_same_end, seconds
 from .storage import parse_bytes
-from .training import MiniBatch, progress_bar
+from .training import progress_bar
 
 __all__ = ["UnrolledInfluence"]
 
 
+PROBES = 8
 GROWTH = 30.0  # of the adjoint, backwards: runs below it had r > 0.9 on digits, runs above r = 0 (lesson 09)
 NONLINEARITY = 0.3  # 0.02 to 0.06 on those runs, above 0.6 where r was below 0.5
 
@@ -53,6 +53,10 @@ class UnrolledInfluence:
             better, at the price of one more training. Instead of at w = 1 the run is differentiated at w = 1 − p,
             the average of such removals, which is the best linear predictor where q is quadratic in w. The scores
             then predict removal, level included, and are no longer the derivative.
+        leave_one_out: predict the removal of *single examples* better, at the price of about one more sweep: without
+            example i its own curvature leaves the steps too, which `ImplicitInfluence(leave_one_out=True)` accounts
+            for by ``H − h_i/m`` and the run by ``(1/|B|) ḡᵀ h_i ∂θ/∂w_i`` in each step that holds i. How θ depends
+            on each weight is estimated from ``2 PROBES`` runs with all weights changed a little at random.
 
     Attributes:
         plan_: after `score`, the `UnrolledPlan` that was followed.
@@ -69,19 +73,29 @@ class UnrolledInfluence:
     Reference: Ilyas & Engstrom 2025 (arXiv 2504.16430) for one stage; across stages, MATH.md section 3.
     """
 
-    def __init__(self, *, memory: str | int = "1GB", segments: int | None = None, group_fraction: float = 0.0):
+    def __init__(
+        self,
+        *,
+        memory: str | int = "1GB",
+        segments: int | None = None,
+        group_fraction: float = 0.0,
+        leave_one_out: bool = False,
+    ):
         self.memory = parse_bytes(memory)
         if segments is not None and (not isinstance(segments, int) or segments < 1):
             raise ValueError(f"segments={segments!r} must be a whole number of at least 1, or None")
         if not isinstance(group_fraction, (int, float)) or not 0 <= group_fraction < 1:
             raise ValueError(f"group_fraction={group_fraction!r} must be a fraction of the examples, in [0, 1)")
-        self.segments, self.group_fraction = segments, float(group_fraction)
+        if group_fraction and leave_one_out:
+            raise ValueError("leave_one_out=True is for single examples, group_fraction for groups; choose one")
+        self.segments, self.group_fraction, self.leave_one_out = segments, float(group_fraction), leave_one_out
         self.plan_: UnrolledPlan | None = None
         self.adjoint_norms_: dict[str, Tensor] = {}
 
     def __repr__(self) -> str:
-        group = f", group_fraction={self.group_fraction}" if self.group_fraction else ""
-        return f"UnrolledInfluence(memory={self.memory}, segments={self.segments}{group})"
+        asked = f", group_fraction={self.group_fraction}" if self.group_fraction else ""
+        asked += ", leave_one_out=True" if self.leave_one_out else ""
+        return f"UnrolledInfluence(memory={self.memory}, segments={self.segments}{asked})"
 
     def plan(self, pipeline: Pipeline, queries: Examples | int) -> UnrolledPlan:
         """Segments, bytes and estimated seconds for so many queries, before anything long is done.
@@ -90,7 +104,7 @@ class UnrolledInfluence:
             MemoryBudgetError: not even the smallest plan fits the budget.
             ValueError: the pipeline cannot be unrolled (see `fit`).
         """
-        _require_run(pipeline)
+        require_run(pipeline)
         plan = self._plan(pipeline, queries if isinstance(queries, int) else len(queries))
         fit, sweep = 0.0, 0.0
         for k, stage in enumerate(pipeline.stages):
@@ -99,14 +113,15 @@ class UnrolledInfluence:
             batch, rate = next(iter(stage.recipe.steps(len(stage.data))))
             cotangents = torch.ones_like(theta).expand(plan.part, -1)
             every = bool(k and pipeline.prepared(k).frozen)
-            forward = _seconds(stage.recipe.advance, lanes, theta, stage.recipe.start(theta), 0, batch, rate)
-            back = _seconds(gradient_transpose, o, full, batch, cotangents, every=every, memory=self.memory // 4)
+            forward = seconds(stage.recipe.advance, lanes, theta, stage.recipe.start(theta), 0, batch, rate)
+            back = seconds(gradient_transpose, o, full, batch, cotangents, every=every, memory=self.memory // 4)
             replay = forward * (plan.segments[stage.name] > 1)
             fit, sweep = fit + forward * plan.steps[stage.name], sweep + (back + replay) * plan.steps[stage.name]
         return replace(plan, seconds=(fit, sweep * plan.sweeps + fit * (self.group_fraction > 0)))
 
     def _plan(self, pipeline: Pipeline, queries: int) -> UnrolledPlan:
-        return make_plan(pipeline, queries, self.memory, self.segments, runs=2 if self.group_fraction else 1)
+        runs = 1 + (self.group_fraction > 0) + 2 * PROBES * self.leave_one_out
+        return make_plan(pipeline, queries, self.memory, self.segments, runs)
 
     def fit(self, pipeline: Pipeline, progress: bool = True) -> "UnrolledInfluence":
         """Replay the pipeline's training, keep its states or checkpoints, and see that it ends at the same weights.
@@ -115,13 +130,13 @@ class UnrolledInfluence:
             ValueError: not trained, adopted, changed since, trained by `LBFGS`, or the replay ends elsewhere.
             MemoryBudgetError: not even √T checkpoints fit their half of the budget.
         """
-        _require_run(pipeline)
+        require_run(pipeline)
         trained = pipeline.trained()
         self._pipeline, self._at = pipeline, {}
         plan = self._plan(pipeline, 1)
         runs = self._replay(plan, {}, progress)
         for stage, run, end in zip(pipeline.stages, runs, trained, strict=True):
-            _require_same_end(stage.name, run.final, end)
+            require_same_end(stage.name, run.final[0], end)
         self._runs, self._full = runs, [t.clone() for t in trained]
         return self
 
@@ -134,8 +149,21 @@ class UnrolledInfluence:
                 lanes = replace(lanes, weights=weights.get(k, 1.0) * lanes.weights)
                 bounds = even_bounds(plan.steps[stage.name], plan.segments[stage.name])
                 runs.append(Trajectory(stage.recipe, lanes, bounds).run(bar))
-                previous = runs[-1].final[None]
+                previous = runs[-1].final
         return runs
+
+    def _probe(self, k: int) -> tuple[Trajectory, Tensor]:
+        """Stage k under weights ``1 ± h z`` with random signs z ``(PROBES, m)``; returns the runs and ``z / h``.
+
+        Then ``∂θ/∂w_i ≈ (1/PROBES) Σ_r z_ri (θ⁺_r − θ⁻_r) / 2h``: what the other examples add cancels on average.
+        """
+        run, o = self._runs[k], self._pipeline.objective(k)
+        h = 1e-3 if o.dtype == torch.float64 else 1e-2
+        signs = torch.randint(0, 2, (PROBES, len(o.data)), generator=torch.Generator().manual_seed(0))
+        signs = (2 * signs - 1).to(run.lanes.weights)
+        one = torch.zeros(2 * PROBES, dtype=torch.int64, device=signs.device)
+        lanes = replace(run.lanes.select(one), weights=torch.cat([1 + h * signs, 1 - h * signs]))
+        return Trajectory(run.recipe, lanes, run.bounds).run(), signs / h
 
     def score(
         self, queries: Examples, stage: int | str = 0, target: str | Callable = "loss", progress: bool = True
@@ -161,6 +189,8 @@ class UnrolledInfluence:
             if first not in self._at:  # one run more, kept for the next call
                 self._at = {first: self._replay(self.plan_, {first: 1 - self.group_fraction}, progress)}
             runs = self._at[first]
+        if self.leave_one_out and first not in self._at:
+            self._at = {first: self._probe(first)}
         values = self._sweep(runs, first, queries, function, progress)
         if self.group_fraction:
             values = values + self._level(runs, values, queries, target)
@@ -174,13 +204,13 @@ class UnrolledInfluence:
         ``q(w̄) − q(1) + p Σ_j s_j`` for all; each of the pN members carries its share.
         """
         p, m = self.group_fraction, values.shape[1]
-        at = Retrained(self._pipeline, [run.final[None] for run in runs], []).evaluate(queries, target)
+        at = Retrained(self._pipeline, [run.final for run in runs], []).evaluate(queries, target)
         return -(at - self._pipeline.evaluate(queries, target)[:, None] + p * values.sum(1, keepdim=True)) / (p * m)
 
     def _sweep(self, runs: Sequence[Trajectory], first: int, queries: Examples, function, progress: bool) -> Tensor:
         """Backwards through all stages down to ``first``, in parts of the queries; its scores ``(Q, N)``."""
         o = self._pipeline.objective(-1)
-        gradients = [g for _, g in per_example_gradients(o, runs[-1].final, queries, function, every=True)]
+        gradients = [g for _, g in per_example_gradients(o, runs[-1].final[0], queries, function, every=True)]
         norms = {k: torch.zeros(len(runs[k].steps) + 1, dtype=o.dtype, device=o.rows.device) for k in range(len(runs))}
         total, parts = self.plan_.sweeps * sum(len(run.steps) for run in runs[first:]), []
         with progress_bar(total, "sweep", progress) as bar:
@@ -215,16 +245,21 @@ class UnrolledInfluence:
         centre_bar = cotangent.new_zeros(len(cotangent), len(o.coupled))
         state_bar = recipe.start(theta_bar)  # zeros: q does not ask for the optimiser's memory
         norms[-1] += theta_bar.norm(dim=1).sum()
+        probes, signs = self._at[k] if self.leave_one_out and k == first else (None, None)
         for segment in reversed(range(len(run.bounds) - 1)):
-            records = run.segment(segment)
+            records, probed = run.segment(segment), probes.segment(segment) if probes else []
             for step in reversed(range(*run.bounds[segment : segment + 2])):
                 (batch, rate), (theta, saved) = run.steps[step], records.pop()
                 batch = batch.to(base.device)
                 g_bar, theta_bar, state_bar = recipe.pull_back(theta_bar, state_bar, saved, step, rate, decay)
-                product, own = gradient_transpose(
-                    o, o.join(theta, base), batch, g_bar, run.lanes.weights[0, batch], every, self.memory // 4
-                )
+                full, weights = o.join(theta[0], base), run.lanes.weights[0, batch]
+                product, own = gradient_transpose(o, full, batch, g_bar, weights, every, self.memory // 4)
                 scores[:, batch] += own
+                if probes:
+                    plus, minus = probed.pop()[0].chunk(2)
+                    shift = signs[:, batch].T @ (plus - minus) / (2 * PROBES)  # (|B|, P) = ∂θ/∂w_i of the batch
+                    bent = own_products("hessian", o, full, o.data.x[batch], o.data.y[batch], shift)
+                    scores[:, batch] -= g_bar @ bent.T / len(batch)
                 if every:  # what is frozen shapes every step's gradient
                     frozen_bar = frozen_bar + product[:, p.here["frozen"]]
                     product = product[:, o.rows]
@@ -336,43 +371,3 @@ class RunCheck:
             for i, e, b in zip(self.examples, self.errors.amin(0), self.nonlinearity, strict=True)
         ]
         return "\n".join(lines)
-
-
-def _require_run(pipeline: Pipeline) -> None:
-    if not isinstance(pipeline, Pipeline):
-        raise TypeError(f"pipeline must be a msif_lab.Pipeline, not {type(pipeline).__name__}")
-    for stage in pipeline.stages:
-        if not isinstance(stage.recipe, MiniBatch):
-            raise ValueError(
-                f"stage {stage.name!r} was trained by {type(stage.recipe).__name__}, whose steps cannot be run "
-                "backwards here; train it with recipe=SGD(...) or Adam(...), or use ImplicitInfluence, made for optima"
-            )
-    pipeline.trained()
-    if pipeline.reports is None:
-        raise ValueError(
-            "the pipeline's weights were adopted, so there is no run to differentiate; train with pipeline.fit() and a "
-            "recipe such as SGD(...), or use ImplicitInfluence, which needs only the final weights"
-        )
-    pipeline.require_repeatable()
-
-
-def _require_same_end(name: str, ours: Tensor, trained: Tensor) -> None:
-    apart = float((ours - trained).norm() / trained.norm().clamp(min=1e-30))
-    if not apart <= torch.finfo(trained.dtype).eps ** 0.5:
-        raise ValueError(
-            f"stage {name!r}: replaying its training ends {apart:.1e} (relative) away from the trained weights, so the "
-            "run is not deterministic: a loss or model that draws random numbers or counts its calls, or GPU kernels "
-            "that add in changing order (torch.use_deterministic_algorithms(True) before fit())"
-        )
-
-
-def _seconds(function: Callable, *args, **kwargs) -> float:
-    """Wall-clock time of the faster of two calls after one to warm up."""
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        function(*args, **kwargs)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times[1:])

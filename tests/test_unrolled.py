@@ -56,6 +56,10 @@ def worst_error(pipeline, queries, stages=None, scores=None):
     return worst
 
 
+def refused(error, *words):
+    return pytest.raises(error, match="(?s)" + "".join(f"(?=.*{word})" for word in words))
+
+
 # ---- The derivative ----
 
 
@@ -180,7 +184,7 @@ def test_forgotten_path_across_the_link_fails(monkeypatch, link):
     monkeypatch.setattr(module, "gradient_transpose", without_mixed)
     if link == "proximal":  # as if the centre of the penalty did not move with W*
         monkeypatch.setattr(prepared.objective, "alpha", 0.0)
-        monkeypatch.setattr(module, "_require_same_end", lambda *_: None)
+        monkeypatch.setattr(module, "require_same_end", lambda *_: None)
     queries = random_queries(pipeline)
     scores = msif.UnrolledInfluence().fit(pipeline).score(queries).values[:, [0, 3]]
     monkeypatch.undo()
@@ -314,6 +318,45 @@ def test_group_fraction_linearises_at_the_mean_of_such_removals():
         assert torch.allclose(-scores[:, group].sum(1), expected, rtol=1e-6, atol=1e-9)
 
 
+# ---- Leave one out ----
+
+
+def quadratic_pipeline():
+    """Linear regression on ten examples: parameters are a polynomial in w, and nothing but f_i bends with w_i."""
+    data = random_pipeline(regression=True, k=1, fit=False).stages[0].data[:10]
+    model = msif.softmax_regression(16, classes=3).double()
+    recipe = msif.SGD(lr=0.1, epochs=6, batch_size=4)
+    stage = msif.Stage("linear", model, data, msif.mean_squared_error, weight_decay=0.05, recipe=recipe)
+    return msif.Pipeline([stage]).fit(progress=False)
+
+
+def first_output(outputs, targets):
+    return outputs[:, 0]
+
+
+def test_leave_one_out_is_the_second_derivative_where_that_is_all_there_is(monkeypatch):
+    pipeline, m, h = quadratic_pipeline(), 10, 1e-2
+    queries = random_queries(random_pipeline(regression=True, k=1, fit=False))
+    plain = msif.UnrolledInfluence().fit(pipeline).score(queries, target=first_output).values
+    weights = torch.ones(2 * m, m, dtype=F64)
+    weights[range(m), range(m)] += h
+    weights[range(m, 2 * m), range(m)] -= h
+    q = pipeline.retrain(weights, progress=False).evaluate(queries, first_output)
+    second = (q[:, :m] + q[:, m:] - 2 * pipeline.evaluate(queries, first_output)[:, None]) / h**2
+    expected = plain - second / 2
+    assert float((expected - plain).norm() / plain.norm()) > 1e-2  # there is something to correct
+
+    monkeypatch.setattr(module, "PROBES", 4000)  # an estimate: close with many probes
+    attributor = msif.UnrolledInfluence(leave_one_out=True).fit(pipeline)
+    estimate = attributor.score(queries, target=first_output).values
+    assert float((estimate - expected).norm() / (expected - plain).norm()) < 0.1
+
+
+def test_leave_one_out_and_groups_are_different_questions():
+    with refused(ValueError, "leave_one_out", "group_fraction", "choose one"):
+        msif.UnrolledInfluence(leave_one_out=True, group_fraction=0.1)
+
+
 # ---- Diagnostics ----
 
 
@@ -367,10 +410,6 @@ def test_kinks_warn_in_check(digits):
 
 
 # ---- Bad input ----
-
-
-def refused(error, *words):
-    return pytest.raises(error, match="(?s)" + "".join(f"(?=.*{word})" for word in words))
 
 
 def test_pipelines_without_a_run_to_differentiate():
