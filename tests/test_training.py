@@ -51,18 +51,27 @@ def gradient_norm(pipeline, k):
     return float(torch.cat([g.reshape(-1) for g in torch.autograd.grad(risk, list(trained.values()))]).norm())
 
 
-def plain_risk(model, stage, x, y, trained, previous=None, kept=None):
+def plain_risk(model, stage, x, y, trained, previous=None, kept=None, decay=0):
     """Mean loss (the 1/|B| stays when ``kept`` leaves examples out) and penalties, as a user would write them."""
     outputs = model(x)
     losses = functional.cross_entropy(outputs, y, reduction="none") if y.ndim == 1 else ((outputs - y) ** 2).mean(1)
     risk = (losses if kept is None else losses[kept]).sum() / len(x)
-    risk = risk + stage.weight_decay / 2 * sum((p**2).sum() for p in trained.values())
+    if decay is not None:  # None: the optimiser decays the weights itself
+        risk = risk + stage.weight_decay / 2 * sum((p**2).sum() for p in trained.values())
     if previous and isinstance(stage.link, msif.Proximal):
         old = dict(previous.named_parameters())
         risk = risk + stage.link.alpha * sum(
             ((p - old[n].detach()) ** 2).sum() for n, p in trained.items() if "head" not in n
         )
     return risk
+
+
+def plain_optimiser(recipe, parameters, weight_decay):
+    if isinstance(recipe, msif.SGD):
+        return torch.optim.SGD(parameters, lr=1.0, momentum=recipe.momentum, nesterov=recipe.nesterov)
+    kind = torch.optim.AdamW if recipe.decoupled else torch.optim.Adam
+    decay = weight_decay if recipe.decoupled else 0.0
+    return kind(parameters, lr=1.0, betas=recipe.betas, eps=recipe.eps, weight_decay=decay)
 
 
 def plain_training(pipeline, recipe, removed=()):
@@ -75,13 +84,16 @@ def plain_training(pipeline, recipe, removed=()):
             model.load_state_dict(shared, strict=False)
         frozen = isinstance(stage.link, msif.Frozen)
         trained = {n: p for n, p in model.named_parameters() if not frozen or "head" in n}
-        optimiser = torch.optim.SGD(trained.values(), lr=1.0, momentum=recipe.momentum, nesterov=recipe.nesterov)
+        optimiser = plain_optimiser(recipe, trained.values(), stage.weight_decay)
         for batch, rate in recipe.steps(len(stage.data)):
             for group in optimiser.param_groups:
                 group["lr"] = rate
             kept = torch.tensor([previous is not None or int(i) not in removed for i in batch])
             optimiser.zero_grad()
-            plain_risk(model, stage, stage.data.x[batch], stage.data.y[batch], trained, previous, kept).backward()
+            decay = None if recipe.decoupled else stage.weight_decay
+            plain_risk(
+                model, stage, stage.data.x[batch], stage.data.y[batch], trained, previous, kept, decay
+            ).backward()
             optimiser.step()
         previous = model
         yield model
@@ -90,18 +102,20 @@ def plain_training(pipeline, recipe, removed=()):
 # ---- SGD ----
 
 
-@pytest.mark.parametrize("link", LINKS)
+@pytest.mark.parametrize("link", [*LINKS, "warm"])
 @pytest.mark.parametrize(
     "recipe",
     [
         SGD,
         msif.SGD(lr=0.1, momentum=0.9, nesterov=True, epochs=4, batch_size=5, seed=1, schedule="cosine", warmup=3),
         msif.SGD(lr=0.2, momentum=0.0, epochs=4, batch_size=50, schedule="linear"),
+        msif.Adam(lr=0.02, epochs=4, batch_size=7, schedule="cosine"),
+        msif.AdamW(lr=0.02, betas=(0.8, 0.99), eps=1e-6, epochs=4, batch_size=5, warmup=4),
     ],
-    ids=["momentum", "nesterov", "plain"],
+    ids=["momentum", "nesterov", "plain", "adam", "adamw"],
 )
-def test_sgd_equals_torch_step_for_step(recipe, link):
-    pipeline = unfitted(recipe, link=LINKS[link])
+def test_recipes_equal_torch_step_for_step(recipe, link):
+    pipeline = unfitted(recipe, link=(LINKS | {"warm": msif.WarmStart()})[link])
     expected = list(plain_training(pipeline, recipe))
     pipeline.fit(progress=False)
     for stage, model in zip(pipeline.stages, expected, strict=True):
