@@ -1,5 +1,6 @@
 """Pictures of pipelines, influence and agreement; nothing numerical is computed here."""
 
+import itertools
 import math
 
 import torch
@@ -7,10 +8,10 @@ import torch
 from .data import Examples
 from .influence import Influence
 from .pipeline import Pipeline
-from .stages import Frozen
+from .stages import Frozen, WarmStart
 from .validation import Agreement
 
-__all__ = ["agreement_scatter", "influence_grid", "pipeline_diagram", "use_style"]
+__all__ = ["agreement_scatter", "influence_grid", "pipeline_diagram", "use_style", "v_curve"]
 
 HELPFUL, HARMFUL, NEUTRAL = "#0173b2", "#de8f05", "#808080"  # seaborn's colourblind blue and orange; grey
 
@@ -50,7 +51,7 @@ def pipeline_diagram(pipeline: Pipeline, ax=None):
         _box(ax, left, width, stage.name, lines, HELPFUL)
         if k:
             shared = len(p.here["frozen"]) + len(p.here["coupled"])
-            how = "frozen" if isinstance(stage.link, Frozen) else f"held near, α = {o.alpha:g}"
+            how = {Frozen: "frozen", WarmStart: "start here"}.get(type(stage.link), f"held near, α = {o.alpha:g}")
             _arrow(ax, left - gap, left, f"{shared:,} shared", how)
     _arrow(ax, total - 0.9 - gap, total - 0.9, "final", "parameters")
     _box(ax, total - 0.9, 0.9, "query", ["loss q"], HARMFUL)
@@ -143,4 +144,33 @@ def agreement_scatter(report: Agreement, ax=None, title: str = ""):
     ax.set_ylabel("actual change after retraining, nats")
     text = f"mean per-query r = {report.mean():.3f}\nslope = {report.mean('slope'):.2f}"
     ax.text(0.03, 0.97, text, transform=ax.transAxes, va="top", fontsize=9)
+    return ax
+
+
+def v_curve(steps, errors, ax=None, labels=None):
+    """Relative distance of finite differences from a derivative, over the step, on logarithmic axes.
+
+    Args:
+        steps: H changes that were tried.
+        errors: ``(H,)`` or ``(H, n)``, one line for each of n examples.
+        ax: matplotlib axes; default new ones.
+        labels: names of the lines.
+
+    Returns:
+        the matplotlib axes. A right derivative draws a V: truncation falls with the step, rounding rises.
+    """
+    import matplotlib.pyplot as plt
+
+    errors = torch.as_tensor(errors)
+    errors = errors[:, None] if errors.ndim == 1 else errors
+    if errors.shape[0] != len(steps):
+        raise ValueError(f"errors {tuple(errors.shape)} must hold one row for each of {len(steps)} steps")
+    if ax is None:
+        _, ax = plt.subplots(figsize=(5.2, 3.2))
+    for i, (line, style) in enumerate(zip(errors.T, itertools.cycle(("o-", "s--", "^:", "D-.")), strict=False)):
+        ax.loglog(steps, line.clamp(min=1e-17), style, ms=5, label=labels[i] if labels else None)
+    ax.set_xlabel("step h in one example weight")
+    ax.set_ylabel("relative distance")
+    if labels:
+        ax.legend(frameon=False, fontsize=8)
     return ax

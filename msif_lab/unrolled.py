@@ -32,7 +32,6 @@ from .training import progress_bar
 __all__ = ["UnrolledInfluence"]
 
 
-PROBES = 8
 GROWTH = 30.0  # of the adjoint, backwards: runs below it had r > 0.9 on digits, runs above r = 0 (lesson 09)
 NONLINEARITY = 0.3  # 0.02 to 0.06 on those runs, above 0.6 where r was below 0.5
 
@@ -56,7 +55,8 @@ class UnrolledInfluence:
         leave_one_out: predict the removal of *single examples* better, at the price of about one more sweep: without
             example i its own curvature leaves the steps too, which `ImplicitInfluence(leave_one_out=True)` accounts
             for by ``H − h_i/m`` and the run by ``(1/|B|) ḡᵀ h_i ∂θ/∂w_i`` in each step that holds i. How θ depends
-            on each weight is estimated from ``2 PROBES`` runs with all weights changed a little at random.
+            on each weight is estimated from runs of the stage with all weights changed a little at random.
+        probes: pairs of such runs, all at once; more for longer training, whose estimate is noisier.
 
     Attributes:
         plan_: after `score`, the `UnrolledPlan` that was followed.
@@ -80,21 +80,25 @@ class UnrolledInfluence:
         segments: int | None = None,
         group_fraction: float = 0.0,
         leave_one_out: bool = False,
+        probes: int = 32,
     ):
         self.memory = parse_bytes(memory)
         if segments is not None and (not isinstance(segments, int) or segments < 1):
             raise ValueError(f"segments={segments!r} must be a whole number of at least 1, or None")
         if not isinstance(group_fraction, (int, float)) or not 0 <= group_fraction < 1:
             raise ValueError(f"group_fraction={group_fraction!r} must be a fraction of the examples, in [0, 1)")
+        if not isinstance(probes, int) or probes < 1:
+            raise ValueError(f"probes={probes!r} must be a whole number of at least 1")
         if group_fraction and leave_one_out:
             raise ValueError("leave_one_out=True is for single examples, group_fraction for groups; choose one")
-        self.segments, self.group_fraction, self.leave_one_out = segments, float(group_fraction), leave_one_out
+        self.segments, self.group_fraction = segments, float(group_fraction)
+        self.leave_one_out, self.probes = bool(leave_one_out), probes
         self.plan_: UnrolledPlan | None = None
         self.adjoint_norms_: dict[str, Tensor] = {}
 
     def __repr__(self) -> str:
         asked = f", group_fraction={self.group_fraction}" if self.group_fraction else ""
-        asked += ", leave_one_out=True" if self.leave_one_out else ""
+        asked += f", leave_one_out=True, probes={self.probes}" if self.leave_one_out else ""
         return f"UnrolledInfluence(memory={self.memory}, segments={self.segments}{asked})"
 
     def plan(self, pipeline: Pipeline, queries: Examples | int) -> UnrolledPlan:
@@ -120,7 +124,7 @@ class UnrolledInfluence:
         return replace(plan, seconds=(fit, sweep * plan.sweeps + fit * (self.group_fraction > 0)))
 
     def _plan(self, pipeline: Pipeline, queries: int) -> UnrolledPlan:
-        runs = 1 + (self.group_fraction > 0) + 2 * PROBES * self.leave_one_out
+        runs = 1 + (self.group_fraction > 0) + 2 * self.probes * self.leave_one_out
         return make_plan(pipeline, queries, self.memory, self.segments, runs)
 
     def fit(self, pipeline: Pipeline, progress: bool = True) -> "UnrolledInfluence":
@@ -153,15 +157,15 @@ class UnrolledInfluence:
         return runs
 
     def _probe(self, k: int) -> tuple[Trajectory, Tensor]:
-        """Stage k under weights ``1 ± h z`` with random signs z ``(PROBES, m)``; returns the runs and ``z / h``.
+        """Stage k under weights ``1 ± h z`` with random signs z ``(probes, m)``; returns the runs and ``z / h``.
 
-        Then ``∂θ/∂w_i ≈ (1/PROBES) Σ_r z_ri (θ⁺_r − θ⁻_r) / 2h``: what the other examples add cancels on average.
+        Then ``∂θ/∂w_i ≈ (1/probes) Σ_r z_ri (θ⁺_r − θ⁻_r) / 2h``: what the other examples add cancels on average.
         """
         run, o = self._runs[k], self._pipeline.objective(k)
         h = 1e-3 if o.dtype == torch.float64 else 1e-2
-        signs = torch.randint(0, 2, (PROBES, len(o.data)), generator=torch.Generator().manual_seed(0))
+        signs = torch.randint(0, 2, (self.probes, len(o.data)), generator=torch.Generator().manual_seed(0))
         signs = (2 * signs - 1).to(run.lanes.weights)
-        one = torch.zeros(2 * PROBES, dtype=torch.int64, device=signs.device)
+        one = torch.zeros(2 * self.probes, dtype=torch.int64, device=signs.device)
         lanes = replace(run.lanes.select(one), weights=torch.cat([1 + h * signs, 1 - h * signs]))
         return Trajectory(run.recipe, lanes, run.bounds).run(), signs / h
 
@@ -257,7 +261,7 @@ class UnrolledInfluence:
                 scores[:, batch] += own
                 if probes:
                     plus, minus = probed.pop()[0].chunk(2)
-                    shift = signs[:, batch].T @ (plus - minus) / (2 * PROBES)  # (|B|, P) = ∂θ/∂w_i of the batch
+                    shift = signs[:, batch].T @ (plus - minus) / (2 * self.probes)  # (|B|, P) = ∂θ/∂w_i of the batch
                     bent = own_products("hessian", o, full, o.data.x[batch], o.data.y[batch], shift)
                     scores[:, batch] -= g_bar @ bent.T / len(batch)
                 if every:  # what is frozen shapes every step's gradient

@@ -37,7 +37,8 @@ ORDER = [
         "pipeline",
         "solvers",
     ),
-    *("influence", "replay", "unrolled", "baselines", "validation", "cleaning", "experiments", "plots", "widgets"),
+    *("influence", "replay", "unrolled", "baselines", "validation", "cleaning", "experiments"),
+    *("marking", "exercises", "plots", "widgets"),
 ]
 
 CONDA_NAME = {"torch": "pytorch-cpu", "matplotlib": "matplotlib-base", "seaborn": "seaborn-base"}

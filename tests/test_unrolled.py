@@ -334,7 +334,7 @@ def first_output(outputs, targets):
     return outputs[:, 0]
 
 
-def test_leave_one_out_is_the_second_derivative_where_that_is_all_there_is(monkeypatch):
+def test_leave_one_out_is_the_second_derivative_where_that_is_all_there_is():
     pipeline, m, h = quadratic_pipeline(), 10, 1e-2
     queries = random_queries(random_pipeline(regression=True, k=1, fit=False))
     plain = msif.UnrolledInfluence().fit(pipeline).score(queries, target=first_output).values
@@ -346,8 +346,9 @@ def test_leave_one_out_is_the_second_derivative_where_that_is_all_there_is(monke
     expected = plain - second / 2
     assert float((expected - plain).norm() / plain.norm()) > 1e-2  # there is something to correct
 
-    monkeypatch.setattr(module, "PROBES", 4000)  # an estimate: close with many probes
-    attributor = msif.UnrolledInfluence(leave_one_out=True).fit(pipeline)
+    attributor = msif.UnrolledInfluence(leave_one_out=True, probes=4000).fit(
+        pipeline
+    )  # an estimate: many make it close
     estimate = attributor.score(queries, target=first_output).values
     assert float((estimate - expected).norm() / (expected - plain).norm()) < 0.1
 
@@ -473,6 +474,7 @@ def test_settings_out_of_range():
         ({"segments": 2.5}, ("segments=2.5",)),
         ({"group_fraction": 1.0}, ("group_fraction=1.0", "\\[0, 1\\)")),
         ({"group_fraction": "10%"}, ("group_fraction",)),
+        ({"probes": 0}, ("probes=0", "at least 1")),
     ]:
         with refused(ValueError, *words):
             msif.UnrolledInfluence(**settings)
