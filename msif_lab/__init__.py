@@ -16,6 +16,7 @@ from .errors import (
     UnsmoothTrainingWarning,
     UnsupportedModelError,
 )
+from .exercises import check
 from .influence import ImplicitInfluence, Influence, Ranking
 from .lbfgs import LBFGS
 from .models import EmbeddingHead, convnet, mlp, softmax_regression
@@ -74,6 +75,8 @@ __all__ = [
     "Effects",
     "agreement",
     "Agreement",
+    # lessons
+    "check",
     # errors
     "MsifError",
     "ConvergenceWarning",

@@ -339,25 +339,30 @@ def gradient_transpose(
         cotangents = cotangents.new_zeros(len(cotangents), len(full)).index_copy(1, o.rows, cotangents)
     products, scores = torch.zeros_like(cotangents), []
     weights = full.new_ones(len(batch)) if weights is None else weights
+    # PyTorch has fast float64 convolutions forwards only; everywhere else reverse mode is cheaper (bench_unrolled.py).
+    forward = full.dtype == torch.float64 and any(len(shape) > 2 for shape in o.layout.shapes.values())
     start = 0
     for _, x, y in o.chunks(copies=TRANSPOSE_FIXED + TRANSPOSE_PER_QUERY * len(cotangents), rows=batch, memory=memory):
 
         def risk(theta, w, x=x, y=y):
             return (w * o.losses(theta if every else o.join(theta, full), x, y)).sum()
 
-        by_theta, by_weight = _transpose(risk, point, weights[start : start + len(x)] / len(batch), cotangents)
+        by_theta, by_weight = _transpose(risk, point, weights[start : start + len(x)] / len(batch), cotangents, forward)
         start += len(x)
         products += by_theta
         scores.append(by_weight / len(batch))
     return products, torch.cat(scores, dim=1)
 
 
-def _transpose(risk: Callable, theta: Tensor, weights: Tensor, cotangents: Tensor) -> tuple[Tensor, Tensor]:
-    """Many cotangents through ``(θ, w) ↦ ∂risk/∂θ``: the vjp of a gradient."""
-    if len(cotangents) > 1:
-        return vmap(vjp(grad(risk), theta, weights)[1])(cotangents)
-    with torch.enable_grad():  # for a single one PyTorch's own double backward is twice as fast
-        theta, weights = theta.detach().requires_grad_(), weights.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(risk(theta, weights), theta, create_graph=True)
-        by = torch.autograd.grad(gradient @ cotangents[0], (theta, weights), materialize_grads=True)
-    return by[0][None], by[1][None]
+def _transpose(risk: Callable, theta: Tensor, weights: Tensor, cotangents: Tensor, forward: bool):
+    """Many cotangents through ``(θ, w) ↦ ∂risk/∂θ``, by θ and by w; three ways to the same numbers."""
+    if len(cotangents) == 1:  # PyTorch's own double backward has the least overhead
+        with torch.enable_grad():
+            theta, weights = theta.detach().requires_grad_(), weights.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(risk(theta, weights), theta, create_graph=True)
+            by = torch.autograd.grad(gradient @ cotangents[0], (theta, weights), materialize_grads=True)
+        return by[0][None], by[1][None]
+    if forward:  # the Hessian is symmetric, and ∇f_i·ḡ is f_i's derivative along ḡ
+        gradients = grad(risk, argnums=(0, 1))
+        return vmap(lambda v: jvp(lambda t: gradients(t, weights), (theta,), (v,))[1])(cotangents)
+    return vmap(vjp(grad(risk), theta, weights)[1])(cotangents)

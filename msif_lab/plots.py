@@ -140,6 +140,7 @@ def agreement_scatter(report: Agreement, ax=None, title: str = ""):
     limit = 1.05 * max(abs(report.predicted).max(), abs(report.actual).max())
     limit = limit if math.isfinite(limit) and limit > 0 else 1.0
     ax.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", title=title)
+    ax.locator_params(nbins=5)
     ax.set_xlabel("predicted change in query loss, nats")
     ax.set_ylabel("actual change after retraining, nats")
     text = f"mean per-query r = {report.mean():.3f}\nslope = {report.mean('slope'):.2f}"

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import re
+from collections import Counter
 from itertools import pairwise
+from typing import NamedTuple
 
 import nbformat
+
+from msif_lab.exercises import EXERCISES
 
 MAX_CODE_CELLS, MAX_WORDS, MAX_LINES, MAX_BYTES = 45, 2000, 15, 600_000
 IMAGES = ("image/png", "image/jpeg")
@@ -15,12 +20,16 @@ BUDGET = re.compile(r"read\s+\d+\s*min\s*/\s*run\s+\d+\s*(s|min)\s*/\s*[\d.]+\s*
 FORBIDDEN_CODE = ("!pip", "%pip", "sys.path", "os.chdir", "NotImplementedError")
 # Unix homes and work folders, not preceded by what makes them part of a URL, a word or a closing HTML tag.
 MACHINE_PATH = re.compile(r"(?<![\w.<])/(?:root|home|work|tmp|Users)\b|\bC:\\(?=[A-Z])")
+# Closed, with the code and then the reason.
+SOLUTION = re.compile(
+    r"<details>\s*<summary>Solution, and why</summary>\s*```python\n(.*?)\n```\n(.*)</details>\s*", re.DOTALL
+)
 TIMING = re.compile(r"Wall time|CPU times|\d\s?(?:it/s|s/it)\b")
 
 
 def structure_problems(nb: nbformat.NotebookNode) -> list[str]:
     """Everything that keeps a notebook from being a lesson as TEACHING.md describes it, one line each."""
-    return _header(nb) + _setup(nb) + _text(nb) + _code(nb) + _outputs(nb)
+    return _header(nb) + _setup(nb) + _text(nb) + _code(nb) + _exercises(nb) + _outputs(nb)
 
 
 def _header(nb) -> list[str]:
@@ -38,7 +47,7 @@ def _header(nb) -> list[str]:
 def _setup(nb) -> list[str]:
     """One folded setup cell, the first code of the lesson, right after the objectives."""
     objectives = [i for i, cell in enumerate(nb.cells) if _has_heading(cell, "objectives")]
-    hidden = [i for i, cell in enumerate(nb.cells) if _hidden(cell) and "solution" not in _tags(cell)]
+    hidden = [i for i, cell in enumerate(nb.cells) if _hidden(cell)]
     code = [i for i, cell in enumerate(nb.cells) if cell.cell_type == "code"]
     problems = []
     if len(objectives) != 1:
@@ -87,7 +96,7 @@ def _code(nb) -> list[str]:
         problems.append(f"execution counts are not 1, 2, ...: {counts}")
     for i, cell in numbered:
         lines = sum(bool(line.strip()) for line in cell.source.splitlines())
-        if lines > MAX_LINES and not _hidden(cell) and "solution" not in _tags(cell):
+        if lines > MAX_LINES and not _hidden(cell):
             problems.append(f"cell {i}: {lines} lines of code, over {MAX_LINES}")
         problems += [f"cell {i}: forbidden {word}" for word in FORBIDDEN_CODE if word in cell.source]
     for i, cell in enumerate(nb.cells):
@@ -98,6 +107,82 @@ def _code(nb) -> list[str]:
     if not any(re.search(r"^\s*assert\b", cell.source, re.MULTILINE) for _, cell in numbered):
         problems.append("no claim is asserted")
     return problems
+
+
+def _exercises(nb) -> list[str]:
+    found = exercise_cells(nb)
+    number = re.match(r"# (\d\d)\b", nb.cells[0].source if nb.cells else "")
+    problems = []
+    for e in found:
+        where = f"cell {e.index}: exercise {e.name}"
+        if not number or not e.name.startswith(f"{number[1]}-"):
+            problems.append(f"{where} does not start with the lesson's number")
+        if e.name not in EXERCISES:
+            problems.append(f"{where} is not registered in msif_lab/exercises.py")
+        if not e.stubs:
+            problems.append(f"{where} has no line to fill in (name = ...)")
+        if not e.solution:
+            problems.append(f"{where} is not followed by a folded solution with python code, and why")
+        elif missing := e.stubs.keys() - _assigned(e.solution):
+            problems.append(f"{where}: the solution does not assign {', '.join(sorted(missing))}")
+    first = {e.name: e.index for e in reversed(found)}
+    problems += [f"exercise {name} comes {n} times" for name, n in Counter(e.name for e in found).items() if n > 1]
+    for i, cell in enumerate(nb.cells):
+        asked = [_name(call) for call in _checks(cell)]
+        if any(first.get(name, i + 1) > i for name in asked) or len(set(asked)) > 1:
+            problems.append(f"cell {i}: msif.check is not the last line of its cell, nor of an exercise above")
+    return problems
+
+
+class ExerciseCell(NamedTuple):
+    """A cell that ends in ``msif.check("NN-k", answer, ...)``; lines count from 0."""
+
+    index: int
+    name: str
+    stubs: dict[str, int]  # the line of each ``name = ...``
+    check: int  # the line of the call
+    given: str  # its keywords, as source
+    solution: str  # the python code of the next cell, "" if there is none
+
+
+def exercise_cells(nb) -> list[ExerciseCell]:
+    found = []
+    for i, cell in enumerate(nb.cells):
+        body = ast.parse(cell.source).body if _checks(cell) else []
+        call = body[-1].value if body and isinstance(body[-1], ast.Expr) else None
+        if not _is_check(call):
+            continue
+        stubs = {
+            line.targets[0].id: line.lineno - 1
+            for line in body
+            if isinstance(line, ast.Assign) and isinstance(line.value, ast.Constant) and line.value.value is ...
+        }
+        after = nb.cells[i + 1] if i + 1 < len(nb.cells) else None
+        shown = SOLUTION.fullmatch(after.source) if after and after.cell_type == "markdown" else None
+        solution = shown[1] if shown and shown[2].strip() else ""
+        given = ", ".join(ast.unparse(keyword) for keyword in call.keywords)
+        found.append(ExerciseCell(i, _name(call), stubs, call.lineno - 1, given, solution))
+    return found
+
+
+def _checks(cell) -> list[ast.Call]:
+    if cell.cell_type != "code" or "msif.check(" not in cell.source:
+        return []  # without a look at the code, which may hold what is not Python
+    return [node for node in ast.walk(ast.parse(cell.source)) if _is_check(node)]
+
+
+def _is_check(node) -> bool:
+    return isinstance(node, ast.Call) and ast.unparse(node.func) == "msif.check"
+
+
+def _name(call: ast.Call) -> str:
+    return str(call.args[0].value) if call.args and isinstance(call.args[0], ast.Constant) else ""
+
+
+def _assigned(code: str) -> set[str]:
+    return {
+        node.id for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+    }
 
 
 def _outputs(nb) -> list[str]:

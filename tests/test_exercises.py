@@ -198,7 +198,7 @@ def test_judge_decides_where_many_answers_are_right(monkeypatch):
 
     mistakes = {"ones": (lambda right, given: torch.ones(2), "divide by the length")}
     answer = asked(monkeypatch, torch.tensor([1.0, 0.0]), judge=judge, mistakes=mistakes)
-    assert [answer(x).state for x in ([1.0, 0.0], [0.0, -1.0], [0.6, 0.8, 0.0])] == ["right", "right", "wrong"]
+    assert [answer(x).state for x in ([1.0, 0.0], [0, -1], [3, 4])] == ["right", "right", "wrong"]
     assert answer([1.0, 1.0]).message == "the length is not 1. Hint: divide by the length"
     assert answer([-2.0, 0.0]).message == "the length is not 1", "no usual mistakes here"
     assert answer("x").message == "real numbers asked for, this is of type str"

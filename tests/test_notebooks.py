@@ -1,8 +1,9 @@
-"""The lessons: how they are built (L0) and that they run as shipped (L1)."""
+"""The lessons: how they are built (L0), that they run as shipped (L1), their exercises solved (L2) and failed (L3)."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 import sys
 from copy import deepcopy
@@ -12,7 +13,9 @@ import nbformat
 import pytest
 from nbclient.exceptions import CellExecutionError
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
-from notebook_rules import MAX_BYTES, structure_problems
+from notebook_rules import MAX_BYTES, exercise_cells, structure_problems
+
+from msif_lab.exercises import EXERCISES
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 MAX_MEMORY = 1.2e9  # bytes; Binder guarantees 1 GB and kills at 2
@@ -37,17 +40,93 @@ def test_structure(path):
 
 @each_lesson
 def test_runs_as_shipped(path, tmp_path):
-    folder = tmp_path / "notebooks"  # a copy, so that a lesson cannot write into the checkout
-    shutil.copytree(NOTEBOOKS, folder, ignore=shutil.ignore_patterns(".*", "*_run.ipynb"))
-    nb, _, memory = runner.execute(folder / path.name)
+    nb, _, memory = runner.execute(copied(tmp_path) / path.name)
     assert runner.tidy(nb) == []
     assert not memory > MAX_MEMORY, f"{path.name} needs {memory / 1e6:.0f} MB"  # NaN where not measurable
+
+
+def copied(tmp_path) -> Path:
+    """A copy of the lessons, so that none can write into the checkout."""
+    return shutil.copytree(NOTEBOOKS, tmp_path / "notebooks", ignore=shutil.ignore_patterns(".*", "*_run.ipynb"))
+
+
+# ---- Exercises: one run of a lesson shows that its solutions pass and that known mistakes do not ----
+
+LOOK_AT_MISTAKES = """
+def _verdicts(name, **given):
+    import json
+    from msif_lab.exercises import EXERCISES, check
+    known = EXERCISES[name].wrong_answers(**given)
+    print(json.dumps({mistake: repr(check(name, wrong, **given)) for mistake, (wrong, _) in known.items()}))
+"""
+
+
+def solve(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """The folded solutions take the place of the dots; each check is preceded by verdicts on the known mistakes."""
+    nb = deepcopy(nb)
+    for e in exercise_cells(nb):
+        lines = nb.cells[e.index].source.splitlines()
+        lines[e.check] = f"{LOOK_AT_MISTAKES}_verdicts({e.name!r}, {e.given})\n{lines[e.check]}"
+        for line in e.stubs.values():
+            lines[line] = ""
+        lines[min(e.stubs.values())] = e.solution
+        nb.cells[e.index].source = "\n".join(lines)
+    return nb
+
+
+def marking_problems(lesson: nbformat.NotebookNode, solved: nbformat.NotebookNode) -> list[str]:
+    """What is amiss in the verdicts of a lesson that was solved and run."""
+    problems = []
+    for e in exercise_cells(lesson):
+        outputs = solved.cells[e.index].outputs
+        verdict = outputs[-1].data["text/plain"]
+        if not verdict.startswith(f"✓ {e.name} right: "):
+            problems.append(f"the solution got {verdict}")
+        printed = "".join(out.text for out in outputs if out.output_type == "stream")
+        verdicts = json.loads(printed.splitlines()[-1])
+        own = {mistake: hint for mistake, (_, hint) in EXERCISES[e.name].mistakes.items()}
+        problems += [f"{e.name}: this lesson cannot show {mistake!r}" for mistake in own.keys() - verdicts.keys()]
+        for mistake, verdict in verdicts.items():
+            if not verdict.startswith(f"✗ {e.name} wrong: ") or ". Hint: " not in verdict:
+                problems.append(f"{mistake!r} got {verdict}")
+            elif not verdict.endswith(own.get(mistake, "")):
+                problems.append(f"{mistake!r} got the hint of another mistake: {verdict}")
+    return problems
+
+
+WITH_EXERCISES = [p for p in LESSONS if exercise_cells(nbformat.read(p, as_version=4))]
+
+
+@pytest.mark.parametrize("path", WITH_EXERCISES, ids=lambda p: p.stem)
+def test_solutions_are_right_and_mistakes_are_known(path, tmp_path):
+    lesson = nbformat.read(path, as_version=4)
+    registered = {name for name in EXERCISES if name.startswith(path.name[:2])}
+    assert {e.name for e in exercise_cells(lesson)} == registered
+    copy = copied(tmp_path) / path.name
+    nbformat.write(solve(lesson), copy)
+    assert marking_problems(lesson, runner.execute(copy)[0]) == []
+
+
+def test_wrong_solution_and_lesson_without_difference_are_noticed(tmp_path):
+    stub = (
+        "alpha = ...\nmsif.check('09-3', alpha, rates=[1.0], momentum=0.0)"  # without momentum it cannot be forgotten
+    )
+    shown = SOLUTION.replace("five = [1, 2]", "alpha = 7")
+    lesson = new_notebook(
+        cells=[new_code_cell("import msif_lab as msif"), new_code_cell(stub), new_markdown_cell(shown)]
+    )
+    nbformat.write(solve(lesson), tmp_path / "90_throwaway.ipynb")
+    first, second = marking_problems(lesson, runner.execute(tmp_path / "90_throwaway.ipynb")[0])
+    assert first.startswith("the solution got ✗ 09-3 wrong")
+    assert second.startswith("'no momentum' got ✓ 09-3 right")
 
 
 # ---- The rules themselves: a good lesson passes, each breakage is reported ----
 
 BADGE = "[![Binder](badge.svg)](https://mybinder.org/v2/gh/a/b/v1)"
 TITLE = f"# 00 Quickstart\n{BADGE}\n\nread 10 min / run 40 s / 400 MB"
+STUB = 'five = ...  # your line\nmsif.check("00-1", five, scores=s)'
+SOLUTION = "<details><summary>Solution, and why</summary>\n\n```python\nfive = [1, 2]\n```\n\nBecause.\n</details>"
 
 
 def good_lesson() -> nbformat.NotebookNode:
@@ -60,6 +139,9 @@ def good_lesson() -> nbformat.NotebookNode:
         new_code_cell("assert math.pi > 3", execution_count=2, outputs=[figure]),
         new_code_cell("explorer.static()", execution_count=3),
         new_code_cell("explorer", execution_count=4, metadata={"tags": ["live-widget"]}),
+        new_code_cell(STUB, execution_count=5),
+        new_markdown_cell(SOLUTION),
+        new_code_cell('if msif.check("00-1", five, scores=s).state == "right":\n    print(five)', execution_count=6),
         new_markdown_cell("## Recap\n**What could fool you**: luck.\n## References\n## Next"),
     ]
     return new_notebook(cells=cells)
@@ -94,11 +176,11 @@ BREAKAGES = {
     "does not follow the objectives": lambda nb: nb.cells.insert(5, nb.cells.pop(1)),
     "not exactly one # title": replace(3, "## Claim", "# Claim"),
     "skips a level": replace(3, "### Detail", "#### Detail"),
-    "no Recap heading": replace(7, "Recap", "End"),
-    "no References heading": replace(7, "References", "Papers"),
-    "no Next heading": replace(7, "Next", "Onward"),
-    "out of order": put(cell=7, source="## Next\n## Recap\nWhat could fool you\n## References"),
-    "what could fool you": replace(7, "fool", "help"),
+    "no Recap heading": replace(10, "Recap", "End"),
+    "no References heading": replace(10, "References", "Papers"),
+    "no Next heading": replace(10, "Next", "Onward"),
+    "out of order": put(cell=10, source="## Next\n## Recap\nWhat could fool you\n## References"),
+    "what could fool you": replace(10, "fool", "help"),
     "words, over": replace(3, "Claim", "word " * 2001),
     "code cells, over": lambda nb: nb.cells.extend(new_code_cell("1") for _ in range(45)),
     "execution counts": put(cell=4, execution_count=7),
@@ -116,6 +198,17 @@ BREAKAGES = {
     "no claim is asserted": put(cell=4, source="print('assert')"),
     "hold widget state": lambda nb: nb.metadata.update(widgets={}),
     "kB, over": put(cell=3, source="x" * MAX_BYTES),
+    "does not start with the lesson's number": replace(0, "# 00", "# 01"),
+    "exercise 00-77 is not registered": replace(7, "00-1", "00-77"),
+    "no line to fill in": replace(7, "...", "[1]"),
+    "exercise 00-1 is not followed by a folded": lambda nb: nb.cells.pop(8),
+    "not followed by a folded solution": replace(8, "<details>", "<details open>"),
+    "followed by a folded solution with python": replace(8, "```python", "```"),
+    "solution with python code, and why": replace(8, "Because.", ""),
+    "the solution does not assign five": replace(8, "five", "six"),
+    "exercise 00-1 comes 2 times": lambda nb: nb.cells.insert(9, new_code_cell(STUB)),
+    "cell 7: msif.check is not the last line": put(cell=7, source=STUB + "\nprint(five)"),
+    "cell 6: msif.check is not the last line": put(cell=6, source='print(msif.check("00-1", 1))'),
     "output of a live widget": out(6, output_type="stream", text="slider"),
     "without .static()": put(cell=5, source="explorer"),
     "error output ValueError": out(4, output_type="error", ename="ValueError", evalue="", traceback=[]),
