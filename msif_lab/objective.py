@@ -213,7 +213,7 @@ class Objective:
         examples: Examples | None = None,
         copies: int = 1,
         rows: Tensor | None = None,
-        memory: int = WORKING_BYTES,
+        memory: int | None = None,
     ) -> Iterator:
         """``(positions, x, y)`` over examples, in parts so small that ``copies`` of their activations fit.
 
@@ -221,11 +221,11 @@ class Objective:
             examples: default the stage's own data.
             copies: how many activation sets one example costs (lanes, tangents).
             rows: only these positions, in this order (a mini-batch).
-            memory: bytes all copies of a part may take.
+            memory: bytes all copies of a part may take, default `WORKING_BYTES`.
         """
         examples = self.data if examples is None else examples
         count = len(examples) if rows is None else len(rows)
-        step = max(1, memory // (self.bytes_per_example() * copies))
+        step = max(1, (memory or WORKING_BYTES) // (self.bytes_per_example() * copies))
         for start in range(0, count, step):
             part = slice(start, min(start + step, count)) if rows is None else rows[start : start + step]
             yield part, examples.x[part], examples.y[part]

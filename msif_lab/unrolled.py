@@ -7,8 +7,7 @@ training stopped. A bar means ∂q/∂; one step of gradient descent with moment
     θ ← θ − η v                 score_i += ∇f_i·ḡ / |B|   for i in B
                                 θ̄ ← θ̄ + ∇²L_B ḡ,   v̄ ← μ v̄
 
-The reverse goes through the last stage first, then over each link into the stage before (MATH.md, section 3).
-Derived in notebooks/09.
+The reverse goes through the last stage first, then over each link into the stage before. Derived in notebooks/09.
 """
 
 import warnings
@@ -70,7 +69,7 @@ class UnrolledInfluence:
     >>> scores.values.shape
     torch.Size([3, 1201])
 
-    Reference: Ilyas & Engstrom 2025 (arXiv 2504.16430) for one stage; across stages, MATH.md section 3.
+    Reference: Ilyas & Engstrom 2025 (arXiv 2504.16430) for one stage; across stages, notebooks/09.
     """
 
     def __init__(
@@ -218,9 +217,7 @@ class UnrolledInfluence:
         norms = {k: torch.zeros(len(runs[k].steps) + 1, dtype=o.dtype, device=o.rows.device) for k in range(len(runs))}
         total, parts = self.plan_.sweeps * sum(len(run.steps) for run in runs[first:]), []
         with progress_bar(total, "sweep", progress) as bar:
-            for part in torch.cat(gradients).split(
-                self.plan_.part
-            ):  # (Q, D) = ∇q by all of the last stage's parameters
+            for part in torch.cat(gradients).split(self.plan_.part):  # (Q, D): ∇q by all of the last stage
                 for k in range(len(runs) - 1, first - 1, -1):
                     part, values = self._stage(k, runs[k], part, first, norms[k], bar)
                 parts.append(values)
@@ -261,9 +258,10 @@ class UnrolledInfluence:
                 scores[:, batch] += own
                 if probes:
                     plus, minus = probed.pop()[0].chunk(2)
-                    shift = signs[:, batch].T @ (plus - minus) / (2 * self.probes)  # (|B|, P) = ∂θ/∂w_i of the batch
-                    bent = own_products("hessian", o, full, o.data.x[batch], o.data.y[batch], shift)
-                    scores[:, batch] -= g_bar @ bent.T / len(batch)
+                    for part in batch.split(max(1, self.memory // 4 // (8 * plus[0].numel() * plus.element_size()))):
+                        shift = signs[:, part].T @ (plus - minus) / (2 * self.probes)  # (B, P) = ∂θ/∂w_i
+                        bent = own_products("hessian", o, full, o.data.x[part], o.data.y[part], shift)
+                        scores[:, part] -= g_bar @ bent.T / len(batch)
                 if every:  # what is frozen shapes every step's gradient
                     frozen_bar = frozen_bar + product[:, p.here["frozen"]]
                     product = product[:, o.rows]
