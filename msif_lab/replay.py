@@ -121,7 +121,7 @@ def make_plan(
     """
     if queries < 1:
         raise ValueError(f"queries={queries} must be at least 1")
-    steps, segments, stored = _segments(pipeline, memory // 2 // runs, segments)
+    steps, segments, stored = _segments(pipeline, memory, segments, runs)
     quarter, adjoint, example = memory // 4, 0, 0
     for k in range(len(pipeline.stages)):
         o = pipeline.objective(k)
@@ -139,8 +139,8 @@ def make_plan(
     return UnrolledPlan(steps, segments, stored * runs, part * adjoint + quarter, memory, queries, part)
 
 
-def _segments(pipeline: Pipeline, budget: int, segments: int | None) -> tuple[dict[str, int], dict[str, int], int]:
-    """Segments and steps per stage, and the bytes they take, for at most ``budget`` bytes.
+def _segments(pipeline: Pipeline, memory: int, segments: int | None, runs: int):
+    """Steps and segments per stage, and the bytes of one run's states, for ``runs`` of them in half the memory.
 
     Keeps every step where that fits; else √T checkpoints a stage, which with one recomputation is the least
     memory: checkpoints and the stretch between two are then equally large.
@@ -169,12 +169,12 @@ def _segments(pipeline: Pipeline, budget: int, segments: int | None) -> tuple[di
     every = dict.fromkeys(steps, 1)
     root = {n: max(2, math.ceil(math.sqrt(t * record[n] / checkpoint[n]))) for n, t in steps.items()}
     chosen = {n: min(segments, t) for n, t in steps.items()} if segments else every
-    if not segments and needed(every) > budget:
+    if not segments and needed(every) * runs > memory // 2:
         chosen = {n: min(c, steps[n]) for n, c in root.items()}
     require_memory(
-        needed(chosen),
-        budget,
-        f"replaying {sum(steps.values())} steps from {sum(chosen.values())} checkpoints",
+        2 * needed(chosen) * runs,
+        memory,
+        f"replaying {runs} × {sum(steps.values())} steps from {sum(chosen.values())} checkpoints and sweeping back",
         "give more memory=" + ("" if not segments else ", or leave segments= to the plan"),
     )
     return steps, chosen, needed(chosen)
