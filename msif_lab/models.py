@@ -89,6 +89,7 @@ def convnet(
     *,
     classes: int,
     activation: Callable[[], nn.Module] = nn.Tanh,
+    norm_groups: int | None = None,
     zero_head: bool = False,
     seed: int = 0,
 ) -> EmbeddingHead:
@@ -99,10 +100,13 @@ def convnet(
         in_shape: ``(channels, height, width)`` of one input.
         channels: feature maps after each convolution.
         width: size of the feature vector the head sees.
+        norm_groups: if given, GroupNorm with this many groups after each convolution: normalisation that, unlike
+            BatchNorm, leaves an example's loss a function of that example.
         classes, activation, zero_head, seed: as in `mlp`.
 
     Raises:
-        ValueError: ``in_shape`` is not three numbers, or too small for this many poolings.
+        ValueError: ``in_shape`` is not three numbers, or too small for this many poolings; groups that do not
+            divide the channels.
 
     >>> sum(p.numel() for p in convnet((1, 14, 14), classes=4).parameters())
     6020
@@ -113,12 +117,15 @@ def convnet(
             f"{2 ** len(channels)} for {len(channels)} poolings"
         )
     _positive(width=width, classes=classes, **{f"channels[{i}]": c for i, c in enumerate(channels)})
+    if norm_groups is not None and (norm_groups < 1 or any(c % norm_groups for c in channels)):
+        raise ValueError(f"norm_groups={norm_groups} must divide each of channels={tuple(channels)}")
 
     def make():
         layers: list[nn.Module] = []
         (maps, height, side) = in_shape
         for after in channels:
-            layers += [nn.Conv2d(maps, after, 3, padding=1), activation(), nn.AvgPool2d(2)]
+            norm = [] if norm_groups is None else [nn.GroupNorm(norm_groups, after)]
+            layers += [nn.Conv2d(maps, after, 3, padding=1), *norm, activation(), nn.AvgPool2d(2)]
             maps, height, side = after, height // 2, side // 2
         layers += [nn.Flatten(), nn.Linear(maps * height * side, width), activation()]
         return EmbeddingHead(nn.Sequential(*layers), nn.Linear(width, classes))

@@ -31,6 +31,7 @@ from .training import progress_bar
 __all__ = ["UnrolledInfluence"]
 
 
+CHUNK_BYTES = 150 * 10**6  # of derivatives at once; more only misses the caches
 GROWTH = 30.0  # of the adjoint, backwards: runs below it had r > 0.9 on digits, runs above r = 0 (lesson 09)
 NONLINEARITY = 0.3  # 0.02 to 0.06 on those runs, above 0.6 where r was below 0.5
 
@@ -117,7 +118,8 @@ class UnrolledInfluence:
             cotangents = torch.ones_like(theta).expand(plan.part, -1)
             every = bool(k and pipeline.prepared(k).frozen)
             forward = seconds(stage.recipe.advance, lanes, theta, stage.recipe.start(theta), 0, batch, rate)
-            back = seconds(gradient_transpose, o, full, batch, cotangents, every=every, memory=self.memory // 4)
+            room = min(self.memory // 4, CHUNK_BYTES)
+            back = seconds(gradient_transpose, o, full, batch, cotangents, every=every, memory=room)
             replay = forward * (plan.segments[stage.name] > 1)
             fit, sweep = fit + forward * plan.steps[stage.name], sweep + (back + replay) * plan.steps[stage.name]
         return replace(plan, seconds=(fit, sweep * plan.sweeps + fit * (self.group_fraction > 0)))
@@ -254,7 +256,9 @@ class UnrolledInfluence:
                 batch = batch.to(base.device)
                 g_bar, theta_bar, state_bar = recipe.pull_back(theta_bar, state_bar, saved, step, rate, decay)
                 full, weights = o.join(theta[0], base), run.lanes.weights[0, batch]
-                product, own = gradient_transpose(o, full, batch, g_bar, weights, every, self.memory // 4)
+                product, own = gradient_transpose(
+                    o, full, batch, g_bar, weights, every, min(self.memory // 4, CHUNK_BYTES)
+                )
                 scores[:, batch] += own
                 if probes:
                     plus, minus = probed.pop()[0].chunk(2)

@@ -237,6 +237,7 @@ def test_models_are_a_head_on_an_embedding(build):
         (msif.convnet((1, 14, 14), classes=4), 6020),
         (msif.convnet((3, 16, 16), classes=2), 9682),
         (msif.convnet((1, 8, 8), channels=(2,), width=4, classes=3), 20 + 132 + 15),
+        (msif.convnet((1, 14, 14), norm_groups=4, classes=4), 6020 + 2 * (8 + 16)),
         (msif.mlp(64, hidden=(16,), classes=4), 64 * 16 + 16 + 16 * 4 + 4),
         (msif.mlp(5, hidden=(), classes=2), 12),
         (msif.softmax_regression(64, 10), 650),
@@ -265,6 +266,7 @@ def test_activations_can_be_exchanged():
         (lambda: msif.convnet((0, 8, 8), classes=2), ("in_shape=(0, 8, 8)",)),
         (lambda: msif.convnet((1, 8, 8), channels=(0,), classes=2), ("channels[0]=0", "positive")),
         (lambda: msif.convnet((1, 8, 8), width=0, classes=2), ("width=0", "positive")),
+        (lambda: msif.convnet((1, 8, 8), norm_groups=3, classes=2), ("norm_groups=3", "channels=(8, 16)")),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )

@@ -85,6 +85,16 @@ def test_scores_of_a_conv_net(recipe, link, regression):
     assert worst <= 1e-6
 
 
+def test_scores_of_a_net_with_group_norm_and_silu():
+    pipeline = random_pipeline("convnet", link=msif.WarmStart(), fit=False)
+    for i, stage in enumerate(pipeline.stages):
+        settings = {"channels": (4,), "width": 4, "activation": torch.nn.SiLU, "norm_groups": 2, "seed": i}
+        stage.model = msif.convnet((1, 4, 4), classes=3 - i, **settings).double()
+        stage.recipe = RECIPES["momentum"]
+    pipeline = msif.Pipeline(pipeline.stages).fit(progress=False)
+    assert worst_error(pipeline, random_queries(pipeline)) <= 1e-6
+
+
 @pytest.mark.parametrize("recipes", [("adam", "plain", "momentum"), ("nesterov", "adamw", "adam")])
 def test_stages_may_differ_in_recipe(recipes):
     pipeline = trained(link="proximal", k=3, recipes=recipes)
