@@ -3,6 +3,19 @@
 Multi-stage influence functions (Chen et al., NeurIPS 2020, arXiv 2007.09081), held against real retraining.
 """
 
+from .baselines import (
+    Entropy,
+    GradientDot,
+    GradientNorm,
+    Loss,
+    Margin,
+    Random,
+    RepresentationSimilarity,
+    SingleStage,
+    TracIn,
+    all_baselines,
+)
+from .comparison import Agreement, agreement, compare_methods, noise_ceiling
 from .curvature import GGN, Hessian, Operator, example_products, per_example_gradients
 from .data import Examples, load_digits
 from .datasets import load_cifar10, load_mnist
@@ -27,7 +40,7 @@ from .solvers import ConjugateGradient, Exact, SolveReport, Spectrum, schur_comp
 from .stages import Frozen, Proximal, Stage, WarmStart
 from .training import SGD, Adam, AdamW, FitReport
 from .unrolled import UnrolledInfluence
-from .validation import Agreement, Effects, agreement, removal_effects
+from .validation import Effects, random_removals, removal_effects
 
 __version__ = "0.1.0"
 
@@ -62,6 +75,17 @@ __all__ = [
     "UnrolledInfluence",
     "Influence",
     "Ranking",
+    # baselines
+    "all_baselines",
+    "Loss",
+    "Entropy",
+    "Margin",
+    "GradientNorm",
+    "Random",
+    "GradientDot",
+    "TracIn",
+    "RepresentationSimilarity",
+    "SingleStage",
     # curvature and solvers
     "Operator",
     "Hessian",
@@ -75,9 +99,12 @@ __all__ = [
     "schur_complement",
     # ground truth
     "removal_effects",
+    "random_removals",
     "Effects",
     "agreement",
     "Agreement",
+    "compare_methods",
+    "noise_ceiling",
     # lessons
     "check",
     # errors

@@ -5,11 +5,11 @@ import math
 
 import torch
 
+from .comparison import Agreement
 from .data import Examples
 from .influence import Influence
 from .pipeline import Pipeline
 from .stages import Frozen, WarmStart
-from .validation import Agreement
 
 __all__ = ["agreement_scatter", "influence_grid", "pipeline_diagram", "use_style", "v_curve"]
 

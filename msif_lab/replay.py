@@ -1,5 +1,6 @@
 """A stage's run, replayed from checkpoints: exact states of every step without keeping every step."""
 
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -25,7 +26,8 @@ class Trajectory:
 
     Attributes:
         recipe, lanes: what is run, on one lane or several.
-        bounds: first step of each segment, and T. A single segment keeps every step instead.
+        bounds: first step of each segment, and T. A single segment keeps every step instead,
+        keep: unless this is False.
         steps: batch and rate of each of the T steps.
         final: all parameters after the run ``(R, D)``.
     """
@@ -33,6 +35,7 @@ class Trajectory:
     recipe: MiniBatch
     lanes: Lanes
     bounds: list[int]
+    keep: bool = True
     steps: list[tuple[Tensor, float]] = field(init=False)
     final: Tensor = field(init=False)
 
@@ -44,7 +47,7 @@ class Trajectory:
         self._checkpoints, self._kept = [], None
         for segment in range(len(self.bounds) - 1):
             self._checkpoints.append((theta, state))
-            records, theta, state = self._walk(segment, keep=len(self.bounds) == 2, bar=bar)
+            records, theta, state = self._walk(segment, keep=self.keep and len(self.bounds) == 2, bar=bar)
             self._kept = records or None
         self.final = self.lanes.full(theta)
         return self
@@ -52,6 +55,12 @@ class Trajectory:
     def segment(self, index: int) -> list[tuple[Tensor, tuple]]:
         """``(θ (R, P) before the step, what the recipe saved in it)`` of each step of a segment."""
         return list(self._kept) if self._kept else self._walk(index, keep=True)[0]
+
+    def ends(self) -> list[tuple[Tensor, float]]:
+        """All parameters ``(R, D)`` at the end of each segment, and the sum of the learning rates in it."""
+        rates = [sum(rate for _, rate in self.steps[a:b]) for a, b in itertools.pairwise(self.bounds)]
+        fulls = [self.lanes.full(theta) for theta, _ in self._checkpoints[1:]] + [self.final]
+        return list(zip(fulls, rates, strict=True))
 
     def _walk(self, segment: int, keep: bool, bar=None):
         theta, state = self._checkpoints[segment]

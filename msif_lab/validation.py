@@ -12,13 +12,12 @@ from torch import Tensor
 from .checks import ask
 from .data import Examples
 from .errors import ConvergenceWarning, SavedFileError
-from .influence import Influence
 from .objective import target_name
 from .pipeline import Pipeline
 from .storage import check_writable, describe, digest, read_tensors, write_tensors
 from .training import progress_bar
 
-__all__ = ["Agreement", "Effects", "agreement", "removal_effects"]
+__all__ = ["Effects", "random_removals", "removal_effects"]
 
 PROTOCOLS = ("same-seed", "warm-start")
 
@@ -60,6 +59,21 @@ class Effects:
         """Read what `save` wrote; a cut-off, changed or foreign file raises `SavedFileError`."""
         tensors, facts = read_tensors(path, "effects")
         return cls(**tensors, **facts)
+
+
+def random_removals(m: int, count: int, fraction: float | None = None, *, seed: int = 0) -> list[list[int]]:
+    """``count`` random groups of positions below m: single examples, all different, or groups of a fraction of m.
+
+    >>> random_removals(100, 2, fraction=0.03)
+    [[56, 59, 86], [22, 60, 65]]
+    """
+    size = 1 if fraction is None else round(fraction * m)
+    if not 1 <= size < m or count < 1 or (fraction is None and count > m):
+        raise ValueError(f"{count} groups of {size} among {m} examples (fraction={fraction}) cannot be drawn")
+    generator = torch.Generator().manual_seed(seed)
+    if fraction is None:
+        return [[i] for i in torch.randperm(m, generator=generator)[:count].tolist()]
+    return [sorted(torch.randperm(m, generator=generator)[:size].tolist()) for _ in range(count)]
 
 
 def _check_subsets(subsets: Sequence[Sequence[int]], m: int) -> list[list[int]]:
@@ -199,133 +213,3 @@ def _open_store(store, key: str, queries: int, groups) -> tuple[Tensor, Tensor, 
             f"store={str(store)!r} holds removals of another pipeline, queries or subsets; name another file"
         )
     return tensors["after"], tensors["norms"], tensors["done"], tensors["short"]
-
-
-@dataclass
-class Agreement:
-    """How predictions of removal agree with retraining, per query.
-
-    Attributes:
-        predicted, actual: ``(Q, R)`` changes of q.
-        r, rho, slope: ``(Q,)`` Pearson, Spearman (its mean is the LDS when the removals are random subsets),
-            and slope of actual on predicted (1: the units are right); NaN for a query without variation.
-        pooled: the same three over all pairs.
-        intervals: bootstrap 95 % interval over queries of each mean.
-    """
-
-    predicted: numpy.ndarray
-    actual: numpy.ndarray
-    r: numpy.ndarray
-    rho: numpy.ndarray
-    slope: numpy.ndarray
-    pooled: dict[str, float]
-    intervals: dict[str, tuple[float, float]]
-    query_ids: numpy.ndarray
-
-    def mean(self, statistic: str = "r") -> float:
-        """Mean over queries of ``"r"``, ``"rho"`` or ``"slope"``."""
-        return float(numpy.nanmean(getattr(self, statistic)))
-
-    def to_frame(self):
-        """One row per query: id, r, rho, slope."""
-        import pandas
-
-        return pandas.DataFrame({"query_id": self.query_ids, "r": self.r, "rho": self.rho, "slope": self.slope})
-
-    def _rows(self) -> list[tuple[str, str, str, str]]:
-        names = {"r": "Pearson r", "rho": "Spearman", "slope": "slope actual / predicted"}
-        return [
-            (
-                label,
-                f"{self.mean(n):.3f}",
-                "{:.3f} – {:.3f}".format(*self.intervals[n]),
-                f"{self.pooled[n]:.3f}",
-            )
-            for n, label in names.items()
-        ]
-
-    def __str__(self) -> str:
-        queries, removals = self.actual.shape
-        lines = [f"{queries} queries × {removals} removals; mean per query, 95 % interval over queries, pooled"]
-        return "\n".join(lines + [f"  {a:<25} {b:>7}  ({c})  {d:>7}" for a, b, c, d in self._rows()])
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        head = "<tr><th></th><th>mean per query</th><th>95 % interval</th><th>pooled</th></tr>"
-        body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in self._rows())
-        queries, removals = self.actual.shape
-        return f"<table><caption>{queries} queries × {removals} removals</caption>{head}{body}</table>"
-
-    def plot(self, ax=None):
-        """Predicted against actual, one colour per query; see `plots.agreement_scatter`."""
-        from . import plots
-
-        return plots.agreement_scatter(self, ax=ax)
-
-
-def agreement(scores: Influence, effects: Effects, *, resamples: int = 2000, seed: int = 0) -> Agreement:
-    """Hold predicted removal effects against actual ones, query by query.
-
-    Args:
-        scores: predictions; the change for a group is ``−Σ`` of its scores.
-        effects: the ground truth for the same queries, stage and target.
-        resamples, seed: of the bootstrap over queries.
-
-    Raises:
-        ValueError: scores and effects are of different queries, stages or targets, or fewer than 3 removals.
-
-    Warns:
-        UserWarning: queries whose predictions or effects do not vary, left out of the means.
-    """
-    if not torch.equal(scores.query_ids, effects.query_ids):
-        raise ValueError("scores and effects are of different queries; compute both on the same Examples")
-    if (scores.stage, scores.target) != (effects.stage, effects.target):
-        raise ValueError(
-            f"scores are of stage {scores.stage!r} on {scores.target}, effects of {effects.stage!r} on {effects.target}"
-        )
-    if len(effects.subsets) < 3:
-        raise ValueError(f"{len(effects.subsets)} removals are too few to correlate; at least 3 are needed")
-    predicted = torch.stack([scores.removal_effect(s) for s in effects.subsets], 1).detach().cpu().double().numpy()
-    return compare(
-        predicted, effects.values.double().numpy(), effects.query_ids.numpy(), resamples=resamples, seed=seed
-    )
-
-
-def compare(predicted, actual, query_ids=None, *, resamples: int = 2000, seed: int = 0) -> Agreement:
-    """`agreement` of two ``(Q, R)`` arrays of predicted and actual changes."""
-    predicted, actual = numpy.asarray(predicted, float), numpy.asarray(actual, float)
-    for name, values in (("predictions", predicted), ("effects", actual)):
-        if not numpy.isfinite(values).all():
-            raise ValueError(
-                f"{name} hold NaN or inf, first at (query, removal) {numpy.argwhere(~numpy.isfinite(values))[0]}"
-            )
-    per_query = numpy.array([_statistics(p, a) for p, a in zip(predicted, actual, strict=True)])
-    undefined = int(numpy.isnan(per_query).any(1).sum())
-    if undefined == len(per_query):
-        raise ValueError("no query has predictions and effects that vary, so nothing can be correlated")
-    if undefined:
-        warnings.warn(
-            f"{undefined} of {len(per_query)} queries do not vary and are left out of the means", stacklevel=2
-        )
-    defined = per_query[~numpy.isnan(per_query).any(1)]
-    names = ("r", "rho", "slope")
-    draws = numpy.random.default_rng(seed).integers(len(defined), size=(resamples, len(defined)))
-    low, high = numpy.percentile(defined[draws].mean(1), [2.5, 97.5], axis=0)
-    return Agreement(
-        predicted,
-        actual,
-        *per_query.T,
-        pooled=dict(zip(names, _statistics(predicted.ravel(), actual.ravel()), strict=True)),
-        intervals={n: (float(a), float(b)) for n, a, b in zip(names, low, high, strict=True)},
-        query_ids=numpy.arange(len(actual)) if query_ids is None else query_ids,
-    )
-
-
-def _statistics(predicted, actual) -> tuple[float, float, float]:
-    from scipy import stats  # half a second to import; nothing else here needs it
-
-    if numpy.ptp(predicted) == 0 or numpy.ptp(actual) == 0:
-        return (float("nan"),) * 3
-    r = float(stats.pearsonr(predicted, actual).statistic)
-    return r, float(stats.spearmanr(predicted, actual).statistic), r * float(actual.std() / predicted.std())

@@ -40,7 +40,7 @@ ORDER = [
         "pipeline",
         "solvers",
     ),
-    *("influence", "replay", "unrolled", "baselines", "validation", "cleaning", "experiments"),
+    *("influence", "replay", "unrolled", "baselines", "validation", "comparison", "cleaning", "experiments"),
     *("marking", "exercises", "plots", "widgets"),
 ]
 

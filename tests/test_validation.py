@@ -7,7 +7,7 @@ from conftest import digits_pipeline, random_pipeline, random_queries
 from scipy import stats
 
 import msif_lab as msif
-from msif_lab import validation
+from msif_lab import comparison
 
 F64 = torch.float64
 LINKS = {"frozen": msif.Frozen(), "proximal": msif.Proximal(0.3)}
@@ -231,7 +231,7 @@ def test_bootstrap_interval_covers_the_true_mean():
     for repeat in range(100):
         predicted = generator.normal(size=(30, 4))
         actual = (1 + 0.3 * generator.normal(size=(30, 1))) * predicted
-        low, high = validation.compare(predicted, actual, resamples=400, seed=repeat).intervals["slope"]
+        low, high = comparison.compare(predicted, actual, resamples=400, seed=repeat).intervals["slope"]
         hits += low <= 1 <= high
         widths.append(high - low)
     assert 86 <= hits <= 99
@@ -293,5 +293,5 @@ def test_printing_and_table():
     for name in ("r", "rho", "slope"):
         assert f"{report.mean(name):.3f}" in text and f"{report.mean(name):.3f}" in html
         assert f"{report.intervals[name][0]:.3f}" in text and f"{report.pooled[name]:.3f}" in text
-    assert list(frame.columns) == ["query_id", "r", "rho", "slope"]
+    assert list(frame.columns) == ["query_id", "r", "rho", "slope", "sign", "magnitude"]
     assert frame["query_id"].tolist() == list(range(100, 106)) and numpy.allclose(frame["slope"], report.slope)

@@ -1,0 +1,310 @@
+"""Baselines: what one would look at first, as attributors with the interface of `ImplicitInfluence`.
+
+From the pretrained model alone, the same row for every query: `Loss`, `Entropy`, `Margin`, `GradientNorm`, `Random`.
+For each query: `GradientDot`, `TracIn`, `RepresentationSimilarity`, `SingleStage`. A *signed* baseline says whether an
+example helps or harms, like influence: positive harms. An unsigned one says how much an example matters, not how.
+"""
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from .checks import ask
+from .curvature import example_products, per_example_gradients
+from .data import Examples
+from .influence import Influence, require_unchanged
+from .objective import target_function, target_name
+from .pipeline import Pipeline
+from .replay import Trajectory, even_bounds, require_run, require_same_end
+from .solvers import Exact
+
+__all__ = [
+    "Entropy",
+    "GradientDot",
+    "GradientNorm",
+    "Loss",
+    "Margin",
+    "Random",
+    "RepresentationSimilarity",
+    "SingleStage",
+    "TracIn",
+    "all_baselines",
+]
+
+
+class Baseline:
+    """What all baselines share: settings in the constructor, `fit`, `score`.
+
+    Attributes:
+        signed: whether the sign of a score means harm (positive) or help.
+    """
+
+    signed: ClassVar[bool] = False
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_"))
+        return f"{type(self).__name__}({settings})"
+
+    def fit(self, pipeline: Pipeline) -> "Baseline":
+        """Remember the trained pipeline.
+
+        Raises:
+            ValueError: it is not trained, or its models were changed since.
+        """
+        if not isinstance(pipeline, Pipeline):
+            raise TypeError(f"pipeline must be a msif_lab.Pipeline, not {type(pipeline).__name__}")
+        self._full = [t.clone() for t in pipeline.trained()]
+        self._pipeline = pipeline
+        return self
+
+    def score(self, queries: Examples, stage: int | str = 0, target: str | Callable = "loss") -> Influence:
+        """Scores ``(Q, N)`` of one stage's examples; arguments as in `ImplicitInfluence.score`."""
+        if not hasattr(self, "_pipeline"):
+            raise ValueError("call fit(pipeline) before score(queries)")
+        k = self._pipeline.index(stage)
+        require_unchanged(self._pipeline, self._full)
+        function = ask(self._pipeline.objective(-1), queries, target)
+        values = self._values(k, queries, function)
+        scored = self._pipeline.stages[k]
+        values = values.expand(len(queries), -1).contiguous()
+        return Influence(values, scored.data.ids, queries.ids, scored.name, target_name(target), repr(self))
+
+    def _values(self, k: int, queries: Examples, function: Callable) -> Tensor:
+        """Scores ``(Q, N)``, or ``(1, N)`` where the query does not matter."""
+        raise TypeError(f"{type(self).__name__} must define _values")
+
+    def _query_gradients(self, k: int, queries: Examples, function: Callable) -> Tensor:
+        """∇q by the parameters stage k trains, ``(Q, P)``, as if shared parameters were all that stages have in
+        common: what a later stage takes over is passed on as it is, its own head is held fixed."""
+        o = self._pipeline.objective(-1)
+        parts = per_example_gradients(o, self._full[-1], queries, function, every=True)
+        cotangent = torch.cat([g for _, g in parts])
+        for j in range(len(self._full) - 1, k, -1):
+            p = self._pipeline.prepared(j)
+            before = cotangent.new_zeros(len(cotangent), self._pipeline.objective(j - 1).layout.size)
+            for how in ("coupled", "frozen"):
+                before[:, p.there[how]] = cotangent[:, p.here[how]]
+            cotangent = before
+        return cotangent[:, self._pipeline.objective(k).rows]
+
+
+class _PerExample(Baseline):
+    """A function of each example's output and target in its own stage's trained model."""
+
+    def _values(self, k, queries, function):
+        o = self._pipeline.objective(k)
+        with torch.no_grad():
+            return torch.cat([self._of(o, o.outputs(self._full[k], x), y) for _, x, y in o.chunks()])[None]
+
+    def _of(self, objective, outputs: Tensor, targets: Tensor) -> Tensor:
+        raise TypeError(f"{type(self).__name__} must define _of")
+
+
+class Loss(_PerExample):
+    """Each example's own loss ``f_i`` after its stage's training, in nats. Unsigned: a hard example matters."""
+
+    def _of(self, objective, outputs, targets):
+        return objective.loss(outputs, targets)
+
+
+class Entropy(_PerExample):
+    """Entropy of the predicted class, ``−Σ_c p_c log p_c`` in nats: ambiguous, whatever the label. Unsigned.
+
+    For sequences of predictions ``(B, T, C)`` the mean over the sequence.
+    """
+
+    def _of(self, objective, outputs, targets):
+        _need_classes(self, outputs)
+        log_p = outputs.log_softmax(-1)
+        return -(log_p.exp() * log_p).sum(-1).reshape(len(outputs), -1).mean(1)
+
+
+class Margin(_PerExample):
+    """Log-odds against the label, ``−log(p_y / (1 − p_y))``: large where the model is wrong or unsure. Unsigned."""
+
+    def _of(self, objective, outputs, targets):
+        _need_classes(self, outputs)
+        if targets.ndim != 1:
+            raise ValueError(f"Margin needs one label an example, the stage's targets are {tuple(targets.shape[1:])}")
+        return -target_function("margin", objective.loss)(outputs, targets)
+
+
+def _need_classes(baseline: Baseline, outputs: Tensor) -> None:
+    if outputs.ndim < 2 or outputs.shape[-1] < 2:
+        raise ValueError(f"{baseline} needs class scores; the stage's model gives outputs {tuple(outputs.shape[1:])}")
+
+
+class GradientNorm(Baseline):
+    """``‖∇f_i‖`` by what the stage trains: how hard an example still pulls. Unsigned."""
+
+    def _values(self, k, queries, function):
+        o = self._pipeline.objective(k)
+        return torch.cat([g.norm(dim=1) for _, g in per_example_gradients(o, self._full[k])])[None]
+
+
+class Random(Baseline):
+    """Normal random numbers: what agreement looks like where there is nothing to agree.
+
+    Args:
+        seed: another one gives other numbers.
+    """
+
+    def __init__(self, seed: int = 0):
+        self.seed = seed
+
+    def _values(self, k, queries, function):
+        shape = len(queries), len(self._pipeline.stages[k].data)
+        values = torch.randn(shape, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64)
+        return values.to(self._full[k])
+
+
+class GradientDot(Baseline):
+    """``−(1/m) ∇q · ∇f_i`` over the shared parameters: influence without curvature, heads held fixed. Signed.
+
+    With ``cosine=True`` divided by both norms, so that examples that pull hard do not stand out for that alone.
+    """
+
+    signed = True
+
+    def __init__(self, cosine: bool = False):
+        self.cosine = bool(cosine)
+
+    def _values(self, k, queries, function):
+        o, v = self._pipeline.objective(k), self._query_gradients(k, queries, function)
+        if not self.cosine:
+            return -example_products(o, self._full[k], v.T) / len(o.data)
+        v = nn.functional.normalize(v, dim=1)
+        some = v.abs().amax(0) > 0  # only where q reaches: the cosine in the space both have in common
+        parts = per_example_gradients(o, self._full[k])
+        return -torch.cat([v @ nn.functional.normalize(g * some, dim=1).T for _, g in parts], 1)
+
+
+class TracIn(Baseline):
+    """``−(1/m) Σ_c η_c ∇q · ∇f_i(θ_c)`` over checkpoints of the stage's own run (Pruthi et al. 2020). Signed.
+
+    η_c sums the learning rates of the steps a checkpoint stands for. When q is asked after a later stage, its
+    gradient is the one after finetuning: at a checkpoint of pretraining there is no head yet that could answer it.
+
+    Args:
+        checkpoints: how many, at equal distances, the last at the end of the run.
+    """
+
+    signed = True
+
+    def __init__(self, checkpoints: int = 5):
+        if not isinstance(checkpoints, int) or checkpoints < 1:
+            raise ValueError(f"checkpoints={checkpoints!r} must be a positive whole number")
+        self.checkpoints = checkpoints
+
+    def fit(self, pipeline):
+        """Replay every stage's training for its checkpoints.
+
+        Raises:
+            ValueError: weights were adopted, or a stage was trained by `LBFGS`: there is no run to replay.
+        """
+        super().fit(pipeline)
+        require_run(pipeline)
+        self._states, previous = [], None
+        for k, stage in enumerate(pipeline.stages):
+            lanes = pipeline.fresh_lanes(k, previous)
+            steps = len(list(stage.recipe.steps(len(stage.data))))
+            run = Trajectory(stage.recipe, lanes, even_bounds(steps, self.checkpoints), keep=False).run()
+            previous = run.final
+            require_same_end(stage.name, previous[0], self._full[k])
+            self._states.append([(full[0], rate) for full, rate in run.ends()])
+        return self
+
+    def _values(self, k, queries, function):
+        o, last = self._pipeline.objective(k), k == len(self._full) - 1
+        v = None if last else self._query_gradients(k, queries, function)
+        total = 0.0
+        for full, rate in self._states[k]:
+            if last:  # q is asked of this very stage, so also of its checkpoints
+                v = torch.cat([g for _, g in per_example_gradients(o, full, queries, function)])
+            total = total - rate * example_products(o, full, v.T) / len(o.data)
+        return total
+
+
+class RepresentationSimilarity(Baseline):
+    """Cosine of example and query in the features that the scored stage's model has learned. Unsigned: an example
+    that looks like the query to the model matters to it, for better or worse.
+
+    Args:
+        layer: the features are what the module of this name is given, by default the head.
+    """
+
+    def __init__(self, layer: str = "head"):
+        self.layer = layer
+
+    def _values(self, k, queries, function):
+        data = self._pipeline.stages[k].data
+        if queries.x.shape[1:] != data.x.shape[1:]:
+            raise ValueError(
+                f"queries {tuple(queries.x.shape[1:])} and examples {tuple(data.x.shape[1:])} have inputs of different "
+                "shapes, so one model cannot compare their features"
+            )
+        return self._features(k, queries) @ self._features(k, data).T
+
+    def _features(self, k: int, examples: Examples) -> Tensor:
+        """Unit-length features ``(N, F)``."""
+        o, seen = self._pipeline.objective(k), []
+        modules = dict(o.model.named_modules())
+        if self.layer not in modules or not self.layer:
+            known = ", ".join(filter(None, modules))
+            raise ValueError(f"layer={self.layer!r} is no module of the model of {o.where}; those are {known}")
+
+        def keep(module, given):
+            seen.append(given[0].detach())
+
+        hook = modules[self.layer].register_forward_pre_hook(keep)
+        try:
+            with torch.no_grad():
+                for _, x, _ in o.chunks(examples):
+                    functional_call(o.model, o.layout.named(self._full[k]) | o.buffers, (x,))
+        finally:
+            hook.remove()
+        if sum(map(len, seen)) != len(examples):
+            raise ValueError(f"layer={self.layer!r} does not see each example once; name another module")
+        return nn.functional.normalize(torch.cat(seen).flatten(1), dim=1)
+
+
+class SingleStage(Baseline):
+    """Koh & Liang's influence in the scored stage alone: later stages pass the query's gradient on unchanged, as if
+    they did not adapt, ``−(1/m) ∇qᵀ (H + damping)⁻¹ ∇f_i``. Signed. The paper's own formula without its point.
+
+    Args:
+        solver, curvature, damping: as in `ImplicitInfluence`.
+    """
+
+    signed = True
+
+    def __init__(self, solver=None, *, curvature: str = "ggn", damping: float = 0.0):
+        if curvature not in ("hessian", "ggn") or not 0 <= damping < float("inf"):
+            raise ValueError(f"curvature={curvature!r} must be 'hessian' or 'ggn', damping={damping} zero or positive")
+        self.solver = Exact() if solver is None else solver
+        self.curvature, self.damping = curvature, float(damping)
+
+    def _values(self, k, queries, function):
+        o, operator = self._pipeline.objective(k), self._pipeline.curvature(k, self.curvature)
+        prepared = self.solver.prepare(operator + self.damping if self.damping else operator)
+        solution, _ = prepared.solve(self._query_gradients(k, queries, function).T)
+        return -example_products(o, self._full[k], solution) / len(o.data)
+
+
+def all_baselines(solver=None) -> dict[str, Baseline]:
+    """Every baseline by name, unsigned ones first; ``solver`` is `SingleStage`'s."""
+    return {
+        "random": Random(),
+        "loss": Loss(),
+        "entropy": Entropy(),
+        "margin": Margin(),
+        "gradient norm": GradientNorm(),
+        "similarity": RepresentationSimilarity(),
+        "gradient dot": GradientDot(),
+        "gradient cosine": GradientDot(cosine=True),
+        "TracIn": TracIn(),
+        "single stage": SingleStage(solver),
+    }

@@ -1,0 +1,250 @@
+"""How predicted effects agree with actual ones: per query, with intervals, over seeds, method beside method."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+
+import numpy
+import torch
+
+from .influence import Influence
+from .validation import Effects
+
+__all__ = ["Agreement", "agreement", "compare_methods", "noise_ceiling"]
+
+# name in code: name in tables
+STATISTICS = {
+    "r": "Pearson r",
+    "rho": "Spearman",
+    "slope": "slope actual / predicted",
+    "sign": "sign rate",
+    "magnitude": "Spearman of |effects|",
+}
+
+
+@dataclass
+class Agreement:
+    """How predictions of removal agree with retraining, per query.
+
+    Attributes:
+        predicted, actual: ``(Q, R)`` changes of q.
+        r, rho, slope: ``(Q,)`` Pearson, Spearman (its mean is the LDS when the removals are random subsets),
+            and slope of actual on predicted (1: the units are right); NaN for a query without variation.
+        sign: ``(Q,)`` share of removals whose effect has the predicted sign.
+        magnitude: ``(Q,)`` Spearman of ``|predicted|`` and ``|actual|``: all that an unsigned score can show.
+        pooled: the same five over all pairs.
+        intervals: bootstrap 95 % interval over queries of each mean.
+    """
+
+    predicted: numpy.ndarray
+    actual: numpy.ndarray
+    r: numpy.ndarray
+    rho: numpy.ndarray
+    slope: numpy.ndarray
+    sign: numpy.ndarray
+    magnitude: numpy.ndarray
+    pooled: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    query_ids: numpy.ndarray
+
+    def mean(self, statistic: str = "r") -> float:
+        """Mean over queries of ``"r"``, ``"rho"``, ``"slope"``, ``"sign"`` or ``"magnitude"``."""
+        return float(numpy.nanmean(getattr(self, statistic)))
+
+    def to_frame(self):
+        """One row per query: id and the five statistics."""
+        import pandas
+
+        return pandas.DataFrame({"query_id": self.query_ids} | {name: getattr(self, name) for name in STATISTICS})
+
+    def _rows(self) -> list[tuple[str, str, str, str]]:
+        return [
+            (label, f"{self.mean(n):.3f}", "{:.3f} – {:.3f}".format(*self.intervals[n]), f"{self.pooled[n]:.3f}")
+            for n, label in list(STATISTICS.items())[:4]  # the sizes are of interest beside unsigned scores only
+        ]
+
+    def __str__(self) -> str:
+        queries, removals = self.actual.shape
+        lines = [f"{queries} queries × {removals} removals; mean per query, 95 % interval over queries, pooled"]
+        return "\n".join(lines + [f"  {a:<25} {b:>7}  ({c})  {d:>7}" for a, b, c, d in self._rows()])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        head = "<tr><th></th><th>mean per query</th><th>95 % interval</th><th>pooled</th></tr>"
+        body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in self._rows())
+        queries, removals = self.actual.shape
+        return f"<table><caption>{queries} queries × {removals} removals</caption>{head}{body}</table>"
+
+    def plot(self, ax=None):
+        """Predicted against actual, one colour per query; see `plots.agreement_scatter`."""
+        from . import plots
+
+        return plots.agreement_scatter(self, ax=ax)
+
+
+def agreement(scores: Influence, effects: Effects, *, resamples: int = 2000, seed: int = 0) -> Agreement:
+    """Hold predicted removal effects against actual ones, query by query.
+
+    Args:
+        scores: predictions; the change for a group is ``−Σ`` of its scores.
+        effects: the ground truth for the same queries, stage and target.
+        resamples, seed: of the bootstrap over queries.
+
+    Raises:
+        ValueError: scores and effects are of different queries, stages or targets, or fewer than 3 removals.
+
+    Warns:
+        UserWarning: queries whose predictions or effects do not vary, left out of the means.
+    """
+    predicted, actual = _pairs(scores, effects)
+    return compare(predicted, actual, effects.query_ids.numpy(), resamples=resamples, seed=seed)
+
+
+def _pairs(scores: Influence, effects: Effects) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """Predicted and actual changes ``(Q, R)`` of the same queries and removals."""
+    if not torch.equal(scores.query_ids, effects.query_ids):
+        raise ValueError("scores and effects are of different queries; compute both on the same Examples")
+    if (scores.stage, scores.target) != (effects.stage, effects.target):
+        raise ValueError(
+            f"scores are of stage {scores.stage!r} on {scores.target}, effects of {effects.stage!r} on {effects.target}"
+        )
+    if len(effects.subsets) < 3:
+        raise ValueError(f"{len(effects.subsets)} removals are too few to correlate; at least 3 are needed")
+    predicted = torch.stack([scores.removal_effect(s) for s in effects.subsets], 1).detach().cpu().double().numpy()
+    return predicted, effects.values.double().numpy()
+
+
+def compare(predicted, actual, query_ids=None, *, resamples: int = 2000, seed: int = 0) -> Agreement:
+    """`agreement` of two ``(Q, R)`` arrays of predicted and actual changes."""
+    predicted, actual = numpy.asarray(predicted, float), numpy.asarray(actual, float)
+    for name, values in (("predictions", predicted), ("effects", actual)):
+        if not numpy.isfinite(values).all():
+            raise ValueError(
+                f"{name} hold NaN or inf, first at (query, removal) {numpy.argwhere(~numpy.isfinite(values))[0]}"
+            )
+    per_query = numpy.array([_statistics(p, a) for p, a in zip(predicted, actual, strict=True)])
+    undefined = int(numpy.isnan(per_query[:, 0]).sum())
+    if undefined == len(per_query):
+        raise ValueError("no query has predictions and effects that vary, so nothing can be correlated")
+    if undefined:
+        warnings.warn(
+            f"{undefined} of {len(per_query)} queries do not vary and are left out of the means", stacklevel=2
+        )
+    return Agreement(
+        predicted,
+        actual,
+        *per_query.T,
+        pooled=dict(zip(STATISTICS, _statistics(predicted.ravel(), actual.ravel()), strict=True)),
+        intervals=dict(zip(STATISTICS, _intervals(per_query[None], resamples, seed), strict=True)),
+        query_ids=numpy.arange(len(actual)) if query_ids is None else query_ids,
+    )
+
+
+def _statistics(predicted, actual) -> tuple[float, ...]:
+    """The five `STATISTICS` of one row of changes; NaN where they are not defined."""
+    from scipy import stats  # half a second to import; nothing else here needs it
+
+    if numpy.ptp(predicted) == 0 or numpy.ptp(actual) == 0:
+        return (float("nan"),) * len(STATISTICS)
+    r = float(stats.pearsonr(predicted, actual).statistic)
+    rho = float(stats.spearmanr(predicted, actual).statistic)
+    sizes = [abs(predicted), abs(actual)]
+    magnitude = float("nan") if 0 in map(numpy.ptp, sizes) else float(stats.spearmanr(*sizes).statistic)
+    told = (predicted != 0) & (actual != 0)
+    sign = float(((predicted > 0) == (actual > 0))[told].mean()) if told.any() else float("nan")
+    return r, rho, r * float(actual.std() / predicted.std()), sign, magnitude
+
+
+def _intervals(values: numpy.ndarray, resamples: int, seed: int) -> list[tuple[float, float]]:
+    """Bootstrap 95 % intervals of the mean over runs and queries of ``values`` (S, Q, statistics).
+
+    Queries are drawn anew, the same ones for every run; with several runs these are drawn anew as well, so that
+    the interval is about another set of queries *and* other seeds.
+    """
+    values = values[:, ~numpy.isnan(values).all((0, 2))]
+    runs, queries, _ = values.shape
+    rng = numpy.random.default_rng(seed)
+    means = []
+    for _ in range(resamples):
+        drawn = values[rng.integers(runs, size=runs)] if runs > 1 else values
+        means.append(numpy.nanmean(drawn[:, rng.integers(queries, size=queries)], axis=(0, 1)))
+    return [tuple(map(float, pair)) for pair in numpy.nanpercentile(means, [2.5, 97.5], axis=0).T]
+
+
+def compare_methods(
+    scores: Mapping[str, Influence | Sequence[Influence]],
+    effects: Mapping[str, Effects | Sequence[Effects]],
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+):
+    """One table of every method's agreement with every kind of removal, over one or more seeds.
+
+    Args:
+        scores: by the name of the method; one `Influence`, or one for each seed.
+        effects: by the name of the removals (``"one"``, ``"10 %"``), as many as there are seeds. Scores for one kind
+            of removal only are named ``(method, removals)``.
+        resamples, seed: of the bootstrap, over queries and seeds together.
+
+    Returns:
+        tidy pandas table: removals, method, statistic, mean, low, high; ``mean`` over queries and seeds, ``low`` and
+        ``high`` its 95 % interval. Statistics as in `Agreement`.
+
+    Raises:
+        ValueError: as `agreement`; or different numbers of seeds.
+    """
+    rows = []
+    for removals, truth in effects.items():
+        truth = [truth] if isinstance(truth, Effects) else list(truth)
+        for name, given in scores.items():
+            method, only = name if isinstance(name, tuple) else (name, removals)
+            if only != removals:
+                continue
+            given = [given] if isinstance(given, Influence) else list(given)
+            if len(given) != len(truth):
+                raise ValueError(f"{method!r} has scores of {len(given)} seeds, {removals!r} effects of {len(truth)}")
+            pairs = [_pairs(s, e) for s, e in zip(given, truth, strict=True)]
+            rows += _rows(removals, method, pairs, resamples, seed)
+    return _frame(rows)
+
+
+def noise_ceiling(effects: Mapping[str, Sequence[Effects]], *, resamples: int = 2000, seed: int = 0):
+    """How well retraining under one seed predicts retraining under another: no method that does not know the seed
+    can be expected to do better.
+
+    Args:
+        effects: by the name of the removals, those of two or more seeds: same data, queries and subsets.
+        resamples, seed: of the bootstrap.
+
+    Returns:
+        rows for the table of `compare_methods`, as method ``"another seed"``; every ordered pair of seeds counts.
+
+    Raises:
+        ValueError: fewer than two seeds, or other queries or subsets.
+    """
+    rows = []
+    for removals, runs in effects.items():
+        if isinstance(runs, Effects) or len(runs) < 2:
+            raise ValueError(f"{removals!r}: effects of at least two seeds are needed to compare them")
+        if any(e.subsets != runs[0].subsets or not torch.equal(e.query_ids, runs[0].query_ids) for e in runs):
+            raise ValueError(f"{removals!r}: the seeds removed different examples or asked different queries")
+        pairs = [(a.values.double().numpy(), b.values.double().numpy()) for a, b in permutations(runs, 2)]
+        rows += _rows(removals, "another seed", pairs, resamples, seed)
+    return _frame(rows)
+
+
+def _rows(removals: str, method: str, pairs, resamples: int, seed: int) -> list[tuple]:
+    values = numpy.array([compare(*pair, resamples=1).to_frame()[list(STATISTICS)].to_numpy() for pair in pairs])
+    means = numpy.nanmean(values, axis=(0, 1))
+    spans = _intervals(values, resamples, seed)
+    return [
+        (removals, method, name, float(mean), *span) for name, mean, span in zip(STATISTICS, means, spans, strict=True)
+    ]
+
+
+def _frame(rows: list[tuple]):
+    import pandas
+
+    return pandas.DataFrame(rows, columns=["removals", "method", "statistic", "mean", "low", "high"])
