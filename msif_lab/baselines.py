@@ -16,7 +16,7 @@ from .checks import ask
 from .curvature import example_products, per_example_gradients
 from .data import Examples
 from .influence import Influence, require_unchanged
-from .objective import target_function, target_name
+from .objective import target_name
 from .pipeline import Pipeline
 from .replay import Trajectory, even_bounds, require_run, require_same_end
 from .solvers import Exact
@@ -123,13 +123,15 @@ class Entropy(_PerExample):
 
 
 class Margin(_PerExample):
-    """Log-odds against the label, ``−log(p_y / (1 − p_y))``: large where the model is wrong or unsure. Unsigned."""
+    """``1 − (p_y − max_{c≠y} p_c)``: 0 where the model is sure and right, 2 where it is sure and wrong. Unsigned."""
 
     def _of(self, objective, outputs, targets):
         _need_classes(self, outputs)
         if targets.ndim != 1:
             raise ValueError(f"Margin needs one label an example, the stage's targets are {tuple(targets.shape[1:])}")
-        return -target_function("margin", objective.loss)(outputs, targets)
+        p = outputs.softmax(-1)
+        correct = torch.arange(p.shape[-1], device=p.device) == targets[:, None]
+        return 1 - (p * correct).sum(-1) + p.masked_fill(correct, 0).amax(-1)
 
 
 def _need_classes(baseline: Baseline, outputs: Tensor) -> None:

@@ -169,8 +169,14 @@ def _intervals(values: numpy.ndarray, resamples: int, seed: int) -> list[tuple[f
     means = []
     for _ in range(resamples):
         drawn = values[rng.integers(runs, size=runs)] if runs > 1 else values
-        means.append(numpy.nanmean(drawn[:, rng.integers(queries, size=queries)], axis=(0, 1)))
-    return [tuple(map(float, pair)) for pair in numpy.nanpercentile(means, [2.5, 97.5], axis=0).T]
+        means.append(_mean(drawn[:, rng.integers(queries, size=queries)]))
+    return [tuple(map(float, pair)) for pair in numpy.percentile(means, [2.5, 97.5], axis=0).T]
+
+
+def _mean(values: numpy.ndarray) -> numpy.ndarray:
+    """Mean over runs and queries, NaN left out; NaN, without NumPy's warning, where nothing is left."""
+    count = (~numpy.isnan(values)).sum((0, 1))
+    return numpy.where(count > 0, numpy.nansum(values, (0, 1)) / numpy.maximum(count, 1), numpy.nan)
 
 
 def compare_methods(
@@ -237,7 +243,7 @@ def noise_ceiling(effects: Mapping[str, Sequence[Effects]], *, resamples: int = 
 
 def _rows(removals: str, method: str, pairs, resamples: int, seed: int) -> list[tuple]:
     values = numpy.array([compare(*pair, resamples=1).to_frame()[list(STATISTICS)].to_numpy() for pair in pairs])
-    means = numpy.nanmean(values, axis=(0, 1))
+    means = _mean(values)
     spans = _intervals(values, resamples, seed)
     return [
         (removals, method, name, float(mean), *span) for name, mean, span in zip(STATISTICS, means, spans, strict=True)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, func
-from torch.func import grad, vjp, vmap
+from torch.func import grad, hessian, jacrev, vjp, vmap
 
 from .data import Examples
 from .objective import WORKING_BYTES, Objective
@@ -210,6 +210,30 @@ class GGN(DataCurvature):
             return pull_back(jvp(gradient, (outputs,), (pushed,))[1])[0]  # Jᵀ Λ J v
 
         return vmap(product, in_dims=1, out_dims=1)(vectors)
+
+    def _dense(self) -> Tensor:
+        """``Σ w_i J_iᵀ Λ_i J_i / m`` from each example's Jacobian: C backward passes and one matrix product where
+        P products would each take a forward and a backward pass; several times faster for C ≪ P."""
+        o, size = self.objective, self.shape[0]
+        count = o.outputs(self.full, o.data.x[:1]).numel()
+        if 4 * count > size:
+            return super()._dense()
+
+        def outputs(theta, x):
+            return o.outputs(self._full(theta), x[None]).reshape(-1)
+
+        def loss(z, y, like):
+            return o.loss(z.reshape(like.shape)[None], y[None])[0]
+
+        like = o.outputs(self.full, o.data.x[:1])[0].detach()
+        result = torch.diag(self.full.new_zeros(size) if self.ridge is None else self.ridge)
+        for rows, x, y in o.chunks(copies=2 + 4 * 8 * count * size // o.bytes_per_example()):
+            z = vmap(outputs, in_dims=(None, 0))(self.theta, x)
+            jacobian = vmap(jacrev(outputs), in_dims=(None, 0))(self.theta, x)  # (B, C, P)
+            bend = vmap(lambda z, y: hessian(loss)(z, y, like))(z, y)  # (B, C, C)
+            weights = self.weights[rows] / len(o.data)
+            result += ((weights[:, None, None] * bend) @ jacobian).flatten(0, 1).T @ jacobian.flatten(0, 1)
+        return result
 
 
 def curvature(kind: str, objective: Objective, full: Tensor, weights: Tensor | None = None) -> DataCurvature:
