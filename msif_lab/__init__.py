@@ -15,7 +15,7 @@ from .baselines import (
     TracIn,
     all_baselines,
 )
-from .comparison import Agreement, agreement, compare_methods, noise_ceiling
+from .comparison import Agreement, agreement, compare_methods, method_table, noise_ceiling
 from .curvature import GGN, Hessian, Operator, example_products, per_example_gradients
 from .data import Examples, load_digits
 from .datasets import load_cifar10, load_mnist
@@ -104,6 +104,7 @@ __all__ = [
     "agreement",
     "Agreement",
     "compare_methods",
+    "method_table",
     "noise_ceiling",
     # lessons
     "check",

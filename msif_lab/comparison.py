@@ -11,7 +11,7 @@ import torch
 from .influence import Influence
 from .validation import Effects
 
-__all__ = ["Agreement", "agreement", "compare_methods", "noise_ceiling"]
+__all__ = ["Agreement", "agreement", "compare_methods", "method_table", "noise_ceiling"]
 
 # name in code: name in tables
 STATISTICS = {
@@ -21,6 +21,7 @@ STATISTICS = {
     "sign": "sign rate",
     "magnitude": "Spearman of |effects|",
 }
+CEILING = "another seed"
 
 
 @dataclass
@@ -237,8 +238,23 @@ def noise_ceiling(effects: Mapping[str, Sequence[Effects]], *, resamples: int = 
         if any(e.subsets != runs[0].subsets or not torch.equal(e.query_ids, runs[0].query_ids) for e in runs):
             raise ValueError(f"{removals!r}: the seeds removed different examples or asked different queries")
         pairs = [(a.values.double().numpy(), b.values.double().numpy()) for a, b in permutations(runs, 2)]
-        rows += _rows(removals, "another seed", pairs, resamples, seed)
+        rows += _rows(removals, CEILING, pairs, resamples, seed)
     return _frame(rows)
+
+
+def method_table(table, statistic: str = "r", columns: str = "removals"):
+    """Methods by kinds of removal, each cell ``mean [low, high]``, for reading: from the table of `compare_methods`.
+
+    Args:
+        table: its rows, also of several settings or links with such a column.
+        statistic: which one to show.
+        columns: name of the column to spread out, or a list of names.
+    """
+    some = table[table["statistic"] == statistic]
+    if some.empty:
+        raise ValueError(f"statistic={statistic!r} is none of {sorted(set(table['statistic']))}")
+    cells = [f"{m:.2f} [{a:.2f}, {b:.2f}]" for m, a, b in zip(some["mean"], some["low"], some["high"], strict=True)]
+    return some.assign(cell=cells).pivot_table("cell", "method", columns, aggfunc="first", sort=False).fillna("")
 
 
 def _rows(removals: str, method: str, pairs, resamples: int, seed: int) -> list[tuple]:

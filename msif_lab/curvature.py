@@ -214,6 +214,7 @@ class GGN(DataCurvature):
     def _dense(self) -> Tensor:
         """``Σ w_i J_iᵀ Λ_i J_i / m`` from each example's Jacobian: C backward passes and one matrix product where
         P products would each take a forward and a backward pass; several times faster for C ≪ P."""
+        _load_forward_mode()
         o, size = self.objective, self.shape[0]
         count = o.outputs(self.full, o.data.x[:1]).numel()
         if 4 * count > size:

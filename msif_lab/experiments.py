@@ -1,40 +1,38 @@
-"""The named settings of lessons and results as one-line builders, and the study that compares every method on them.
+"""The named settings of lessons and results, data, nets, recipes and link, as one-line builders.
 
-    python -m msif_lab.experiments mnist cifar --jobs 2 --out notebooks/results
-
-reruns the figures that the lessons show beside what they compute live.
+`studies` holds every method against retraining on them.
 """
 
-import argparse
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
 
-import joblib
 import torch
 from torch import nn
 
-from .baselines import all_baselines
-from .comparison import compare_methods, noise_ceiling
 from .data import Examples, load_digits
 from .datasets import load_cifar10, load_mnist
-from .errors import ConvergenceWarning
-from .influence import ImplicitInfluence, Influence
-from .models import convnet, mlp
+from .lbfgs import LBFGS
+from .models import EmbeddingHead, convnet, mlp, softmax_regression
 from .pipeline import Pipeline
-from .solvers import Exact
 from .stages import Frozen, Link, Proximal, Stage, WarmStart
-from .storage import digest, write_bytes
 from .training import SGD
-from .unrolled import UnrolledInfluence
-from .validation import Effects, random_removals, removal_effects
 
-__all__ = ["SETTINGS", "Experiment", "cifar", "cifar_vehicles", "digits", "mnist", "mnist_to_digits", "run", "study"]
+__all__ = [
+    "SETTINGS",
+    "Experiment",
+    "Sizes",
+    "cifar",
+    "cifar_vehicles",
+    "digits",
+    "mnist",
+    "mnist_at_optimum",
+    "mnist_to_digits",
+]
 
-LINKS = {"frozen": Frozen(), "warm start": WarmStart()}
+LINKS = {"frozen": Frozen(), "warm start": WarmStart(), "proximal": Proximal(0.05)}
 NETS = {"tanh": {"activation": nn.Tanh}, "silu": {"activation": nn.SiLU, "norm_groups": 4}}
-REMOVALS = {"one": None, "2 %": 0.02, "10 %": 0.1}
 ANIMALS, VEHICLES = ("bird", "cat", "deer", "dog", "frog", "horse"), ("airplane", "automobile", "ship", "truck")
 
 
@@ -93,6 +91,17 @@ class Sizes:
         return replace(sizes[size], **changes)
 
 
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Initial weights drawn in this precision, so that a setting is the same whatever the user's default is."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def _transfer(
     title: str,
     first: Examples,
@@ -116,7 +125,8 @@ def _transfer(
             warmup=20,
             seed=2 * seed + k,
         )
-        net = model(classes=len(data.classes), seed=seed, zero_head=k == 1).to(data.x.dtype)
+        with _default_dtype(data.x.dtype):
+            net = model(classes=len(data.classes), seed=seed, zero_head=k == 1)
         some = data.select(n=n, seed=data_seed)
         stages.append(Stage(name, net, some, weight_decay=sizes.weight_decay, recipe=recipe, link=link if k else None))
     return Experiment(title, Pipeline(stages), test.select(n=sizes.queries, seed=data_seed), test)
@@ -218,6 +228,38 @@ def cifar_vehicles(
     return _cifar("CIFAR-10 animals → vehicles", ANIMALS, VEHICLES, link, size, seed, data_seed, net, root, changes)
 
 
+def mnist_at_optimum(
+    link: Link, *, size: str = "live", seed: int = 0, data_seed: int = 0, net: str = "tanh", root=None, **changes
+) -> Experiment:
+    """MNIST 0–3 → 4–9 with both stages trained to a stationary point, where the paper's formula is exact.
+
+    Args:
+        link: `Frozen()` or `Proximal(alpha)`.
+        net: ``"softmax"``, a softmax regression whose four logits are the features of finetuning; ``"tanh"``, one
+            hidden layer of 8; ``"conv"``, the convolutional net of `mnist` with half as many maps and features.
+        size, seed, data_seed, root, changes: as in `mnist`; learning rate, epochs and batches mean nothing here.
+    """
+    small = {"channels": (4, 8), "width": 16}
+    nets = {"softmax": _logits, "tanh": partial(mlp, 196, hidden=(8,)), "conv": partial(convnet, (1, 14, 14), **small)}
+    if net not in nets:
+        raise ValueError(f"net={net!r} must be one of {sorted(nets)}")
+    (train, _), new = (load_mnist(root, classes=c, pool=2, dtype=torch.float64) for c in (range(4), range(4, 10)))
+    known = {"live": Sizes(600, 300, weight_decay=1e-2), "large": Sizes(600, 300, weight_decay=1e-2)}
+    sizes = Sizes.of(size, known, changes)
+    title = f"MNIST 0–3 → 4–9 at the optimum, {net}"
+    experiment = _transfer(title, train, new, nets[net], link, seed, data_seed, sizes)
+    for stage in experiment.pipeline.stages:
+        stage.recipe = LBFGS()
+    return experiment
+
+
+def _logits(classes: int, seed: int, zero_head: bool) -> nn.Module:
+    """Stage one: softmax regression with 4 classes. Stage two: another one on its logits."""
+    linear = softmax_regression(196, 4, seed=seed)
+    head = softmax_regression(4, classes, seed=seed, zero_head=True).head if zero_head else nn.Identity()
+    return EmbeddingHead(nn.Sequential(linear.embedding, linear.head), head)
+
+
 SETTINGS = {
     "digits": digits,
     "mnist": mnist,
@@ -225,143 +267,5 @@ SETTINGS = {
     "cifar": cifar,
     "cifar_vehicles": cifar_vehicles,
 }
-
-
-# --- every method on one setting -----------------------------------------------------------------------
-
-
-def implicit(experiment: Experiment) -> Influence:
-    """The paper's formula at the weights where SGD stopped: GGN, no damping, warm starts read as proximal.
-
-    The curvature of a stage that is not at a minimum has no inverse to speak of but the GGN's, and
-    `SGD.equivalent_alpha` is the coupling that resembles so many steps.
-    """
-    pipeline = experiment.pipeline
-    stages = [replace(s) for s in pipeline.stages]
-    for stage in stages:
-        if isinstance(stage.link, WarmStart):
-            stage.link = Proximal(stage.recipe.equivalent_alpha(len(stage.data)), stage.link.shared)
-    copy = pipeline if stages == pipeline.stages else Pipeline(stages).adopt()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # not at a minimum: that is what is being shown
-        return ImplicitInfluence(Exact("4GB"), curvature="ggn").fit(copy).score(experiment.queries)
-
-
-def run(
-    experiment: Experiment,
-    *,
-    removals: int = 40,
-    kinds: Sequence[str] = tuple(REMOVALS),
-    baselines: bool = True,
-    folder=None,
-    progress: bool = True,
-) -> tuple[dict, dict[str, Effects]]:
-    """Fit one experiment, remove examples for real, and score them by every method.
-
-    Args:
-        experiment: from one of the builders.
-        removals: how many of each kind, drawn at random, the same for every seed of training.
-        kinds: of `REMOVALS`: single examples and random groups of 2 % and 10 %.
-        baselines: also those of `all_baselines`.
-        folder: keep retrainings here and resume from it.
-        progress: show bars.
-
-    Returns:
-        scores by method (``(method, kind)`` where they are for one kind of removal) and effects by kind, as
-        `compare_methods` takes them.
-    """
-    pipeline, queries = experiment.pipeline.fit(progress), experiment.queries
-    m = len(pipeline.stages[0].data)
-    key = digest(*pipeline.trained())[:12]
-    effects = {}
-    for kind in kinds:
-        groups = random_removals(m, removals, REMOVALS[kind])
-        store = None if folder is None else Path(folder) / f"{key}-{kind.replace(' %', '')}.safetensors"
-        effects[kind] = removal_effects(pipeline, queries, groups, store=store, progress=progress)
-    scores = {"unrolled": UnrolledInfluence().fit(pipeline, progress).score(queries, progress=progress)}
-    for kind in kinds:
-        if REMOVALS[kind]:
-            method = UnrolledInfluence(group_fraction=REMOVALS[kind]).fit(pipeline, progress)
-            scores["unrolled, for groups", kind] = method.score(queries, progress=progress)
-    scores["implicit, GGN"] = implicit(experiment)
-    for name, method in (all_baselines(Exact("4GB")) if baselines else {}).items():
-        scores[name] = method.fit(pipeline).score(queries)
-    return scores, effects
-
-
-def study(
-    setting: str,
-    *,
-    links: Sequence[str] = tuple(LINKS),
-    seeds: int = 3,
-    removals: int = 40,
-    size: str = "large",
-    folder=None,
-    n_jobs: int = 1,
-    **changes,
-):
-    """Every method against real retraining in one setting: links × seeds of training, pooled over seeds.
-
-    Args:
-        setting: a name in `SETTINGS`.
-        links: names in `LINKS`.
-        seeds: how many seeds of initial weights and batches; data, queries and removals stay the same, so that
-            the noise ceiling compares like with like.
-        removals, folder: as in `run`.
-        size, changes: as in the builders.
-        n_jobs: processes, one for each link and seed.
-
-    Returns:
-        the table of `compare_methods` with the noise ceiling, and for each link its title, sizes, seeds and accuracy.
-    """
-    import pandas
-
-    def one(link, seed):
-        experiment = SETTINGS[setting](LINKS[link], size=size, seed=seed, **changes)
-        scores, effects = run(experiment, removals=removals, folder=folder, progress=False)
-        return scores, effects, experiment.accuracy(), [len(s.data) for s in experiment.pipeline.stages]
-
-    jobs = (joblib.delayed(one)(link, seed) for link in links for seed in range(seeds))
-    done = joblib.Parallel(n_jobs)(jobs)
-    tables = []
-    for i, link in enumerate(links):
-        scores, effects, accuracies, counts = zip(*done[i * seeds : (i + 1) * seeds], strict=True)
-        by_kind = {kind: [e[kind] for e in effects] for kind in effects[0]}
-        table = compare_methods({name: [s[name] for s in scores] for name in scores[0]}, by_kind)
-        if seeds > 1:
-            table = pandas.concat([table, noise_ceiling(by_kind)])
-        facts = {
-            "setting": setting,
-            "link": link,
-            "seeds": seeds,
-            "count": removals,
-            "accuracy": sum(accuracies) / seeds,
-        }
-        facts |= {"pretraining": counts[0][0], "finetuning": counts[0][1]}
-        tables.append(table.assign(**facts))
-    return pandas.concat(tables, ignore_index=True)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line: one CSV a setting."""
-    parser = argparse.ArgumentParser(prog="python -m msif_lab.experiments", description=__doc__.partition("\n")[0])
-    parser.add_argument("settings", nargs="+", choices=sorted(SETTINGS))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--removals", type=int, default=40, help="of each kind: single examples, 2 %%, 10 %%")
-    parser.add_argument("--size", default="large", help="live or large")
-    parser.add_argument("--jobs", type=int, default=1, help="processes; a gigabyte or two each")
-    parser.add_argument("--out", type=Path, required=True, help="folder for SETTING.csv; retrainings resume from here")
-    given = parser.parse_args(arguments)
-    for setting in given.settings:
-        store = given.out / "retrainings" / setting
-        store.mkdir(parents=True, exist_ok=True)
-        table = study(
-            setting, seeds=given.seeds, removals=given.removals, size=given.size, folder=store, n_jobs=given.jobs
-        )
-        path = given.out / f"{setting}.csv"
-        write_bytes(path, table.to_csv(index=False, float_format="%.4g").encode())
-        print(f"{path}: {len(table)} rows")
-
-
-if __name__ == "__main__":
-    main()
+AT_OPTIMUM = {f"mnist_{net}": partial(mnist_at_optimum, net=net) for net in ("softmax", "tanh", "conv")}
+SETTINGS |= AT_OPTIMUM

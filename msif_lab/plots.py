@@ -5,13 +5,13 @@ import math
 
 import torch
 
-from .comparison import Agreement
+from .comparison import CEILING, STATISTICS, Agreement
 from .data import Examples
 from .influence import Influence
 from .pipeline import Pipeline
 from .stages import Frozen, WarmStart
 
-__all__ = ["agreement_scatter", "influence_grid", "pipeline_diagram", "use_style", "v_curve"]
+__all__ = ["agreement_scatter", "influence_grid", "method_intervals", "pipeline_diagram", "use_style", "v_curve"]
 
 HELPFUL, HARMFUL, NEUTRAL = "#0173b2", "#de8f05", "#808080"  # seaborn's colourblind blue and orange; grey
 
@@ -146,6 +146,46 @@ def agreement_scatter(report: Agreement, ax=None, title: str = ""):
     text = f"mean per-query r = {report.mean():.3f}\nslope = {report.mean('slope'):.2f}"
     ax.text(0.03, 0.97, text, transform=ax.transAxes, va="top", fontsize=9)
     return ax
+
+
+def method_intervals(table, statistics=("r", "magnitude"), removals: str | None = None):
+    """Every method's agreement with retraining: dots with their 95 % intervals, one panel a statistic.
+
+    Args:
+        table: of `compare_methods` (one setting and link); rows of `noise_ceiling` become a grey band.
+        statistics: panels, of those in the table.
+        removals: which kind, default the first in the table.
+
+    Returns:
+        the matplotlib figure, methods from best (top) to worst by the first statistic.
+    """
+    import matplotlib.pyplot as plt
+
+    removals = table["removals"].iloc[0] if removals is None else removals
+    table = table[table["removals"] == removals].set_index("method")
+    if table.empty or not set(statistics) <= set(table["statistic"]):
+        raise ValueError(f"the table has no rows of removals={removals!r} and statistics {tuple(statistics)}")
+    first = table[table["statistic"] == statistics[0]]
+    order = first.drop(index=CEILING, errors="ignore").sort_values("mean").index
+    size = (3.4 * len(statistics) + 1.2, 0.24 * len(order) + 1.1)
+    figure, axes = plt.subplots(1, len(statistics), figsize=size, sharey=True, squeeze=False)
+    for ax, statistic in zip(axes[0], statistics, strict=True):
+        some = table[table["statistic"] == statistic]
+        if CEILING in some.index:
+            low, high = some.loc[CEILING, ["low", "high"]]
+            ax.axvspan(low, high, color=NEUTRAL, alpha=0.25, lw=0, zorder=0, label="another seed")
+        ax.axvline(0.5 if statistic == "sign" else 0.0, color=NEUTRAL, lw=0.8, ls=":", zorder=0)
+        some = some.loc[order]
+        ours = some.index.str.startswith(("unrolled", "implicit"))
+        for mask, colour, marker in ((ours, HELPFUL, "o"), (~ours, HARMFUL, "s")):
+            y, part = [i for i, chosen in enumerate(mask) if chosen], some[mask]
+            error = [part["mean"] - part["low"], part["high"] - part["mean"]]
+            ax.errorbar(part["mean"], y, xerr=error, fmt=marker, ms=5, color=colour, lw=1.5)
+        ax.set_yticks(range(len(order)), order)
+        ax.set_xlabel(STATISTICS[statistic] + (", mean over queries" if statistic != "sign" else ""))
+    if CEILING in table.index:
+        axes[0, -1].legend(frameon=False, fontsize=8, loc="lower right")
+    return figure
 
 
 def v_curve(steps, errors, ax=None, labels=None):

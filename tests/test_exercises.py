@@ -23,6 +23,13 @@ def example(name, seed=0):
     """Small random quantities to ask an exercise with."""
     if name == "00-1":
         return {"scores": msif.Influence(draw(4, 30, seed=seed), torch.arange(30) + 100, torch.arange(4))}
+    if name == "05-1":
+        return {"grad_q": draw(4, 7, seed=seed), "grad_f": draw(30, 7, seed=seed + 1)}
+    if name == "05-2":
+        return {"predicted": pandas.Series(draw(40, seed=seed)), "actual": pandas.Series(draw(40, seed=seed + 1))}
+    if name == "05-3":
+        half = draw(6, 6, seed=seed)
+        return {"g_T": draw(4, 6, seed=seed + 1), "G_WT": draw(9, 6, seed=seed + 2), "G_TT": half @ half.T}
     if name == "09-1":
         return {"gradients": draw(5, 7, seed=seed), "g_bar": draw(7, seed=seed + 1), "m": 40}
     if name == "09-2":
@@ -215,7 +222,7 @@ def test_mistake_that_cannot_happen_is_left_out():
 
 
 def test_lesson_errors_are_raised():
-    with pytest.raises(ValueError, match=r"exercise='42-1' is none of 00-1, 09-1, 09-2, 09-3"):
+    with pytest.raises(ValueError, match=r"exercise='42-1' is none of 00-1, 05-1, .*09-3"):
         msif.check("42-1", ...)
     with pytest.raises(ValueError, match="is none of"):
         msif.check(torch.ones(3), "09-1")

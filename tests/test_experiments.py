@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import msif_lab as msif
-from msif_lab import experiments
+from msif_lab import experiments, studies
 
 TINY = {"pretraining": 60, "finetuning": 36, "queries": 10, "epochs": (2, 2)}
 
@@ -76,7 +76,11 @@ def test_cifar_settings(cifar10, monkeypatch):
     natural = experiments.cifar_vehicles(msif.WarmStart(), **TINY)
     assert [len(s.data.classes) for s in natural.pipeline.stages] == [6, 4]
     assert not set(natural.pipeline.stages[0].data.classes) & set(natural.queries.classes)
-    scores, effects = experiments.run(natural, removals=3, kinds=["one"], progress=False)
+    scores, effects = studies.run(natural, removals=3, kinds=["one"], progress=False)
+    few, _ = studies.run(natural, removals=3, kinds=["one"], methods=["loss", "entropy"], progress=False)
+    assert set(few) == {"loss", "entropy"} and torch.equal(few["loss"].values, scores["loss"].values)
+    with pytest.raises(ValueError, match=r"magic.*none of.*unrolled"):
+        studies.run(natural, methods=["magic"], progress=False)
     assert effects["one"].values.shape == (10, 3)
     assert len(scores) == 12 and all(s.values.shape == (10, 60) for s in scores.values())
 
@@ -84,7 +88,7 @@ def test_cifar_settings(cifar10, monkeypatch):
 def test_implicit_scores_read_a_warm_start_as_proximal():
     experiment = experiments.digits(msif.WarmStart(), **TINY)
     experiment.pipeline.fit(progress=False)
-    scores = experiments.implicit(experiment)
+    scores = studies.implicit(experiment)
     stages = experiment.pipeline.stages
     alpha = stages[1].recipe.equivalent_alpha(36)
     by_hand = experiments.digits(msif.Proximal(alpha), **TINY).pipeline
@@ -96,10 +100,32 @@ def test_implicit_scores_read_a_warm_start_as_proximal():
     assert isinstance(stages[1].link, msif.WarmStart) and experiment.pipeline.reports is not None
 
 
+def test_a_setting_does_not_hang_on_the_default_dtype():
+    weights = []
+    for dtype in (torch.float32, torch.float64):
+        with experiments._default_dtype(dtype):
+            weights.append(experiments.digits(msif.Frozen()).pipeline.stages[0].model.embedding[1].weight)
+    assert torch.equal(*weights) and weights[0].dtype == torch.float64
+    assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.parametrize("net", ["softmax", "tanh"])
+@pytest.mark.parametrize("link", ["frozen", "proximal"])
+def test_at_the_optimum_the_implicit_formula_is_right(mnist, monkeypatch, net, link):
+    """The issue's bar: exact Hessian and leave-one-out correction, r >= 0.95 in both cases."""
+    monkeypatch.setattr(experiments, "load_mnist", lambda root, **kw: mnist(**kw))
+    experiment = experiments.mnist_at_optimum(experiments.LINKS[link], net=net)
+    methods = ["implicit, leave one out", "implicit", "random"]
+    scores, effects = studies.run(experiment, kinds=["one"], methods=methods, progress=False)
+    r = {name: msif.agreement(s, effects["one"]) for name, s in scores.items()}
+    assert r["implicit, leave one out"].mean() > 0.95 and 0.9 < r["implicit, leave one out"].mean("slope") < 1.1
+    assert r["implicit"].mean() > 0.95 and abs(r["random"].mean()) < 0.2
+
+
 @pytest.fixture(scope="module")
 def studied(tmp_path_factory):
     folder = tmp_path_factory.mktemp("retrainings")
-    return experiments.study("digits", seeds=2, removals=8, folder=folder, **TINY), folder
+    return studies.study("digits", seeds=2, removals=8, folder=folder, **TINY), folder
 
 
 def test_a_study_holds_every_method_against_retraining(studied):
@@ -120,17 +146,19 @@ def test_a_study_resumes_from_its_retrainings(studied, monkeypatch):
     files = sorted(folder.iterdir())
     assert len(files) == 2 * 2 * 3
     monkeypatch.setattr(msif.Pipeline, "retrain", None)  # anything retrained again would fail
-    again = experiments.study("digits", seeds=2, removals=8, folder=folder, **TINY)
+    again = studies.study("digits", seeds=2, removals=8, folder=folder, **TINY)
     pandas.testing.assert_frame_equal(again, table)
 
 
 def test_the_command_writes_one_table_a_setting(tmp_path, monkeypatch):
     sizes = experiments.Sizes(60, 36, queries=10, epochs=(2, 2))
     monkeypatch.setattr(experiments.Sizes, "of", classmethod(lambda cls, size, known, changes: sizes))
-    experiments.main(["digits", "--seeds", "1", "--removals", "4", "--out", str(tmp_path / "results")])
+    studies.main(
+        ["digits", "--seeds", "1", "--removals", "4", "--kinds", "one", "10 %", "--out", str(tmp_path / "results")]
+    )
     table = pandas.read_csv(tmp_path / "results" / "digits.csv")
-    assert set(table["count"]) == {4} and len(table) == 2 * 5 * (3 * 12 + 2)
+    assert set(table["count"]) == {4} and len(table) == 2 * 5 * (2 * 12 + 1)
     run = subprocess.run(
-        [sys.executable, "-m", "msif_lab.experiments", "cows"], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "msif_lab.studies", "cows"], capture_output=True, text=True, check=False
     )
     assert run.returncode == 2 and "cifar_vehicles" in run.stderr

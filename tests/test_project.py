@@ -40,7 +40,7 @@ ORDER = [
         "pipeline",
         "solvers",
     ),
-    *("influence", "replay", "unrolled", "baselines", "validation", "comparison", "cleaning", "experiments"),
+    *("influence", "replay", "unrolled", "baselines", "validation", "comparison", "experiments", "studies", "cleaning"),
     *("marking", "exercises", "plots", "widgets"),
 ]
 

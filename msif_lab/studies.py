@@ -1,0 +1,204 @@
+"""Every method on one setting, against real retraining over links and seeds: the tables of lessons and README.
+
+    python -m msif_lab.studies mnist cifar --jobs 2 --out notebooks/results
+
+reruns the figures that the lessons show beside what they compute live.
+"""
+
+import argparse
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import joblib
+
+from .baselines import all_baselines
+from .comparison import compare_methods, noise_ceiling
+from .errors import ConvergenceWarning
+from .experiments import AT_OPTIMUM, LINKS, SETTINGS, Experiment
+from .influence import ImplicitInfluence, Influence
+from .pipeline import Pipeline
+from .solvers import Exact
+from .stages import Proximal, WarmStart
+from .storage import digest, write_bytes
+from .training import SGD
+from .unrolled import UnrolledInfluence
+from .validation import Effects, random_removals, removal_effects
+
+__all__ = ["run", "study"]
+
+OPTIMUM_METHODS = {
+    "implicit, leave one out": {"leave_one_out": True},
+    "implicit": {},
+    "implicit, GGN": {"curvature": "ggn"},
+}
+REMOVALS = {"one": None, "2 %": 0.02, "10 %": 0.1}
+
+
+def implicit(experiment: Experiment, solver=None) -> Influence:
+    """The paper's formula at the weights where SGD stopped: GGN, no damping, warm starts read as proximal.
+
+    The curvature of a stage that is not at a minimum has no inverse to speak of but the GGN's, and
+    `SGD.equivalent_alpha` is the coupling that resembles so many steps.
+    """
+    pipeline = experiment.pipeline
+    stages = [replace(s) for s in pipeline.stages]
+    for stage in stages:
+        if isinstance(stage.link, WarmStart):
+            stage.link = Proximal(stage.recipe.equivalent_alpha(len(stage.data)), stage.link.shared)
+    same = not any(isinstance(s.link, WarmStart) for s in pipeline.stages)
+    copy = pipeline if same else Pipeline(stages).adopt()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # not at a minimum: that is what is being shown
+        return ImplicitInfluence(solver or Exact("4GB"), curvature="ggn").fit(copy).score(experiment.queries)
+
+
+def scorers(experiment: Experiment, kinds: Sequence[str], progress: bool) -> Mapping[str | tuple, Callable]:
+    """By name, functions without arguments that score the fitted experiment; those that fit how it was trained."""
+    pipeline, queries, solver = experiment.pipeline, experiment.queries, Exact("4GB")
+    ways = {}
+    if all(isinstance(s.recipe, SGD) for s in pipeline.stages):
+        for kind in (None, *kinds):
+            fraction = REMOVALS.get(kind)
+            if kind is None or fraction:
+                unrolled = UnrolledInfluence(group_fraction=fraction or 0.0)
+                ways["unrolled" if kind is None else ("unrolled, for groups", kind)] = lambda u=unrolled: u.fit(
+                    pipeline, progress
+                ).score(queries, progress=progress)
+        ways["implicit, GGN"] = lambda: implicit(experiment, solver)
+        baselines = all_baselines(solver)
+    else:
+        for name, settings in OPTIMUM_METHODS.items():
+            method = ImplicitInfluence(solver, **settings)
+            ways[name] = lambda m=method: m.fit(pipeline).score(queries)
+        baselines = {n: b for n, b in all_baselines(solver).items() if n != "TracIn"}  # LBFGS leaves no run to trace
+    return ways | {n: lambda b=b: b.fit(pipeline).score(queries) for n, b in baselines.items()}
+
+
+def run(
+    experiment: Experiment,
+    *,
+    removals: int = 40,
+    kinds: Sequence[str] = tuple(REMOVALS),
+    methods: Sequence[str] | None = None,
+    folder=None,
+    progress: bool = True,
+) -> tuple[dict, dict[str, Effects]]:
+    """Fit one experiment, remove examples for real, and score them by every method.
+
+    Args:
+        experiment: from one of the builders.
+        removals: how many of each kind, drawn at random, the same for every seed of training.
+        kinds: of `REMOVALS`: single examples and random groups of 2 % and 10 %.
+        methods: names; default all that fit how the experiment is trained, baselines included.
+        folder: keep retrainings here and resume from it.
+        progress: show bars.
+
+    Returns:
+        scores by method (``(method, kind)`` where they are for one kind of removal) and effects by kind, as
+        `compare_methods` takes them.
+    """
+    pipeline = experiment.pipeline.fit(progress)
+    ways = scorers(experiment, kinds, progress)
+    known = {name if isinstance(name, str) else name[0] for name in ways}
+    if not set(methods or ()) <= known:
+        raise ValueError(f"methods {sorted(set(methods) - known)} are none of {sorted(known)}")
+    m, key = len(pipeline.stages[0].data), digest(*pipeline.trained())[:12]
+    effects = {}
+    for kind in kinds:
+        groups = random_removals(m, removals, REMOVALS[kind])
+        store = None if folder is None else Path(folder) / f"{key}-{kind.replace(' %', '')}.safetensors"
+        effects[kind] = removal_effects(pipeline, experiment.queries, groups, store=store, progress=progress)
+    chosen = {n: way for n, way in ways.items() if methods is None or (n if isinstance(n, str) else n[0]) in methods}
+    return {name: way() for name, way in chosen.items()}, effects
+
+
+def study(
+    setting: str,
+    *,
+    links: Sequence[str] | None = None,
+    seeds: int = 3,
+    removals: int = 40,
+    kinds: Sequence[str] = tuple(REMOVALS),
+    size: str = "large",
+    folder=None,
+    n_jobs: int = 1,
+    **changes,
+):
+    """Every method against real retraining in one setting: links × seeds of training, pooled over seeds.
+
+    Args:
+        setting: a name in `experiments.SETTINGS`.
+        links: names in `experiments.LINKS`; default frozen and warm start, for stages at their optimum proximal.
+        seeds: how many seeds of initial weights and batches; data, queries and removals stay the same, so that
+            the noise ceiling compares like with like.
+        removals, kinds, folder: as in `run`.
+        size, changes: as in the builders.
+        n_jobs: processes, one for each link and seed.
+
+    Returns:
+        the table of `compare_methods` with the noise ceiling, and for each link its title, sizes, seeds and accuracy.
+    """
+    import pandas
+
+    links = links or (("frozen", "proximal") if setting in AT_OPTIMUM else ("frozen", "warm start"))
+
+    def one(link, seed):
+        experiment = SETTINGS[setting](LINKS[link], size=size, seed=seed, **changes)
+        scores, effects = run(experiment, removals=removals, kinds=kinds, folder=folder, progress=False)
+        return scores, effects, experiment.accuracy(), [len(s.data) for s in experiment.pipeline.stages]
+
+    jobs = (joblib.delayed(one)(link, seed) for link in links for seed in range(seeds))
+    done = joblib.Parallel(n_jobs)(jobs)
+    tables = []
+    for i, link in enumerate(links):
+        scores, effects, accuracies, counts = zip(*done[i * seeds : (i + 1) * seeds], strict=True)
+        by_kind = {kind: [e[kind] for e in effects] for kind in effects[0]}
+        table = compare_methods({name: [s[name] for s in scores] for name in scores[0]}, by_kind)
+        if seeds > 1:
+            table = pandas.concat([table, noise_ceiling(by_kind)])
+        facts = {
+            "setting": setting,
+            "link": link,
+            "seeds": seeds,
+            "count": removals,
+            "accuracy": sum(accuracies) / seeds,
+        }
+        facts |= {"pretraining": counts[0][0], "finetuning": counts[0][1]}
+        tables.append(table.assign(**facts))
+    return pandas.concat(tables, ignore_index=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line: one CSV a setting."""
+    parser = argparse.ArgumentParser(prog="python -m msif_lab.studies", description=__doc__.partition("\n")[0])
+    parser.add_argument("settings", nargs="+", choices=sorted(SETTINGS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--removals", type=int, default=40, help="of each kind: single examples, 2 %%, 10 %%")
+    parser.add_argument("--kinds", nargs="+", choices=list(REMOVALS), default=list(REMOVALS))
+    parser.add_argument("--links", nargs="+", choices=list(LINKS), help="default: both that suit the training")
+    parser.add_argument("--size", default="large", help="live or large")
+    parser.add_argument("--jobs", type=int, default=1, help="processes; a gigabyte or two each")
+    parser.add_argument("--out", type=Path, required=True, help="folder for SETTING.csv; retrainings resume from here")
+    given = parser.parse_args(arguments)
+    for setting in given.settings:
+        store = given.out / "retrainings" / setting
+        store.mkdir(parents=True, exist_ok=True)
+        table = study(
+            setting,
+            links=given.links,
+            seeds=given.seeds,
+            removals=given.removals,
+            kinds=given.kinds,
+            size=given.size,
+            folder=store,
+            n_jobs=given.jobs,
+        )
+        path = given.out / f"{setting}.csv"
+        write_bytes(path, table.to_csv(index=False, float_format="%.4g").encode())
+        print(f"{path}: {len(table)} rows")
+
+
+if __name__ == "__main__":
+    main()
