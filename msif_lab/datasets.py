@@ -1,6 +1,7 @@
 """MNIST and CIFAR-10 as `Examples`, with only the wanted classes converted to floats."""
 
 import math
+import mmap
 import operator
 import os
 from collections.abc import Sequence
@@ -187,4 +188,6 @@ def _examples(data: DataSet, images, labels, classes, pool: int, dtype: torch.dt
         block = block.to(exact, memory_format=torch.contiguous_format)
         block = block if pool == 1 else avg_pool2d(block, pool, divisor_override=1)
         x[start : start + BLOCK] = block.div_(255 * pool**2)
+        if isinstance(images.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            images.base.madvise(mmap.MADV_DONTNEED)  # a mapped file's pages count as memory until they are let go
     return Examples(x, kept.y, kept.ids, classes=kept.classes)

@@ -5,7 +5,7 @@ How to get the right answer is written once, folded, in the lesson itself.
 
 import inspect
 
-from torch import linalg
+from torch import einsum, linalg
 from torch.nn.functional import normalize as _unit
 
 from .marking import Exercise, Verdict
@@ -45,6 +45,26 @@ def check(exercise: str, answer, /, **given) -> Verdict:
     except TypeError as error:
         raise TypeError(f"check({exercise!r}, answer, ...): {error}; it takes {list(quantities.parameters)}") from None
     return task.mark(exercise, answer, given)
+
+
+def _centred(rows):
+    return _unit(rows - rows.mean(-1, keepdim=True), dim=-1)
+
+
+def _ranks(rows):
+    return rows.argsort(1).argsort(1).double()
+
+
+def _correlations(a, b):
+    """Pearson r of each row of a with the same row of b."""
+    return (_centred(a) * _centred(b)).sum(-1)
+
+
+def _mean_correlation(runs, same: bool) -> float:
+    """Mean Pearson r between seeds of ``runs`` (S, Q, R), per query; with or without each seed against itself."""
+    z = _centred(runs)
+    r = einsum("aqr,bqr->abq", z, z).mean(2)
+    return float(r.mean() if same else (r.sum() - r.trace()) / (len(r) * (len(r) - 1)))
 
 
 EXERCISES = {
@@ -120,6 +140,114 @@ EXERCISES = {
                 lambda right, given: right.T,
                 "that is the transpose: one row a query, as many columns as W has parameters",
             ),
+        },
+    ),
+    "06-1": Exercise(
+        expected=lambda scores, group: -scores[:, group].sum(1),
+        next="what would doubling the weight of the group do, to first order?",
+        mistakes={
+            "sign": (
+                lambda right, given: -right,
+                "the sign is flipped: the score is for more weight, and removing takes weight away",
+            ),
+            "mean": (
+                lambda right, given: right / len(given["group"]),
+                "to first order changes add up; this is their mean",
+            ),
+            "over queries": (
+                lambda right, given: -given["scores"][:, given["group"]].sum(0),
+                "summed over the queries; each query changes on its own, by the sum over the group",
+            ),
+        },
+    ),
+    "06-2": Exercise(
+        expected=lambda predicted, actual: float(
+            ((predicted - predicted.mean()) * actual).sum() / ((predicted - predicted.mean()) ** 2).sum()
+        ),
+        next="a slope of 1.5 with r = 0.99: which correction of lesson 01 would you try?",
+        mistakes={
+            "predicted on actual": (
+                lambda right, given: float(
+                    ((given["actual"] - given["actual"].mean()) * given["predicted"]).sum()
+                    / ((given["actual"] - given["actual"].mean()) ** 2).sum()
+                ),
+                "that is the slope of predicted on actual; divide by the variance of the prediction",
+            ),
+            "through the origin": (
+                lambda right, given: float(
+                    (given["predicted"] * given["actual"]).sum() / (given["predicted"] ** 2).sum()
+                ),
+                "that line goes through the origin; take the mean of the predictions off first",
+            ),
+            "correlation": (
+                lambda right, given: right * float(given["predicted"].std() / given["actual"].std()),
+                "that is r; a slope keeps the units, so only the prediction's spread belongs below",
+            ),
+        },
+    ),
+    "06-3": Exercise(
+        expected=lambda runs: _mean_correlation(runs, same=False),
+        next="with ten seeds, would you rather average effects first, and what would that ceiling mean?",
+        mistakes={
+            "itself": (
+                lambda right, given: _mean_correlation(given["runs"], same=True),
+                "a seed compared with itself gives 1 and lifts the ceiling; leave those pairs out",
+            ),
+            "pooled": (
+                lambda right, given: _mean_correlation(given["runs"].flatten(1)[:, None], same=False),
+                "that pools queries; correlate query by query, then take the mean",
+            ),
+        },
+    ),
+    "07-1": Exercise(
+        expected=lambda predicted, actual: float(_correlations(_ranks(predicted), _ranks(actual)).mean()),
+        next="why are ranks the safer choice when two or three groups have much larger effects than the rest?",
+        mistakes={
+            "Pearson": (
+                lambda right, given: float(_correlations(given["predicted"], given["actual"]).mean()),
+                "that is Pearson's r; the LDS compares ranks",
+            ),
+            "pooled": (
+                lambda right, given: float(_correlations(*(_ranks(x.reshape(1, -1)) for x in given.values()))[0]),
+                "all pairs in one ranking; rank the subsets of each query, then take the mean over queries",
+            ),
+            "order": (
+                lambda right, given: float(_correlations(*(x.argsort(1).double() for x in given.values())).mean()),
+                "argsort once gives the order, not the ranks; argsort that again",
+            ),
+        },
+    ),
+    "07-2": Exercise(
+        expected=lambda runs: runs.mean(0),
+        next="rank the images by it: how many of the ten worst are among the ten worst of a single seed?",
+        mistakes={
+            "sizes": (
+                lambda right, given: given["runs"].abs().mean(0),
+                "averaging sizes keeps what differs in sign from seed to seed, which is what should cancel",
+            ),
+            "one seed": (
+                lambda right, given: given["runs"][0],
+                "that is the first seed alone",
+            ),
+            "over queries": (
+                lambda right, given: given["runs"].mean(1),
+                "averaged over the queries; what belongs to the data is asked for each query, over seeds",
+            ),
+        },
+    ),
+    "07-3": Exercise(
+        expected=lambda r: float(1.96 * r.std() / len(r) ** 0.5),
+        next="the bootstrap interval of `quick` is not symmetric; what does r ≤ 1 have to do with it?",
+        mistakes={
+            "spread": (
+                lambda right, given: float(1.96 * given["r"].std()),
+                "that is the spread of single queries; the mean of Q of them is √Q times more certain",
+            ),
+            "standard error": (
+                lambda right, given: right / 1.96,
+                "that is the standard error; a 95 % interval reaches 1.96 of them to each side",
+            ),
+            "whole width": (lambda right, given: 2 * right, "that is the whole width; half was asked"),
         },
     ),
     "09-1": Exercise(

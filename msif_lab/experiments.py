@@ -71,6 +71,7 @@ class Sizes:
         epochs: passes over the data, in pretraining and in finetuning.
         batch_size: examples a step of pretraining and of finetuning.
         weight_decay: of both stages.
+        channels, width: of the convolutional nets.
     """
 
     pretraining: int
@@ -80,6 +81,8 @@ class Sizes:
     epochs: tuple[int, int] = (8, 12)
     batch_size: tuple[int, int] = (50, 50)
     weight_decay: float = 1e-3
+    channels: tuple[int, ...] = (4, 8)
+    width: int = 16
 
     @classmethod
     def of(cls, size: str, sizes: dict[str, "Sizes"], changes: dict) -> "Sizes":
@@ -164,18 +167,17 @@ def _net(name: str) -> dict:
     return NETS[name]
 
 
-def _conv(shape, net: str) -> Callable[..., nn.Module]:
-    settings = _net(net)
-    return lambda **more: convnet(shape, **settings, **more)
+def _conv(shape, net: str, sizes: Sizes) -> Callable[..., nn.Module]:
+    return partial(convnet, shape, sizes.channels, sizes.width, **_net(net))
 
 
 MNIST_SIZES = {
-    "live": Sizes(600, 300),
-    "large": Sizes(2000, 600, epochs=(6, 12), batch_size=(100, 50)),
+    "live": Sizes(600, 300, epochs=(6, 10)),
+    "large": Sizes(2000, 600, epochs=(6, 12), batch_size=(100, 50), channels=(8, 16), width=32),
 }
 CIFAR_SIZES = {
     "live": Sizes(600, 300, lr=0.05, epochs=(6, 6)),
-    "large": Sizes(2000, 600, lr=0.05, epochs=(5, 10), batch_size=(100, 50)),
+    "large": Sizes(2000, 600, lr=0.05, epochs=(5, 10), batch_size=(100, 50), channels=(8, 16), width=32),
 }
 
 
@@ -188,7 +190,7 @@ def mnist(
     """
     (train, _), new = (load_mnist(root, classes=c, pool=2, dtype=torch.float32) for c in (range(4), range(4, 10)))
     sizes = Sizes.of(size, MNIST_SIZES, changes)
-    return _transfer("MNIST 0–3 → 4–9", train, new, _conv((1, 14, 14), net), link, seed, data_seed, sizes)
+    return _transfer("MNIST 0–3 → 4–9", train, new, _conv((1, 14, 14), net, sizes), link, seed, data_seed, sizes)
 
 
 def mnist_to_digits(
@@ -201,13 +203,13 @@ def mnist_to_digits(
     large = [nn.functional.interpolate(half.x, size=(14, 14), mode="bilinear") for half in halves]
     new = tuple(Examples(x, half.y, half.ids, classes=half.classes) for x, half in zip(large, halves, strict=True))
     sizes = Sizes.of(size, MNIST_SIZES, changes)
-    return _transfer("MNIST → other digits", train, new, _conv((1, 14, 14), net), link, seed, data_seed, sizes)
+    return _transfer("MNIST → other digits", train, new, _conv((1, 14, 14), net, sizes), link, seed, data_seed, sizes)
 
 
 def _cifar(title, first, second, link, size, seed, data_seed, net, root, changes) -> Experiment:
     (train, _), new = (load_cifar10(root, classes=c, pool=2, dtype=torch.float32) for c in (first, second))
     sizes = Sizes.of(size, CIFAR_SIZES, changes)
-    return _transfer(title, train, new, _conv((3, 16, 16), net), link, seed, data_seed, sizes)
+    return _transfer(title, train, new, _conv((3, 16, 16), net, sizes), link, seed, data_seed, sizes)
 
 
 def cifar(
@@ -236,16 +238,16 @@ def mnist_at_optimum(
     Args:
         link: `Frozen()` or `Proximal(alpha)`.
         net: ``"softmax"``, a softmax regression whose four logits are the features of finetuning; ``"tanh"``, one
-            hidden layer of 8; ``"conv"``, the convolutional net of `mnist` with half as many maps and features.
+            hidden layer of 8; ``"conv"``, the convolutional net of `mnist`.
         size, seed, data_seed, root, changes: as in `mnist`; learning rate, epochs and batches mean nothing here.
     """
-    small = {"channels": (4, 8), "width": 16}
-    nets = {"softmax": _logits, "tanh": partial(mlp, 196, hidden=(8,)), "conv": partial(convnet, (1, 14, 14), **small)}
-    if net not in nets:
-        raise ValueError(f"net={net!r} must be one of {sorted(nets)}")
     (train, _), new = (load_mnist(root, classes=c, pool=2, dtype=torch.float64) for c in (range(4), range(4, 10)))
     known = {"live": Sizes(600, 300, weight_decay=1e-2), "large": Sizes(600, 300, weight_decay=1e-2)}
     sizes = Sizes.of(size, known, changes)
+    conv = _conv((1, 14, 14), "tanh", sizes)
+    nets = {"softmax": _logits, "tanh": partial(mlp, 196, hidden=(8,)), "conv": conv}
+    if net not in nets:
+        raise ValueError(f"net={net!r} must be one of {sorted(nets)}")
     title = f"MNIST 0–3 → 4–9 at the optimum, {net}"
     experiment = _transfer(title, train, new, nets[net], link, seed, data_seed, sizes)
     for stage in experiment.pipeline.stages:

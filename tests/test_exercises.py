@@ -30,6 +30,20 @@ def example(name, seed=0):
     if name == "05-3":
         half = draw(6, 6, seed=seed)
         return {"g_T": draw(4, 6, seed=seed + 1), "G_WT": draw(9, 6, seed=seed + 2), "G_TT": half @ half.T}
+    if name == "06-1":
+        return {"scores": draw(4, 30, seed=seed), "group": [3, 7, 8, 20]}
+    if name == "06-2":
+        x = draw(40, seed=seed).numpy()
+        return {"predicted": x + 1, "actual": 1.5 * x + draw(40, seed=seed + 1).numpy() + 3}
+    if name == "06-3":
+        return {"runs": draw(4, 9, seed=seed)[None] * 2 + draw(3, 4, 9, seed=seed + 1)}
+    if name == "07-1":
+        predicted = draw(4, 15, seed=seed).cumsum(0)
+        return {"predicted": predicted, "actual": predicted + draw(4, 15, seed=seed + 1)}
+    if name == "07-2":
+        return {"runs": draw(3, 4, 60, seed=seed)}
+    if name == "07-3":
+        return {"r": draw(20, seed=seed).tanh()}
     if name == "09-1":
         return {"gradients": draw(5, 7, seed=seed), "g_bar": draw(7, seed=seed + 1), "m": 40}
     if name == "09-2":
