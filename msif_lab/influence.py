@@ -21,6 +21,8 @@ from .storage import read_tensors, require_memory, write_tensors
 
 __all__ = ["ImplicitInfluence", "Influence", "Ranking"]
 
+HELD_UP = 100.0  # times the plain step along ∇f_i; in ridge regression that is a leverage of 0.99
+
 
 class Ranking(NamedTuple):
     """The first k examples of each query, ``(Q, k)`` each: scores, positions in the stage's data, and ids."""
@@ -306,10 +308,12 @@ class ImplicitInfluence:
             shift, residual, p, h_p = torch.zeros_like(b), b.clone(), torch.zeros_like(b), torch.zeros_like(b)
             before = b.new_full((len(b),), torch.inf)
             alive, good = b.norm(dim=1) > 0, torch.ones(len(b), dtype=torch.bool, device=b.device)
+            first = None
             for _ in range(50):
                 if not bool(alive.any()):
                     break
                 z = self._prepared[k].solve(residual.T)[0].T
+                first = z if first is None else first  # H⁻¹ ∇f_i / m, the step without the correction
                 square = (residual * z).sum(1)
                 beta = torch.where(alive, square / before, torch.zeros_like(square))[:, None]
                 p, h_p = z + beta * p, residual + beta * h_p
@@ -322,6 +326,8 @@ class ImplicitInfluence:
                 tolerance = 1e-11 if b.dtype == torch.float64 else 1e-5
                 alive = alive & (residual.norm(dim=1) > tolerance * b.norm(dim=1))
             good &= ~alive
+            if first is not None:  # a flat direction that only this example holds: the quadratic picture ends there
+                good &= (b * shift).sum(1) <= HELD_UP * (b * first).sum(1)
             if not bool(good.all()):  # no nearby minimum without these; the derivative is what is left
                 shift[~good] = self._prepared[k].solve(b[~good].T)[0].T
                 failed += o.data.ids[rows][~good.cpu()].tolist()
@@ -329,7 +335,7 @@ class ImplicitInfluence:
         if failed:
             warnings.warn(
                 f"{o.where}: without examples {failed[:10]} ({len(failed)} in all) the curvature H − h_i/m is not "
-                "positive definite, so there may be no nearby minimum; their scores are not corrected. "
+                "positive definite, or hardly, so there may be no nearby minimum; their scores are not corrected. "
                 "Use curvature='ggn' or more weight decay",
                 ConvergenceWarning,
                 stacklevel=4,
