@@ -145,34 +145,31 @@ def remove(pipeline, subsets=range(6), **settings):
 
 def pickled(source):
     """Calls and imports through which a pickle could be written or read."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
+    found, tree = [], ast.parse(source)
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    safe = [c for c in calls if any(k.arg == "allow_pickle" and ast.unparse(k.value) == "False" for k in c.keywords)]
+    harmless = {id(node) for call in safe for node in ast.walk(call)}
+    for node in ast.walk(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names = [a.name for a in node.names] + [getattr(node, "module", None) or ""]
             found += [n for n in names if n.split(".")[0] in ("pickle", "cloudpickle", "dill", "shelve", "marshal")]
-        if isinstance(node, ast.Attribute) and node.attr in (
-            "load",
-            "save",
-            "dump",
-            "loads",
-            "dumps",
-            "read_pickle",
-            "to_pickle",
-        ):
+        names = "load", "save", "dump", "loads", "dumps", "read_pickle", "to_pickle"
+        if isinstance(node, ast.Attribute) and node.attr in names and id(node) not in harmless:
             owner = ast.unparse(node.value)
             found += [f"{owner}.{node.attr}"] if owner in ("torch", "numpy", "np", "joblib", "pandas", "pickle") else []
     return found
 
 
 def test_no_pickle_in_the_package():
+    """But for CIFAR-10's own Python batches, whose MD5 is checked first; tests/test_datasets.py tries to trick it."""
     assert (
         pickled("import pickle")
         and pickled("import torch\ntorch.load(p)")
+        and pickled("import numpy as np\nnp.load(p)")
         and pickled("from joblib import dump\njoblib.dump(x)")
     )
-    assert {
-        path.name: pickled(path.read_text("utf-8")) for path in PACKAGE.glob("*.py") if pickled(path.read_text("utf-8"))
-    } == {}
+    found = {path.name: pickled(path.read_text("utf-8")) for path in PACKAGE.glob("*.py")}
+    assert {name: calls for name, calls in found.items() if calls} == {"formats.py": ["pickle"]}
 
 
 @pytest.mark.parametrize("save", SAVERS.values(), ids=SAVERS)
