@@ -167,10 +167,17 @@ def _intervals(values: numpy.ndarray, resamples: int, seed: int) -> list[tuple[f
     values = values[:, ~numpy.isnan(values).all((0, 2))]
     runs, queries, _ = values.shape
     rng = numpy.random.default_rng(seed)
-    means = []
-    for _ in range(resamples):
-        drawn = values[rng.integers(runs, size=runs)] if runs > 1 else values
-        means.append(_mean(drawn[:, rng.integers(queries, size=queries)]))
+    # How often each run and query is drawn; runs are fixed when there is only one.
+    by_run = rng.multinomial(runs, numpy.full(runs, 1 / runs), resamples).astype(float)  # (resamples, S)
+    by_query = rng.multinomial(queries, numpy.full(queries, 1 / queries), resamples).astype(float)  # (resamples, Q)
+    known = ~numpy.isnan(values)
+
+    def total(x):  # (S, Q, statistics) → (resamples, statistics)
+        return numpy.einsum("rq,rqk->rk", by_query, numpy.tensordot(by_run, x, 1))
+
+    count = total(known.astype(float))
+    sums = total(numpy.where(known, values, 0.0))
+    means = numpy.divide(sums, count, out=numpy.full_like(sums, numpy.nan), where=count > 0)
     return [tuple(map(float, pair)) for pair in numpy.percentile(means, [2.5, 97.5], axis=0).T]
 
 

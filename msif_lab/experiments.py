@@ -177,7 +177,7 @@ MNIST_SIZES = {
 }
 CIFAR_SIZES = {
     "live": Sizes(600, 300, lr=0.05, epochs=(6, 6)),
-    "large": Sizes(2000, 600, lr=0.03, epochs=(6, 8), batch_size=(100, 50), channels=(8, 16), width=32),
+    "large": Sizes(2000, 600, lr=0.02, epochs=(6, 8), batch_size=(100, 50), channels=(8, 16), width=32),
 }
 
 
