@@ -16,7 +16,7 @@ from .sources import raw_arrays
 
 __all__ = ["load_cifar10", "load_mnist"]
 
-BLOCK = 2000  # images converted at a time
+BLOCK = 250  # images converted at a time
 
 
 def _addresses_mnist() -> list:
