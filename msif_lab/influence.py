@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from .checks import ask
-from .curvature import Hessian, example_products, own_products, per_example_gradients
+from .curvature import Hessian
 from .data import Examples
+from .derivatives import example_products, own_products, per_example_gradients
 from .errors import ConvergenceWarning, IndefiniteCurvatureError
 from .objective import WORKING_BYTES, target_name
 from .pipeline import Pipeline
@@ -228,8 +229,8 @@ class ImplicitInfluence:
         """Warn when the gradient left over is no longer small against what one example pulls, ‖∇f_i‖/m."""
         o = self._pipeline.objective(k)
         left = float(self._pipeline.gradient(k).norm())
-        some = o.data[:: max(1, len(o.data) // 256)]
-        squares = [g.square().sum(1) for _, g in per_example_gradients(o, self._full[k], some)]
+        some = torch.arange(0, len(o.data), max(1, len(o.data) // 256), device=o.rows.device)
+        squares = [g.square().sum(1) for _, g in per_example_gradients(o, self._full[k], rows=some)]
         pull = float(torch.cat(squares).mean().sqrt()) / len(o.data)
         if left > 0.1 * pull:
             warnings.warn(
