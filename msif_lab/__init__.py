@@ -16,9 +16,10 @@ from .baselines import (
     all_baselines,
 )
 from .comparison import Agreement, agreement, compare_methods, method_table, noise_ceiling
-from .curvature import GGN, Hessian, Operator, example_products, per_example_gradients
+from .curvature import GGN, Hessian, Operator
 from .data import Examples, load_digits
 from .datasets import load_cifar10, load_mnist
+from .derivatives import example_products, per_example_gradients
 from .errors import (
     ConvergenceWarning,
     DataUnavailableError,
@@ -31,11 +32,12 @@ from .errors import (
     UnsupportedModelError,
 )
 from .exercises import check
-from .influence import ImplicitInfluence, Influence, Ranking
+from .influence import ImplicitInfluence, Influence
 from .lbfgs import LBFGS
 from .models import EmbeddingHead, convnet, mlp, softmax_regression
 from .objective import cross_entropy, mean_squared_error, next_token_loss
 from .pipeline import Pipeline, Retrained
+from .ranking import Ranking, TopInfluence
 from .solvers import ConjugateGradient, Exact, SolveReport, Spectrum, schur_complement
 from .stages import Frozen, Proximal, Stage, WarmStart
 from .training import SGD, Adam, AdamW, FitReport
@@ -75,6 +77,7 @@ __all__ = [
     "UnrolledInfluence",
     "Influence",
     "Ranking",
+    "TopInfluence",
     # baselines
     "all_baselines",
     "Loss",

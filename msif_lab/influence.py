@@ -4,7 +4,6 @@ import numbers
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,10 +11,11 @@ from torch import Tensor
 from .checks import ask
 from .curvature import Hessian
 from .data import Examples
-from .derivatives import example_products, own_products, per_example_gradients
+from .derivatives import example_products, own_products, per_example_gradients, product_chunks
 from .errors import ConvergenceWarning, IndefiniteCurvatureError
 from .objective import WORKING_BYTES, target_name
 from .pipeline import Pipeline
+from .ranking import Ranking, TopInfluence, rank_stream
 from .solvers import Exact, SolveReport
 from .stages import Stage, WarmStart
 from .storage import read_tensors, require_memory, write_tensors
@@ -23,14 +23,6 @@ from .storage import read_tensors, require_memory, write_tensors
 __all__ = ["ImplicitInfluence", "Influence", "Ranking"]
 
 HELD_UP = 100.0  # times the plain step along ∇f_i; in ridge regression that is a leverage of 0.99
-
-
-class Ranking(NamedTuple):
-    """The first k examples of each query, ``(Q, k)`` each: scores, positions in the stage's data, and ids."""
-
-    values: Tensor
-    positions: Tensor
-    ids: Tensor
 
 
 @dataclass
@@ -240,7 +232,9 @@ class ImplicitInfluence:
                 stacklevel=3,
             )
 
-    def score(self, queries: Examples, stage: int | str = 0, target: str | Callable = "loss") -> Influence:
+    def score(
+        self, queries: Examples, stage: int | str = 0, target: str | Callable = "loss", *, top: int | None = None
+    ) -> Influence | TopInfluence:
         """Influence of one stage's examples on each query.
 
         Args:
@@ -248,9 +242,16 @@ class ImplicitInfluence:
             stage: whose training examples to score, by name or index.
             target: q: ``"loss"``, ``"margin"``, ``"output"``, or a function ``(outputs, targets) -> (B,)``.
 
+            top: keep only this many lowest and highest scores of each query, so that ``(Q, N)`` is never held.
+
         Returns:
-            `Influence` with values ``(Q, N)``.
+            `Influence` with values ``(Q, N)``, or with ``top`` a `TopInfluence`.
         """
+        if top is not None and (not isinstance(top, int) or not top >= 1 or self.leave_one_out):
+            raise ValueError(
+                f"top={top!r} must be a whole number of at least 1, and needs leave_one_out=False, whose corrections "
+                "are kept for all examples anyway: score without top and ask .helpful(k)"
+            )
         if not hasattr(self, "_prepared"):
             raise ValueError("call fit(pipeline) before score(queries)")
         first = self._pipeline.index(stage)
@@ -266,9 +267,13 @@ class ImplicitInfluence:
             solution, self.report_[self._pipeline.stages[k].name] = self._prepared[k].solve(cotangent[:, rows].T)
             if k > first:
                 cotangent = self._pull_back(k, cotangent, solution.T)
-        rows = self._pipeline.objective(first).rows
-        values = self._example_scores(first, cotangent[:, rows], solution)
-        scored = self._pipeline.stages[first]
+        scored, o = self._pipeline.stages[first], self._pipeline.objective(first)
+        if top is not None:
+            chunks = product_chunks(o, self._full[first], solution / -len(o.data))
+            lowest, highest = rank_stream(chunks, min(top, len(o.data)), scored.data.ids)
+            about = scored.name, target_name(target), repr(self)
+            return TopInfluence(lowest, highest, queries.ids, len(o.data), *about)
+        values = self._example_scores(first, cotangent[:, o.rows], solution)
         return Influence(values, scored.data.ids, queries.ids, scored.name, target_name(target), repr(self))
 
     def _pull_back(self, k: int, cotangent: Tensor, solution: Tensor) -> Tensor:

@@ -43,7 +43,8 @@ ORDER = [
         "pipeline",
         "solvers",
     ),
-    *("influence", "replay", "unrolled", "baselines", "validation", "comparison", "experiments", "studies", "cleaning"),
+    *("plan", "ranking", "influence", "replay", "unrolled"),
+    *("baselines", "validation", "comparison", "experiments", "studies", "cleaning"),
     *("marking", "exercises", "plots", "widgets"),
 ]
 
