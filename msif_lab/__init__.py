@@ -37,6 +37,7 @@ from .lbfgs import LBFGS
 from .models import EmbeddingHead, convnet, mlp, softmax_regression
 from .objective import cross_entropy, mean_squared_error, next_token_loss
 from .pipeline import Pipeline, Retrained
+from .plan import Plan, StagePlan, plan
 from .ranking import Ranking, TopInfluence
 from .solvers import ConjugateGradient, Exact, SolveReport, Spectrum, schur_complement
 from .stages import Frozen, Proximal, Stage, WarmStart
@@ -78,6 +79,9 @@ __all__ = [
     "Influence",
     "Ranking",
     "TopInfluence",
+    "plan",
+    "Plan",
+    "StagePlan",
     # baselines
     "all_baselines",
     "Loss",

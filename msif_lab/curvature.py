@@ -77,6 +77,10 @@ class DataCurvature(Operator):
                 result[:, columns] += self._chunk(part, x, y, self.weights[rows] / count)
         return result
 
+    def dense_multiplications(self, examples: int) -> float:
+        """What making the dense matrix from so many examples takes if not by products; inf if it is by products."""
+        return float("inf")
+
     def _chunk(self, vectors: Tensor, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
         raise TypeError(f"{type(self).__name__} must define _chunk")
 
@@ -107,13 +111,21 @@ class Hessian(DataCurvature):
         pull_back = vjp(gradient, self.theta)[1]  # the Hessian is symmetric
         return vmap(lambda v: pull_back(v)[0], in_dims=1, out_dims=1)(vectors)
 
-    def _dense(self) -> Tensor:
-        """Where the outputs are linear in θ the Gauss-Newton matrix is the Hessian, and far cheaper."""
+    def _twin(self) -> "GGN | None":
+        """The Gauss-Newton matrix where the outputs are linear in θ: then it is the Hessian, and far cheaper."""
         if not _is_linear(self):
-            return super()._dense()
+            return None
         twin = GGN(self.objective, self.full, self.weights, every=self.every)
         twin.ridge = self.ridge
-        return twin._dense()
+        return twin
+
+    def _dense(self) -> Tensor:
+        twin = self._twin()
+        return super()._dense() if twin is None else twin._dense()
+
+    def dense_multiplications(self, examples: int) -> float:
+        twin = self._twin()
+        return float("inf") if twin is None else twin.dense_multiplications(examples)
 
 
 def _is_linear(operator: DataCurvature) -> bool:
@@ -192,6 +204,13 @@ class GGN(DataCurvature):
             return pull_back(jvp(gradient, (outputs,), (pushed,))[1])[0]  # Jᵀ Λ J v
 
         return vmap(product, in_dims=1, out_dims=1)(vectors)
+
+    def dense_multiplications(self, examples: int) -> float:
+        size, count, layers = self.shape[0], self._outputs(), find_layers(self.objective, self.every)
+        if 4 * count > size:
+            return float("inf")
+        flat = layers and all(len(layer.size) == 1 for layer in layers)
+        return float(examples * size**2 * (0.5 if flat else count))
 
     def _dense(self) -> Tensor:
         """``Σ w_i J_iᵀ Λ_i J_i / m`` from each example's Jacobian: C backward passes and one matrix product where

@@ -15,6 +15,7 @@ from .derivatives import example_products, own_products, per_example_gradients, 
 from .errors import ConvergenceWarning, IndefiniteCurvatureError
 from .objective import WORKING_BYTES, target_name
 from .pipeline import Pipeline
+from .plan import Plan, plan
 from .ranking import Ranking, TopInfluence, rank_stream
 from .solvers import Exact, SolveReport
 from .stages import Stage, WarmStart
@@ -155,7 +156,8 @@ class ImplicitInfluence:
     With one stage this is Koh & Liang (2017); with two, the two cases of Chen et al. (2020).
 
     Args:
-        solver: how ``H v = a`` is solved: `Exact` or `ConjugateGradient`.
+        solver: how ``H v = a`` is solved: `Exact` (default), `ConjugateGradient`, or ``"auto"``: what `plan` suggests
+            for each stage, printed with its reason.
         curvature: ``"hessian"``, or ``"ggn"`` for what is inverted where the Hessian is not definite
             (the cross block of the frozen case stays exact).
         damping: added to H; a modelling choice, 0 by default.
@@ -165,6 +167,7 @@ class ImplicitInfluence:
 
     Attributes:
         report_: after `score`, one `SolveReport` per stage solved, by stage name.
+        plan_: with ``solver="auto"``, after `fit`, the `Plan` that was followed.
 
     >>> import msif_lab as msif
     >>> train, test = msif.load_digits(dtype=torch.float64)
@@ -181,10 +184,11 @@ class ImplicitInfluence:
             raise ValueError(f"curvature={curvature!r} must be 'hessian' or 'ggn'")
         if not 0 <= damping < float("inf"):
             raise ValueError(f"damping={damping} must be zero or positive")
-        if solver is not None and (not hasattr(solver, "prepare") or isinstance(solver, type)):
-            raise TypeError(f"solver={solver!r} must be a solver object such as Exact() or ConjugateGradient()")
+        if solver not in (None, "auto") and (not hasattr(solver, "prepare") or isinstance(solver, type)):
+            raise TypeError(f"solver={solver!r} must be 'auto' or a solver object: Exact(), ConjugateGradient()")
         self.solver = Exact() if solver is None else solver
         self.curvature, self.damping, self.leave_one_out = curvature, float(damping), leave_one_out
+        self.plan_: Plan | None = None
         self.report_: dict[str, SolveReport] = {}
 
     def __repr__(self) -> str:
@@ -208,11 +212,15 @@ class ImplicitInfluence:
         self._prepared = []
         for stage in pipeline.stages:
             _refuse_warm_start(stage)
+        if self.solver == "auto":
+            self.plan_ = plan(pipeline, kind=self.curvature, damping=self.damping)
+            print(self.plan_)
         for k, stage in enumerate(pipeline.stages):
             self._check_stationary(k)
+            solver = self.plan_.solver(stage.name) if self.plan_ else self.solver
             operator = pipeline.curvature(k, self.curvature)
             try:
-                self._prepared.append(self.solver.prepare(operator + self.damping if self.damping else operator))
+                self._prepared.append(solver.prepare(operator + self.damping if self.damping else operator))
             except IndefiniteCurvatureError as error:
                 raise IndefiniteCurvatureError(f"stage {stage.name!r}: {error}", error.smallest) from None
         return self
