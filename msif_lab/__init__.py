@@ -38,6 +38,7 @@ from .models import EmbeddingHead, convnet, mlp, softmax_regression
 from .objective import cross_entropy, mean_squared_error, next_token_loss
 from .pipeline import Pipeline, Retrained
 from .plan import Plan, StagePlan, plan
+from .precision import reduced_precision
 from .ranking import Ranking, TopInfluence
 from .solvers import ConjugateGradient, Exact, SolveReport, Spectrum, schur_complement
 from .stages import Frozen, Proximal, Stage, WarmStart
@@ -82,6 +83,7 @@ __all__ = [
     "plan",
     "Plan",
     "StagePlan",
+    "reduced_precision",
     # baselines
     "all_baselines",
     "Loss",

@@ -48,7 +48,9 @@ def test_products_of_conjugate_gradients_are_foreseen(pipeline):
 
 
 def test_an_indefinite_hessian_is_told():
-    pipeline = random_pipeline("mlp", link=msif.Frozen(), weight_decay=1e-6, fit=False).adopt()  # far from a minimum
+    pipeline = random_pipeline(
+        "mlp", link=msif.Proximal(1e-6), weight_decay=1e-6, fit=False
+    ).adopt()  # far from a minimum
     planned = msif.plan(pipeline, memory="1KB")
     assert any("curvature='ggn'" in stage.reason for stage in planned.stages)
 

@@ -41,6 +41,7 @@ ORDER = [
         "lbfgs",
         "stages",
         "pipeline",
+        "precision",
         "solvers",
     ),
     *("plan", "ranking", "influence", "replay", "unrolled"),

@@ -7,6 +7,7 @@ before and after each figure. Data: MNIST, a tanh conv net; memory is the growth
 """
 
 import argparse
+import functools
 import resource
 import time
 
@@ -75,7 +76,7 @@ def main():
         pipeline, _ = build(pool, n)
         o, full = pipeline.objective(0), pipeline.trained()[0]
         what = f"{28 // pool} × {28 // pool}, {o.size:,} parameters, {n:,} examples"
-        epoch, forward = (lambda: plain(pipeline, True)), (lambda: plain(pipeline, False))
+        epoch, forward = functools.partial(plain, pipeline, True), functools.partial(plain, pipeline, False)
         generator = torch.Generator().manual_seed(0)
         for name, kind in (("GGN", "ggn"), ("Hessian", "hessian")):
             operator = pipeline.curvature(0, kind)
@@ -85,7 +86,7 @@ def main():
                 row(f"{what}: {name}, {columns} columns", each, MOST[name] if columns > 1 else 4.0, "epochs")
         for queries, unit, most in ((1, forward, FORWARDS), (20, epoch, EPOCHS)):
             v = torch.randn(o.size, queries, generator=generator)
-            spent = ratio(lambda v=v: msif.example_products(o, full, v), unit)
+            spent = ratio(functools.partial(msif.example_products, o, full, v), unit)
             name = f"{what}: score {queries}, {cheapest_products(o, queries)}"
             row(name, spent, most, "forwards" if unit is forward else "epochs")
 
