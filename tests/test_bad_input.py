@@ -300,7 +300,6 @@ def test_a_model_that_is_a_function_of_each_example_trains(model):
     assert all(torch.equal(buffers[name], value) for name, value in model.named_buffers())
 
 
-@bug("B30")
 def test_a_layer_without_forward_derivatives_works_or_is_named():
     """PyTorch's own NotImplementedError says neither which model nor what to do."""
     pipeline = build(nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)))).fit(progress=False)
