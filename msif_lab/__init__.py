@@ -16,9 +16,10 @@ from .baselines import (
     all_baselines,
 )
 from .comparison import Agreement, agreement, compare_methods, method_table, noise_ceiling
-from .curvature import GGN, Hessian, Operator, example_products, per_example_gradients
+from .curvature import GGN, Hessian, Operator
 from .data import Examples, load_digits
 from .datasets import load_cifar10, load_mnist
+from .derivatives import example_products, per_example_gradients
 from .errors import (
     ConvergenceWarning,
     DataUnavailableError,
@@ -31,11 +32,14 @@ from .errors import (
     UnsupportedModelError,
 )
 from .exercises import check
-from .influence import ImplicitInfluence, Influence, Ranking
+from .influence import ImplicitInfluence, Influence
 from .lbfgs import LBFGS
 from .models import EmbeddingHead, convnet, mlp, softmax_regression
 from .objective import cross_entropy, mean_squared_error, next_token_loss
 from .pipeline import Pipeline, Retrained
+from .plan import Plan, StagePlan, plan
+from .precision import reduced_precision
+from .ranking import Ranking, TopInfluence
 from .solvers import ConjugateGradient, Exact, SolveReport, Spectrum, schur_complement
 from .stages import Frozen, Proximal, Stage, WarmStart
 from .training import SGD, Adam, AdamW, FitReport
@@ -75,6 +79,11 @@ __all__ = [
     "UnrolledInfluence",
     "Influence",
     "Ranking",
+    "TopInfluence",
+    "plan",
+    "Plan",
+    "StagePlan",
+    "reduced_precision",
     # baselines
     "all_baselines",
     "Loss",

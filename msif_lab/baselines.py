@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .checks import ask
-from .curvature import example_products, per_example_gradients
 from .data import Examples
+from .derivatives import example_products, per_example_gradients
 from .influence import Influence, require_unchanged
 from .objective import target_name
 from .pipeline import Pipeline

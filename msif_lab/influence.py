@@ -4,17 +4,19 @@ import numbers
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .checks import ask
-from .curvature import Hessian, example_products, own_products, per_example_gradients
+from .curvature import Hessian
 from .data import Examples
+from .derivatives import example_products, own_products, per_example_gradients, product_chunks
 from .errors import ConvergenceWarning, IndefiniteCurvatureError
 from .objective import WORKING_BYTES, target_name
 from .pipeline import Pipeline
+from .plan import Plan, plan
+from .ranking import Ranking, TopInfluence, rank_stream
 from .solvers import Exact, SolveReport
 from .stages import Stage, WarmStart
 from .storage import read_tensors, require_memory, write_tensors
@@ -22,14 +24,6 @@ from .storage import read_tensors, require_memory, write_tensors
 __all__ = ["ImplicitInfluence", "Influence", "Ranking"]
 
 HELD_UP = 100.0  # times the plain step along ∇f_i; in ridge regression that is a leverage of 0.99
-
-
-class Ranking(NamedTuple):
-    """The first k examples of each query, ``(Q, k)`` each: scores, positions in the stage's data, and ids."""
-
-    values: Tensor
-    positions: Tensor
-    ids: Tensor
 
 
 @dataclass
@@ -162,7 +156,8 @@ class ImplicitInfluence:
     With one stage this is Koh & Liang (2017); with two, the two cases of Chen et al. (2020).
 
     Args:
-        solver: how ``H v = a`` is solved: `Exact` or `ConjugateGradient`.
+        solver: how ``H v = a`` is solved: `Exact` (default), `ConjugateGradient`, or ``"auto"``: what `plan` suggests
+            for each stage, printed with its reason.
         curvature: ``"hessian"``, or ``"ggn"`` for what is inverted where the Hessian is not definite
             (the cross block of the frozen case stays exact).
         damping: added to H; a modelling choice, 0 by default.
@@ -172,6 +167,7 @@ class ImplicitInfluence:
 
     Attributes:
         report_: after `score`, one `SolveReport` per stage solved, by stage name.
+        plan_: with ``solver="auto"``, after `fit`, the `Plan` that was followed.
 
     >>> import msif_lab as msif
     >>> train, test = msif.load_digits(dtype=torch.float64)
@@ -188,10 +184,11 @@ class ImplicitInfluence:
             raise ValueError(f"curvature={curvature!r} must be 'hessian' or 'ggn'")
         if not 0 <= damping < float("inf"):
             raise ValueError(f"damping={damping} must be zero or positive")
-        if solver is not None and (not hasattr(solver, "prepare") or isinstance(solver, type)):
-            raise TypeError(f"solver={solver!r} must be a solver object such as Exact() or ConjugateGradient()")
+        if solver not in (None, "auto") and (not hasattr(solver, "prepare") or isinstance(solver, type)):
+            raise TypeError(f"solver={solver!r} must be 'auto' or a solver object: Exact(), ConjugateGradient()")
         self.solver = Exact() if solver is None else solver
         self.curvature, self.damping, self.leave_one_out = curvature, float(damping), leave_one_out
+        self.plan_: Plan | None = None
         self.report_: dict[str, SolveReport] = {}
 
     def __repr__(self) -> str:
@@ -215,11 +212,15 @@ class ImplicitInfluence:
         self._prepared = []
         for stage in pipeline.stages:
             _refuse_warm_start(stage)
+        if self.solver == "auto":
+            self.plan_ = plan(pipeline, kind=self.curvature, damping=self.damping)
+            print(self.plan_)
         for k, stage in enumerate(pipeline.stages):
             self._check_stationary(k)
+            solver = self.plan_.solver(stage.name) if self.plan_ else self.solver
             operator = pipeline.curvature(k, self.curvature)
             try:
-                self._prepared.append(self.solver.prepare(operator + self.damping if self.damping else operator))
+                self._prepared.append(solver.prepare(operator + self.damping if self.damping else operator))
             except IndefiniteCurvatureError as error:
                 raise IndefiniteCurvatureError(f"stage {stage.name!r}: {error}", error.smallest) from None
         return self
@@ -228,8 +229,8 @@ class ImplicitInfluence:
         """Warn when the gradient left over is no longer small against what one example pulls, ‖∇f_i‖/m."""
         o = self._pipeline.objective(k)
         left = float(self._pipeline.gradient(k).norm())
-        some = o.data[:: max(1, len(o.data) // 256)]
-        squares = [g.square().sum(1) for _, g in per_example_gradients(o, self._full[k], some)]
+        some = torch.arange(0, len(o.data), max(1, len(o.data) // 256), device=o.rows.device)
+        squares = [g.square().sum(1) for _, g in per_example_gradients(o, self._full[k], rows=some)]
         pull = float(torch.cat(squares).mean().sqrt()) / len(o.data)
         if left > 0.1 * pull:
             warnings.warn(
@@ -239,7 +240,9 @@ class ImplicitInfluence:
                 stacklevel=3,
             )
 
-    def score(self, queries: Examples, stage: int | str = 0, target: str | Callable = "loss") -> Influence:
+    def score(
+        self, queries: Examples, stage: int | str = 0, target: str | Callable = "loss", *, top: int | None = None
+    ) -> Influence | TopInfluence:
         """Influence of one stage's examples on each query.
 
         Args:
@@ -247,9 +250,16 @@ class ImplicitInfluence:
             stage: whose training examples to score, by name or index.
             target: q: ``"loss"``, ``"margin"``, ``"output"``, or a function ``(outputs, targets) -> (B,)``.
 
+            top: keep only this many lowest and highest scores of each query, so that ``(Q, N)`` is never held.
+
         Returns:
-            `Influence` with values ``(Q, N)``.
+            `Influence` with values ``(Q, N)``, or with ``top`` a `TopInfluence`.
         """
+        if top is not None and (not isinstance(top, int) or not top >= 1 or self.leave_one_out):
+            raise ValueError(
+                f"top={top!r} must be a whole number of at least 1, and needs leave_one_out=False, whose corrections "
+                "are kept for all examples anyway: score without top and ask .helpful(k)"
+            )
         if not hasattr(self, "_prepared"):
             raise ValueError("call fit(pipeline) before score(queries)")
         first = self._pipeline.index(stage)
@@ -265,9 +275,13 @@ class ImplicitInfluence:
             solution, self.report_[self._pipeline.stages[k].name] = self._prepared[k].solve(cotangent[:, rows].T)
             if k > first:
                 cotangent = self._pull_back(k, cotangent, solution.T)
-        rows = self._pipeline.objective(first).rows
-        values = self._example_scores(first, cotangent[:, rows], solution)
-        scored = self._pipeline.stages[first]
+        scored, o = self._pipeline.stages[first], self._pipeline.objective(first)
+        if top is not None:
+            chunks = product_chunks(o, self._full[first], solution / -len(o.data))
+            lowest, highest = rank_stream(chunks, min(top, len(o.data)), scored.data.ids)
+            about = scored.name, target_name(target), repr(self)
+            return TopInfluence(lowest, highest, queries.ids, len(o.data), *about)
+        values = self._example_scores(first, cotangent[:, o.rows], solution)
         return Influence(values, scored.data.ids, queries.ids, scored.name, target_name(target), repr(self))
 
     def _pull_back(self, k: int, cotangent: Tensor, solution: Tensor) -> Tensor:

@@ -158,6 +158,8 @@ class Objective:
         # Constants of the function; copies, so that a module that writes into them cannot change itself.
         self.buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
         self._bytes = None
+        self.outputs_: int | None = None  # C, numbers the model gives for one example
+        self.layers: dict[bool, list | None] = {}  # `layers.find_layers`, once
 
     @property
     def size(self) -> int:

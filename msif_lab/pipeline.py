@@ -297,7 +297,7 @@ class Pipeline:
                     "buffer": digest(*s.model.buffers()),
                     "link": None if s.link is None else [type(s.link).__name__, p.objective.alpha, p.coupled, p.frozen],
                     "recipe": describe(s.recipe),
-                    "data": digest(s.data.x, s.data.y, s.data.ids),
+                    "data": s.data.digest(),
                 }
                 for s, p in zip(self.stages, self._prepared, strict=True)
             ]

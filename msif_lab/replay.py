@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .curvature import TRANSPOSE_FIXED as FIXED
-from .curvature import TRANSPOSE_PER_QUERY as PER_QUERY
+from .derivatives import TRANSPOSE_FIXED as FIXED
+from .derivatives import TRANSPOSE_PER_QUERY as PER_QUERY
 from .errors import MemoryBudgetError
 from .objective import Lanes
 from .pipeline import Pipeline

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from .checks import ask
-from .curvature import gradient_transpose, own_products, per_example_gradients
 from .data import Examples
+from .derivatives import gradient_transpose, own_products, per_example_gradients
 from .errors import UnsmoothTrainingWarning
 from .influence import Influence, require_unchanged
 from .objective import target_name

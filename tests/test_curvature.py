@@ -9,7 +9,7 @@ from torch.func import functional_call, jacrev, vmap
 from torch.nn import functional
 
 import msif_lab as msif
-from msif_lab import curvature, objective
+from msif_lab import curvature, derivatives, objective
 from msif_lab.curvature import own_products
 from msif_lab.objective import Lanes
 
@@ -291,6 +291,8 @@ class Step(int):
 
 def chunk_by(monkeypatch, rows):
     monkeypatch.setattr(objective, "WORKING_BYTES", Step(rows))
+    for module in (curvature, derivatives):
+        monkeypatch.setattr(module, "CACHE_BYTES", Step(rows))
     monkeypatch.setattr(curvature, "WORKING_BYTES", Step(7 if rows == 7 else 10**6))  # columns of a product
 
 
@@ -310,6 +312,8 @@ def everything(pipeline, queries, corrected):
         "per-example gradients": torch.cat([g for _, g in msif.per_example_gradients(o, full)]),
         "forward products": msif.example_products(o, full, vectors, mode="forward"),
         "gradient products": msif.example_products(o, full, vectors, mode="gradients"),
+        "layer products": msif.example_products(o, full, vectors, mode="layers"),
+        "dense GGN": msif.GGN(o, full, weights[0]).dense(),
         "queries": pipeline.evaluate(queries),
     }
     attributor = msif.ImplicitInfluence(leave_one_out=corrected).fit(pipeline)

@@ -1,0 +1,222 @@
+"""Derivatives of single examples and of mini-batches: gradients, their products with many vectors, own curvature."""
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, func
+from torch.func import grad, vjp, vmap
+
+from .data import Examples
+from .layers import find_layers, trace
+from .objective import Objective
+
+__all__ = ["example_products", "gradient_transpose", "own_products", "per_example_gradients", "product_chunks"]
+
+CACHE_BYTES = 32 * 10**6  # of tangents at once: less pays for Python, more misses the caches
+
+
+@functools.cache
+def _load_forward_mode() -> None:
+    """PyTorch loads its forward-mode rules at first use and, in some versions, warns about its own code."""
+    one = torch.ones(())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        func.jvp(torch.sin, (one,), (one,))
+
+
+def jvp(function, primals, tangents):
+    """`torch.func.jvp` without PyTorch's own deprecation notices."""
+    _load_forward_mode()
+    return func.jvp(function, primals, tangents)
+
+
+def per_example_gradients(
+    objective: Objective,
+    full: Tensor,
+    examples: Examples | None = None,
+    function=None,
+    *,
+    every: bool = False,
+    rows: Tensor | None = None,
+) -> Iterator[tuple[slice, Tensor]]:
+    """``(positions, ∇f_i)`` chunk by chunk, ``(B, P)`` each.
+
+    Args:
+        objective: the stage.
+        full: all its parameters ``(D,)``.
+        examples: default the stage's own data.
+        function: ``(outputs, targets) -> (B,)``; default the stage's loss.
+        every: derivatives by all D parameters instead of the trained P.
+        rows: only these positions.
+    """
+    o, function, layers = objective, function or objective.loss, find_layers(objective, every)
+    theta = full if every else full[o.rows]
+
+    def value(theta, x, y):
+        return function(o.outputs(theta if every else o.join(theta, full), x[None]), y[None])[0]
+
+    copies = (
+        2 + 4 * (2 if layers else 8) * o.layout.size // o.bytes_per_example()
+    )  # a few (B, P) beside the activations
+    for part, x, y in o.chunks(examples, copies, rows):
+        if layers is None:
+            yield part, vmap(grad(value), in_dims=(None, 0, 0))(theta, x, y)
+        else:
+            seen = trace(o, full, x, layers)
+            yield part, seen.rows(seen.told(function, y), len(theta))[:, 0]
+
+
+def example_products(
+    objective: Objective,
+    full: Tensor,
+    vectors: Tensor,
+    examples: Examples | None = None,
+    *,
+    mode: str = "auto",
+) -> Tensor:
+    """``∇f_iᵀ v_q`` for every example and vector: ``vectors`` (P, Q) → ``(Q, N)``; see `product_chunks`."""
+    result = vectors.new_empty(vectors.shape[-1], len(objective.data if examples is None else examples))
+    for rows, products in product_chunks(objective, full, vectors, examples, mode=mode):
+        result[:, rows] = products
+    return result
+
+
+def product_chunks(
+    objective: Objective,
+    full: Tensor,
+    vectors: Tensor,
+    examples: Examples | None = None,
+    *,
+    mode: str = "auto",
+) -> Iterator[tuple[slice, Tensor]]:
+    """``(positions, ∇f_iᵀ v_q (Q, B))`` chunk by chunk, so that data of any length pass through.
+
+    Three ways to the same numbers, ``mode="auto"`` counts which is cheapest: ``"layers"``, one backward pass for all
+    queries and ``Σ_l s_lᵀ V a_l`` for each (`layers`); ``"forward"``, one directional derivative per vector and no
+    gradient at all; ``"gradients"``, per-example gradients times the (P, Q) matrix.
+    """
+    o, layers = objective, find_layers(objective)
+    if mode not in ("auto", "forward", "gradients", "layers") or (mode == "layers" and layers is None):
+        known = "'auto', 'forward', 'gradients', or 'layers' where `Linear` and `Conv2d` hold all that is trained"
+        raise ValueError(f"mode={mode!r} must be {known}")
+    if vectors.ndim != 2 or vectors.shape[0] != o.size:
+        raise ValueError(f"vectors have shape {tuple(vectors.shape)}, expected (P, Q) with P = {o.size}")
+    if mode == "auto":
+        mode = cheapest_products(o, vectors.shape[1])
+    if mode == "gradients":
+        for rows, gradients in per_example_gradients(o, full, examples):
+            yield rows, (gradients @ vectors).T
+    elif mode == "layers":
+        copies = 2 + 2 * vectors.shape[1] * max(layer.numel for layer in layers) * vectors.element_size() // (
+            o.bytes_per_example()
+        )
+        for rows, x, y in o.chunks(examples, copies=copies, memory=CACHE_BYTES):
+            seen = trace(o, full, x, layers)
+            yield rows, seen.push(seen.told(o.loss, y), vectors)[..., 0].T
+    else:
+        theta = full[o.rows]
+        for rows, x, y in o.chunks(examples, copies=3):
+            slopes = [jvp(lambda t, x=x, y=y: o.losses(o.join(t, full), x, y), (theta,), (v,))[1] for v in vectors.T]
+            yield rows, torch.stack(slopes) if slopes else vectors.new_empty(0, len(x))
+
+
+def cheapest_products(o: Objective, queries: int) -> str:
+    """The mode of `product_chunks` that takes the fewest multiplications.
+
+    After a backward pass that forms no weight gradient, a layer of P numbers at L positions takes ``L P Q`` to
+    multiply all queries with its inputs, against ``L P`` for the gradients and ``P Q`` for their products; the latter
+    are small matrices one by one and take twice as long each (bench_scoring.py).
+    """
+    layers = find_layers(o)
+    if layers is None:
+        return "forward" if queries <= 2 else "gradients"
+    sizes = [(layer.positions, layer.parameters) for layer in layers]
+    inputs = sum(positions * size * queries for positions, size in sizes)
+    return "layers" if inputs <= 2 * sum((positions + queries) * size for positions, size in sizes) else "gradients"
+
+
+def own_products(kind: str, objective: Objective, full: Tensor, x: Tensor, y: Tensor, vectors: Tensor) -> Tensor:
+    """``h_i v_i``: each example's own curvature times a vector of its own, ``vectors`` (B, P) → (B, P).
+
+    ``kind`` is ``"hessian"`` for ``h_i = ∇²f_i`` or ``"ggn"`` for ``J_iᵀ Λ_i J_i``.
+    """
+    o, theta = objective, full[objective.rows]
+
+    def outputs(theta, x):
+        return o.outputs(o.join(theta, full), x[None])
+
+    def product(x, y, v):
+        def loss(z):
+            return o.loss(z, y[None])[0]
+
+        if kind == "hessian":
+            return jvp(grad(lambda t: loss(outputs(t, x))), (theta,), (v,))[1]
+        z, pull_back = vjp(lambda t: outputs(t, x), theta)
+        pushed = jvp(lambda t: outputs(t, x), (theta,), (v,))[1]
+        return pull_back(jvp(grad(loss), (z,), (pushed,))[1])[0]
+
+    return vmap(product)(x, y, vectors)
+
+
+TRANSPOSE_FIXED, TRANSPOSE_PER_QUERY = 4, 5  # activation sets one example costs below
+
+
+def gradient_transpose(
+    o: Objective,
+    full: Tensor,
+    batch: Tensor,
+    cotangents: Tensor,
+    weights: Tensor | None = None,
+    every: bool = False,
+    memory: int = 10**9,
+) -> tuple[Tensor, Tensor]:
+    """Pull ``ḡ`` back through ``(θ, w) ↦ (1/|B|) Σ_{i∈B} w_i ∇f_i(θ)``.
+
+    By θ that is the Hessian-vector product ``∇²L_B ḡ``, by ``w_i`` the score ``∇f_i·ḡ / |B|``: one pass gives both.
+
+    Args:
+        o: the stage.
+        full: all its parameters ``(D,)``.
+        batch: positions of B in the stage's data.
+        cotangents: ḡ ``(Q, P)``.
+        weights: w ``(|B|,)``, one by default.
+        every: derivatives by all D parameters, not only the trained P: the other rows hold G_WT ḡ.
+        memory: bytes that the pass may take.
+
+    Returns:
+        ``(Q, P or D)`` products, the penalty's left out, and ``(Q, |B|)`` scores.
+    """
+    point = full if every else full[o.rows]
+    if every:
+        cotangents = cotangents.new_zeros(len(cotangents), len(full)).index_copy(1, o.rows, cotangents)
+    products, scores = torch.zeros_like(cotangents), []
+    weights = full.new_ones(len(batch)) if weights is None else weights
+    # PyTorch has fast float64 convolutions forwards only; everywhere else reverse mode is cheaper (bench_unrolled.py).
+    forward = full.dtype == torch.float64 and any(len(shape) > 2 for shape in o.layout.shapes.values())
+    start = 0
+    for _, x, y in o.chunks(copies=TRANSPOSE_FIXED + TRANSPOSE_PER_QUERY * len(cotangents), rows=batch, memory=memory):
+
+        def risk(theta, w, x=x, y=y):
+            return (w * o.losses(theta if every else o.join(theta, full), x, y)).sum()
+
+        by_theta, by_weight = _transpose(risk, point, weights[start : start + len(x)] / len(batch), cotangents, forward)
+        start += len(x)
+        products += by_theta
+        scores.append(by_weight / len(batch))
+    return products, torch.cat(scores, dim=1)
+
+
+def _transpose(risk: Callable, theta: Tensor, weights: Tensor, cotangents: Tensor, forward: bool):
+    """Many cotangents through ``(θ, w) ↦ ∂risk/∂θ``, by θ and by w; three ways to the same numbers."""
+    if len(cotangents) == 1:  # PyTorch's own double backward has the least overhead
+        with torch.enable_grad():
+            theta, weights = theta.detach().requires_grad_(), weights.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(risk(theta, weights), theta, create_graph=True)
+            by = torch.autograd.grad(gradient @ cotangents[0], (theta, weights), materialize_grads=True)
+        return by[0][None], by[1][None]
+    if forward:  # the Hessian is symmetric, and ∇f_i·ḡ is f_i's derivative along ḡ
+        gradients = grad(risk, argnums=(0, 1))
+        return vmap(lambda v: jvp(lambda t: gradients(t, weights), (theta,), (v,))[1])(cotangents)
+    return vmap(vjp(grad(risk), theta, weights)[1])(cotangents)

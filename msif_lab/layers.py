@@ -1,0 +1,243 @@
+"""Derivatives of networks of `Linear` and `Conv2d` layers from what each layer sees and what it is told.
+
+A layer ``z = W a + b`` has ``∂q/∂W = Σ_l s_l a_lᵀ`` with ``a`` its inputs at L positions and ``s = ∂q/∂z``. So one
+forward and one backward pass that forms no weight gradient give, for every example at once, ``∇q·v = Σ_l s_lᵀ V a_l``
+for any v, the gradients themselves, and ``J v``, ``Jᵀ u`` of the outputs: no tangent ever passes through activations
+or pooling. Networks with trained parameters elsewhere are left to `torch.func` (`find_layers` gives None).
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from .objective import Objective
+
+__all__ = ["Layer", "Trace", "find_layers", "trace"]
+
+
+@dataclass
+class Layer:
+    """Where a layer's weight and bias lie in θ (None: not among it), and what the layer does with them."""
+
+    name: str
+    module: nn.Module
+    weight: range | None
+    bias: range | None
+    size: tuple[int, ...] = ()  # of one example's z
+
+    @property
+    def numel(self) -> int:
+        """n, how many numbers one example's z has."""
+        return math.prod(self.size)
+
+    @property
+    def positions(self) -> int:
+        """L, at how many places of an example the same weights are used."""
+        return self.numel // len(self.module.weight)
+
+    @property
+    def conv(self) -> bool:
+        return isinstance(self.module, nn.Conv2d)
+
+    @property
+    def spans(self) -> list[slice]:
+        return [slice(s.start, s.stop) for s in (self.weight, self.bias) if s is not None]
+
+    @property
+    def parameters(self) -> int:
+        """How many of θ it holds."""
+        return sum(len(s) for s in (self.weight, self.bias) if s is not None)
+
+    @functools.cached_property
+    def places(self) -> Tensor:
+        """Positions in θ of each unit's weights and bias, ``(out, J)``, of a dense layer."""
+        parts = [torch.arange(s.start, s.stop).view(*self.size, -1) for s in (self.weight, self.bias) if s is not None]
+        return torch.cat(parts, 1).to(self.module.weight.device)
+
+    def ones(self, a: Tensor) -> Tensor:
+        """What a unit's weights and bias multiply, ``(B, J)``: ``a`` and 1."""
+        parts = [a] * (self.weight is not None) + [a.new_ones(len(a), 1)] * (self.bias is not None)
+        return torch.cat(parts, 1)
+
+    def _how(self) -> dict:
+        return {key: getattr(self.module, key) for key in ("stride", "padding", "dilation")}
+
+    def inputs(self, a: Tensor) -> Tensor:
+        """What the weights multiply: ``(B, L, J)``, J numbers at L positions."""
+        if not self.conv:
+            return a.reshape(len(a), -1, a.shape[-1])
+        return nn.functional.unfold(a, self.module.kernel_size, **self._how()).transpose(1, 2)
+
+    def push(self, a: Tensor, vectors: Tensor) -> Tensor:
+        """``V a + v`` for each column of ``vectors`` (P, K): ``(B, K, n)``, n = numbers of z."""
+        width, shape = vectors.shape[1], self.module.weight.shape
+        weight = bias = None
+        if self.weight is not None:
+            weight = vectors[self.spans[0]].T.reshape(width * shape[0], *shape[1:])
+        if self.bias is not None:
+            bias = vectors[self.spans[-1]].T.reshape(-1)
+        if weight is None:
+            weight = vectors.new_zeros(width * shape[0], *shape[1:])
+        if self.conv:
+            return nn.functional.conv2d(a, weight, bias, **self._how()).reshape(len(a), width, -1)
+        z = nn.functional.linear(a.reshape(len(a), -1, a.shape[-1]), weight, bias)  # (B, L, K out)
+        return z.unflatten(-1, (width, -1)).transpose(1, 2).reshape(len(a), width, -1)
+
+    def pull(self, a: Tensor, cotangents: Tensor, result: Tensor) -> None:
+        """Add ``Σ_i s_i a_iᵀ`` of cotangents ``(B, K, n)`` to the layer's rows of ``result`` (P, K)."""
+        width, out = cotangents.shape[1], self.module.weight.shape[0]
+        split = (width, out, -1) if self.conv else (width, -1, out)
+        s = cotangents.reshape(len(a), *split)
+        if self.weight is not None:
+            # oneDNN has no float64 convolutions, and PyTorch's own are slower than a matrix product
+            if self.conv and a.dtype == torch.float32:
+                kernels = (width * out, *self.module.weight.shape[1:])
+                s_maps = s.reshape(len(a), -1, *self.size[1:])
+                product = torch.nn.grad.conv2d_weight(a, kernels, s_maps, **self._how())
+            else:
+                flat = s.permute(1, 2, 0, 3) if self.conv else s.permute(1, 3, 0, 2)  # (K, out, B, L)
+                product = flat.reshape(width * out, -1) @ self.inputs(a).reshape(-1, self.module.weight[0].numel())
+            result[self.spans[0]] += product.reshape(width, -1).T
+        if self.bias is not None:
+            result[self.spans[-1]] += (s.sum((0, 3)) if self.conv else s.sum((0, 2))).T
+
+    def outer(self, a: Tensor, s: Tensor, result: Tensor) -> None:
+        """Write each example's ``Σ_l s_l a_lᵀ`` for ``s`` (B, C, n) into the layer's part of ``result`` (B, C, P)."""
+        out = self.module.weight.shape[0]
+        s = s.unflatten(2, (out, -1) if self.conv else (-1, out))
+        s = s if self.conv else s.transpose(2, 3)  # (B, C, out, L)
+        if self.weight is not None:
+            result[..., self.spans[0]] = (s @ self.inputs(a)[:, None]).flatten(2)
+        if self.bias is not None:
+            result[..., self.spans[-1]] = s.sum(3)
+
+
+@dataclass
+class Trace:
+    """A chunk's outputs with, for each layer, its inputs ``a`` and its outputs ``z``, ready to be differentiated."""
+
+    layers: list[Layer]
+    outputs: Tensor
+    a: list[Tensor]
+    z: list[Tensor]
+
+    def told(self, function: Callable, y: Tensor) -> list[Tensor]:
+        """``∂ function(outputs, y)_i / ∂z`` of each layer for one number per example: ``(B, 1, n)`` each."""
+        with torch.enable_grad():
+            values = function(self.outputs, y)
+        return [s.flatten(1)[:, None] for s in torch.autograd.grad(values.sum(), self.z, materialize_grads=True)]
+
+    def jacobians(self) -> list[Tensor]:
+        """``∂ outputs_ic / ∂z``: ``(B, C, n)`` each, by C backward passes side by side."""
+        flat = self.outputs.flatten(1)
+        eye = torch.eye(flat.shape[1], dtype=flat.dtype, device=flat.device)[:, None].expand(-1, len(flat), -1)
+        parts = torch.autograd.grad(flat, self.z, eye, is_grads_batched=True, materialize_grads=True)
+        return [s.flatten(2).transpose(0, 1).contiguous() for s in parts]
+
+    def push(self, s: Sequence[Tensor], vectors: Tensor) -> Tensor:
+        """``J v``: ``vectors`` (P, K) → ``(B, K, C)``."""
+        parts = zip(self.layers, self.a, s, strict=True)
+        return sum(layer.push(a, vectors) @ told.transpose(1, 2) for layer, a, told in parts)
+
+    def pull(self, s: Sequence[Tensor], cotangents: Tensor, result: Tensor) -> None:
+        """Add ``Σ_i J_iᵀ u_i`` of ``cotangents`` (B, K, C) to ``result`` (P, K)."""
+        for layer, a, told in zip(self.layers, self.a, s, strict=True):
+            layer.pull(a, cotangents @ told, result)
+
+    def rows(self, s: Sequence[Tensor], size: int) -> Tensor:
+        """``J`` itself: ``(B, C, P)``."""
+        result = s[0].new_empty(*s[0].shape[:2], size)
+        for layer, a, told in zip(self.layers, self.a, s, strict=True):
+            layer.outer(a, told, result)
+        return result
+
+
+def find_layers(o: Objective, every: bool = False) -> list[Layer] | None:
+    """The layers that hold θ, or None where there is more to it than `Linear` and `Conv2d`.
+
+    Found once per objective, and held against plain reverse mode at random weights before they are trusted.
+
+    Args:
+        o: the stage.
+        every: all D parameters instead of the trained P.
+    """
+    if every not in o.layers:
+        found = _list(o, every)
+        o.layers[every] = found if found and _agrees(o, found, every) else None
+    return o.layers[every]
+
+
+def _list(o: Objective, every: bool) -> list[Layer] | None:
+    names = list(o.layout.shapes) if every else o.trained
+    starts, spans = 0, {}
+    for name in names:
+        spans[name] = range(starts, starts + len(o.layout.spans[name]))
+        starts += len(o.layout.spans[name])
+    layers, left = [], set(names)
+    for name, module in o.model.named_modules():
+        own = {key: f"{name}.{key}".lstrip(".") for key in ("weight", "bias")}
+        if type(module) not in (nn.Linear, nn.Conv2d) or left.isdisjoint(own.values()):
+            continue
+        if isinstance(module, nn.Conv2d) and (module.groups > 1 or module.padding_mode != "zeros"):
+            return None
+        if isinstance(module, nn.Conv2d) and isinstance(module.padding, str):
+            return None
+        layers.append(Layer(name, module, spans.get(own["weight"]), spans.get(own["bias"])))
+        left -= set(own.values())
+    return None if left else layers
+
+
+def trace(o: Objective, full: Tensor, x: Tensor, layers: list[Layer]) -> Trace | None:
+    """Run the model at all its parameters ``full`` (D,) on a chunk and keep what its layers see; the user's module
+    is as before. None where a layer is not called exactly once with the whole chunk."""
+    seen: dict[str, list[tuple[Tensor, Tensor]]] = {layer.name: [] for layer in layers}
+    inplace = any(getattr(module, "inplace", False) for module in o.model.modules())
+
+    def keep(name):
+        def hook(module, given, z):
+            z = z if z.requires_grad else z.detach().requires_grad_()
+            seen[name].append((given[0].detach(), z))
+            return z.clone() if inplace else z
+
+        return hook
+
+    hooks = [layer.module.register_forward_hook(keep(layer.name)) for layer in layers]
+    try:
+        with torch.enable_grad():
+            outputs = functional_call(o.model, o.layout.named(full.detach()) | o.buffers, (x,))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if any(len(calls) != 1 or len(calls[0][1]) != len(x) for calls in seen.values()):
+        return None
+    return Trace(layers, outputs, *([calls[0][k] for calls in seen.values()] for k in (0, 1)))
+
+
+def _agrees(o: Objective, layers: list[Layer], every: bool) -> bool:
+    """Whether the layers see all there is: a weight also used elsewhere, twice, or behind a hook does not show."""
+    full = o.layout.flatten(o.model)
+    generator = torch.Generator().manual_seed(0)
+    full = full + 0.1 * torch.randn(len(full), generator=generator, dtype=full.dtype).to(full.device)
+    x = o.data.x[[0, len(o.data) - 1]]
+    try:
+        found = trace(o, full, x, layers)
+        if found is None or not found.outputs.requires_grad:
+            return False
+        for layer, z in zip(layers, found.z, strict=True):
+            layer.size = tuple(z.shape[1:])
+        like = torch.randn(found.outputs.shape, generator=generator, dtype=full.dtype).to(full.device)
+        told = found.told(lambda z, y: (z * y).flatten(1).sum(1), like)
+        ours = found.rows(told, o.layout.size if every else o.size)[:, 0].sum(0)
+        with torch.enable_grad():
+            leaf = full.requires_grad_()
+            (theirs,) = torch.autograd.grad((o.outputs(leaf, x) * like).sum(), leaf)
+    except (RuntimeError, IndexError, ValueError):
+        return False  # whatever the model does there, torch.func knows how
+    theirs = theirs if every else theirs[o.rows]
+    close = 1e-3 if full.dtype != torch.float64 else 1e-9
+    return bool((ours - theirs).norm() <= close * theirs.norm())

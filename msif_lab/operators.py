@@ -1,0 +1,113 @@
+"""Symmetric matrices known by their products, with algebra: ``(A + damping) @ V`` reads like the formula."""
+
+import torch
+from torch import Tensor
+
+from .storage import parse_bytes, require_memory
+
+__all__ = ["Operator", "Shifted"]
+
+
+class Operator:
+    """A symmetric ``(P, P)`` matrix known by its products.
+
+    Supports ``A @ v`` for ``(P,)`` or ``(P, K)``, ``A + B``, ``A + number`` (times the identity),
+    ``A + diagonal`` for a ``(P,)`` tensor, ``number * A``, and ``A.dense()``.
+    """
+
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device):
+        self.shape, self.dtype, self.device = (size, size), dtype, device
+
+    def _product(self, vectors: Tensor) -> Tensor:
+        raise TypeError(f"{type(self).__name__} must define _product")
+
+    def __matmul__(self, vectors: Tensor) -> Tensor:
+        if not isinstance(vectors, Tensor) or vectors.ndim not in (1, 2) or vectors.shape[0] != self.shape[0]:
+            shape = tuple(getattr(vectors, "shape", ())) or type(vectors).__name__
+            raise ValueError(f"operator of shape {self.shape} times {shape}: give a (P,) or (P, K) tensor")
+        if vectors.dtype != self.dtype or vectors.device != self.device:
+            raise ValueError(
+                f"operator of {self.dtype} on {self.device} times {vectors.dtype} on {vectors.device}: convert one"
+            )
+        columns = vectors[:, None] if vectors.ndim == 1 else vectors
+        product = self._product(columns) if columns.shape[1] else torch.zeros_like(columns)
+        return product[:, 0] if vectors.ndim == 1 else product
+
+    def __add__(self, other: "Operator | Tensor | float") -> "Operator":
+        if isinstance(other, Operator):
+            return _Sum(self, other)
+        base, shift = (self.base, self.shift) if isinstance(self, Shifted) else (self, 0.0)
+        if isinstance(other, Tensor) and other.ndim and other.shape != (self.shape[0],):
+            raise ValueError(f"cannot add {tuple(other.shape)} to an operator of shape {self.shape}: a number or (P,)")
+        if not isinstance(other, (int, float, Tensor)):
+            raise TypeError(f"cannot add {type(other).__name__} to an operator: a number, a (P,) tensor or an operator")
+        return Shifted(base, shift + other)
+
+    __radd__ = __add__
+
+    def __mul__(self, factor: float) -> "Operator":
+        if not isinstance(factor, (int, float)) and not (isinstance(factor, Tensor) and factor.ndim == 0):
+            raise TypeError(
+                f"an operator can be multiplied by a number, not {type(factor).__name__}; products are A @ v"
+            )
+        return _Scaled(self, factor)
+
+    __rmul__ = __mul__
+
+    def dense(self, memory: str | int = "1GB") -> Tensor:
+        """The matrix itself, ``(P, P)``, exactly symmetric.
+
+        Raises:
+            MemoryBudgetError: before any work, when the matrix and its making exceed ``memory``.
+        """
+        size = self.shape[0]
+        # the matrix, its transpose while it is made symmetric, and what a factorisation adds
+        needed = 4 * size * size * torch.empty((), dtype=self.dtype).element_size()
+        require_memory(
+            needed,
+            parse_bytes(memory),
+            f"a dense {size} × {size} curvature",
+            "use ConjugateGradient or give more memory=",
+        )
+        matrix = self._dense()
+        return (matrix + matrix.T).div_(2)
+
+    def _dense(self) -> Tensor:
+        return self @ torch.eye(self.shape[0], dtype=self.dtype, device=self.device)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.shape[0]} × {self.shape[1]}, {self.dtype}, {self.device})"
+
+
+class Shifted(Operator):
+    """``base + diag(shift)``; solvers look inside to reuse the work done on ``base``."""
+
+    def __init__(self, base: Operator, shift: Tensor | float):
+        super().__init__(base.shape[0], base.dtype, base.device)
+        self.base, self.shift = base, torch.as_tensor(shift, dtype=base.dtype, device=base.device)
+
+    def _product(self, vectors: Tensor) -> Tensor:
+        return self.base @ vectors + (self.shift[:, None] if self.shift.ndim else self.shift) * vectors
+
+    def _dense(self) -> Tensor:
+        return self.base._dense() + torch.diag(self.shift.expand(self.shape[0]))
+
+
+class _Sum(Operator):
+    def __init__(self, left: Operator, right: Operator):
+        if left.shape != right.shape:
+            raise ValueError(f"cannot add operators of shapes {left.shape} and {right.shape}")
+        super().__init__(left.shape[0], left.dtype, left.device)
+        self.left, self.right = left, right
+
+    def _product(self, vectors: Tensor) -> Tensor:
+        return self.left @ vectors + self.right @ vectors
+
+
+class _Scaled(Operator):
+    def __init__(self, base: Operator, factor: float):
+        super().__init__(base.shape[0], base.dtype, base.device)
+        self.base, self.factor = base, factor
+
+    def _product(self, vectors: Tensor) -> Tensor:
+        return self.factor * (self.base @ vectors)

@@ -1,0 +1,192 @@
+"""What a long call will cost, found by a short probe, and the solver that follows from it."""
+
+import copy
+import time
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .curvature import DataCurvature, curvature
+from .derivatives import CACHE_BYTES, cheapest_products, example_products, per_example_gradients
+from .errors import ConvergenceWarning, IndefiniteCurvatureError
+from .objective import WORKING_BYTES
+from .pipeline import Pipeline
+from .solvers import ConjugateGradient, Exact
+from .storage import parse_bytes
+
+__all__ = ["Plan", "StagePlan", "plan"]
+
+PROBE = 128  # examples
+STEPS = 60  # of the probe's conjugate gradients
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage's share of a `Plan`.
+
+    Attributes:
+        stage: its name.
+        parameters, examples: P and m.
+        solver: the suggestion, ready for use.
+        products: curvature times vector, counted per column.
+        bytes: estimated peak beyond data and model.
+        seconds: of solving for all queries and of scoring all examples.
+        reason: why this solver.
+    """
+
+    stage: str
+    parameters: int
+    examples: int
+    solver: Exact | ConjugateGradient
+    products: int
+    bytes: int
+    seconds: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Costs of implicit influence, stage by stage; printing it gives a table.
+
+    Attributes:
+        stages: a `StagePlan` each.
+        queries, memory: what was asked for, Q and bytes.
+    """
+
+    stages: tuple[StagePlan, ...]
+    queries: int
+    memory: int
+
+    @property
+    def seconds(self) -> float:
+        """Of all stages."""
+        return sum(s.seconds for s in self.stages)
+
+    @property
+    def bytes(self) -> int:
+        """Of the largest stage."""
+        return max(s.bytes for s in self.stages)
+
+    def solver(self, stage: str) -> Exact | ConjugateGradient:
+        """The suggested solver of a stage by name."""
+        return {s.stage: s.solver for s in self.stages}[stage]
+
+    def __str__(self) -> str:
+        head = f"{'stage':<14}{'parameters':>11}{'examples':>10}{'products':>10}{'memory':>10}{'time':>9}  solver"
+        rows = [
+            f"{s.stage:<14}{s.parameters:>11,}{s.examples:>10,}{s.products:>10,}{s.bytes / 1e6:>7,.0f} MB"
+            f"{s.seconds:>7,.1f} s  {type(s.solver).__name__}: {s.reason}"
+            for s in self.stages
+        ]
+        return "\n".join([f"{self.queries} queries, {self.memory / 1e6:,.0f} MB; a probe's estimate", head, *rows])
+
+    __repr__ = __str__
+
+
+def plan(
+    pipeline: Pipeline,
+    queries: int = 20,
+    *,
+    memory: str | int = "1GB",
+    kind: str = "hessian",
+    damping: float = 0.0,
+) -> Plan:
+    """Parameters, products, bytes and seconds of implicit influence before it is asked for, and a solver per stage.
+
+    A probe of a few seconds: one product, a few conjugate-gradient steps and one scoring of 128 examples a stage.
+    `Exact` is suggested where its matrices fit the memory and it is about as fast (it has no tolerance to
+    worry about and sees the smallest eigenvalue), `ConjugateGradient` elsewhere.
+
+    Args:
+        pipeline: trained or adopted.
+        queries: Q.
+        memory: budget of the dense matrices.
+        kind, damping: ``curvature`` and ``damping`` of `ImplicitInfluence`.
+
+    Raises:
+        ValueError: the pipeline is not trained; no queries.
+
+    >>> import msif_lab as msif
+    >>> train, _ = msif.load_digits(dtype=torch.float64)
+    >>> stage = msif.Stage("digits", msif.softmax_regression(64, 10).double(), train, weight_decay=1e-2)
+    >>> msif.plan(msif.Pipeline([stage]).fit()).solver("digits")
+    Exact(memory=1000000000)
+    """
+    if not isinstance(pipeline, Pipeline):
+        raise TypeError(f"pipeline must be a msif_lab.Pipeline, not {type(pipeline).__name__}")
+    if not isinstance(queries, int) or queries < 1:
+        raise ValueError(f"queries={queries!r} must be a whole number of at least 1")
+    budget, trained = parse_bytes(memory), pipeline.trained()
+    stages = [_plan_stage(pipeline, k, full, queries, budget, kind, damping) for k, full in enumerate(trained)]
+    return Plan(tuple(stages), queries, budget)
+
+
+def _plan_stage(pipeline, k: int, full: Tensor, queries: int, memory: int, kind: str, damping: float) -> StagePlan:
+    o, size = pipeline.objective(k), pipeline.objective(k).size
+    few = copy.copy(o)
+    few.data = o.data[:: max(1, len(o.data) // PROBE)] if len(o.data) > PROBE else o.data
+    operator, more = curvature(kind, few, full), len(o.data) / len(few.data)
+    block = torch.cat([g for _, g in per_example_gradients(few, full, rows=torch.arange(min(queries, len(few.data))))])
+    column = _seconds(lambda: operator @ block.T) * more / len(block)
+    steps, note = _steps(operator + damping if damping else operator, block[:1].T)
+    scoring = _seconds(lambda: example_products(few, full, block.T)) * more * queries / len(block)
+    if cheapest_products(o, queries) == "gradients":
+        scoring *= len(block) / queries  # once for all queries
+    item = full.element_size()
+    dense, columns = 4 * size * size * item, 5 * size * queries * item
+    direct, iterative = _dense_seconds(operator, column, len(o.data)), steps * queries * column
+    exact = dense <= memory and direct <= 2 * iterative
+    if exact:
+        reason = f"{dense / 1e6:,.0f} MB of dense matrices fit, and about {direct:,.1f} s against {iterative:,.1f} s"
+    elif dense > memory:
+        reason = f"dense matrices would take {dense / 1e6:,.0f} MB; about {steps} steps{note}"
+    else:
+        reason = f"about {steps} steps, {iterative:,.1f} s, where a dense matrix takes {direct:,.1f} s{note}"
+    return StagePlan(
+        stage=pipeline.stages[k].name,
+        parameters=size,
+        examples=len(o.data),
+        solver=Exact(memory) if exact else ConjugateGradient(),
+        products=size if exact else (steps + 1) * queries,
+        bytes=(dense if exact else columns)
+        + min(WORKING_BYTES + CACHE_BYTES, 40 * len(o.data) * o.bytes_per_example()),
+        seconds=(direct if exact else iterative) + scoring,
+        reason=reason,
+    )
+
+
+def _steps(operator, column: Tensor) -> tuple[int, str]:
+    """Conjugate-gradient steps to the default tolerance on the probe's data, extrapolated where they are many."""
+    seen = []
+    solver = ConjugateGradient(max_iter=STEPS, callback=lambda step, residual: seen.append(float(residual[0])))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        try:
+            solver.solve(operator, column)
+        except IndefiniteCurvatureError as error:
+            return operator.shape[0], f"; indefinite on the probe ({error.smallest:.1e}), so use curvature='ggn'"
+    if not seen or seen[-1] <= solver.tol:
+        return max(1, len(seen)), ""
+    rate = max(1e-3, -torch.tensor(min(seen)).log().item()) / len(seen)
+    return min(operator.shape[0], round(-torch.tensor(solver.tol).log().item() / rate)), ""
+
+
+def _dense_seconds(operator: DataCurvature, column: float, examples: int) -> float:
+    """Making the matrix and factorising it, from the machine's rate of multiplication."""
+    size = operator.shape[0]
+    a = torch.ones(512, 512, dtype=operator.dtype, device=operator.device)
+    rate = 512**3 / _seconds(lambda: a @ a)
+    return min(size * column, operator.dense_multiplications(examples) / rate) + size**3 / 3 / rate
+
+
+def _seconds(work) -> float:
+    times = []
+    for _ in range(2):  # the first one warms up
+        start = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times)

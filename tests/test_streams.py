@@ -1,0 +1,160 @@
+"""Data sets that are read when needed, and the two ends of a ranking that is never held."""
+
+import numpy
+import pytest
+import torch
+from conftest import random_examples, random_model
+
+import msif_lab as msif
+from msif_lab import derivatives, objective
+
+F64 = torch.float64
+
+
+class Counting(torch.utils.data.Dataset):
+    """Counts what is read, and how much of it is alive at once is up to who asks."""
+
+    def __init__(self, examples):
+        self.examples, self.calls = examples, 0
+
+    def __len__(self):
+        return len(self.examples)
+
+    def __getitem__(self, i):
+        self.calls += 1
+        return self.examples.x[i].clone(), int(self.examples.y[i])
+
+
+def pair(n=40, kind="convnet"):
+    """The same trained stage with data in memory and read when needed."""
+    data, model = random_examples(n, (1, 4, 4), 3, False, seed=3), random_model(kind, 3, seed=4)
+    held = msif.Pipeline([msif.Stage("only", model, data, weight_decay=0.1)]).fit(progress=False)
+    dataset = Counting(data)
+    lazy = msif.Pipeline([msif.Stage("only", model, msif.Examples.from_dataset(dataset), weight_decay=0.1)])
+    return held, lazy.adopt(), dataset, random_examples(6, (1, 4, 4), 3, False, seed=5)
+
+
+def test_a_stream_gives_the_numbers_of_memory():
+    held, lazy, dataset, queries = pair()
+    for kind in ("hessian", "ggn"):
+        v = torch.randn(held.objective(0).size, 4, dtype=F64, generator=torch.Generator().manual_seed(0))
+        a, b = held.curvature(0, kind) @ v, lazy.curvature(0, kind) @ v
+        assert torch.allclose(a, b, rtol=0, atol=1e-12)
+    assert torch.allclose(held.gradient(0), lazy.gradient(0), rtol=0, atol=1e-12)
+    solver, calls = msif.Exact(), dataset.calls
+    scores = [msif.ImplicitInfluence(solver, curvature="ggn").fit(p).score(queries).values for p in (held, lazy)]
+    assert torch.allclose(*scores, rtol=0, atol=1e-10)
+    assert dataset.calls > calls
+    assert lazy.facts()["stages"][0]["parameters"] == held.facts()["stages"][0]["parameters"]
+    gradient_dot = [msif.GradientDot().fit(p).score(queries).values for p in (held, lazy)]
+    assert torch.allclose(*gradient_dot, rtol=0, atol=1e-12)
+
+
+def test_inputs_are_read_chunk_by_chunk_and_never_kept(monkeypatch):
+    held, lazy, dataset, _ = pair()
+    o = lazy.objective(0)
+    v = torch.zeros(o.size, 2, dtype=F64)
+    msif.example_products(o, lazy.trained()[0], v, mode="layers")  # looks at the model first, with a few examples
+    monkeypatch.setattr(derivatives, "CACHE_BYTES", 1)  # one example a chunk
+    before, most, x = dataset.calls, 0, o.data.x
+    read = type(x).__getitem__
+
+    def watch(self, index):
+        nonlocal most
+        found = read(self, index)
+        most = max(most, len(found))
+        return found
+
+    monkeypatch.setattr(type(x), "__getitem__", watch)
+    msif.example_products(o, lazy.trained()[0], v, mode="layers")
+    assert most == 1
+    assert dataset.calls - before == len(dataset)  # each once
+    before = dataset.calls
+    part = lazy.stages[0].data[10:20].to(torch.float32)
+    assert dataset.calls == before, "a subset or a copy reads nothing"
+    assert part.x[[0, 3]].dtype == torch.float32
+    assert torch.equal(part.x[3].double(), held.stages[0].data.x[13].float().double())
+    assert part.select(classes=part.classes[:2], n=2).x.shape[0] == 2
+
+
+def test_targets_at_hand_save_the_reading():
+    dataset = Counting(random_examples(30, (1, 4, 4), 3, False, seed=3))
+    data = msif.Examples.from_dataset(dataset, targets=dataset.examples.y)
+    assert dataset.calls == 2  # item 0, twice: is it fixed?
+    assert torch.equal(data.y, dataset.examples.y)
+    assert "read when needed" in repr(data)
+    again = msif.Examples.from_dataset(dataset, targets=dataset.examples.y)
+    assert data.digest() == again.digest() != again[:29].digest()
+
+
+def test_memory_maps_are_tensors(tmp_path):
+    held, _, _, queries = pair()
+    x = held.stages[0].data.x
+    mapped = numpy.memmap(tmp_path / "x.bin", dtype="float64", mode="w+", shape=tuple(x.shape))
+    mapped[:] = x.numpy()
+    data = msif.Examples(mapped, held.stages[0].data.y)
+    assert data.x.data_ptr() == mapped.ctypes.data, "not copied"
+    pipeline = msif.Pipeline([msif.Stage("only", held.stages[0].model, data, weight_decay=0.1)]).adopt()
+    scores = [msif.ImplicitInfluence(curvature="ggn").fit(p).score(queries).values for p in (held, pipeline)]
+    assert torch.equal(*scores)
+
+
+class Items(list):
+    """Whatever items, as a map-style data set."""
+
+
+@pytest.mark.parametrize(
+    ("dataset", "error", "message"),
+    [
+        (iter([1, 2]), TypeError, "map-style"),
+        (Items(), ValueError, "empty"),
+        (Items([{"x": 1}]), TypeError, "not a pair"),
+        (Items([(torch.zeros(2), 0), (torch.zeros(2), 0, 1)]), TypeError, r"dataset\[1\]"),
+        (Items([("a.png", 0)]), TypeError, "ToTensor"),
+        (Items([(torch.zeros(2), 0), (torch.zeros(3), 0)]), ValueError, "resize"),
+        (Items([(torch.zeros(2), 0), (torch.zeros(2).double(), 0)]), ValueError, "convert"),
+        (Items([(torch.zeros(2), 0), (torch.tensor([0, torch.nan]), 0)]), ValueError, "NaN"),
+        (Items([(torch.zeros(2), 0), (torch.zeros(2), -1)]), ValueError, "negative label"),
+    ],
+)
+def test_what_is_no_data_set_is_refused(dataset, error, message):
+    with pytest.raises(error, match=message):
+        msif.Examples.from_dataset(dataset)
+
+
+def test_random_augmentation_is_refused():
+    class Noisy(Items):
+        def __getitem__(self, i):
+            return torch.rand(3), 0
+
+    with pytest.raises(ValueError, match="augmentation"):
+        msif.Examples.from_dataset(Noisy([0, 0]))
+
+
+@pytest.mark.parametrize("target", ["loss", "margin"])
+@pytest.mark.parametrize("rows", [1, 7, 10**6])
+def test_top_is_the_ends_of_the_full_ranking(rows, target, monkeypatch):
+    held, lazy, _, queries = pair()
+    full = msif.ImplicitInfluence(curvature="ggn").fit(held).score(queries, target=target)
+    monkeypatch.setattr(derivatives, "CACHE_BYTES", rows * 10**3)
+    monkeypatch.setattr(objective, "WORKING_BYTES", rows * 10**3)
+    top = msif.ImplicitInfluence(curvature="ggn").fit(lazy).score(queries, target=target, top=5)
+    for which in ("helpful", "harmful"):
+        expected, actual = getattr(full, which)(5), getattr(top, which)()
+        assert torch.allclose(actual.values, expected.values, rtol=0, atol=1e-10)
+        assert torch.equal(actual.ids, expected.ids)
+        assert torch.equal(getattr(top, which)(2).positions, expected.positions[:, :2])
+    assert len(top) == 6
+    assert "5 most helpful" in repr(top)
+
+
+def test_top_refuses():
+    held, _, _, queries = pair()
+    with pytest.raises(ValueError, match="leave_one_out"):
+        msif.ImplicitInfluence(curvature="ggn", leave_one_out=True).fit(held).score(queries, top=3)
+    fitted = msif.ImplicitInfluence(curvature="ggn").fit(held)
+    with pytest.raises(ValueError, match="top=0"):
+        fitted.score(queries, top=0)
+    with pytest.raises(ValueError, match="score with top=4"):
+        fitted.score(queries, top=3).helpful(4)
+    assert fitted.score(queries, top=10**6).lowest.values.shape == (6, 40)  # all there are
