@@ -86,9 +86,9 @@ class Baseline:
             p = self._pipeline.prepared(j)
             before = cotangent.new_zeros(len(cotangent), self._pipeline.objective(j - 1).layout.size)
             for how in ("coupled", "frozen"):
-                before[:, p.there[how]] = cotangent[:, p.here[how]]
+                p.there[how].put(before, p.here[how].take(cotangent))
             cotangent = before
-        return cotangent[:, self._pipeline.objective(k).rows]
+        return self._pipeline.objective(k).own.take(cotangent)
 
 
 class _PerExample(Baseline):

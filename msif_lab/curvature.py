@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.func import grad, jacrev, vjp, vmap
 
 from .derivatives import (
-    CACHE_BYTES,
     example_products,
     gradient_transpose,
     jvp,
@@ -19,7 +18,7 @@ from .derivatives import (
     per_example_gradients,
 )
 from .layers import Layer, find_layers, trace
-from .objective import WORKING_BYTES, Objective
+from .objective import Objective, working_bytes
 from .operators import Operator, Shifted
 
 __all__ = [
@@ -59,22 +58,25 @@ class DataCurvature(Operator):
             if tensor is not None and tensor.shape != (size,):
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected ({size},)")
         self.objective, self.full, self.every = objective, full, every
-        self.theta = full if every else full[objective.rows]
+        self.theta = full if every else objective.own.take(full)
         self.weights = full.new_ones(len(objective.data)) if weights is None else weights
         self.ridge = objective.ridge if ridge and not every else None
 
-    def _full(self, theta: Tensor) -> Tensor:
-        return theta if self.every else self.objective.join(theta, self.full)
+    def _full(self, theta: Tensor) -> Tensor | dict[str, Tensor]:
+        return theta if self.every else self.objective.parameters(theta, self.full)
+
+    def _width(self, column: int, columns: int) -> int:
+        """How many columns go side by side where one takes so many bytes an example: room for 16 examples remains."""
+        return max(1, min(columns, 256, working_bytes(self.device, column) // (16 * column)))
 
     def _product(self, vectors: Tensor) -> Tensor:
         # Columns share one linearisation; both they and the examples are cut so that tangents fit.
         result = torch.zeros_like(vectors) if self.ridge is None else self.ridge[:, None] * vectors
         o, count = self.objective, len(self.objective.data)
-        width = max(1, min(vectors.shape[1], 256, WORKING_BYTES // (o.bytes_per_example() * min(64, count))))
-        for columns in torch.arange(vectors.shape[1], device=vectors.device).split(width):
-            part = vectors[:, columns]
-            for rows, x, y in o.chunks(copies=len(columns), memory=CACHE_BYTES):
-                result[:, columns] += self._chunk(part, x, y, self.weights[rows] / count)
+        width = self._width(o.bytes_per_example() * max(1, min(64, count) // 16), vectors.shape[1])
+        for part, sum_ in zip(vectors.split(width, 1), result.split(width, 1), strict=True):
+            for rows, x, y in o.chunks(copies=part.shape[1], cached=True):
+                sum_ += self._chunk(part, x, y, self.weights[rows] / count)
         return result
 
     def dense_multiplications(self, examples: int) -> float:
@@ -160,16 +162,14 @@ class GGN(DataCurvature):
         result = torch.zeros_like(vectors) if self.ridge is None else self.ridge[:, None] * vectors
         numbers = count * sum(layer.numel for layer in layers)
         most, element = max(layer.numel for layer in layers), vectors.element_size()
-        width = max(1, min(vectors.shape[1], 256, WORKING_BYTES // (16 * 2 * most * element)))
-        for columns in torch.arange(vectors.shape[1], device=vectors.device).split(width):
-            copies = 2 + (numbers + 2 * most * len(columns)) * element // o.bytes_per_example()
-            part, added = vectors[:, columns], torch.zeros_like(vectors[:, columns])
-            for rows, x, y in o.chunks(copies=copies, memory=CACHE_BYTES):
+        width = self._width(2 * most * element, vectors.shape[1])
+        for part, added in zip(vectors.split(width, 1), result.split(width, 1), strict=True):
+            copies = 2 + (numbers + 2 * most * part.shape[1]) * element // o.bytes_per_example()
+            for rows, x, y in o.chunks(copies=copies, cached=True):
                 seen = trace(o, self.full, x, layers)
                 s = seen.jacobians()
                 bend = self._bend(seen.outputs, y, self.weights[rows])
                 seen.pull(s, seen.push(s, part) @ bend, added)
-            result[:, columns] += added
         return result
 
     def _outputs(self) -> int:
@@ -209,7 +209,7 @@ class GGN(DataCurvature):
         size, count, layers = self.shape[0], self._outputs(), find_layers(self.objective, self.every)
         if 4 * count > size:
             return float("inf")
-        flat = layers and all(len(layer.size) == 1 for layer in layers)
+        flat = layers and all(layer.dense for layer in layers)
         return float(examples * size**2 * (0.5 if flat else count))
 
     def _dense(self) -> Tensor:
@@ -220,7 +220,7 @@ class GGN(DataCurvature):
             return super()._dense()
         result = torch.diag(self.full.new_zeros(size) if self.ridge is None else self.ridge)
         layers = find_layers(o, self.every)
-        if layers and all(len(layer.size) == 1 for layer in layers):
+        if layers and all(layer.dense for layer in layers):
             return self._add_blocks(result, layers)
         for rows, x, y in o.chunks(copies=2 + 4 * 8 * count * size // o.bytes_per_example()):
             outputs, jacobian = self._jacobian(x, layers)  # (B, C, P)
@@ -245,7 +245,7 @@ class GGN(DataCurvature):
         """A dense layer's J is ``s ⊗ (a, 1)``, so a block is ``Σ_i (s_iᵀ Λ_i t_i) ⊗ a_i b_iᵀ``: weighted Gram matrices
         of the layers' inputs, 2C times less work than the product of Jacobians."""
         o, size = self.objective, self.shape[0]
-        for rows, x, y in o.chunks(copies=2 + 8 * size // o.bytes_per_example(), memory=4 * CACHE_BYTES):
+        for rows, x, y in o.chunks(copies=2 + 4 * size // o.bytes_per_example()):
             seen = trace(o, self.full, x, layers)
             told, bend = seen.jacobians(), self._bend(seen.outputs, y, self.weights[rows])
             a = [layer.ones(a) for layer, a in zip(layers, seen.a, strict=True)]  # (B, J): inputs, and 1 for the bias

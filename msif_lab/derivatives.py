@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, func
@@ -13,8 +13,6 @@ from .layers import find_layers, trace
 from .objective import Objective
 
 __all__ = ["example_products", "gradient_transpose", "own_products", "per_example_gradients", "product_chunks"]
-
-CACHE_BYTES = 32 * 10**6  # of tangents at once: less pays for Python, more misses the caches
 
 
 @functools.cache
@@ -52,14 +50,13 @@ def per_example_gradients(
         rows: only these positions.
     """
     o, function, layers = objective, function or objective.loss, find_layers(objective, every)
-    theta = full if every else full[o.rows]
+    theta = full if every else o.own.take(full)
 
     def value(theta, x, y):
-        return function(o.outputs(theta if every else o.join(theta, full), x[None]), y[None])[0]
+        return function(o.outputs(theta if every else o.parameters(theta, full), x[None]), y[None])[0]
 
-    copies = (
-        2 + 4 * (2 if layers else 8) * o.layout.size // o.bytes_per_example()
-    )  # a few (B, P) beside the activations
+    # a few (B, P) beside the activations
+    copies = 2 + (2 if layers else 8) * len(theta) * full.element_size() // o.bytes_per_example()
     for part, x, y in o.chunks(examples, copies, rows):
         if layers is None:
             yield part, vmap(grad(value), in_dims=(None, 0, 0))(theta, x, y)
@@ -93,9 +90,9 @@ def product_chunks(
 ) -> Iterator[tuple[slice, Tensor]]:
     """``(positions, ∇f_iᵀ v_q (Q, B))`` chunk by chunk, so that data of any length pass through.
 
-    Three ways to the same numbers, ``mode="auto"`` counts which is cheapest: ``"layers"``, one backward pass for all
-    queries and ``Σ_l s_lᵀ V a_l`` for each (`layers`); ``"forward"``, one directional derivative per vector and no
-    gradient at all; ``"gradients"``, per-example gradients times the (P, Q) matrix.
+    Three ways to the same numbers: ``"layers"``, one backward pass for all queries and layer by layer
+    ``Σ_l s_lᵀ V a_l`` by whatever takes fewer multiplications (`Layer.along`); ``"forward"``, one directional derivative
+    per vector and no gradient at all; ``"gradients"``, per-example gradients times the (P, Q) matrix.
     """
     o, layers = objective, find_layers(objective)
     if mode not in ("auto", "forward", "gradients", "layers") or (mode == "layers" and layers is None):
@@ -109,32 +106,27 @@ def product_chunks(
         for rows, gradients in per_example_gradients(o, full, examples):
             yield rows, (gradients @ vectors).T
     elif mode == "layers":
-        copies = 2 + 2 * vectors.shape[1] * max(layer.numel for layer in layers) * vectors.element_size() // (
-            o.bytes_per_example()
-        )
-        for rows, x, y in o.chunks(examples, copies=copies, memory=CACHE_BYTES):
+        most = max(layer.bytes(vectors.shape[1], vectors.element_size()) for layer in layers)
+        for rows, x, y in o.chunks(examples, copies=2 + 2 * most // o.bytes_per_example(), cached=True):
             seen = trace(o, full, x, layers)
-            yield rows, seen.push(seen.told(o.loss, y), vectors)[..., 0].T
+            yield rows, seen.along(seen.told(o.loss, y), vectors).T
     else:
-        theta = full[o.rows]
+        theta = o.own.take(full)
         for rows, x, y in o.chunks(examples, copies=3):
-            slopes = [jvp(lambda t, x=x, y=y: o.losses(o.join(t, full), x, y), (theta,), (v,))[1] for v in vectors.T]
+            at = functools.partial(lambda x, y, t: o.losses(o.parameters(t, full), x, y), x, y)
+            slopes = [jvp(at, (theta,), (v,))[1] for v in vectors.T]
             yield rows, torch.stack(slopes) if slopes else vectors.new_empty(0, len(x))
 
 
 def cheapest_products(o: Objective, queries: int) -> str:
-    """The mode of `product_chunks` that takes the fewest multiplications.
+    """The mode of `product_chunks` that is cheapest: layers where they hold θ.
 
-    After a backward pass that forms no weight gradient, a layer of P numbers at L positions takes ``L P Q`` to
-    multiply all queries with its inputs, against ``L P`` for the gradients and ``P Q`` for their products; the latter
-    are small matrices one by one and take twice as long each (bench_scoring.py).
+    Elsewhere a directional derivative costs an epoch a query, and per-example gradients 2.6 for all of them. That
+    holds for 11 million parameters too: reading (P, Q) for every few examples takes less than Q derivatives of a ResNet.
     """
-    layers = find_layers(o)
-    if layers is None:
-        return "forward" if queries <= 2 else "gradients"
-    sizes = [(layer.positions, layer.parameters) for layer in layers]
-    inputs = sum(positions * size * queries for positions, size in sizes)
-    return "layers" if inputs <= 2 * sum((positions + queries) * size for positions, size in sizes) else "gradients"
+    if find_layers(o) is not None:
+        return "layers"
+    return "forward" if queries <= 2 else "gradients"
 
 
 def own_products(kind: str, objective: Objective, full: Tensor, x: Tensor, y: Tensor, vectors: Tensor) -> Tensor:
@@ -142,10 +134,10 @@ def own_products(kind: str, objective: Objective, full: Tensor, x: Tensor, y: Te
 
     ``kind`` is ``"hessian"`` for ``h_i = ∇²f_i`` or ``"ggn"`` for ``J_iᵀ Λ_i J_i``.
     """
-    o, theta = objective, full[objective.rows]
+    o, theta = objective, objective.own.take(full)
 
     def outputs(theta, x):
-        return o.outputs(o.join(theta, full), x[None])
+        return o.outputs(o.parameters(theta, full), x[None])
 
     def product(x, y, v):
         def loss(z):
@@ -158,6 +150,41 @@ def own_products(kind: str, objective: Objective, full: Tensor, x: Tensor, y: Te
         return pull_back(jvp(grad(loss), (z,), (pushed,))[1])[0]
 
     return vmap(product)(x, y, vectors)
+
+
+def cross_products(
+    o: Objective, full: Tensor, names: Sequence[str], vectors: Tensor, weights: Tensor | None = None
+) -> Tensor:
+    """``G_WT v``: the derivative by W of the mean loss's slope along v, ``∂_W (1/m) Σ_i w_i ∇_T f_i · v``.
+
+    One gradient by T a chunk, whose graph each v goes back through once, to W only.
+
+    Args:
+        o: the stage, which trains T.
+        full: all its parameters ``(D,)``.
+        names: the parameters W, none of them among T.
+        vectors: v ``(Q, P)``.
+        weights: w ``(m,)``, one by default.
+
+    Returns:
+        ``(Q, |W|)``, in the order of ``names``.
+    """
+    named, theta = o.layout.named(full), o.own.take(full)
+    result = vectors.new_zeros(len(vectors), sum(len(o.layout.spans[name]) for name in names))
+    parts = result.split([len(o.layout.spans[name]) for name in names], 1)
+    for rows, x, y in o.chunks(copies=2):
+        with torch.enable_grad():
+            leaf, shared = theta.detach().requires_grad_(), [named[n].detach().requires_grad_() for n in names]
+            losses = o.losses(o.parameters(leaf, full) | dict(zip(names, shared, strict=True)), x, y)
+            risk = (losses if weights is None else weights[rows] * losses).sum() / len(o.data)
+            (slope,) = torch.autograd.grad(risk, leaf, create_graph=True)
+        if not slope.requires_grad:  # a loss that W and T do not share
+            continue
+        for q, v in enumerate(vectors):
+            found = torch.autograd.grad(slope, shared, v, retain_graph=True, materialize_grads=True)
+            for part, by in zip(parts, found, strict=True):
+                part[q] += by.flatten()
+    return result
 
 
 TRANSPOSE_FIXED, TRANSPOSE_PER_QUERY = 4, 5  # activation sets one example costs below
@@ -188,9 +215,9 @@ def gradient_transpose(
     Returns:
         ``(Q, P or D)`` products, the penalty's left out, and ``(Q, |B|)`` scores.
     """
-    point = full if every else full[o.rows]
+    point = full if every else o.own.take(full)
     if every:
-        cotangents = cotangents.new_zeros(len(cotangents), len(full)).index_copy(1, o.rows, cotangents)
+        cotangents = o.own.put(cotangents.new_zeros(len(cotangents), len(full)), cotangents)
     products, scores = torch.zeros_like(cotangents), []
     weights = full.new_ones(len(batch)) if weights is None else weights
     # PyTorch has fast float64 convolutions forwards only; everywhere else reverse mode is cheaper (bench_unrolled.py).
@@ -199,7 +226,7 @@ def gradient_transpose(
     for _, x, y in o.chunks(copies=TRANSPOSE_FIXED + TRANSPOSE_PER_QUERY * len(cotangents), rows=batch, memory=memory):
 
         def risk(theta, w, x=x, y=y):
-            return (w * o.losses(theta if every else o.join(theta, full), x, y)).sum()
+            return (w * o.losses(theta if every else o.parameters(theta, full), x, y)).sum()
 
         by_theta, by_weight = _transpose(risk, point, weights[start : start + len(x)] / len(batch), cotangents, forward)
         start += len(x)

@@ -3,17 +3,16 @@
 import numbers
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .checks import ask
-from .curvature import Hessian
 from .data import Examples
-from .derivatives import example_products, own_products, per_example_gradients, product_chunks
+from .derivatives import cross_products, example_products, own_products, per_example_gradients, product_chunks
 from .errors import ConvergenceWarning, IndefiniteCurvatureError
-from .objective import WORKING_BYTES, target_name
+from .objective import target_name, working_bytes
 from .pipeline import Pipeline
 from .plan import Plan, plan
 from .ranking import Ranking, TopInfluence, rank_stream
@@ -23,6 +22,8 @@ from .storage import read_tensors, require_memory, write_tensors
 
 __all__ = ["ImplicitInfluence", "Influence", "Ranking"]
 
+SOLVING_BYTES = 2 * 10**9  # what queries solved side by side may take on a CPU
+SHIFT_BYTES = 512 * 10**6  # what leave_one_out may keep
 HELD_UP = 100.0  # times the plain step along ∇f_i; in ridge regression that is a leverage of 0.99
 
 
@@ -229,7 +230,8 @@ class ImplicitInfluence:
         """Warn when the gradient left over is no longer small against what one example pulls, ‖∇f_i‖/m."""
         o = self._pipeline.objective(k)
         left = float(self._pipeline.gradient(k).norm())
-        some = torch.arange(0, len(o.data), max(1, len(o.data) // 256), device=o.rows.device)
+        few = 256 if o.size < 10**5 else 32  # an order of magnitude is all that is asked
+        some = torch.arange(0, len(o.data), -(-len(o.data) // few), device=o.device)
         squares = [g.square().sum(1) for _, g in per_example_gradients(o, self._full[k], rows=some)]
         pull = float(torch.cat(squares).mean().sqrt()) / len(o.data)
         if left > 0.1 * pull:
@@ -267,33 +269,52 @@ class ImplicitInfluence:
         require_unchanged(self._pipeline, self._full)
         o = self._pipeline.objective(last)
         function = ask(o, queries, target)
-        gradients = [g for _, g in per_example_gradients(o, self._full[last], queries, function, every=True)]
-        cotangent = torch.cat(gradients)  # (Q, D) = ∇q by all parameters of the last stage
-        self.report_ = {}
-        for k in range(last, first - 1, -1):
-            rows = self._pipeline.objective(k).rows
-            solution, self.report_[self._pipeline.stages[k].name] = self._prepared[k].solve(cotangent[:, rows].T)
-            if k > first:
-                cotangent = self._pull_back(k, cotangent, solution.T)
+        groups, reports = torch.arange(len(queries)).split(self._side_by_side(first)), []
+        solved = [self._solve(queries[group], function, first, reports) for group in groups]
+        cotangent, solution = solved[0] if len(solved) == 1 else map(torch.cat, zip(*solved, strict=True))
+        solution = solution.T
+        self.report_ = {name: _together([r[name] for r in reports]) for name in reports[0]}
         scored, o = self._pipeline.stages[first], self._pipeline.objective(first)
         if top is not None:
             chunks = product_chunks(o, self._full[first], solution / -len(o.data))
             lowest, highest = rank_stream(chunks, min(top, len(o.data)), scored.data.ids)
             about = scored.name, target_name(target), repr(self)
             return TopInfluence(lowest, highest, queries.ids, len(o.data), *about)
-        values = self._example_scores(first, cotangent[:, o.rows], solution)
+        values = self._example_scores(first, cotangent, solution)
         return Influence(values, scored.data.ids, queries.ids, scored.name, target_name(target), repr(self))
+
+    def _side_by_side(self, first: int) -> int:
+        """How many queries are solved at once: a solver holds about eight vectors of each, and two go between stages."""
+        sizes = [self._pipeline.objective(k).layout.size for k in range(first, len(self._full))]
+        device = self._full[-1].device
+        room = SOLVING_BYTES if device.type != "cuda" else 2 * working_bytes(device)
+        return max(1, room // (10 * max(sizes) * self._full[-1].element_size()))
+
+    def _solve(self, queries: Examples, function, first: int, reports: list) -> tuple[Tensor, Tensor | None]:
+        """From queries back to stage ``first``: ∇q by what it trains, ``(Q, P)``, where it is still needed, and H⁻¹∇q
+        ``(Q, P)``; appends a report by stage."""
+        last, report = len(self._full) - 1, {}
+        o = self._pipeline.objective(last)
+        cotangent = self._full[last].new_empty(len(queries), o.layout.size)  # ∇q by all of the last stage
+        for rows, gradients in per_example_gradients(o, self._full[last], queries, function, every=True):
+            cotangent[rows] = gradients
+        for k in range(last, first - 1, -1):
+            right = self._pipeline.objective(k).own.take(cotangent)
+            solution, report[self._pipeline.stages[k].name] = self._prepared[k].solve(right.T)
+            if k > first:
+                cotangent = self._pull_back(k, cotangent, solution.T)
+        reports.append(report)
+        return right if self.leave_one_out else right[:, :0], solution.T
 
     def _pull_back(self, k: int, cotangent: Tensor, solution: Tensor) -> Tensor:
         """From ∇q by stage k's parameters (Q, D) and v = H⁻¹∇q (Q, P) to ∇q by the previous stage's (Q, D')."""
         p, o, full = self._pipeline.prepared(k), self._pipeline.objective(k), self._full[k]
         before = cotangent.new_zeros(len(cotangent), self._pipeline.objective(k - 1).layout.size)
         if p.coupled:
-            before[:, p.there["coupled"]] = 2 * o.alpha * solution[:, o.coupled]  # proximal: 2α v_S
-        if p.frozen:
-            padded = cotangent.new_zeros(o.layout.size, len(cotangent)).index_copy(0, o.rows, solution.T)
-            mixed = Hessian(o, full, every=True) @ padded  # its rows W hold G_WT v
-            before[:, p.there["frozen"]] = cotangent[:, p.here["frozen"]] - mixed[p.here["frozen"]].T
+            p.there["coupled"].put(before, 2 * o.alpha * o.held.take(solution))  # proximal: 2α v_S
+        if names := [n for n in p.frozen if n in p.live]:  # frozen: a_W − G_WT v, of the W that a stage before trains
+            here, there = o.layout.places(names), self._pipeline.objective(k - 1).layout.places(names)
+            there.put(before, here.take(cotangent) - cross_products(o, full, names, solution))
         return before
 
     def _example_scores(self, k: int, cotangent: Tensor, solution: Tensor) -> Tensor:
@@ -314,7 +335,7 @@ class ImplicitInfluence:
         o, full = self._pipeline.objective(k), self._full[k]
         size = o.size * len(o.data) * full.element_size()
         require_memory(
-            size, WORKING_BYTES * 8, "leave_one_out=True", "score without it, or a smaller model or data set"
+            size, SHIFT_BYTES, "leave_one_out=True", "score without it, or a smaller model or data set"
         )
         shifts, failed = [], []
         for rows, gradients in per_example_gradients(o, full):
@@ -355,6 +376,20 @@ class ImplicitInfluence:
                 stacklevel=4,
             )
         return torch.cat(shifts)
+
+
+def _together(reports: Sequence[SolveReport]) -> SolveReport:
+    """The report of queries that were solved in groups."""
+    return replace(
+        reports[0],
+        iterations=max(r.iterations for r in reports),
+        residuals=torch.cat([r.residuals for r in reports]),
+        converged=torch.cat([r.converged for r in reports]),
+        smallest_curvature=min(r.smallest_curvature for r in reports),
+        products=sum(r.products for r in reports),
+        bytes=max(r.bytes for r in reports),
+        seconds=sum(r.seconds for r in reports),
+    )
 
 
 def _refuse_warm_start(stage: Stage) -> None:

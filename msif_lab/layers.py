@@ -1,9 +1,9 @@
-"""Derivatives of networks of `Linear` and `Conv2d` layers from what each layer sees and what it is told.
+"""Derivatives of networks of `Linear`, `Conv2d` and norm layers from what each layer sees and what it is told.
 
 A layer ``z = W a + b`` has ``∂q/∂W = Σ_l s_l a_lᵀ`` with ``a`` its inputs at L positions and ``s = ∂q/∂z``. So one
 forward and one backward pass that forms no weight gradient give, for every example at once, ``∇q·v = Σ_l s_lᵀ V a_l``
 for any v, the gradients themselves, and ``J v``, ``Jᵀ u`` of the outputs: no tangent ever passes through activations
-or pooling. Networks with trained parameters elsewhere are left to `torch.func` (`find_layers` gives None).
+or pooling. A norm layer is `Scale`, ``z = γ a + β``. Networks with trained parameters elsewhere are left to `torch.func` (`find_layers` gives None).
 """
 
 import functools
@@ -13,9 +13,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from .objective import Objective
+from .objective import Objective, exact_convolutions
 
 __all__ = ["Layer", "Trace", "find_layers", "trace"]
 
@@ -43,6 +42,33 @@ class Layer:
     @property
     def conv(self) -> bool:
         return isinstance(self.module, nn.Conv2d)
+
+    @property
+    def dense(self) -> bool:
+        """Whether it is a `Linear` called at one place."""
+        return isinstance(self.module, nn.Linear) and len(self.size) == 1
+
+    def sees(self, x: Tensor) -> Tensor:
+        """``a``, of what the module was called with."""
+        return x
+
+    def bytes(self, columns: int, element: int) -> int:
+        """What `along` takes for one example."""
+        if self.pushes(columns):
+            return columns * self.numel * element
+        return (self.parameters + self.positions * self.parameters // len(self.module.weight)) * element
+
+    def pushes(self, columns: int) -> bool:
+        """Whether ``s·(V a)`` takes fewer multiplications than the gradient and its products with all columns: ``L P K``
+        against ``L P`` and ``P K``, small matrices one by one that take twice as long each (bench_scoring.py)."""
+        return self.positions * columns <= 2 * (self.positions + columns)
+
+    def along(self, a: Tensor, s: Tensor, vectors: Tensor) -> Tensor:
+        """Each example's ``Σ_l s_lᵀ V a_l`` for ``s`` (B, 1, n): ``vectors`` (P, K) → ``(B, K)``."""
+        if self.pushes(vectors.shape[1]):
+            return (self.push(a, vectors) @ s.transpose(1, 2))[..., 0]
+        parts = zip(self.spans, self.gradients(a, s), strict=True)
+        return sum(part[:, 0] @ vectors[span] for span, part in parts)
 
     @property
     def spans(self) -> list[slice]:
@@ -108,13 +134,51 @@ class Layer:
 
     def outer(self, a: Tensor, s: Tensor, result: Tensor) -> None:
         """Write each example's ``Σ_l s_l a_lᵀ`` for ``s`` (B, C, n) into the layer's part of ``result`` (B, C, P)."""
-        out = self.module.weight.shape[0]
+        for span, part in zip(self.spans, self.gradients(a, s), strict=True):
+            result[..., span] = part
+
+    def gradients(self, a: Tensor, s: Tensor) -> list[Tensor]:
+        """Each example's ``Σ_l s_l a_lᵀ`` for ``s`` (B, C, n), then ``Σ_l s_l``; those that θ holds of the two."""
+        out, parts = self.module.weight.shape[0], []
         s = s.unflatten(2, (out, -1) if self.conv else (-1, out))
         s = s if self.conv else s.transpose(2, 3)  # (B, C, out, L)
         if self.weight is not None:
-            result[..., self.spans[0]] = (s @ self.inputs(a)[:, None]).flatten(2)
+            parts.append((s @ self.inputs(a)[:, None]).flatten(2))
         if self.bias is not None:
-            result[..., self.spans[-1]] = s.sum(3)
+            parts.append(s.sum(3))
+        return parts
+
+
+class Scale(Layer):
+    """A norm layer that knows its statistics: ``z_c = γ_c a_c + β_c`` at L positions, ``a`` its normalised inputs."""
+
+    def sees(self, x: Tensor) -> Tensor:
+        m = self.module
+        if isinstance(m, nn.GroupNorm):
+            a = nn.functional.group_norm(x, m.num_groups, eps=m.eps)
+        else:
+            a = nn.functional.batch_norm(x, m.running_mean, m.running_var, eps=m.eps)
+        return a.reshape(*a.shape[:2], -1)  # (B, C, L)
+
+    def push(self, a: Tensor, vectors: Tensor) -> Tensor:
+        z = a.new_zeros(())
+        if self.weight is not None:
+            z = z + vectors[self.spans[0]].T[..., None] * a[:, None]
+        if self.bias is not None:
+            z = z + vectors[self.spans[-1]].T[..., None]
+        return z.expand(len(a), -1, -1, a.shape[2]).flatten(2)
+
+    def pull(self, a: Tensor, cotangents: Tensor, result: Tensor) -> None:
+        for span, part in zip(self.spans, self.gradients(a, cotangents), strict=True):
+            result[span] += part.sum(0).T
+
+    def gradients(self, a: Tensor, s: Tensor) -> list[Tensor]:
+        s = s.unflatten(2, a.shape[1:])
+        parts = [(s * a[:, None]).sum(3)] * (self.weight is not None)
+        return parts + [s.sum(3)] * (self.bias is not None)
+
+
+SCALES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm)
 
 
 @dataclass
@@ -144,6 +208,11 @@ class Trace:
         parts = zip(self.layers, self.a, s, strict=True)
         return sum(layer.push(a, vectors) @ told.transpose(1, 2) for layer, a, told in parts)
 
+    def along(self, s: Sequence[Tensor], vectors: Tensor) -> Tensor:
+        """``∇q_iᵀ v`` for what the layers were `told` of q: ``vectors`` (P, K) → ``(B, K)``, no gradient kept."""
+        parts = zip(self.layers, self.a, s, strict=True)
+        return sum(layer.along(a, told, vectors) for layer, a, told in parts)
+
     def pull(self, s: Sequence[Tensor], cotangents: Tensor, result: Tensor) -> None:
         """Add ``Σ_i J_iᵀ u_i`` of ``cotangents`` (B, K, C) to ``result`` (P, K)."""
         for layer, a, told in zip(self.layers, self.a, s, strict=True):
@@ -158,7 +227,7 @@ class Trace:
 
 
 def find_layers(o: Objective, every: bool = False) -> list[Layer] | None:
-    """The layers that hold θ, or None where there is more to it than `Linear` and `Conv2d`.
+    """The layers that hold θ, or None where there is more to it than `Linear`, `Conv2d`, `BatchNorm` and `GroupNorm`.
 
     Found once per objective, and held against plain reverse mode at random weights before they are trusted.
 
@@ -181,13 +250,14 @@ def _list(o: Objective, every: bool) -> list[Layer] | None:
     layers, left = [], set(names)
     for name, module in o.model.named_modules():
         own = {key: f"{name}.{key}".lstrip(".") for key in ("weight", "bias")}
-        if type(module) not in (nn.Linear, nn.Conv2d) or left.isdisjoint(own.values()):
+        if type(module) not in (nn.Linear, nn.Conv2d, *SCALES) or left.isdisjoint(own.values()):
             continue
         if isinstance(module, nn.Conv2d) and (module.groups > 1 or module.padding_mode != "zeros"):
             return None
         if isinstance(module, nn.Conv2d) and isinstance(module.padding, str):
             return None
-        layers.append(Layer(name, module, spans.get(own["weight"]), spans.get(own["bias"])))
+        kind = Scale if type(module) in SCALES else Layer
+        layers.append(kind(name, module, spans.get(own["weight"]), spans.get(own["bias"])))
         left -= set(own.values())
     return None if left else layers
 
@@ -196,20 +266,21 @@ def trace(o: Objective, full: Tensor, x: Tensor, layers: list[Layer]) -> Trace |
     """Run the model at all its parameters ``full`` (D,) on a chunk and keep what its layers see; the user's module
     is as before. None where a layer is not called exactly once with the whole chunk."""
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {layer.name: [] for layer in layers}
+    full = full.detach()
     inplace = any(getattr(module, "inplace", False) for module in o.model.modules())
 
-    def keep(name):
+    def keep(layer):
         def hook(module, given, z):
             z = z if z.requires_grad else z.detach().requires_grad_()
-            seen[name].append((given[0].detach(), z))
+            seen[layer.name].append((layer.sees(given[0].detach()), z))
             return z.clone() if inplace else z
 
         return hook
 
-    hooks = [layer.module.register_forward_hook(keep(layer.name)) for layer in layers]
+    hooks = [layer.module.register_forward_hook(keep(layer)) for layer in layers]
     try:
         with torch.enable_grad():
-            outputs = functional_call(o.model, o.layout.named(full.detach()) | o.buffers, (x,))
+            outputs = o.outputs(full, x)
     finally:
         for hook in hooks:
             hook.remove()
@@ -225,7 +296,8 @@ def _agrees(o: Objective, layers: list[Layer], every: bool) -> bool:
     full = full + 0.1 * torch.randn(len(full), generator=generator, dtype=full.dtype).to(full.device)
     x = o.data.x[[0, len(o.data) - 1]]
     try:
-        found = trace(o, full, x, layers)
+        with exact_convolutions():
+            found = trace(o, full, x, layers)
         if found is None or not found.outputs.requires_grad:
             return False
         for layer, z in zip(layers, found.z, strict=True):
@@ -233,11 +305,11 @@ def _agrees(o: Objective, layers: list[Layer], every: bool) -> bool:
         like = torch.randn(found.outputs.shape, generator=generator, dtype=full.dtype).to(full.device)
         told = found.told(lambda z, y: (z * y).flatten(1).sum(1), like)
         ours = found.rows(told, o.layout.size if every else o.size)[:, 0].sum(0)
-        with torch.enable_grad():
+        with torch.enable_grad(), exact_convolutions():
             leaf = full.requires_grad_()
             (theirs,) = torch.autograd.grad((o.outputs(leaf, x) * like).sum(), leaf)
     except (RuntimeError, IndexError, ValueError):
         return False  # whatever the model does there, torch.func knows how
-    theirs = theirs if every else theirs[o.rows]
+    theirs = theirs if every else o.own.take(theirs)
     close = 1e-3 if full.dtype != torch.float64 else 1e-9
     return bool((ours - theirs).norm() <= close * theirs.norm())

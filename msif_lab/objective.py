@@ -5,7 +5,10 @@ Letters as in the lessons: ``θ`` the ``P`` parameters a stage trains, ``w`` the
 previous stage's ``c`` (α = 0 without a proximal link). Many weightings at once are *lanes*, ``(R, P)``.
 """
 
+import itertools
+import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,10 +16,43 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from .data import Examples
+from .storage import parse_bytes
 
 __all__ = ["cross_entropy", "mean_squared_error", "next_token_loss"]
 
-WORKING_BYTES = 64 * 10**6  # what one chunk of activations may take; Binder guarantees 1 GB in all
+WORKING_BYTES: int | None = None  # set it, or MSIF_WORKING_BYTES="2GB" in the environment: then chunks take just that
+
+
+def working_bytes(device: torch.device, example: int = 0, cached: bool = False) -> int:
+    """What one chunk of activations may take.
+
+    On a CPU 64 MB (Binder guarantees 1 GB in all), and where one example is large, up to 256 MB for 16 of them. On a
+    GPU an eighth of its memory, if that much is free: smaller chunks would leave it waiting for Python.
+
+    Args:
+        device: where the work is done.
+        example: bytes that one example takes.
+        cached: for tangents on a CPU, half of it: less pays for Python, more misses the caches.
+    """
+    if own := WORKING_BYTES or os.environ.get("MSIF_WORKING_BYTES"):
+        return parse_bytes(own, "MSIF_WORKING_BYTES") if isinstance(own, str) else own
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return min(total // 8, free // 2)
+    return max((32 if cached else 64) * 10**6, min(16 * example, 256 * 10**6))
+
+
+@contextmanager
+def exact_convolutions() -> Iterator[None]:
+    """On CUDA PyTorch's float32 convolutions are TF32 unless told otherwise, 10 bits: two kernels differ by 1e-3, too
+    much to tell whether two ways give the same."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def _negative_log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
@@ -85,8 +121,42 @@ def target_function(target: str | Callable, loss: Callable) -> Callable[[Tensor,
     return named[target]
 
 
-def _indices(spans: Sequence[range]) -> Tensor:
-    return torch.cat([torch.arange(0), *(torch.arange(span.start, span.stop) for span in spans)])
+class Places:
+    """Positions in a flat vector as a few spans: a table of millions of them would take twice what it points to."""
+
+    def __init__(self, spans: Sequence[range]):
+        self.spans: list[range] = []
+        for span in spans:
+            if self.spans and self.spans[-1].stop == span.start:
+                span = range(self.spans.pop().start, span.stop)
+            self.spans.append(span)
+        self.size = sum(len(span) for span in self.spans)
+
+    def _parts(self, flat: Tensor) -> list[Tensor]:
+        return [flat[..., span.start : span.stop] for span in self.spans]
+
+    def take(self, flat: Tensor) -> Tensor:
+        """What lies there: ``(..., D)`` → ``(..., S)``; not a copy where it is one span."""
+        parts = self._parts(flat)
+        return parts[0] if len(parts) == 1 else torch.cat([flat[..., :0], *parts], -1)
+
+    def put(self, flat: Tensor, values: Tensor) -> Tensor:
+        """Write ``values`` (..., S) there, into ``flat`` (..., D) itself, which comes back."""
+        for part, value in zip(self._parts(flat), values.split([len(span) for span in self.spans], -1), strict=True):
+            part.copy_(value)
+        return flat
+
+    def add(self, flat: Tensor, values: Tensor | float) -> Tensor:
+        """Add ``values`` there in ``flat`` itself, which comes back."""
+        whole = isinstance(values, float)
+        values = itertools.repeat(values) if whole else values.split([len(span) for span in self.spans], -1)
+        for part, value in zip(self._parts(flat), values, strict=not whole):
+            part += value
+        return flat
+
+    def table(self, device: torch.device) -> Tensor:
+        """The positions one by one, int64 ``(S,)``."""
+        return torch.cat([torch.arange(0), *(torch.arange(span.start, span.stop) for span in self.spans)]).to(device)
 
 
 def target_name(target: str | Callable) -> str:
@@ -113,9 +183,9 @@ class Layout:
         self.spans = {name: range(a, b) for name, a, b in zip(self.shapes, starts, starts[1:], strict=False)}
         self.size = starts[-1]
 
-    def positions(self, names: Sequence[str]) -> Tensor:
-        """Flat positions of the named parameters, in the order of ``names``."""
-        return _indices([self.spans[name] for name in names])
+    def places(self, names: Sequence[str]) -> Places:
+        """Where the named parameters lie, in the order of ``names``."""
+        return Places([self.spans[name] for name in names])
 
     def flatten(self, model: nn.Module) -> Tensor:
         """The module's parameters as a new flat vector ``(D,)``."""
@@ -148,12 +218,12 @@ class Objective:
         self.layout = Layout(model, where)
         self.weight_decay, self.alpha = float(weight_decay), float(alpha)
         self.trained = list(self.layout.trainable if trained is None else trained)
-        self.rows = self.layout.positions(self.trained).to(data.x.device)  # (P,) positions of θ among all D
+        self.own, self.device = self.layout.places(self.trained), data.x.device  # where θ lies among all D
         trained_spans = {}
         for name in self.trained:
             start = sum(len(span) for span in trained_spans.values())
             trained_spans[name] = range(start, start + len(self.layout.spans[name]))
-        self.coupled = _indices([trained_spans[n] for n in shared]).to(data.x.device)
+        self.held = Places([trained_spans[n] for n in shared])  # where the coupled S lie in θ
         self._all = self.trained == list(self.layout.shapes)
         # Constants of the function; copies, so that a module that writes into them cannot change itself.
         self.buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
@@ -164,14 +234,23 @@ class Objective:
     @property
     def size(self) -> int:
         """P, how many numbers are trained."""
-        return len(self.rows)
+        return self.own.size
+
+    @property
+    def rows(self) -> Tensor:
+        """Positions of θ among all D, one by one ``(P,)``; `own` has them as spans."""
+        return self.own.table(self.device)
+
+    @property
+    def coupled(self) -> Tensor:
+        """Positions of the coupled S in θ, one by one; `held` has them as spans."""
+        return self.held.table(self.device)
 
     @property
     def ridge(self) -> Tensor:
         """Curvature of the penalty, ``(P,)``: λ everywhere plus 2α on the coupled part."""
-        diagonal = torch.full((self.size,), self.weight_decay, dtype=self.dtype, device=self.rows.device)
-        diagonal[self.coupled] += 2 * self.alpha
-        return diagonal
+        diagonal = torch.full((self.size,), self.weight_decay, dtype=self.dtype, device=self.device)
+        return self.held.add(diagonal, 2.0 * self.alpha)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -179,13 +258,21 @@ class Objective:
 
     def join(self, theta: Tensor, base: Tensor) -> Tensor:
         """All D parameters: ``theta`` (P,) in its places, the rest from ``base`` (D,)."""
-        return theta if self._all else base.index_copy(0, self.rows, theta)
+        return theta if self._all else self.own.put(base.clone(), theta)
 
-    def outputs(self, full: Tensor, x: Tensor) -> Tensor:
-        """Model outputs ``(B, ...)`` at all parameters ``full`` (D,)."""
-        return functional_call(self.model, self.layout.named(full) | self.buffers, (x,))
+    def parameters(self, theta: Tensor, base: Tensor) -> dict[str, Tensor]:
+        """All parameters by name: ``theta`` (P,) in its places, the rest constants from ``base`` (D,), so that no
+        derivative by them is formed on the way."""
+        named = {} if self._all else self.layout.named(base.detach())
+        parts = theta.split([len(self.layout.spans[name]) for name in self.trained])
+        return named | {n: part.reshape(self.layout.shapes[n]) for n, part in zip(self.trained, parts, strict=True)}
 
-    def losses(self, full: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    def outputs(self, full: Tensor | dict[str, Tensor], x: Tensor) -> Tensor:
+        """Model outputs ``(B, ...)`` at all parameters, ``full`` (D,) or by name."""
+        named = full if isinstance(full, dict) else self.layout.named(full)
+        return functional_call(self.model, named | self.buffers, (x,))
+
+    def losses(self, full: Tensor | dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         """Per-example losses ``f_i``, ``(B,)``."""
         return self.loss(self.outputs(full, x), y)
 
@@ -216,6 +303,7 @@ class Objective:
         copies: int = 1,
         rows: Tensor | None = None,
         memory: int | None = None,
+        cached: bool = False,
     ) -> Iterator:
         """``(positions, x, y)`` over examples, in parts so small that ``copies`` of their activations fit.
 
@@ -223,11 +311,13 @@ class Objective:
             examples: default the stage's own data.
             copies: how many activation sets one example costs (lanes, tangents).
             rows: only these positions, in this order (a mini-batch).
-            memory: bytes all copies of a part may take, default `WORKING_BYTES`.
+            memory: bytes all copies of a part may take, default `working_bytes`.
+            cached: half of that on a CPU, see there.
         """
         examples = self.data if examples is None else examples
         count = len(examples) if rows is None else len(rows)
-        step = max(1, (memory or WORKING_BYTES) // (self.bytes_per_example() * copies))
+        cost = self.bytes_per_example() * copies
+        step = max(1, (memory or working_bytes(self.device, cost, cached)) // cost)
         for start in range(0, count, step):
             part = slice(start, min(start + step, count)) if rows is None else rows[start : start + step]
             yield part, examples.x[part], examples.y[part]
@@ -259,7 +349,7 @@ class Lanes:
 
     def full(self, theta: Tensor) -> Tensor:
         """All parameters of each lane, ``(R, D)``."""
-        return self.base.index_copy(1, self.objective.rows, theta)
+        return self.objective.own.put(self.base.clone(), theta)
 
     def value_and_grad(self, theta: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """F ``(R,)`` and ∇F ``(R, P)`` at ``theta`` (R, P), over all data or the mini-batch ``rows``."""
@@ -271,20 +361,20 @@ class Lanes:
                 leaf = theta.detach().requires_grad_()
                 risk = (self.weights[:, part] * self._losses(leaf, x, y)).sum(1) / count  # (R,)
                 (gradient_part,) = torch.autograd.grad(risk.sum(), leaf)
-            value, gradient = value + risk.detach(), gradient + gradient_part
+            value, gradient = value + risk.detach(), gradient.add_(gradient_part)
         return value, gradient
 
     def _losses(self, theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
         o = self.objective
         if len(self) == 1:  # vmap over one lane would only cost
-            return o.losses(o.join(theta[0], self.base[0]), x, y)[None]
-        return vmap(lambda t, b: o.losses(o.join(t, b), x, y))(theta, self.base)
+            return o.losses(o.parameters(theta[0], self.base[0]), x, y)[None]
+        return vmap(lambda t, b: o.losses(o.parameters(t, b), x, y))(theta, self.base)
 
     def _penalty(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         o = self.objective
         value, gradient = o.weight_decay / 2 * (theta**2).sum(1), o.weight_decay * theta
         if self.centre is not None and o.alpha:
-            apart = theta[:, o.coupled] - self.centre
+            apart = o.held.take(theta) - self.centre
             value = value + o.alpha * (apart**2).sum(1)
-            gradient = gradient.index_add(1, o.coupled, 2 * o.alpha * apart)
+            gradient = o.held.add(gradient, 2 * o.alpha * apart)
         return value, gradient

@@ -95,7 +95,7 @@ class Pipeline:
         present = [p.objective.layout.flatten(s.model) for p, s in zip(self._prepared, self.stages, strict=True)]
         for k, (stage, full) in enumerate(zip(self.stages, present, strict=True)):
             p = self._prepared[k]
-            if k and not torch.equal(full[p.here["frozen"]], present[k - 1][p.there["frozen"]]):
+            if k and not torch.equal(p.here["frozen"].take(full), p.there["frozen"].take(present[k - 1])):
                 raise ValueError(
                     f"stage {stage.name!r}: frozen parameters {p.frozen} differ from those of stage "
                     f"{self.stages[k - 1].name!r}; copy them over, or train them: "
@@ -112,7 +112,7 @@ class Pipeline:
             lanes = p.lanes(start, previous, weight)
             if not warm:
                 lanes = p.start(lanes)
-            theta, report = stage.recipe.run(lanes, lanes.base[:, p.objective.rows], progress=progress)
+            theta, report = stage.recipe.run(lanes, p.objective.own.take(lanes.base), progress=progress)
             previous = lanes.full(theta)
             done.append(previous)
             reports.append(report)
@@ -208,7 +208,7 @@ class Pipeline:
         """∇F of a stage at the trained parameters, ``(P,)``; zero at an optimum."""
         k, trained = self.index(stage), self.trained()
         lanes = self._prepared[k].lanes(trained[k][None], trained[k - 1][None] if k else None, None)
-        return lanes.value_and_grad(trained[k][self._prepared[k].objective.rows][None])[1][0]
+        return lanes.value_and_grad(self._prepared[k].objective.own.take(trained[k])[None])[1][0]
 
     def evaluate(self, queries: Examples, target: str | Callable = "loss") -> Tensor:
         """The quantity q of each query at the trained parameters, ``(Q,)``, in nats for losses."""

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from .curvature import DataCurvature, curvature
-from .derivatives import CACHE_BYTES, cheapest_products, example_products, per_example_gradients
+from .derivatives import cheapest_products, example_products, per_example_gradients
 from .errors import ConvergenceWarning, IndefiniteCurvatureError
-from .objective import WORKING_BYTES
+from .objective import working_bytes
 from .pipeline import Pipeline
 from .solvers import ConjugateGradient, Exact
 from .storage import parse_bytes
@@ -151,7 +151,7 @@ def _plan_stage(pipeline, k: int, full: Tensor, queries: int, memory: int, kind:
         solver=Exact(memory) if exact else ConjugateGradient(),
         products=size if exact else (steps + 1) * queries,
         bytes=(dense if exact else columns)
-        + min(WORKING_BYTES + CACHE_BYTES, 40 * len(o.data) * o.bytes_per_example()),
+        + min(3 * working_bytes(o.device) // 2, 40 * len(o.data) * o.bytes_per_example()),
         seconds=(direct if exact else iterative) + scoring,
         reason=reason,
     )

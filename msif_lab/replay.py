@@ -42,7 +42,7 @@ class Trajectory:
     def run(self, bar=None) -> "Trajectory":
         """The whole stage once."""
         self.steps = list(self.recipe.steps(len(self.lanes.objective.data)))
-        theta = self.lanes.base[:, self.lanes.objective.rows]
+        theta = self.lanes.objective.own.take(self.lanes.base)
         state = self.recipe.start(theta)
         self._checkpoints, self._kept = [], None
         for segment in range(len(self.bounds) - 1):
@@ -160,7 +160,7 @@ def _segments(pipeline: Pipeline, memory: int, segments: int | None, runs: int):
     steps, checkpoint, record = {}, {}, {}
     for k, stage in enumerate(pipeline.stages):
         lanes = pipeline.fresh_lanes(k, pipeline.initial(k - 1)[None] if k else None)
-        theta = lanes.base[:, lanes.objective.rows]
+        theta = lanes.objective.own.take(lanes.base)
         walk = list(stage.recipe.steps(len(stage.data)))
         state = stage.recipe.start(theta)
         _, _, saved = stage.recipe.advance(lanes, theta, state, 0, *walk[0])

@@ -156,12 +156,10 @@ class Prepared:
         self.objective = Objective(
             stage.model, stage.data, stage.loss, stage.weight_decay, trained, alpha, self.coupled, where
         )
-        device = stage.data.x.device
-        (
-            self.here,
-            self.there,
-        ) = (  # flat positions of the shared parameters in this model and in the previous one
-            {k: side.positions(names).to(device) for k, names in (("coupled", self.coupled), ("frozen", self.frozen))}
+        # What any stage so far has trained; derivatives by the rest are never asked for.
+        self.live = {*trained, *(n for n in self.frozen if n in before.live)}
+        self.here, self.there = (  # places of the shared parameters in this model and in the previous one
+            {k: side.places(names) for k, names in (("coupled", self.coupled), ("frozen", self.frozen))}
             for side in (layout, layout if before is None else before.objective.layout)
         )
 
@@ -169,14 +167,14 @@ class Prepared:
         """The lanes of a fresh run: what is taken over and trained on starts at W*."""
         if lanes.centre is None:
             return lanes
-        return replace(lanes, base=lanes.base.index_copy(1, self.here["coupled"], lanes.centre))
+        return replace(lanes, base=self.here["coupled"].put(lanes.base.clone(), lanes.centre))
 
     def lanes(self, base: Tensor, previous: Tensor | None, weights: Tensor | None) -> Lanes:
         """The objective of R weightings: ``base`` (R, D), ``previous`` (R, D') the stage before, ``weights`` (R, m)."""
         centre = None
         if previous is not None:
-            base = base.index_copy(1, self.here["frozen"], previous[:, self.there["frozen"]])
-            centre = previous[:, self.there["coupled"]]
+            base = self.here["frozen"].put(base.clone(), self.there["frozen"].take(previous))
+            centre = self.there["coupled"].take(previous)
         weights = base.new_ones(len(base), len(self.objective.data)) if weights is None else weights
         return Lanes(self.objective, base, centre, weights)
 

@@ -113,7 +113,7 @@ class UnrolledInfluence:
         fit, sweep = 0.0, 0.0
         for k, stage in enumerate(pipeline.stages):
             o, lanes = pipeline.objective(k), pipeline.fresh_lanes(k, pipeline.initial(k - 1)[None] if k else None)
-            theta, full = lanes.base[:, o.rows], lanes.base[0]
+            theta, full = o.own.take(lanes.base), lanes.base[0]
             batch, rate = next(iter(stage.recipe.steps(len(stage.data))))
             cotangents = torch.ones_like(theta).expand(plan.part, -1)
             every = bool(k and pipeline.prepared(k).frozen)
@@ -216,7 +216,7 @@ class UnrolledInfluence:
         """Backwards through all stages down to ``first``, in parts of the queries; its scores ``(Q, N)``."""
         o = self._pipeline.objective(-1)
         gradients = [g for _, g in per_example_gradients(o, runs[-1].final[0], queries, function, every=True)]
-        norms = {k: torch.zeros(len(runs[k].steps) + 1, dtype=o.dtype, device=o.rows.device) for k in range(len(runs))}
+        norms = {k: torch.zeros(len(runs[k].steps) + 1, dtype=o.dtype, device=o.device) for k in range(len(runs))}
         total, parts = self.plan_.sweeps * sum(len(run.steps) for run in runs[first:]), []
         with progress_bar(total, "sweep", progress) as bar:
             for part in torch.cat(gradients).split(self.plan_.part):  # (Q, D): ∇q by all of the last stage
@@ -244,8 +244,8 @@ class UnrolledInfluence:
         o, decay = p.objective, recipe.decay(run.lanes)
         every, ridge = k > first and bool(p.frozen), o.ridge - decay  # the penalty's curvature as ∇L_B has it
         scores = cotangent.new_zeros(len(cotangent), len(o.data))
-        theta_bar, frozen_bar = cotangent[:, o.rows], cotangent[:, p.here["frozen"]]
-        centre_bar = cotangent.new_zeros(len(cotangent), len(o.coupled))
+        theta_bar, frozen_bar = o.own.take(cotangent), p.here["frozen"].take(cotangent)
+        centre_bar = cotangent.new_zeros(len(cotangent), o.held.size)
         state_bar = recipe.start(theta_bar)  # zeros: q does not ask for the optimiser's memory
         norms[-1] += theta_bar.norm(dim=1).sum()
         probes, signs = self._at[k] if self.leave_one_out and k == first else (None, None)
@@ -267,10 +267,10 @@ class UnrolledInfluence:
                         bent = own_products("hessian", o, full, o.data.x[part], o.data.y[part], shift)
                         scores[:, part] -= g_bar @ bent.T / len(batch)
                 if every:  # what is frozen shapes every step's gradient
-                    frozen_bar = frozen_bar + product[:, p.here["frozen"]]
-                    product = product[:, o.rows]
+                    frozen_bar = frozen_bar + p.here["frozen"].take(product)
+                    product = o.own.take(product)
                 theta_bar = theta_bar + product + ridge * g_bar
-                centre_bar -= 2 * o.alpha * g_bar[:, o.coupled]  # the gradient holds 2α (θ_S − c)
+                centre_bar -= 2 * o.alpha * o.held.take(g_bar)  # the gradient holds 2α (θ_S − c)
                 norms[step] += theta_bar.norm(dim=1).sum()
                 bar.update()
         if not bool(torch.isfinite(theta_bar).all()):
@@ -281,8 +281,8 @@ class UnrolledInfluence:
         if k == 0:
             return theta_bar, scores
         before = cotangent.new_zeros(len(cotangent), self._pipeline.objective(k - 1).layout.size)
-        before[:, p.there["coupled"]] = theta_bar[:, o.coupled] + centre_bar  # where the run starts, what holds it
-        before[:, p.there["frozen"]] = frozen_bar
+        p.there["coupled"].put(before, o.held.take(theta_bar) + centre_bar)  # where the run starts, what holds it
+        p.there["frozen"].put(before, frozen_bar)
         return before, scores
 
     def check(

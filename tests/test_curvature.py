@@ -9,7 +9,7 @@ from torch.func import functional_call, jacrev, vmap
 from torch.nn import functional
 
 import msif_lab as msif
-from msif_lab import curvature, derivatives, objective
+from msif_lab import objective
 from msif_lab.curvature import own_products
 from msif_lab.objective import Lanes
 
@@ -290,10 +290,7 @@ class Step(int):
 
 
 def chunk_by(monkeypatch, rows):
-    monkeypatch.setattr(objective, "WORKING_BYTES", Step(rows))
-    for module in (curvature, derivatives):
-        monkeypatch.setattr(module, "CACHE_BYTES", Step(rows))
-    monkeypatch.setattr(curvature, "WORKING_BYTES", Step(7 if rows == 7 else 10**6))  # columns of a product
+    monkeypatch.setattr(objective, "WORKING_BYTES", Step(rows))  # an override is exact
 
 
 def everything(pipeline, queries, corrected):

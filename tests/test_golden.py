@@ -109,7 +109,7 @@ def test_schur_bridge_between_the_cases():
     gradients = torch.cat([g for _, g in per_example_gradients(o, point, queries, every=True)])
     solution, _ = full._prepared[1].solve(gradients[:, o.rows].T)
     p = proximal.prepared(1)
-    cotangent_full = full._pull_back(1, gradients, solution.T)[:, p.there["coupled"]]
+    cotangent_full = p.there["coupled"].take(full._pull_back(1, gradients, solution.T))
 
     hessian = proximal.curvature(1).dense()
     hessian[o.coupled, o.coupled] -= 2 * alpha
