@@ -1,0 +1,196 @@
+"""Ready for millions of parameters: only what is trained is differentiated, memory is bounded, the numbers are the same."""
+
+import time
+
+import pytest
+import torch
+from conftest import random_pipeline, random_queries
+from torch import nn
+
+import msif_lab as msif
+from msif_lab import influence, objective
+from msif_lab.derivatives import cross_products
+from msif_lab.layers import Scale, find_layers
+from msif_lab.objective import Objective, Places, working_bytes
+
+F64 = torch.float64
+
+
+def draw(*size, seed=0, dtype=F64):
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def close(actual, expected, tol=1e-10):
+    assert actual.shape == expected.shape
+    assert float((actual - expected).abs().max()) <= tol * float(expected.abs().max())
+
+
+def test_places_are_positions():
+    """Spans in any order, touching or empty, against a table of positions."""
+    for spans in ([range(2, 5), range(5, 7), range(0, 1)], [range(3, 9)], [range(4, 4)], []):
+        places, flat = Places(spans), draw(3, 9)
+        table = torch.tensor([i for span in spans for i in span], dtype=torch.int64)
+        values = draw(3, len(table), seed=1)
+        assert torch.equal(places.table(flat.device), table)
+        assert places.size == len(table)
+        assert torch.equal(places.take(flat), flat[:, table])
+        assert torch.equal(places.put(flat.clone(), values), flat.index_copy(1, table, values))
+        assert torch.equal(places.add(flat.clone(), values), flat.index_add(1, table, values))
+        assert torch.equal(places.add(flat.clone(), 2.0), flat.index_add(1, table, torch.full_like(values, 2.0)))
+    assert len(Places([range(0, 3), range(3, 8)]).spans) == 1
+
+
+@pytest.mark.parametrize("kind", ["mlp", "convnet"])
+def test_a_frozen_stage_is_differentiated_by_its_head_alone(kind):
+    """Every derivative by T through θ alone, against the rows T of the derivative by all D parameters."""
+    pipeline = random_pipeline(kind, link=msif.Frozen(), fit=False)
+    p, o = pipeline.prepared(1), pipeline.objective(1)
+    full, v = o.layout.flatten(o.model) + 0.3 * draw(o.layout.size), draw(o.size, 4)
+    padded = torch.zeros(o.layout.size, 4, dtype=F64).index_copy(0, o.rows, v)
+    for operator in (msif.Hessian, msif.GGN):
+        close(operator(o, full, ridge=False) @ v, (operator(o, full, every=True) @ padded)[o.rows])
+    every = torch.cat([g for _, g in msif.per_example_gradients(o, full, every=True)])
+    close(torch.cat([g for _, g in msif.per_example_gradients(o, full)]), every[:, o.rows])
+    for mode in ("forward", "gradients", "layers"):
+        close(msif.example_products(o, full, v, mode=mode), (every[:, o.rows] @ v).T)
+    weights = draw(len(o.data), seed=2).abs()
+    mixed = msif.Hessian(o, full, weights, every=True) @ padded
+    close(cross_products(o, full, p.frozen, v.T, weights), p.here["frozen"].take(mixed.T))
+    leaf = full.clone().requires_grad_()
+    named = o.parameters(leaf[o.rows], leaf)
+    backbone = torch.autograd.grad(o.losses(named, o.data.x, o.data.y).sum(), leaf)[0]
+    assert float(p.here["frozen"].take(backbone).abs().max()) == 0
+
+
+def test_nothing_is_pulled_back_to_what_nobody_trained(monkeypatch):
+    """Frozen scales shared through a Proximal link: no product is spent on them, and the scores are the same."""
+    pipeline = random_pipeline("mlp", link=msif.Proximal(0.3), fit=False)
+    for stage in pipeline.stages:
+        next(stage.model.parameters()).requires_grad_(False)
+    first = next(pipeline.stages[0].model.named_parameters())[0]
+    state = {first: pipeline.stages[0].model.get_parameter(first).detach()}
+    pipeline.stages[1].model.load_state_dict(state, strict=False)
+    pipeline = msif.Pipeline(pipeline.stages).fit(progress=False)
+    assert pipeline.prepared(1).frozen == [first]
+    assert first not in pipeline.prepared(1).live
+    monkeypatch.setattr(influence, "cross_products", lambda *_: pytest.fail("worked for nothing"))
+    scores = msif.ImplicitInfluence(curvature="ggn").fit(pipeline).score(random_queries(pipeline))
+    assert float(scores.values.abs().max()) > 0
+
+
+@pytest.mark.parametrize("link", [msif.Frozen(), msif.Proximal(0.3)], ids=["frozen", "proximal"])
+def test_queries_in_groups_score_the_same(link, monkeypatch):
+    pipeline = random_pipeline("mlp", link=link)
+    queries = random_queries(pipeline, n=7)
+    for settings in ({}, {"leave_one_out": True}):
+        attributor = msif.ImplicitInfluence(msif.ConjugateGradient(1e-12), curvature="ggn", **settings).fit(pipeline)
+        expected, report = attributor.score(queries).values, attributor.report_["stage0"]
+        size = max(pipeline.objective(k).layout.size for k in (0, 1))
+        monkeypatch.setattr(influence, "SOLVING_BYTES", 3 * 10 * size * 8)
+        assert attributor._side_by_side(0) == 3
+        close(attributor.score(queries).values, expected)
+        grouped = attributor.report_["stage0"]
+        assert grouped.products >= report.products - 7  # columns stop at the same step, up to rounding
+        assert len(grouped.residuals) == len(report.residuals) == 7
+        assert bool(grouped.converged.all())
+        monkeypatch.undo()
+    top = attributor = msif.ImplicitInfluence(curvature="ggn").fit(pipeline)
+    monkeypatch.setattr(influence, "SOLVING_BYTES", 1)
+    close(top.score(queries, top=2).lowest.values, attributor.score(queries).values.sort(1).values[:, :2])
+
+
+def test_working_memory(monkeypatch):
+    cpu = torch.device("cpu")
+    assert working_bytes(cpu) == 64 * 10**6
+    assert working_bytes(cpu, cached=True) == 32 * 10**6
+    assert working_bytes(cpu, example=10**7) == 160 * 10**6  # 16 of them
+    assert working_bytes(cpu, example=10**9) == 256 * 10**6
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4 * 10**9, 80 * 10**9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 30 * 10**9)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10 * 10**9)
+    assert working_bytes(torch.device("cuda")) == 10 * 10**9
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 28 * 10**9)
+    assert working_bytes(torch.device("cuda")) == 3 * 10**9  # half of what is left
+    monkeypatch.setenv("MSIF_WORKING_BYTES", "2GB")
+    assert working_bytes(cpu) == 2 * 10**9
+    monkeypatch.setattr(objective, "WORKING_BYTES", 123)
+    assert working_bytes(cpu, 10**9) == 123
+    monkeypatch.undo()
+    monkeypatch.setenv("MSIF_WORKING_BYTES", "much")
+    with pytest.raises(ValueError, match="MSIF_WORKING_BYTES='much'"):
+        working_bytes(cpu)
+
+
+class Normed(nn.Module):
+    """A trained norm of each kind, in-place activations, a skip connection."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.batch = nn.Conv2d(2, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.second, self.group = nn.Conv2d(4, 4, 3, padding=1), nn.GroupNorm(2, 4)
+        self.relu, self.flat, self.head = nn.ReLU(inplace=True), nn.BatchNorm1d(4), nn.Linear(4, 3)
+        self.batch.running_mean.normal_(generator=torch.Generator().manual_seed(1))
+        self.batch.running_var.add_(0.5)
+
+    def forward(self, x):
+        z = self.relu(self.batch(self.conv(x)))
+        y = self.group(self.second(z))
+        y += z
+        return self.head(self.flat(torch.tanh(y).mean((2, 3))))
+
+
+def test_norm_layers_are_seen():
+    torch.manual_seed(0)
+    model = Normed().double().eval()
+    o = Objective(model, msif.Examples(draw(9, 2, 5, 5), torch.arange(9) % 3), msif.cross_entropy, 0.1)
+    full, v = o.layout.flatten(model) + 0.1 * draw(o.layout.size, seed=2), draw(o.size, 20)
+    assert sum(isinstance(layer, Scale) for layer in find_layers(o)) == 3
+
+    def outputs(t, x):
+        return o.outputs(t, x[None])[0]
+
+    j = torch.func.vmap(torch.func.jacrev(outputs), (None, 0))(full, o.data.x)
+    p = o.outputs(full, o.data.x).softmax(1)
+    ggn = torch.einsum("bap,bac,bcq->pq", j, torch.diag_embed(p) - p[:, :, None] * p[:, None], j) / 9
+    gradients = torch.einsum("bc,bcp->bp", p - nn.functional.one_hot(o.data.y, 3), j)
+    close(msif.GGN(o, full, ridge=False) @ v, ggn @ v)
+    close(msif.GGN(o, full, ridge=False).dense(), ggn)
+    close(torch.cat([g for _, g in msif.per_example_gradients(o, full)]), gradients)
+    for columns in (1, 20):  # each layer by its inputs, and by its gradients
+        found = msif.example_products(o, full, v[:, :columns], mode="layers")
+        close(found, (gradients @ v[:, :columns]).T)
+
+
+@pytest.mark.parametrize("link", ["frozen", "proximal"])
+def test_resnet18_end_to_end(link):
+    """torchvision's own ResNet-18, 11 million parameters, in both links."""
+    resnet18 = pytest.importorskip("torchvision").models.resnet18
+
+    def net(classes, seed):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return resnet18(num_classes=classes).eval()
+
+    def shared(name):
+        return not name.startswith("fc.")
+
+    start, before, after = time.perf_counter(), net(6, 0), net(4, 1)
+    after.load_state_dict({n: t for n, t in before.state_dict().items() if shared(n)}, strict=False)
+    data = [
+        msif.Examples(draw(8, 3, 32, 32, seed=k, dtype=torch.float32), torch.arange(8) % c)
+        for k, c in enumerate((6, 4, 4))
+    ]
+    how = msif.Frozen(shared) if link == "frozen" else msif.Proximal(0.05, shared)
+    stages = [
+        msif.Stage("pretrain", before, data[0], weight_decay=1e-2),
+        msif.Stage("finetune", after, data[1], weight_decay=1e-2, link=how),
+    ]
+    pipeline = msif.Pipeline(stages).adopt()
+    assert find_layers(pipeline.objective(0)) is not None
+    attributor = msif.ImplicitInfluence(msif.ConjugateGradient(max_iter=2), curvature="ggn", damping=0.1)
+    with pytest.warns(msif.ConvergenceWarning):  # random weights, two steps
+        scores = attributor.fit(pipeline).score(data[2][:2])
+    assert scores.values.shape == (2, 8)
+    assert float(scores.values.abs().min()) > 0
+    assert attributor.report_["pretrain"].products == 4
+    print(f"{link}: {time.perf_counter() - start:.1f} s")
