@@ -71,6 +71,7 @@ class DataCurvature(Operator):
 
     def _product(self, vectors: Tensor) -> Tensor:
         # Columns share one linearisation; both they and the examples are cut so that tangents fit.
+        vectors = vectors.T.contiguous().T  # each in one piece, and so the results
         result = torch.zeros_like(vectors) if self.ridge is None else self.ridge[:, None] * vectors
         o, count = self.objective, len(self.objective.data)
         width = self._width(o.bytes_per_example() * max(1, min(64, count) // 16), vectors.shape[1])
@@ -106,7 +107,7 @@ class Hessian(DataCurvature):
                     torch.autograd.grad(first, theta, v, retain_graph=True, materialize_grads=True)[0]
                     for v in vectors.T
                 ]
-            return torch.stack(again, 1)
+            return torch.stack(again).T
         gradient = grad(lambda theta: (weights * o.losses(self._full(theta), x, y)).sum())
         if self.dtype == torch.float64 and any(len(shape) > 2 for shape in o.layout.shapes.values()):
             return vmap(lambda v: jvp(gradient, (self.theta,), (v,))[1], in_dims=1, out_dims=1)(vectors)
@@ -159,6 +160,7 @@ class GGN(DataCurvature):
         count = self._outputs()
         if layers is None or count > 2 * vectors.shape[1]:
             return super()._product(vectors)
+        vectors = vectors.T.contiguous().T
         result = torch.zeros_like(vectors) if self.ridge is None else self.ridge[:, None] * vectors
         numbers = count * sum(layer.numel for layer in layers)
         most, element = max(layer.numel for layer in layers), vectors.element_size()
@@ -203,6 +205,8 @@ class GGN(DataCurvature):
             pushed = jvp(model, (self.theta,), (v,))[1]  # J v
             return pull_back(jvp(gradient, (outputs,), (pushed,))[1])[0]  # Jᵀ Λ J v
 
+        if vectors.shape[1] <= 2:  # vmap would only cost
+            return torch.stack([product(v) for v in vectors.T]).T
         return vmap(product, in_dims=1, out_dims=1)(vectors)
 
     def dense_multiplications(self, examples: int) -> float:
