@@ -91,8 +91,8 @@ def product_chunks(
     """``(positions, ∇f_iᵀ v_q (Q, B))`` chunk by chunk, so that data of any length pass through.
 
     Three ways to the same numbers: ``"layers"``, one backward pass for all queries and layer by layer
-    ``Σ_l s_lᵀ V a_l`` by whatever takes fewer multiplications (`Layer.along`); ``"forward"``, one directional derivative
-    per vector and no gradient at all; ``"gradients"``, per-example gradients times the (P, Q) matrix.
+    ``Σ_l s_lᵀ V a_l`` by whatever takes fewer multiplications (`Layer.along`); ``"forward"``, one directional
+    derivative per vector and no gradient at all; ``"gradients"``, per-example gradients times the (P, Q) matrix.
     """
     o, layers = objective, find_layers(objective)
     if mode not in ("auto", "forward", "gradients", "layers") or (mode == "layers" and layers is None):
@@ -122,7 +122,7 @@ def cheapest_products(o: Objective, queries: int) -> str:
     """The mode of `product_chunks` that is cheapest: layers where they hold θ.
 
     Elsewhere a directional derivative costs an epoch a query, and per-example gradients 2.6 for all of them. That
-    holds for 11 million parameters too: reading (P, Q) for every few examples takes less than Q derivatives of a ResNet.
+    holds for 11 million parameters too: reading (P, Q) for every few examples takes less than Q derivatives.
     """
     if find_layers(o) is not None:
         return "layers"

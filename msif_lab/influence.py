@@ -284,10 +284,10 @@ class ImplicitInfluence:
         return Influence(values, scored.data.ids, queries.ids, scored.name, target_name(target), repr(self))
 
     def _side_by_side(self, first: int) -> int:
-        """How many queries are solved at once: a solver holds about eight vectors of each, and two go between stages."""
+        """How many queries are solved at once: a solver holds about eight vectors of each, the stages two."""
         sizes = [self._pipeline.objective(k).layout.size for k in range(first, len(self._full))]
-        device = self._full[-1].device
-        room = SOLVING_BYTES if device.type != "cuda" else 2 * working_bytes(device)
+        cuda = self._full[-1].is_cuda
+        room = 2 * working_bytes(self._full[-1].device) if cuda else SOLVING_BYTES
         return max(1, room // (10 * max(sizes) * self._full[-1].element_size()))
 
     def _solve(self, queries: Examples, function, first: int, reports: list) -> tuple[Tensor, Tensor | None]:
@@ -334,9 +334,7 @@ class ImplicitInfluence:
         """
         o, full = self._pipeline.objective(k), self._full[k]
         size = o.size * len(o.data) * full.element_size()
-        require_memory(
-            size, SHIFT_BYTES, "leave_one_out=True", "score without it, or a smaller model or data set"
-        )
+        require_memory(size, SHIFT_BYTES, "leave_one_out=True", "score without it, or a smaller model or data set")
         shifts, failed = [], []
         for rows, gradients in per_example_gradients(o, full):
             x, y, b = o.data.x[rows], o.data.y[rows], gradients / len(o.data)
@@ -380,16 +378,9 @@ class ImplicitInfluence:
 
 def _together(reports: Sequence[SolveReport]) -> SolveReport:
     """The report of queries that were solved in groups."""
-    return replace(
-        reports[0],
-        iterations=max(r.iterations for r in reports),
-        residuals=torch.cat([r.residuals for r in reports]),
-        converged=torch.cat([r.converged for r in reports]),
-        smallest_curvature=min(r.smallest_curvature for r in reports),
-        products=sum(r.products for r in reports),
-        bytes=max(r.bytes for r in reports),
-        seconds=sum(r.seconds for r in reports),
-    )
+    ways = {"iterations": max, "bytes": max, "smallest_curvature": min, "products": sum, "seconds": sum}
+    ways |= {"residuals": torch.cat, "converged": torch.cat}
+    return replace(reports[0], **{name: way([getattr(r, name) for r in reports]) for name, way in ways.items()})
 
 
 def _refuse_warm_start(stage: Stage) -> None:

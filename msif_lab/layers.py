@@ -3,7 +3,8 @@
 A layer ``z = W a + b`` has ``∂q/∂W = Σ_l s_l a_lᵀ`` with ``a`` its inputs at L positions and ``s = ∂q/∂z``. So one
 forward and one backward pass that forms no weight gradient give, for every example at once, ``∇q·v = Σ_l s_lᵀ V a_l``
 for any v, the gradients themselves, and ``J v``, ``Jᵀ u`` of the outputs: no tangent ever passes through activations
-or pooling. A norm layer is `Scale`, ``z = γ a + β``. Networks with trained parameters elsewhere are left to `torch.func` (`find_layers` gives None).
+or pooling. A norm layer is `Scale`, ``z = γ a + β``.
+Networks with trained parameters elsewhere are left to `torch.func` (`find_layers` gives None).
 """
 
 import functools
@@ -59,7 +60,7 @@ class Layer:
         return (self.parameters + self.positions * self.parameters // len(self.module.weight)) * element
 
     def pushes(self, columns: int) -> bool:
-        """Whether ``s·(V a)`` takes fewer multiplications than the gradient and its products with all columns: ``L P K``
+        """Whether ``s·(V a)`` is cheaper than the gradient and its products with all columns: ``L P K`` multiplications
         against ``L P`` and ``P K``, small matrices one by one that take twice as long each (bench_scoring.py)."""
         return self.positions * columns <= 2 * (self.positions + columns)
 

@@ -1,4 +1,4 @@
-"""Ready for millions of parameters: only what is trained is differentiated, memory is bounded, the numbers are the same."""
+"""Ready for millions of parameters: derivatives by what is trained only, bounded memory, the same numbers."""
 
 import time
 
