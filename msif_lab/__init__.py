@@ -33,10 +33,12 @@ from .errors import (
 from .exercises import check
 from .influence import ImplicitInfluence, Influence, Ranking
 from .lbfgs import LBFGS
+from .lowrank import Jacobi, LowRank
 from .models import EmbeddingHead, convnet, mlp, softmax_regression
 from .objective import cross_entropy, mean_squared_error, next_token_loss
 from .pipeline import Pipeline, Retrained
-from .solvers import ConjugateGradient, Exact, SolveReport, Spectrum, schur_complement
+from .krylov import MINRES, ConjugateGradient
+from .solvers import Exact, SolveReport, Spectrum, schur_complement
 from .stages import Frozen, Proximal, Stage, WarmStart
 from .training import SGD, Adam, AdamW, FitReport
 from .unrolled import UnrolledInfluence
