@@ -19,6 +19,7 @@ from .comparison import Agreement, agreement, compare_methods, method_table, noi
 from .curvature import GGN, Hessian, Operator, example_products, per_example_gradients
 from .data import Examples, load_digits
 from .datasets import load_cifar10, load_mnist
+from .ekfac import EKFAC
 from .errors import (
     ConvergenceWarning,
     DataUnavailableError,
@@ -32,12 +33,13 @@ from .errors import (
 )
 from .exercises import check
 from .influence import ImplicitInfluence, Influence, Ranking
+from .krylov import MINRES, ConjugateGradient
 from .lbfgs import LBFGS
+from .lissa import LiSSA
 from .lowrank import Jacobi, LowRank
 from .models import EmbeddingHead, convnet, mlp, softmax_regression
 from .objective import cross_entropy, mean_squared_error, next_token_loss
 from .pipeline import Pipeline, Retrained
-from .krylov import MINRES, ConjugateGradient
 from .solvers import Exact, SolveReport, Spectrum, schur_complement
 from .stages import Frozen, Proximal, Stage, WarmStart
 from .training import SGD, Adam, AdamW, FitReport
@@ -96,6 +98,11 @@ __all__ = [
     "example_products",
     "Exact",
     "ConjugateGradient",
+    "MINRES",
+    "LiSSA",
+    "LowRank",
+    "Jacobi",
+    "EKFAC",
     "SolveReport",
     "Spectrum",
     "schur_complement",

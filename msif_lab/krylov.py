@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .curvature import Operator
 from .errors import IndefiniteCurvatureError
-from .solvers import WAYS_OUT, Prepared, Settings, SolveReport, check_columns, ratio
+from .solvers import WAYS_OUT, Prepared, Settings, SolveReport, check_columns, ratio, verified
 
 __all__ = ["MINRES", "ConjugateGradient"]
 
@@ -38,23 +38,6 @@ def _directions(columns: Tensor) -> Tensor:
     q, r = torch.linalg.qr(columns * ratio(torch.ones_like(columns[0]), columns.norm(dim=0)))
     u, s, _ = torch.linalg.svd(r, full_matrices=False)
     return q @ u[:, s > 100 * torch.finfo(s.dtype).eps * s[0]] if bool(s[0] > 0) else q[:, :0]
-
-
-def verified(operator: Operator, x: Tensor, b: Tensor, residual: Tensor, tol: float) -> tuple[Tensor, int]:
-    """True residual vectors ``b − A x`` and the products that took.
-
-    A recursion drifts from the truth by rounding. One product tells: with random signs s, ``A(Xs) − Bs + Rs`` is on
-    average as long as all columns' drifts together. Only where that is not far below ``tol`` is each column's own
-    residual computed.
-    """
-    count = b.shape[1]
-    if count > 1:
-        generator = torch.Generator(device=b.device).manual_seed(0)
-        signs = torch.randint(0, 2, (count,), generator=generator, device=b.device).to(b.dtype) * 2 - 1
-        drift = float((operator @ (x @ signs) - b @ signs + residual @ signs).norm())
-        if drift <= 0.1 * tol:
-            return residual, 1
-    return b - operator @ x, count + (count > 1)
 
 
 @dataclass(frozen=True, repr=False)
@@ -130,7 +113,9 @@ class Preconditioned:
         b = columns[:, some] / norm[some]
         x, relative = torch.zeros_like(columns), (norm > 0).to(norm.dtype)
         iterations, smallest, products, way = 0, float("inf"), 0, self._shared if solver.block > 1 else self._separate
-        for part in torch.arange(len(some), device=b.device).split(solver.block if solver.block > 1 else len(some) or 1):
+        for part in torch.arange(len(some), device=b.device).split(
+            solver.block if solver.block > 1 else len(some) or 1
+        ):
             answer, left, rounds = torch.zeros_like(b[:, part]), b[:, part], 0
             residual, open_columns = left, torch.arange(len(part), device=b.device)
             while len(open_columns) and rounds < solver.max_iter:
@@ -138,7 +123,11 @@ class Preconditioned:
                 places = some[part][open_columns]
                 done = way(left[:, open_columns], solver.max_iter - rounds, rounds, relative, places)
                 answer[:, open_columns] += done.x
-                rounds, smallest, products = rounds + done.iterations, min(smallest, done.smallest), products + done.products
+                rounds, smallest, products = (
+                    rounds + done.iterations,
+                    min(smallest, done.smallest),
+                    products + done.products,
+                )
                 left = left.index_copy(1, open_columns, done.residual)
                 before = residual.norm(dim=0)
                 residual, spent = verified(self.operator, answer, b[:, part], left, solver.tol)
@@ -148,7 +137,7 @@ class Preconditioned:
             x[:, some[part]] = answer * norm[some[part]]
             relative[some[part]] = residual.norm(dim=0)
             iterations = max(iterations, rounds)
-        held = (6 * min(solver.block, len(some)) if solver.block > 1 else 6 * len(some)) * b.shape[0] * b.element_size()
+        held = 6 * min(width, len(some)) * b.shape[0] * b.element_size()
         held += getattr(self.made, "bytes", 0)
         way_out = "raise max_iter, add damping, use a preconditioner, or loosen tol"
         return x, solver.report(iterations, relative, smallest, products, held, start, way_out)

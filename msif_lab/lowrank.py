@@ -1,4 +1,4 @@
-"""Approximate inverses: a few directions of the curvature plus its diagonal; answers alone, or help for other solvers."""
+"""Approximate inverses: a few directions of the curvature plus its diagonal; solvers or preconditioners."""
 
 import time
 from dataclasses import dataclass
@@ -79,7 +79,7 @@ class Approximation:
         curvature = float((x * columns).sum() / (x * x).sum()) if count else float("inf")
         if self.solver.callback is not None:
             self.solver.callback(1, residuals.clone())
-        way_out = "an approximation stays one: give it a larger rank, or use it as ConjugateGradient(preconditioner=...)"
+        way_out = "this is an approximation: refine it by ConjugateGradient(preconditioner=...)"
         report = self.solver.report(0, residuals, curvature, products, self.bytes, start, way_out)
         return x, report
 
@@ -115,7 +115,7 @@ def jacobian_rows(base: DataCurvature, examples: Tensor, directions: Tensor) -> 
     def along(theta, x, d):
         return (o.outputs(base._full(theta), x[None]).reshape(-1) * d).sum()
 
-    chosen = Examples(o.data.x[examples], directions)
+    chosen = Examples(o.data[examples].x, directions)
     rows = [vmap(grad(along), in_dims=(None, 0, 0))(theta, x, d) for _, x, d in example_chunks(o, chosen)]
     return torch.cat(rows)
 
