@@ -53,7 +53,7 @@ class EKFAC(Settings):
     """
 
     tol: float = 1.0
-    max_iter: int = 1
+    max_iter: int = 2
     samples: int | None = 1
     batch_size: int = 256
     seed: int = 0

@@ -112,10 +112,9 @@ class Preconditioned:
         some = (norm > 0).nonzero().flatten()
         b = columns[:, some] / norm[some]
         x, relative = torch.zeros_like(columns), (norm > 0).to(norm.dtype)
-        iterations, smallest, products, way = 0, float("inf"), 0, self._shared if solver.block > 1 else self._separate
-        for part in torch.arange(len(some), device=b.device).split(
-            solver.block if solver.block > 1 else len(some) or 1
-        ):
+        iterations, smallest, products = 0, float("inf"), 0
+        way, width = (self._shared, solver.block) if solver.block > 1 else (self._separate, max(1, len(some)))
+        for part in torch.arange(len(some), device=b.device).split(width):
             answer, left, rounds = torch.zeros_like(b[:, part]), b[:, part], 0
             residual, open_columns = left, torch.arange(len(part), device=b.device)
             while len(open_columns) and rounds < solver.max_iter:
@@ -123,11 +122,8 @@ class Preconditioned:
                 places = some[part][open_columns]
                 done = way(left[:, open_columns], solver.max_iter - rounds, rounds, relative, places)
                 answer[:, open_columns] += done.x
-                rounds, smallest, products = (
-                    rounds + done.iterations,
-                    min(smallest, done.smallest),
-                    products + done.products,
-                )
+                rounds, products = rounds + done.iterations, products + done.products
+                smallest = min(smallest, done.smallest)
                 left = left.index_copy(1, open_columns, done.residual)
                 before = residual.norm(dim=0)
                 residual, spent = verified(self.operator, answer, b[:, part], left, solver.tol)
