@@ -176,14 +176,17 @@ class LowRank(Settings):
         """
         size, p = operator.shape[0], parts(operator)
         rank = min(self.rank, size)
+        if self.method == "jacobians":
+            if not isinstance(p.base, DataCurvature):
+                raise ValueError(f"{p.base!r} has no examples: use LowRank(method='nystrom')")
+            o = p.base.objective
+            rank = min(self.rank, len(o.data) * o.outputs(p.base.full, o.data[:1].x).numel())
         if not bool((p.diagonal > 0).all()):
             raise ValueError("LowRank needs penalty or damping on every parameter: set weight_decay or damping")
         needed = (3 * rank * size + 2 * rank * rank) * p.diagonal.element_size()
         require_memory(needed, parse_bytes(self.memory), f"a rank-{rank} curvature", "lower rank or give more memory=")
         if self.method == "nystrom":
             return Woodbury(self, operator, _nystrom_rows(p, rank, self.seed), p.diagonal, products=rank)
-        if not isinstance(p.base, DataCurvature):
-            raise ValueError(f"{p.base!r} has no examples: use LowRank(method='nystrom')")
         examples, directions = output_directions(p.base, rank)
         return Woodbury(self, operator, jacobian_rows(p.base, examples, directions), p.diagonal)
 
