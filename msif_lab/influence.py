@@ -156,8 +156,8 @@ class ImplicitInfluence:
     With one stage this is Koh & Liang (2017); with two, the two cases of Chen et al. (2020).
 
     Args:
-        solver: how ``H v = a`` is solved: `Exact` (default), `ConjugateGradient`, or ``"auto"``: what `plan` suggests
-            for each stage, printed with its reason.
+        solver: how ``H v = a`` is solved: `Exact` (default), `ConjugateGradient`, `MINRES`, `LiSSA`, approximately by
+            `LowRank` or `EKFAC`, or ``"auto"``: what `plan` suggests for each stage, printed with its reason.
         curvature: ``"hessian"``, or ``"ggn"`` for what is inverted where the Hessian is not definite
             (the cross block of the frozen case stays exact).
         damping: added to H; a modelling choice, 0 by default.
