@@ -9,7 +9,8 @@ parameters, MNIST 10,000 × 20 queries, GGN + 1e-2, relative residual 1e-3; D is
 
 Costs are multiples of a plain forward and backward epoch over the job's data (batches of 250), the median of epochs
 timed in the worker's own process just before and after the job; what a process does once (lazy imports) is paid before,
-in a run on 60 examples, and given as "first", in seconds. Memory is the process's VmHWM over the job, and what
+in a run on 60 examples, and given as "first". All seconds are CPU seconds of the process, with one thread the same as
+wall time on an idle machine and still right on a busy one. Memory is the process's VmHWM over the job, and what
 of it came on top of imports and data. Errors are against `peers/run_reference.py`, plain PyTorch: max |s − s*| / max |s*|
 and the median over queries of Pearson's r. The environments reuse this one's PyTorch through a .pth file.
 """
@@ -93,13 +94,15 @@ def environment(peer: str, work: pathlib.Path) -> tuple[str | None, str]:
     return str(python), ""
 
 
-def resident(pid: int) -> float:
-    """A process's memory now, in GB."""
+def usage(pid: int) -> tuple[float, float]:
+    """A process's memory now, in GB, and the CPU seconds it has used."""
     try:
         lines = pathlib.Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return 0.0
-    return next((int(line.split()[1]) / 1e6 for line in lines if line.startswith("VmRSS")), 0.0)
+        times = pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13]
+    except OSError:  # it has just ended
+        return 0.0, 0.0
+    memory = next((int(line.split()[1]) / 1e6 for line in lines if line.startswith("VmRSS")), 0.0)
+    return memory, sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
 
 
 def run_worker(python, script, args, name, variant, seconds, out) -> tuple[dict | None, str]:
@@ -109,12 +112,13 @@ def run_worker(python, script, args, name, variant, seconds, out) -> tuple[dict 
     command = [python, HERE / "peers" / f"run_{script}.py", args.work, name, variant, out]
     with open(f"{out}.log", "w") as log:
         process = subprocess.Popen([*command, "--threads", str(args.threads)], stdout=log, stderr=log, env=env)
-        start, reason = time.monotonic(), ""
+        reason = ""
         while process.poll() is None:
             time.sleep(0.1)
-            if time.monotonic() - start > seconds:
-                reason = f"stopped after {seconds:.0f} s"
-            elif resident(process.pid) > args.memory:
+            memory, used = usage(process.pid)
+            if used > seconds:
+                reason = f"stopped after {seconds:.0f} CPU seconds"
+            elif memory > args.memory:
                 reason = f"stopped at {args.memory} GB"
             if reason:
                 process.kill()
@@ -162,7 +166,8 @@ def main(args) -> None:
             f"{spec.curvature} + {spec.damping}; plain epoch {epoch:.3f} s, {args.threads} thread(s); {note}"
         )
         print(
-            form.format("job", "library", "variant", "epochs", "seconds", "first", "MB", "added", "max err", "r", ""), flush=True
+            form.format("job", "library", "variant", "epochs", "seconds", "first", "MB", "added", "max err", "r", ""),
+            flush=True,
         )
         for peer in args.peers:
             python, reason = pythons[peer]
@@ -200,7 +205,7 @@ if __name__ == "__main__":
     cache = pathlib.Path(tempfile.gettempdir()) / "msif_peers"
     parser.add_argument("--work", type=pathlib.Path, default=cache, help=f"environments, data, references; {cache}")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--timeout", type=float, default=900, help="seconds for one job of one library")
+    parser.add_argument("--timeout", type=float, default=900, help="CPU seconds for one job of one library")
     parser.add_argument("--limit-epochs", type=float, default=1500, help="the same in plain epochs")
     parser.add_argument("--memory", type=float, default=14, help="GB for one job of one library")
     parser.add_argument("--quick", action="store_true", help="only each library's first variant")

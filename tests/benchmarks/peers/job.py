@@ -74,16 +74,17 @@ class Job:
         return torch.utils.data.TensorDataset(self.qx, self.qy)
 
     def small(self) -> "Job":
-        """The first 60 examples and two queries, to run what happens only once per process."""
-        return replace(self, x=self.x[:60], y=self.y[:60], qx=self.qx[:2], qy=self.qy[:2])
+        """The first 60 examples and two queries, to run what happens only once per process; damped to be easy."""
+        easy = replace(self.spec, damping=10.0)
+        return replace(self, x=self.x[:60], y=self.y[:60], qx=self.qx[:2], qy=self.qy[:2], spec=easy)
 
     def epoch(self) -> float:
-        """Seconds of one plain forward and backward pass over the data."""
+        """CPU seconds of one plain forward and backward pass over the data."""
         parameters = list(self.net.parameters())
-        start = time.perf_counter()
+        start = time.process_time()
         for x, y in zip(self.x.split(BATCH), self.y.split(BATCH), strict=True):
             torch.autograd.grad(nn.functional.cross_entropy(self.net(x), y), parameters)
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     def epochs(self, seconds: float = 1.5) -> list[float]:
         """Plain epochs, at least three, for about this long."""
@@ -139,24 +140,25 @@ def work(run) -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     job = load(args.folder, args.job)
-    start = time.perf_counter()
+    start = time.process_time()
     if args.variant != "-":
         run(job.small(), args.variant)
-    first = time.perf_counter() - start
+    first = time.process_time() - start
     before = job.epochs()
     reset = pathlib.Path("/proc/self/clear_refs")
     if os.access(reset, os.W_OK):
         reset.write_text("5")  # VmHWM starts afresh, so that it is the job's
     resident = status("VmRSS")
-    start = time.perf_counter()
+    wall, start = time.perf_counter(), time.process_time()
     scores = run(job, args.variant)
-    seconds = time.perf_counter() - start
+    wall, seconds = time.perf_counter() - wall, time.process_time() - start
     peak = status("VmHWM")
     scores, note = scores if isinstance(scores, tuple) else (scores, "")
     after = job.epochs()
     numpy.save(args.out + ".npy", torch.as_tensor(scores).detach().numpy())
     facts = {
         "seconds": seconds,
+        "wall": wall,
         "first": first,
         "epoch": statistics.median(before + after),
         "drift": statistics.median(after) / statistics.median(before),

@@ -23,11 +23,11 @@ def run(job: Job, variant: str):
         loss_fn=nn.CrossEntropyLoss(reduction="sum"),
         batch_size=500,
         sample_wise_grads_per_batch=True,
-        hessian_reg=job.spec.damping,
+        hessian_reg=job.spec.damping * len(job.x),  # captum's Hessian is the sum over the data, not the mean
         hessian_inverse_tol=0.0,
         **settings,
     )
-    return -method.influence((job.qx, job.qy)) / len(job.x)
+    return -method.influence((job.qx, job.qy))
 
 
 if __name__ == "__main__":
