@@ -5,14 +5,16 @@
     python tests/benchmarks/bench_peers.py --jobs D --peers ours pydvl --threads 2 --out d.json
 
 Jobs: S softmax regression, 788 parameters, MNIST 2,000 × 20 queries, Hessian + 1e-2; M tanh conv net, 26,698
-parameters, MNIST 10,000 × 20 queries, GGN + 1e-2, relative residual 1e-3; D is M's net on 2,000 examples, Hessian + 0.2.
+parameters, MNIST 10,000 × 20 queries, GGN + 1e-2, relative residual 1e-3; D is M's net on 2,000 examples,
+Hessian + 0.2.
 
 Costs are multiples of a plain forward and backward epoch over the job's data (batches of 250), the median of epochs
-timed in the worker's own process just before and after the job; what a process does once (lazy imports) is paid before,
-in a run on 60 examples, and given as "first". All seconds are CPU seconds of the process, with one thread the same as
-wall time on an idle machine and still right on a busy one. Memory is the process's VmHWM over the job, and what
-of it came on top of imports and data. Errors are against `peers/run_reference.py`, plain PyTorch: max |s − s*| / max |s*|
-and the median over queries of Pearson's r. The environments reuse this one's PyTorch through a .pth file.
+timed in the worker's own process just before and after the job; what a process does once (lazy imports) is paid
+before, in a run on 60 examples, and given as "first". All seconds are CPU seconds of the process: with one thread the
+same as wall time on an idle machine, and still right on a busy one. Memory is the process's VmHWM over the job, and
+what of it came on top of imports and data. Errors are against `peers/run_reference.py`, plain PyTorch:
+max |s − s*| / max |s*| and the median over queries of Pearson's r. The environments reuse this one's PyTorch through
+a .pth file.
 """
 
 import argparse
@@ -165,10 +167,8 @@ def main(args) -> None:
             f"\n{name}: {spec.net}, {job.parameters:,} parameters, {len(job.x):,} examples × {len(job.qx)} queries, "
             f"{spec.curvature} + {spec.damping}; plain epoch {epoch:.3f} s, {args.threads} thread(s); {note}"
         )
-        print(
-            form.format("job", "library", "variant", "epochs", "seconds", "first", "MB", "added", "max err", "r", ""),
-            flush=True,
-        )
+        columns = ("epochs", "seconds", "first", "MB", "added", "max err", "r", "")
+        print(form.format("job", "library", "variant", *columns), flush=True)
         for peer in args.peers:
             python, reason = pythons[peer]
             variants = VARIANTS.get((name, peer), [])

@@ -37,7 +37,7 @@ PRETRAIN, FINETUNE = (0, 1, 2, 3, 4, 5), (6, 7, 8, 9)
 
 @dataclass
 class Size:
-    """How much of everything; `Size.help` is what the command line offers to change."""
+    """How much of everything; the command line can change the counts."""
 
     blocks: tuple[int, ...]
     pool: int
@@ -52,7 +52,7 @@ class Size:
 SIZES = {
     "full": Size((2, 2, 2, 2), 1, 6000, 1000, 4, 12, 20, 1e-2),
     "slice": Size((2, 2, 2, 2), 1, 64, 32, 2, 3, 6, 1e-1),
-    "tiny": Size((1, 1), 2, 60, 40, 2, 2, 4, 1e-1),
+    "tiny": Size((1, 1), 4, 60, 40, 2, 2, 4, 1e-1),
 }
 # Made by name: a solver that this version or machine lacks gives a line, not a crash.
 METHODS = {
@@ -252,11 +252,12 @@ def products(pipeline, device: str, counts=(1, 4)) -> list[dict]:
                 operator @ v[:, :1]
             with Meter(device) as meter:
                 operator @ v
-            row = {"kind": kind, "columns": count, "seconds": meter.seconds / count, "peak": meter.peak}
-            rows.append(row | {"epochs": row["seconds"] / plain})
+            seconds = meter.seconds / count
+            row = {"kind": kind, "columns": count, "seconds": seconds, "epochs": seconds / plain, "peak": meter.peak}
+            rows.append(row)
             print(
-                f"{kind:<8} product of {count} column(s): {row['seconds']:.3f} s = {row['epochs']:.1f} epochs a column, "
-                f"{1 / row['seconds']:.2f} products/s, peak {meter.peak:.0f} MB",
+                f"{kind:<8} product of {count} column(s): {row['seconds']:.3f} s = {row['epochs']:.1f} epochs "
+                f"a column, {1 / row['seconds']:.2f} products/s, peak {meter.peak:.0f} MB",
                 flush=True,
             )
     return rows
@@ -349,7 +350,11 @@ def main(args) -> None:
     warnings.simplefilter("ignore", msif.ConvergenceWarning)  # a few epochs of SGD are no optimum; residuals are shown
     device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} thread(s)"
     print(f"{device}, torch {torch.__version__}, size {args.size}", flush=True)
-    parts = (("pretrain", PRETRAIN, size.pretrain), ("finetune", FINETUNE, size.finetune), ("queries", FINETUNE, 200))
+    parts = (
+        ("pretrain", PRETRAIN, size.pretrain),
+        ("finetune", FINETUNE, size.finetune),
+        ("queries", FINETUNE, 50 * size.queries),
+    )
     data = {
         name: examples(args.data, classes, n, size.pool, "test" if name == "queries" else "train").to(args.device)
         for name, classes, n in parts
@@ -374,9 +379,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--size", choices=SIZES, default="full")
-    parser.add_argument(
-        "--data", type=pathlib.Path, help="folder with a pack, or any form of CIFAR-10 load_cifar10 reads"
-    )
+    parser.add_argument("--data", type=pathlib.Path, help="folder with a pack, or what load_cifar10 reads")
     parser.add_argument("--pack", type=pathlib.Path, help="only write a pack of --n training images into this folder")
     parser.add_argument("--n", type=int, default=12_000)
     parser.add_argument("--methods", nargs="+", default=["cg", *(m for m in METHODS if m != "cg")], choices=METHODS)

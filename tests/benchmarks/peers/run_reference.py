@@ -33,7 +33,8 @@ class Product:
         self.job, self.parameters = job, list(job.net.parameters())
 
     def shaped(self, v):
-        return [a.reshape(p.shape) for a, p in zip(v.split([p.numel() for p in self.parameters]), self.parameters)]
+        parts = v.split([p.numel() for p in self.parameters])
+        return [a.reshape(p.shape) for a, p in zip(parts, self.parameters, strict=True)]
 
     def __call__(self, columns):
         job, result = self.job, self.job.spec.damping * columns
