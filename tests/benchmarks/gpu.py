@@ -7,8 +7,9 @@
 
 torchvision's ResNet-18 with the usual CIFAR stem (3 × 3, stride 1, no pooling) is trained on six classes of CIFAR-10 by
 SGD, then finetuned with a new ``fc`` on the other four: `fc` alone (Frozen), or everything held near the pretrained
-weights (Proximal). BatchNorm is trained as usual in pretraining and fixed (eval mode) from then on, so that a loss
-belongs to its example. Scores are of the pretraining examples on held-out queries. r is the median over queries of
+weights (Proximal). BatchNorm normalises by its batch in pretraining and by the statistics of then (eval mode) ever
+after, so that a loss belongs to its example; its scales and shifts stay 1 and 0, since EK-FAC knows only Linear and
+Conv2d. Scores are of the pretraining examples on held-out queries. r is the median over queries of
 Pearson's r with the scores of plain CG. Everything is float32 unless --precision says otherwise, with its error shown.
 """
 
@@ -27,7 +28,7 @@ from torch import nn
 from torch.nn.functional import avg_pool2d, cross_entropy
 
 import msif_lab as msif
-from msif_lab import curvature, influence, objective
+from msif_lab import curvature, objective
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "peers"))
 from job import status
@@ -47,20 +48,23 @@ class Size:
     epochs: int
     max_iter: int
     tol: float
+    rank: int
 
 
 SIZES = {
-    "full": Size((2, 2, 2, 2), 1, 6000, 1000, 4, 12, 20, 1e-2),
-    "slice": Size((2, 2, 2, 2), 1, 64, 32, 2, 3, 6, 1e-1),
-    "tiny": Size((1, 1), 4, 60, 40, 2, 2, 4, 1e-1),
+    "full": Size((2, 2, 2, 2), 1, 6000, 1000, 4, 12, 20, 1e-2, 150),
+    "slice": Size((2, 2, 2, 2), 1, 64, 32, 4, 3, 6, 1e-1, 8),
+    "tiny": Size((1, 1), 4, 60, 40, 4, 2, 4, 1e-1, 30),
 }
 # Made by name: a solver that this version or machine lacks gives a line, not a crash.
 METHODS = {
-    "ekfac": lambda **kw: msif.EKFAC(),
-    "lowrank": lambda **kw: msif.LowRank(),
-    "cg": lambda **kw: msif.ConjugateGradient(**kw),
-    "cg-nystrom": lambda **kw: msif.ConjugateGradient(preconditioner="nystrom", **kw),
-    "cg-ekfac": lambda **kw: msif.ConjugateGradient(preconditioner="ekfac", **kw),
+    "cg": lambda rank, **kw: msif.ConjugateGradient(**kw),
+    "ekfac": lambda rank, **kw: msif.EKFAC(),
+    "lowrank": lambda rank, **kw: msif.LowRank(rank=rank, memory="60GB"),
+    "cg-ekfac": lambda rank, **kw: msif.ConjugateGradient(preconditioner=msif.EKFAC(), **kw),
+    "cg-lowrank": lambda rank, **kw: msif.ConjugateGradient(
+        preconditioner=msif.LowRank(rank=rank, memory="60GB"), **kw
+    ),
 }
 
 
@@ -119,7 +123,15 @@ def resnet(classes: int, blocks: tuple[int, ...], seed: int) -> nn.Module:
         for group in range(len(blocks), 4):
             setattr(net, f"layer{group + 1}", nn.Identity())
         net.fc = nn.Linear(64 * 2 ** (len(blocks) - 1), classes)
+    for layer in net.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.requires_grad_(False)
     return net
+
+
+def carried(net: nn.Module) -> list[str]:
+    """The trained parameters that finetuning takes over: the convolutions."""
+    return [n for n, p in net.named_parameters() if p.requires_grad and not n.startswith("fc.")]
 
 
 def train(net, data, epochs, lr, weight_decay, trained, alpha=0.0, centre=None, batch=100) -> float:
@@ -153,7 +165,8 @@ def build(size: Size, data: dict, device: str, weight_decay: float, alpha: float
     net = resnet(len(PRETRAIN), size.blocks, 0).to(device)
     train(net.train(), data["pretrain"], size.epochs, 0.1, weight_decay, net.parameters())
     net.eval()
-    backbone = {n: p.detach().clone() for n, p in net.named_parameters() if not n.startswith("fc.")}
+    shared = carried(net)
+    backbone = {n: net.get_parameter(n).detach().clone() for n in shared}
     print(f"pretrained: {accuracy(net, data['pretrain']):.1%} of its training images right", flush=True)
     pipelines = {}
     for name in ("frozen", "proximal"):
@@ -165,10 +178,6 @@ def build(size: Size, data: dict, device: str, weight_decay: float, alpha: float
         settings = (0.1, weight_decay, trained) if frozen else (0.02, weight_decay, trained, alpha, backbone)
         train(fine, data["finetune"], size.epochs, *settings)
         print(f"{name}: {accuracy(fine, data['queries']):.1%} of the held-out images right", flush=True)
-
-        def shared(n):
-            return not n.startswith("fc.")
-
         link = msif.Frozen(shared) if frozen else msif.Proximal(alpha, shared)
         stages = [
             msif.Stage("pretrain", copy.deepcopy(net), data["pretrain"], weight_decay=weight_decay),
@@ -204,10 +213,11 @@ class Meter:
 
 
 def widen(budget: int) -> None:
-    """Chunks of this many bytes where the library's own choice is one constant, made for a machine of 1 GB."""
-    for module in (objective, curvature, influence):
-        if hasattr(module, "WORKING_BYTES"):
-            module.WORKING_BYTES = budget
+    """Chunks of this many bytes where the library's own choice is a constant, made for a machine of 1 GB."""
+    for module in [m for n, m in sys.modules.items() if n.startswith("msif_lab.")]:
+        for name in ("WORKING_BYTES", "CACHE_BYTES"):
+            if hasattr(module, name):
+                setattr(module, name, budget)
 
 
 def set_precision(precision: str) -> None:
@@ -236,7 +246,7 @@ def products(pipeline, device: str, counts=(1, 4)) -> list[dict]:
 
     def epoch():
         for a, b in zip(x.split(250), y.split(250), strict=True):
-            torch.autograd.grad(cross_entropy(net(a), b), list(net.parameters()))
+            torch.autograd.grad(cross_entropy(net(a), b), [p for p in net.parameters() if p.requires_grad])
 
     epoch()
     with Meter(device) as meter:
@@ -307,13 +317,13 @@ def study(pipelines: dict, queries, size: Size, args, deadline: float) -> list[d
             try:
                 if time.perf_counter() > deadline:
                     raise OutOfTime("no time left")
-                solver = METHODS[name](tol=size.tol, max_iter=size.max_iter, callback=watch)
+                solver = METHODS[name](rank=size.rank, tol=size.tol, max_iter=size.max_iter, callback=watch)
                 method = msif.ImplicitInfluence(solver, curvature="ggn", damping=args.damping)
                 with Meter(args.device) as fit:
                     method.fit(pipeline)
                 with Meter(args.device) as score:
                     found[name] = method.score(queries).values.detach().cpu()
-            except (AttributeError, TypeError, ImportError, ValueError, OutOfTime, RuntimeError) as error:
+            except (msif.errors.MsifError, AttributeError, TypeError, ImportError, OutOfTime, RuntimeError) as error:
                 reason = f"{type(error).__name__}: {str(error).splitlines()[0][:110]}"
                 print(form.format(link, name, *"-------", reason), flush=True)
                 rows.append(row | {"failed": reason})
@@ -340,7 +350,7 @@ def study(pipelines: dict, queries, size: Size, args, deadline: float) -> list[d
 def main(args) -> None:
     start = time.perf_counter()
     size = SIZES[args.size]
-    for name in ("pretrain", "finetune", "queries", "epochs", "max_iter"):
+    for name in ("pretrain", "finetune", "queries", "epochs", "max_iter", "rank"):
         setattr(size, name, getattr(args, name) or getattr(size, name))
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -382,12 +392,12 @@ if __name__ == "__main__":
     parser.add_argument("--data", type=pathlib.Path, help="folder with a pack, or what load_cifar10 reads")
     parser.add_argument("--pack", type=pathlib.Path, help="only write a pack of --n training images into this folder")
     parser.add_argument("--n", type=int, default=12_000)
-    parser.add_argument("--methods", nargs="+", default=["cg", *(m for m in METHODS if m != "cg")], choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--precision", choices=("float32", "tf32", "bf16"), default="float32")
     parser.add_argument("--damping", type=float, default=1e-2)
     parser.add_argument("--alpha", type=float, default=0.05)
     parser.add_argument("--weight-decay", type=float, default=5e-4)
-    for name in ("pretrain", "finetune", "queries", "epochs", "max-iter", "threads", "working"):
+    for name in ("pretrain", "finetune", "queries", "epochs", "max-iter", "rank", "threads", "working"):
         parser.add_argument(f"--{name}", type=int, help="bytes of a chunk" if name == "working" else None)
     parser.add_argument("--budget", type=float, default=360, help="seconds after which no method is started or goes on")
     parser.add_argument("--out", type=pathlib.Path)

@@ -9,8 +9,9 @@ import msif_lab as msif
 SOLVERS = {
     "exact": lambda tol: msif.Exact(),
     "cg": lambda tol: msif.ConjugateGradient(tol=tol),
-    "cg-nystrom": lambda tol: msif.ConjugateGradient(tol=tol, preconditioner="nystrom"),
-    "cg-ekfac": lambda tol: msif.ConjugateGradient(tol=tol, preconditioner="ekfac"),
+    "cg-jacobi": lambda tol: msif.ConjugateGradient(tol=tol, preconditioner=msif.Jacobi()),
+    "cg-lowrank": lambda tol: msif.ConjugateGradient(tol=tol, preconditioner=msif.LowRank()),
+    "cg-ekfac": lambda tol: msif.ConjugateGradient(tol=tol, preconditioner=msif.EKFAC()),
     "minres": lambda tol: msif.MINRES(tol=tol),
     "lissa": lambda tol: msif.LiSSA(tol=tol),
     "lowrank": lambda tol: msif.LowRank(),
