@@ -317,7 +317,9 @@ class ImplicitInfluence:
             size, WORKING_BYTES * 8, "leave_one_out=True", "score without it, or a smaller model or data set"
         )
         shifts, failed = [], []
-        for rows, gradients in per_example_gradients(o, full):
+        few = max(1, WORKING_BYTES // (24 * o.size * full.element_size()))  # about as many (B, P) tensors at once
+        parts = torch.arange(len(o.data), device=full.device).split(few)
+        for rows, gradients in (chunk for part in parts for chunk in per_example_gradients(o, full, rows=part)):
             x, y, b = o.data.x[rows], o.data.y[rows], gradients / len(o.data)
             shift, residual, p, h_p = torch.zeros_like(b), b.clone(), torch.zeros_like(b), torch.zeros_like(b)
             before = b.new_full((len(b),), torch.inf)
@@ -344,7 +346,7 @@ class ImplicitInfluence:
                 good &= (b * shift).sum(1) <= HELD_UP * (b * first).sum(1)
             if not bool(good.all()):  # no nearby minimum without these; the derivative is what is left
                 shift[~good] = self._prepared[k].solve(b[~good].T)[0].T
-                failed += o.data.ids[rows][~good.cpu()].tolist()
+                failed += o.data.ids[rows.cpu()][~good.cpu()].tolist()
             shifts.append(shift)
         if failed:
             warnings.warn(
