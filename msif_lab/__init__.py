@@ -20,6 +20,7 @@ from .curvature import GGN, Hessian, Operator
 from .data import Examples, load_digits
 from .datasets import load_cifar10, load_mnist
 from .derivatives import example_products, per_example_gradients
+from .ekfac import EKFAC
 from .errors import (
     ConvergenceWarning,
     DataUnavailableError,
@@ -33,14 +34,17 @@ from .errors import (
 )
 from .exercises import check
 from .influence import ImplicitInfluence, Influence
+from .krylov import MINRES, ConjugateGradient
 from .lbfgs import LBFGS
+from .lissa import LiSSA
+from .lowrank import Jacobi, LowRank
 from .models import EmbeddingHead, convnet, mlp, softmax_regression
 from .objective import cross_entropy, mean_squared_error, next_token_loss
 from .pipeline import Pipeline, Retrained
 from .plan import Plan, StagePlan, plan
 from .precision import reduced_precision
 from .ranking import Ranking, TopInfluence
-from .solvers import ConjugateGradient, Exact, SolveReport, Spectrum, schur_complement
+from .solvers import Exact, SolveReport, Spectrum, schur_complement
 from .stages import Frozen, Proximal, Stage, WarmStart
 from .training import SGD, Adam, AdamW, FitReport
 from .unrolled import UnrolledInfluence
@@ -103,6 +107,11 @@ __all__ = [
     "example_products",
     "Exact",
     "ConjugateGradient",
+    "MINRES",
+    "LiSSA",
+    "LowRank",
+    "Jacobi",
+    "EKFAC",
     "SolveReport",
     "Spectrum",
     "schur_complement",

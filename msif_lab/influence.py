@@ -157,8 +157,8 @@ class ImplicitInfluence:
     With one stage this is Koh & Liang (2017); with two, the two cases of Chen et al. (2020).
 
     Args:
-        solver: how ``H v = a`` is solved: `Exact` (default), `ConjugateGradient`, or ``"auto"``: what `plan` suggests
-            for each stage, printed with its reason.
+        solver: how ``H v = a`` is solved: `Exact` (default), `ConjugateGradient`, `MINRES`, `LiSSA`, approximately by
+            `LowRank` or `EKFAC`, or ``"auto"``: what `plan` suggests for each stage, printed with its reason.
         curvature: ``"hessian"``, or ``"ggn"`` for what is inverted where the Hessian is not definite
             (the cross block of the frozen case stays exact).
         damping: added to H; a modelling choice, 0 by default.
@@ -336,7 +336,11 @@ class ImplicitInfluence:
         size = o.size * len(o.data) * full.element_size()
         require_memory(size, SHIFT_BYTES, "leave_one_out=True", "score without it, or a smaller model or data set")
         shifts, failed = [], []
-        for rows, gradients in per_example_gradients(o, full):
+        few = max(
+            1, working_bytes(o.device) // (24 * o.size * full.element_size())
+        )  # about as many (B, P) tensors at once
+        parts = torch.arange(len(o.data), device=full.device).split(few)
+        for rows, gradients in (chunk for part in parts for chunk in per_example_gradients(o, full, rows=part)):
             x, y, b = o.data.x[rows], o.data.y[rows], gradients / len(o.data)
             shift, residual, p, h_p = torch.zeros_like(b), b.clone(), torch.zeros_like(b), torch.zeros_like(b)
             before = b.new_full((len(b),), torch.inf)
@@ -363,7 +367,7 @@ class ImplicitInfluence:
                 good &= (b * shift).sum(1) <= HELD_UP * (b * first).sum(1)
             if not bool(good.all()):  # no nearby minimum without these; the derivative is what is left
                 shift[~good] = self._prepared[k].solve(b[~good].T)[0].T
-                failed += o.data.ids[rows][~good.cpu()].tolist()
+                failed += o.data.ids[rows.cpu()][~good.cpu()].tolist()
             shifts.append(shift)
         if failed:
             warnings.warn(

@@ -1,9 +1,10 @@
 """What a long call will cost, found by a short probe, and the solver that follows from it."""
 
 import copy
+import math
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,15 +12,18 @@ from torch import Tensor
 from .curvature import DataCurvature, curvature
 from .derivatives import cheapest_products, example_products, per_example_gradients
 from .errors import ConvergenceWarning, IndefiniteCurvatureError
+from .krylov import ConjugateGradient
+from .lowrank import LowRank
 from .objective import working_bytes
 from .pipeline import Pipeline
-from .solvers import ConjugateGradient, Exact
+from .solvers import Exact
 from .storage import parse_bytes
 
 __all__ = ["Plan", "StagePlan", "plan"]
 
 PROBE = 128  # examples
 STEPS = 60  # of the probe's conjugate gradients
+LARGE = 2000  # parameters from which a preconditioner pays
 
 
 @dataclass(frozen=True)
@@ -95,9 +99,9 @@ def plan(
 ) -> Plan:
     """Parameters, products, bytes and seconds of implicit influence before it is asked for, and a solver per stage.
 
-    A probe of a few seconds: one product, a few conjugate-gradient steps and one scoring of 128 examples a stage.
-    `Exact` is suggested where its matrices fit the memory and it is about as fast (it has no tolerance to
-    worry about and sees the smallest eigenvalue), `ConjugateGradient` elsewhere.
+    A probe of a few seconds: one product, one solve and one scoring with 128 examples a stage. `Exact` is suggested
+    where its matrices fit the memory and it is about as fast (it has no tolerance to worry about and sees the smallest
+    eigenvalue), `ConjugateGradient` elsewhere, with `LowRank` as its preconditioner for larger models.
 
     Args:
         pipeline: trained or adopted.
@@ -130,26 +134,29 @@ def _plan_stage(pipeline, k: int, full: Tensor, queries: int, memory: int, kind:
     operator, more = curvature(kind, few, full), len(o.data) / len(few.data)
     block = torch.cat([g for _, g in per_example_gradients(few, full, rows=torch.arange(min(queries, len(few.data))))])
     column = _seconds(lambda: operator @ block.T) * more / len(block)
-    steps, note = _steps(operator + damping if damping else operator, block[:1].T)
+    shifted = operator + damping if damping else operator
+    solver = _iterative(o, size, damping, memory, full.element_size())
+    products, note = _products(shifted, _scaled(solver, more), block.T)
+    products = round(products * queries / len(block))
     scoring = _seconds(lambda: example_products(few, full, block.T)) * more * queries / len(block)
     if cheapest_products(o, queries) == "gradients":
         scoring *= len(block) / queries  # once for all queries
     item = full.element_size()
     dense, columns = 4 * size * size * item, 5 * size * queries * item
-    direct, iterative = _dense_seconds(operator, column, len(o.data)), steps * queries * column
+    direct, iterative = _dense_seconds(operator, column, len(o.data)), products * column
     exact = dense <= memory and direct <= 2 * iterative
     if exact:
         reason = f"{dense / 1e6:,.0f} MB of dense matrices fit, and about {direct:,.1f} s against {iterative:,.1f} s"
     elif dense > memory:
-        reason = f"dense matrices would take {dense / 1e6:,.0f} MB; about {steps} steps{note}"
+        reason = f"dense matrices would take {dense / 1e6:,.0f} MB; about {products} products{note}"
     else:
-        reason = f"about {steps} steps, {iterative:,.1f} s, where a dense matrix takes {direct:,.1f} s{note}"
+        reason = f"about {products} products, {iterative:,.1f} s, where a dense matrix takes {direct:,.1f} s{note}"
     return StagePlan(
         stage=pipeline.stages[k].name,
         parameters=size,
         examples=len(o.data),
-        solver=Exact(memory) if exact else ConjugateGradient(),
-        products=size if exact else (steps + 1) * queries,
+        solver=Exact(memory) if exact else solver,
+        products=size if exact else products,
         bytes=(dense if exact else columns)
         + min(3 * working_bytes(o.device) // 2, 40 * len(o.data) * o.bytes_per_example()),
         seconds=(direct if exact else iterative) + scoring,
@@ -157,20 +164,36 @@ def _plan_stage(pipeline, k: int, full: Tensor, queries: int, memory: int, kind:
     )
 
 
-def _steps(operator, column: Tensor) -> tuple[int, str]:
-    """Conjugate-gradient steps to the default tolerance on the probe's data, extrapolated where they are many."""
-    seen = []
-    solver = ConjugateGradient(max_iter=STEPS, callback=lambda step, residual: seen.append(float(residual[0])))
+def _iterative(o, size: int, damping: float, memory: int, item: int) -> ConjugateGradient:
+    """Conjugate gradients, preconditioned where that pays and penalty or damping is everywhere."""
+    rank = min(500, memory // (6 * size * item))
+    if size < LARGE or rank < 50 or not bool((o.ridge + damping > 0).all()):
+        return ConjugateGradient()
+    return ConjugateGradient(tol=1e-3, preconditioner=LowRank(rank=rank, memory=memory))
+
+
+def _scaled(solver: ConjugateGradient, more: float) -> ConjugateGradient:
+    """For a part of the data: as many rows of curvature an example as the whole would get."""
+    if solver.preconditioner is None:
+        return solver
+    rank = max(1, round(solver.preconditioner.rank / more))
+    return replace(solver, preconditioner=replace(solver.preconditioner, rank=rank))
+
+
+def _products(operator, solver: ConjugateGradient, columns: Tensor) -> tuple[int, str]:
+    """Products to the solver's tolerance on the probe's data, extrapolated where they are many."""
+    seen, most = [], columns.numel()
+    probe = replace(solver, max_iter=STEPS, callback=lambda step, residuals: seen.append(float(residuals.max())))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         try:
-            solver.solve(operator, column)
+            _, report = probe.solve(operator, columns)
         except IndefiniteCurvatureError as error:
-            return operator.shape[0], f"; indefinite on the probe ({error.smallest:.1e}), so use curvature='ggn'"
-    if not seen or seen[-1] <= solver.tol:
-        return max(1, len(seen)), ""
-    rate = max(1e-3, -torch.tensor(min(seen)).log().item()) / len(seen)
-    return min(operator.shape[0], round(-torch.tensor(solver.tol).log().item() / rate)), ""
+            return most, f"; indefinite on the probe ({error.smallest:.1e}), so use curvature='ggn'"
+    if bool(report.converged.all()):
+        return max(1, report.products), ""
+    rate = max(1e-3, -math.log(min(seen))) / len(seen)
+    return min(most, round(report.products * -math.log(solver.tol) / rate / len(seen))), ""
 
 
 def _dense_seconds(operator: DataCurvature, column: float, examples: int) -> float:

@@ -43,6 +43,10 @@ ORDER = [
         "pipeline",
         "precision",
         "solvers",
+        "krylov",
+        "lissa",
+        "lowrank",
+        "ekfac",
     ),
     *("plan", "ranking", "influence", "replay", "unrolled"),
     *("baselines", "validation", "comparison", "experiments", "studies", "cleaning"),
@@ -192,3 +196,33 @@ def test_public_names_exist_and_are_documented():
     docs = {name: getattr(msif_lab, name).__doc__ or "" for name in msif_lab.__all__}
     bare = [name for name, doc in docs.items() if not doc.strip() or doc.startswith(f"{name}(")]
     assert not bare, f"without a docstring: {bare}"
+
+
+# ---- The README's figures ----
+
+
+def results_row(title: str, setting: str, link: str) -> str:
+    """One line of the README's table, from the results file of the setting."""
+    import pandas
+
+    table = pandas.read_csv(ROOT / f"notebooks/results/{setting}.csv").query(f"statistic == 'r' and link == {link!r}")
+    mean = table.set_index(["removals", "method"])["mean"]
+    cells = [f"{mean[kind, 'unrolled']:.2f}" for kind in ("one", "2 %", "10 %")]
+    others = mean["one"].drop(["unrolled", "another seed", "implicit, GGN"])
+    cells += [f"{mean['10 %', 'unrolled, for groups']:.2f}", f"{mean['one', 'implicit, GGN']:.2f}"]
+    cells += [f"{others.max():.2f} ({others.idxmax()})", f"{mean['one', 'another seed']:.2f}"]
+    return f"| {title} | {link} | {' | '.join(cells)} |"
+
+
+@pytest.mark.parametrize("link", ["frozen", "warm start"])
+@pytest.mark.parametrize(
+    ("title", "setting"),
+    [
+        ("MNIST 0–3 → 4–9", "mnist"),
+        ("MNIST → other digits", "mnist_to_digits"),
+        ("CIFAR-10 bird/frog → automobile/deer", "cifar"),
+        ("CIFAR-10 animals → vehicles", "cifar_vehicles"),
+    ],
+)
+def test_readme_shows_what_the_results_files_say(title, setting, link):
+    assert results_row(title, setting, link) in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()

@@ -11,6 +11,17 @@ from msif_lab.curvature import Operator
 
 F64 = torch.float64
 EXACT, TIGHT = msif.Exact(), msif.ConjugateGradient(tol=1e-11, max_iter=2000)
+SEPARATE = msif.ConjugateGradient(tol=1e-11, max_iter=2000, block=1)
+ITERATIVE = {
+    "cg": TIGHT,
+    "cg-separate": SEPARATE,
+    "cg-groups": msif.ConjugateGradient(tol=1e-11, block=4),
+    "cg-lowrank": msif.ConjugateGradient(tol=1e-11, preconditioner=msif.LowRank(rank=12)),
+    "cg-nystrom": msif.ConjugateGradient(tol=1e-11, preconditioner=msif.LowRank(rank=8, method="nystrom"), block=1),
+    "cg-jacobi": msif.ConjugateGradient(tol=1e-11, preconditioner=msif.Jacobi()),
+    "minres": msif.MINRES(tol=1e-11),
+    "lissa": msif.LiSSA(tol=1e-11, max_iter=20_000),
+}
 
 
 def draw(*size, seed=0):
@@ -50,7 +61,7 @@ def gauss_newton():
 
 
 @pytest.mark.parametrize("operator", [convex, gauss_newton])
-@pytest.mark.parametrize("solver", [EXACT, TIGHT], ids=["exact", "cg"])
+@pytest.mark.parametrize("solver", [EXACT, *ITERATIVE.values()], ids=["exact", *ITERATIVE])
 def test_solutions_equal_dense_algebra(solver, operator):
     """More right-hand sides than parameters, among them a zero one and duplicates."""
     a = operator()
@@ -62,7 +73,7 @@ def test_solutions_equal_dense_algebra(solver, operator):
     expected = torch.linalg.solve(a.dense(), b)
     assert float((x - expected).norm() / expected.norm()) <= 1e-9
     assert bool((x[:, 3] == 0).all()) and float(report.residuals[3]) == 0.0
-    assert float((x[:, 7] - x[:, 11]).abs().max()) <= 1e-14 * float(x.abs().max())
+    assert float((x[:, 7] - x[:, 11]).abs().max()) <= 1e-10 * float(x.abs().max())
     residuals = (a.dense() @ x - b).norm(dim=0) / b.norm(dim=0).clamp(min=1e-300)
     assert report.residuals.shape == report.converged.shape == (size + 9,) and bool(report.converged.all())
     assert torch.allclose(report.residuals, residuals, rtol=0.5, atol=1e-13)
@@ -72,13 +83,15 @@ def test_solutions_equal_dense_algebra(solver, operator):
         assert report.smallest_curvature == pytest.approx(smallest, rel=0.02)
 
 
-@pytest.mark.parametrize("solver", [EXACT, TIGHT], ids=["exact", "cg"])
+@pytest.mark.parametrize("solver", [EXACT, *ITERATIVE.values()], ids=["exact", *ITERATIVE])
 def test_all_zero_and_empty_right_hand_sides(solver):
     a = Matrix(with_eigenvalues([1.0, 2.0, 3.0]))
-    x, report = solver.prepare(a).solve(torch.zeros(3, 2, dtype=F64))
+    if isinstance(getattr(solver, "preconditioner", None), msif.LowRank):
+        a = convex()
+    x, report = solver.prepare(a).solve(torch.zeros(a.shape[0], 2, dtype=F64))
     assert bool((x == 0).all()) and report.residuals.tolist() == [0.0, 0.0] and bool(report.converged.all())
-    x, report = solver.prepare(a).solve(torch.zeros(3, 0, dtype=F64))
-    assert x.shape == (3, 0) and "0 of 0 columns" in str(report)
+    x, report = solver.prepare(a).solve(torch.zeros(a.shape[0], 0, dtype=F64))
+    assert x.shape == (a.shape[0], 0) and "0 of 0 columns" in str(report)
 
 
 # ---- Conjugate gradients ----
@@ -89,7 +102,7 @@ def test_cg_tolerance_is_respected_and_a_loose_solve_fails_the_strict_check():
     expected = torch.linalg.solve(a.dense(), b)
     errors, iterations = [], []
     for tol in (1e-2, 1e-5, 1e-10):
-        x, report = msif.ConjugateGradient(tol=tol).solve(a, b)
+        x, report = msif.ConjugateGradient(tol=tol, block=1).solve(a, b)
         assert float(((a.dense() @ x - b).norm(dim=0) / b.norm(dim=0)).max()) <= 1.01 * tol
         errors.append(float((x - expected).norm() / expected.norm()))
         iterations.append(report.iterations)
@@ -102,9 +115,9 @@ def test_cg_columns_stop_on_their_own():
     a = Matrix(with_eigenvalues(torch.linspace(1, 50, 12)))
     b = torch.cat([torch.linalg.eigh(a.matrix)[1][:, :1], draw(12, 1)], 1)
     a.columns = 0
-    _, report = msif.ConjugateGradient(tol=1e-10).solve(a, b)
-    assert report.iterations in (12, 13) and report.products == report.iterations + 1
-    assert a.columns == report.products + 2  # and one product each for the true residuals
+    _, report = msif.ConjugateGradient(tol=1e-10, block=1).solve(a, b)
+    assert report.iterations in (12, 13) and report.products == report.iterations + 2  # and one that checks residuals
+    assert a.columns == report.products
     assert report.smallest_curvature >= 1 - 1e-9
 
 
@@ -250,7 +263,7 @@ def test_exact_and_cg_give_the_same_scores(link, curvature):
     pipeline = random_pipeline(link=link)
     queries = random_queries(pipeline)
     found = {}
-    for name, solver in {"exact": EXACT, "tight": TIGHT, "loose": msif.ConjugateGradient(tol=0.3)}.items():
+    for name, solver in {"exact": EXACT, "tight": TIGHT, "loose": msif.ConjugateGradient(tol=0.3, block=1)}.items():
         attributor = msif.ImplicitInfluence(solver, curvature=curvature).fit(pipeline)
         found[name] = [attributor.score(queries, stage=k).values for k in (0, 1)]
         assert set(attributor.report_) == {"stage1"}

@@ -1,0 +1,293 @@
+"""Solvers that need products only: conjugate gradients in one shared Krylov space, MINRES, LiSSA."""
+
+import time
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .curvature import Operator
+from .errors import IndefiniteCurvatureError
+from .solvers import WAYS_OUT, Prepared, Settings, SolveReport, check_columns, ratio, verified
+
+__all__ = ["MINRES", "ConjugateGradient"]
+
+
+class Solved(NamedTuple):
+    """A solve of normalised columns before its report: residual vectors by recursion, and what it took."""
+
+    x: Tensor
+    residual: Tensor
+    iterations: int
+    smallest: float
+    products: int
+
+
+def _definite(smallest: float, iteration: int) -> None:
+    if not smallest > 0:
+        raise IndefiniteCurvatureError(
+            f"conjugate gradients met curvature pᵀAp / pᵀp = {smallest:.3e} in iteration {iteration}: the matrix is "
+            f"not positive definite; {WAYS_OUT}, or MINRES",
+            smallest,
+        )
+
+
+def _directions(columns: Tensor) -> Tensor:
+    """An orthonormal basis of the columns' span: duplicates, zeros and more columns than rows only shrink it.
+
+    What is left out is below a thousandth of the columns, far less than an iteration leaves, and comes back once it is
+    more. A finer sieve would spend products on the rounding in which duplicates differ.
+    """
+    q, r = torch.linalg.qr(columns * ratio(torch.ones_like(columns[0]), columns.norm(dim=0)))
+    u, s, _ = torch.linalg.svd(r, full_matrices=False)
+    return q @ u[:, s > 1e-3 * s[0]] if bool(s[0] > 0) else q[:, :0]
+
+
+@dataclass(frozen=True, repr=False)
+class ConjugateGradient(Settings):
+    """Conjugate gradients on many right-hand sides at once; needs products only, no matrix.
+
+    The columns search one shared Krylov space (block conjugate gradients): each column's best answer in it, so that
+    20 queries need about a third of the products that 20 separate solves do. Converged columns stop adding directions.
+
+    Args:
+        tol: relative residual ``‖A x − b‖ / ‖b‖`` at which a column is done.
+        max_iter: most iterations; short of ``tol`` a `ConvergenceWarning` names the residual.
+        strict: raise `NotConvergedError` instead of warning.
+        callback: called with ``(iteration, relative residuals (K,))`` after every iteration.
+        preconditioner: an approximate inverse, `LowRank`, `EKFAC` or `Jacobi`; fewer products, the same answer.
+        block: most columns that share one space, bounding memory at about ``6 P · block`` numbers. 1: every column
+            has its own space and step lengths, as in the textbooks; products are still shared.
+
+    >>> import msif_lab as msif
+    >>> train, test = msif.load_digits()
+    >>> stage = msif.Stage("digits", msif.softmax_regression(64, 10), train, weight_decay=1e-2)
+    >>> pipeline = msif.Pipeline([stage]).fit(progress=False)
+    >>> solver = msif.ConjugateGradient(tol=1e-3, preconditioner=msif.Jacobi())
+    >>> attributor = msif.ImplicitInfluence(solver, curvature="ggn", damping=1e-2).fit(pipeline)
+    >>> attributor.score(test[:5]).values.shape
+    torch.Size([5, 1201])
+    >>> bool(attributor.report_["digits"].converged.all())
+    True
+
+    Reference: Hestenes & Stiefel (1952); O'Leary (1980) for blocks; Martens (2010) for curvature products.
+    """
+
+    preconditioner: object = None
+    block: int = 64
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.block < 1:
+            raise ValueError(f"block={self.block} must be at least 1")
+        if self.preconditioner is not None and not hasattr(self.preconditioner, "prepare"):
+            raise TypeError(f"preconditioner={self.preconditioner!r} must be LowRank(), EKFAC() or Jacobi()")
+
+    def prepare(self, operator: Operator) -> "Preconditioned":
+        """Make the preconditioner, once for all solves."""
+        made = None if self.preconditioner is None else self.preconditioner.prepare(operator)
+        return Preconditioned(self, operator, made)
+
+    def solve(self, operator: Operator, b: Tensor) -> tuple[Tensor, SolveReport]:
+        """``A⁻¹ b`` for a positive definite operator and ``b`` (P, K), and the report.
+
+        Raises:
+            IndefiniteCurvatureError: a direction with ``pᵀAp ≤ 0`` was met; no number is returned.
+            NotConvergedError: in strict mode, short of the tolerance after ``max_iter``.
+        """
+        return self.prepare(operator).solve(b)
+
+
+class Preconditioned:
+    """Conjugate gradients ready to solve; made by `ConjugateGradient.prepare`."""
+
+    def __init__(self, solver: ConjugateGradient, operator: Operator, made):
+        self.solver, self.operator, self.made = solver, operator, made
+
+    def _apply(self, columns: Tensor) -> Tensor:
+        return columns if self.made is None else self.made.apply(columns)
+
+    def solve(self, columns: Tensor) -> tuple[Tensor, SolveReport]:
+        """``A⁻¹ B`` for ``B`` (P, K), and the report."""
+        check_columns(self.operator, columns)
+        start, solver = time.perf_counter(), self.solver
+        norm = columns.norm(dim=0)
+        some = (norm > 0).nonzero().flatten()
+        b = columns[:, some] / norm[some]
+        x, relative = torch.zeros_like(columns), (norm > 0).to(norm.dtype)
+        iterations, smallest, products = 0, float("inf"), 0
+        way, width = (self._shared, solver.block) if solver.block > 1 else (self._separate, max(1, len(some)))
+        for part in torch.arange(len(some), device=b.device).split(width):
+            answer, left, rounds = torch.zeros_like(b[:, part]), b[:, part], 0
+            residual, open_columns = left, torch.arange(len(part), device=b.device)
+            while len(open_columns) and rounds < solver.max_iter:
+                # A second round happens only when rounding made the recursion of the first too optimistic.
+                places = some[part][open_columns]
+                done = way(left[:, open_columns], solver.max_iter - rounds, rounds, relative, places)
+                answer[:, open_columns] += done.x
+                rounds, products = rounds + done.iterations, products + done.products
+                smallest = min(smallest, done.smallest)
+                left = left.index_copy(1, open_columns, done.residual)
+                before = residual.norm(dim=0)
+                residual, spent = verified(self.operator, answer, b[:, part], left, solver.tol)
+                left, products = residual, products + spent
+                falling = residual.norm(dim=0) <= before / 2
+                open_columns = ((residual.norm(dim=0) > solver.tol) & falling).nonzero().flatten()
+            x[:, some[part]] = answer * norm[some[part]]
+            relative[some[part]] = residual.norm(dim=0)
+            iterations = max(iterations, rounds)
+        held = 6 * min(width, len(some)) * b.shape[0] * b.element_size()
+        held += getattr(self.made, "bytes", 0)
+        way_out = "raise max_iter, add damping, use a preconditioner, or loosen tol"
+        return x, solver.report(iterations, relative, smallest, products, held, start, way_out)
+
+    def _tell(self, iteration: int, relative: Tensor) -> None:
+        if self.solver.callback is not None:
+            self.solver.callback(iteration, relative.clone())
+
+    def _shared(self, b: Tensor, most: int, before: int, relative: Tensor, places: Tensor) -> Solved:
+        """One space for all columns: ``X += P (PᵀAP)⁻¹ PᵀR``, the next P made A-conjugate to this one."""
+        x, r, smallest, products, iterations = torch.zeros_like(b), b, float("inf"), 0, 0
+        p = _directions(self._apply(r))
+        while p.shape[1] and iterations < most:
+            iterations += 1
+            a_p = self.operator @ p
+            products += p.shape[1]
+            values, vectors = torch.linalg.eigh(p.T @ a_p)  # of PᵀAP, with P orthonormal: Ritz values
+            smallest = min(smallest, float(values[0]))
+            _definite(smallest, before + iterations)
+
+            def inverse(m, values=values, vectors=vectors):
+                return vectors @ ((vectors.T @ m) / values[:, None])
+
+            step = inverse(p.T @ r)
+            x, r = x + p @ step, r - a_p @ step
+            size = r.norm(dim=0)
+            relative[places] = size
+            self._tell(before + iterations, relative)
+            z = self._apply(r[:, size > self.solver.tol])
+            if not z.shape[1]:
+                break
+            p = _directions(z - p @ inverse(a_p.T @ z))
+        return Solved(x, r, iterations, smallest, products)
+
+    def _separate(self, b: Tensor, most: int, before: int, relative: Tensor, places: Tensor) -> Solved:
+        """Each column its own space; finished columns leave."""
+        x, residual, alive = torch.zeros_like(b), b.clone(), torch.arange(b.shape[1], device=b.device)
+        r, smallest, products, iterations = b, float("inf"), 0, 0
+        p = z = self._apply(r)
+        product = (r * z).sum(0)
+        while len(alive) and iterations < most:
+            iterations += 1
+            a_p = self.operator @ p
+            products += len(alive)
+            curvature = (p * a_p).sum(0)
+            smallest = min(smallest, float((curvature / (p * p).sum(0)).min()))
+            _definite(smallest, before + iterations)
+            step = product / curvature
+            x[:, alive] += step * p
+            r = r - step * a_p
+            residual[:, alive] = r
+            size = r.norm(dim=0)
+            relative[places[alive]] = size
+            self._tell(before + iterations, relative)
+            keep = size > self.solver.tol
+            alive, r, p, product = alive[keep], r[:, keep], p[:, keep], product[keep]
+            z = self._apply(r)
+            new = (r * z).sum(0)
+            p, product = z + new / product * p, new
+        return Solved(x, residual, iterations, smallest, products)
+
+
+@dataclass(frozen=True, repr=False)
+class MINRES(Settings):
+    """Minimal residuals: solves ``A x = b`` for symmetric A that need not be positive definite.
+
+    An indefinite Hessian belongs to a point that is no minimum; the answer is then the stationary point of the
+    quadratic model, not an effect of retraining. The report's ``smallest_curvature`` says which case it was.
+
+    Args:
+        tol, max_iter, strict, callback: as in `ConjugateGradient`.
+
+    >>> import msif_lab as msif
+    >>> train, test = msif.load_digits(dtype=torch.float64)
+    >>> stage = msif.Stage("digits", msif.mlp(64, hidden=(4,), classes=10).double(), train[:100], weight_decay=1e-2)
+    >>> pipeline = msif.Pipeline([stage]).fit(progress=False)
+    >>> indefinite = pipeline.curvature(0) + (-0.1)
+    >>> x, report = msif.MINRES(tol=1e-6).solve(indefinite, torch.ones(indefinite.shape[0], 1, dtype=torch.float64))
+    >>> bool(report.converged.all()), report.smallest_curvature < 0
+    (True, True)
+
+    Reference: Paige & Saunders (1975).
+    """
+
+    def prepare(self, operator: Operator) -> Prepared:
+        """Nothing to prepare: each solve starts from zero."""
+        return Prepared(self, operator)
+
+    def solve(self, operator: Operator, b: Tensor) -> tuple[Tensor, SolveReport]:
+        """``A⁻¹ b`` for ``b`` (P, K), and the report.
+
+        Raises:
+            NotConvergedError: in strict mode, short of the tolerance after ``max_iter``.
+        """
+        check_columns(operator, b)
+        start, norm = time.perf_counter(), b.norm(dim=0)
+        some = (norm > 0).nonzero().flatten()
+        unit = b[:, some] / norm[some]
+        x, relative = torch.zeros_like(b), (norm > 0).to(b.dtype)
+        answer, r, iterations, smallest, products = self._lanczos(operator, unit, relative, some)
+        x[:, some] = answer * norm[some]
+        if len(some):
+            true, spent = verified(operator, answer, unit, r, self.tol)
+            relative[some], products = true.norm(dim=0), products + spent
+        held, way_out = 8 * b.numel() * b.element_size(), "raise max_iter, add damping, or loosen tol"
+        return x, self.report(iterations, relative, smallest, products, held, start, way_out)
+
+    def _lanczos(self, operator: Operator, b: Tensor, relative: Tensor, places: Tensor) -> Solved:
+        """Lanczos vectors v, their tridiagonal matrix made triangular by rotations (c, s) as it grows."""
+        x, residual, alive = torch.zeros_like(b), b.clone(), torch.arange(b.shape[1], device=b.device)
+        v, v_old, w, w_old, r = b, torch.zeros_like(b), torch.zeros_like(b), torch.zeros_like(b), b
+        zero = torch.zeros_like(b[0])
+        c, s, bar, far, beta, size = zero - 1, zero, zero, zero, zero, zero + 1
+        diagonal, beside = [], []
+        products = iterations = 0
+        while len(alive) and iterations < self.max_iter:
+            iterations += 1
+            a_v = operator @ v
+            products += len(alive)
+            alpha = (v * a_v).sum(0)
+            v_new = a_v - alpha * v - beta * v_old
+            beta = v_new.norm(dim=0)
+            diagonal.append(zero.index_copy(0, alive, alpha)), beside.append(zero.index_copy(0, alive, beta))
+            delta, gamma_bar, far_old = c * bar + s * alpha, s * bar - c * alpha, far
+            far, bar = s * beta, -c * beta
+            gamma = torch.hypot(gamma_bar, beta).clamp(min=torch.finfo(b.dtype).tiny)
+            c, s = gamma_bar / gamma, beta / gamma
+            w, w_old = (v - far_old * w_old - delta * w) / gamma, w
+            x[:, alive] += c * size * w
+            size = s * size
+            v, v_old = v_new * ratio(torch.ones_like(beta), beta), v
+            r = s * s * r - size * c * v
+            residual[:, alive], relative[places[alive]] = r, size
+            if self.callback is not None:
+                self.callback(iterations, relative.clone())
+            keep = size > self.tol
+            v, v_old, w, w_old, r = (m[:, keep] for m in (v, v_old, w, w_old, r))
+            alive, c, s, bar, far, beta, size = (m[keep] for m in (alive, c, s, bar, far, beta, size))
+        return Solved(x, residual, iterations, _smallest_ritz(diagonal, beside), products)
+
+
+def _smallest_ritz(diagonal: list[Tensor], beside: list[Tensor], most: int = 200) -> float:
+    """Smallest eigenvalue of the columns' tridiagonal matrices, from their first steps; inf without any step."""
+    if not diagonal or not diagonal[0].numel():
+        return float("inf")
+    a, e = torch.stack(diagonal[:most], 1), torch.stack(beside[: len(diagonal[:most]) - 1] or [diagonal[0][:0]], -1)
+    a = a.where(a != 0, a[:, :1])  # after a column's end: its first Rayleigh quotient again, which changes nothing
+    matrix = torch.diag_embed(a)
+    if a.shape[1] > 1:
+        # a finished column's last coupling leads out of its matrix
+        e = e.where(torch.stack(diagonal[1:most], -1) != 0, 0.0)
+        matrix = matrix + torch.diag_embed(e, 1) + torch.diag_embed(e, -1)
+    return float(torch.linalg.eigvalsh(matrix).min())

@@ -1,0 +1,156 @@
+"""LiSSA: the Neumann series of the inverse, with a scale that fits the matrix and divergence caught."""
+
+import copy
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .curvature import DataCurvature, Operator, Shifted
+from .errors import IndefiniteCurvatureError, NotConvergedError
+from .solvers import WAYS_OUT, Prepared, Settings, SolveReport, check_columns, ratio, relative_residuals
+
+__all__ = ["LiSSA"]
+
+
+def largest_eigenvalue(operator: Operator, iterations: int = 20, seed: int = 0) -> float:
+    """The eigenvalue largest in size, from below, by the power method."""
+    generator = torch.Generator(device=operator.device).manual_seed(seed)
+    v = torch.randn(operator.shape[0], generator=generator, dtype=operator.dtype, device=operator.device)
+    size = 0.0
+    for _ in range(iterations):
+        v = operator @ (v / v.norm())
+        size = float(v.norm())
+        if not size > 0:
+            return 0.0
+    return size
+
+
+@dataclass(frozen=True, repr=False)
+class LiSSA(Settings):
+    """``x ← x + (b − A x) / σ``: the series ``Σ (I − A/σ)ʲ b / σ``, with all examples or a fresh mini-batch per step.
+
+    It converges when ``0 < A < 2σ``, at a rate ``1 − λ_min/σ``: far slower than `ConjugateGradient`, which needs no
+    scale either. It is here because much published work uses it, usually with a scale found by trial. Here σ comes
+    from a power iteration, and a series that grows is an error, never an answer.
+
+    Args:
+        tol, max_iter, strict, callback: as in `ConjugateGradient`. With mini-batches all ``max_iter`` steps are
+            taken, the second half is averaged, and only the final residual is known.
+        scale: σ; default 1.1 times the estimated largest eigenvalue.
+        batch_size: examples per step, default all.
+        seed: of the mini-batches.
+
+    >>> import msif_lab as msif
+    >>> train, test = msif.load_digits()
+    >>> stage = msif.Stage("digits", msif.softmax_regression(64, 10), train[:200], weight_decay=1e-1)
+    >>> pipeline = msif.Pipeline([stage]).fit(progress=False)
+    >>> msif.ImplicitInfluence(msif.LiSSA(tol=1e-3)).fit(pipeline).score(test[:2]).values.shape
+    torch.Size([2, 200])
+
+    Reference: Agarwal, Bullins & Hazan (2017); Koh & Liang (2017).
+    """
+
+    tol: float = 1e-3
+    scale: float | None = None
+    batch_size: int | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if (self.scale is not None and not self.scale > 0) or (self.batch_size is not None and self.batch_size < 1):
+            raise ValueError(f"scale={self.scale} must be positive and batch_size={self.batch_size} at least 1")
+
+    def prepare(self, operator: Operator) -> Prepared:
+        """Nothing to prepare: each solve estimates the scale and starts from zero."""
+        return Prepared(self, operator)
+
+    def solve(self, operator: Operator, b: Tensor) -> tuple[Tensor, SolveReport]:
+        """``A⁻¹ b`` for a positive definite operator and ``b`` (P, K), and the report.
+
+        Raises:
+            IndefiniteCurvatureError: the series grows along a direction of negative curvature.
+            NotConvergedError: the series grows because σ is too small; in strict mode also short of the tolerance.
+        """
+        check_columns(operator, b)
+        start, norm = time.perf_counter(), b.norm(dim=0)
+        some = (norm > 0).nonzero().flatten()
+        unit, x = b[:, some] / norm[some], torch.zeros_like(b)
+        relative = (norm > 0).to(b.dtype)
+        held = 4 * b.numel() * b.element_size()
+        products, probes = 0, 20 if self.scale is None and len(some) else 0
+        scale = self.scale or (1.1 * largest_eigenvalue(operator, probes) if probes else 1.0)
+        run = self._series if self.batch_size is None else self._stochastic
+        answer, iterations, smallest, spent = run(operator, unit, scale or 1.0, relative, some)
+        x[:, some] = answer * norm[some]
+        if len(some):
+            relative[some] = relative_residuals(operator, answer, unit)
+            products = probes + spent + len(some)
+        way_out = f"raise max_iter, add damping, or use ConjugateGradient (scale was {scale:.2e})"
+        return x, self.report(iterations, relative, smallest, products, held, start, way_out)
+
+    def _series(self, operator: Operator, b: Tensor, scale: float, relative: Tensor, places: Tensor):
+        x, r, smallest, products, iterations = torch.zeros_like(b), b.clone(), float("inf"), 0, 0
+        alive = torch.arange(b.shape[1], device=b.device)
+        while len(alive) and iterations < self.max_iter:
+            iterations += 1
+            a_r = operator @ r[:, alive]
+            products += len(alive)
+            curvature = ratio((r[:, alive] * a_r).sum(0), r[:, alive].square().sum(0))
+            smallest = min(smallest, float(curvature.min()))
+            x[:, alive] += r[:, alive] / scale
+            r[:, alive] -= a_r / scale
+            size = r[:, alive].norm(dim=0)
+            relative[places[alive]] = size
+            self._refuse_growth(float(size.max()), smallest, float(curvature.max()), scale, iterations)
+            if self.callback is not None:
+                self.callback(iterations, relative.clone())
+            alive = alive[size > self.tol]
+        return x, iterations, smallest, products
+
+    def _stochastic(self, operator: Operator, b: Tensor, scale: float, relative: Tensor, places: Tensor):
+        base = operator.base if isinstance(operator, Shifted) else operator
+        if not isinstance(base, DataCurvature):
+            raise ValueError(f"batch_size={self.batch_size}: {base!r} has no examples; leave batch_size out")
+        total = len(base.objective.data)
+        count = min(self.batch_size, total)
+        generator = torch.Generator().manual_seed(self.seed)
+        x, mean, smallest, kept = b / scale, torch.zeros_like(b), float("inf"), 0
+        steps = self.max_iter if b.shape[1] else 0
+        for iteration in range(1, steps + 1):
+            a_x = on_examples(operator, torch.randperm(total, generator=generator)[:count].to(b.device)) @ x
+            curvature = (x * a_x).sum(0) / x.square().sum(0)
+            smallest = min(smallest, float(curvature.min()))
+            left = b - a_x
+            # The batches' noise alone can make this larger than ‖b‖ for a while; a thousandfold it is divergence.
+            self._refuse_growth(float(left.norm(dim=0).max()) / 100, smallest, float(curvature.max()), scale, iteration)
+            x = x + left / scale
+            if self.callback is not None:
+                self.callback(iteration, relative.index_copy(0, places, left.norm(dim=0)))
+            if 2 * iteration > steps:
+                mean, kept = mean + x, kept + 1
+        return mean / max(kept, 1), steps, smallest, round(steps * b.shape[1] * count / total)
+
+    def _refuse_growth(self, size: float, smallest: float, largest: float, scale: float, iteration: int) -> None:
+        if size <= 10.0:  # of ‖b‖; a convergent series of a symmetric matrix never grows at all
+            return
+        message = f"LiSSA diverged: the residual is {size:.1e} times ‖b‖ after {iteration} iterations"
+        if smallest < 0:
+            raise IndefiniteCurvatureError(
+                f"{message}, along curvature {smallest:.3e}; {WAYS_OUT}, or MINRES", smallest
+            )
+        raise NotConvergedError(
+            f"{message}: scale={scale:.2e} is below half the largest curvature, {largest:.2e}; leave scale out"
+        )
+
+
+def on_examples(operator: Operator, rows: Tensor) -> Operator:
+    """The same curvature estimated on some of the examples: their mean, the same penalty and damping."""
+    if isinstance(operator, Shifted):
+        return on_examples(operator.base, rows) + operator.shift
+    objective = copy.copy(operator.objective)  # shares model, buffers and measured sizes
+    objective.data = objective.data[rows.tolist()]
+    made = type(operator)(objective, operator.full, operator.weights[rows], ridge=False, every=operator.every)
+    made.ridge = operator.ridge
+    return made

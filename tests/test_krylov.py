@@ -1,0 +1,148 @@
+"""Iterative solvers beyond their answers: shared spaces, preconditioners, indefinite matrices, divergence."""
+
+import pytest
+import torch
+from test_solvers import F64, Matrix, convex, draw, gauss_newton, with_eigenvalues
+
+import msif_lab as msif
+
+
+def products(solver, operator, b):
+    _, report = solver.prepare(operator).solve(b)
+    assert bool(report.converged.all())
+    return report.products
+
+
+# ---- Block conjugate gradients ----
+
+
+def test_one_shared_space_needs_fewer_products_than_separate_ones():
+    a, b = Matrix(with_eigenvalues(torch.logspace(-2, 1, 120))), draw(120, 12)
+    shared, separate = (products(msif.ConjugateGradient(tol=1e-6, block=k), a, b) for k in (64, 1))
+    assert shared <= 0.5 * separate
+    one = [products(msif.ConjugateGradient(tol=1e-6, block=k), a, b[:, :1]) for k in (64, 1)]
+    assert abs(one[0] - one[1]) <= 4  # a single column is plain conjugate gradients either way
+
+
+def test_duplicate_columns_cost_nothing_in_a_shared_space():
+    a, b = Matrix(with_eigenvalues(torch.logspace(-2, 1, 60))), draw(60, 3)
+    solver = msif.ConjugateGradient(tol=1e-8)
+    once, thrice = products(solver, a, b), products(solver, a, torch.cat([b, -2 * b, b], 1))
+    assert thrice <= once + 1
+    dependent = torch.cat([b, b @ draw(3, 4)], 1)
+    x, report = solver.solve(a, dependent)
+    assert report.products <= once + 1 and torch.allclose(a.matrix @ x, dependent, atol=1e-6)
+
+
+def test_products_are_counted_where_they_are_spent():
+    for solver in (msif.ConjugateGradient(tol=1e-6), msif.MINRES(tol=1e-6), msif.LiSSA(tol=1e-4, max_iter=5000)):
+        a = Matrix(with_eigenvalues(torch.linspace(1, 9, 20)))
+        assert products(solver, a, draw(20, 4)) == a.columns
+
+
+def test_rounding_that_fools_the_recursion_is_seen():
+    """In float32 the recursion claims 1e-7 long before the truth gets there; the report tells the truth."""
+    matrix = with_eigenvalues(torch.logspace(-5, 1, 80)).float()
+    b = draw(80, 3).float()
+    with pytest.warns(msif.ConvergenceWarning):
+        x, report = msif.ConjugateGradient(tol=1e-7, max_iter=400).solve(Matrix(matrix), b)
+    true = (matrix @ x - b).norm(dim=0) / b.norm(dim=0)
+    assert torch.allclose(report.residuals, true, rtol=0.3) and not bool(report.converged.all())
+
+
+# ---- Preconditioners ----
+
+
+def test_preconditioners_reduce_products(digits):
+    train, _ = digits
+    stage = msif.Stage("digits", msif.mlp(64, hidden=(6,), classes=10).double(), train[:150], weight_decay=1e-3)
+    pipeline = msif.Pipeline([stage]).fit(progress=False)
+    a, b = pipeline.curvature(0, "ggn") + 1e-3, draw(460, 4)
+    for block in (1, 64):
+        plain, low, nystrom = (
+            products(msif.ConjugateGradient(tol=1e-6, preconditioner=helper, block=block), a, b)
+            for helper in (None, msif.LowRank(rank=150), msif.LowRank(rank=60, method="nystrom"))
+        )
+        assert low <= 0.5 * plain and nystrom <= 0.8 * plain
+    badly_scaled = Matrix(torch.diag(torch.logspace(-3, 3, 40, dtype=F64)) + with_eigenvalues([1e-4] * 40))
+    plain, jacobi = (
+        products(msif.ConjugateGradient(tol=1e-6, preconditioner=helper, block=1), badly_scaled, draw(40, 3))
+        for helper in (None, msif.Jacobi())
+    )
+    assert jacobi <= 0.3 * plain
+
+
+# ---- MINRES ----
+
+
+@pytest.mark.parametrize("values", [[-3.0, -0.5, 1, 2, 4, 9], [-5.0, -4, -3, -2, -1, -0.5]])
+def test_minres_solves_indefinite_systems(values):
+    a, b = Matrix(with_eigenvalues(values)), draw(6, 9)
+    x, report = msif.MINRES(tol=1e-10).solve(a, b)
+    assert torch.allclose(x, torch.linalg.solve(a.matrix, b), atol=1e-8) and bool(report.converged.all())
+    assert report.smallest_curvature == pytest.approx(values[0], rel=1e-6)
+
+
+def test_minres_on_the_indefinite_hessian_of_a_net():
+    from conftest import random_pipeline
+
+    pipeline = random_pipeline(link=msif.Frozen(), fit=False)
+    o = pipeline.objective(0)
+    hessian = msif.Hessian(o, o.layout.flatten(pipeline.stages[0].model))
+    spectrum = torch.linalg.eigvalsh(hessian.dense())
+    assert float(spectrum[0]) < -1e-3
+    b = draw(o.size, 3)
+    x, report = msif.MINRES(tol=1e-9, max_iter=5000).solve(hessian, b)
+    assert bool(report.converged.all()) and report.smallest_curvature == pytest.approx(float(spectrum[0]), rel=1e-3)
+    assert torch.allclose(hessian.dense() @ x, b, atol=1e-7)
+    with pytest.raises(msif.IndefiniteCurvatureError, match="MINRES"):
+        msif.ConjugateGradient().solve(hessian, b)
+
+
+# ---- LiSSA ----
+
+
+def test_lissa_finds_its_scale_and_its_divergence_is_caught():
+    a, b = Matrix(with_eigenvalues([0.5, 1.0, 3.0, 50.0])), draw(4, 3)
+    x, _ = msif.LiSSA(tol=1e-8, max_iter=5000).solve(a, b)
+    assert torch.allclose(a.matrix @ x, b, atol=1e-6)
+    with pytest.raises(msif.NotConvergedError, match=r"scale=1.00e\+01 is below half the largest curvature"):
+        msif.LiSSA(scale=10.0).solve(a, b)
+    with pytest.raises(msif.IndefiniteCurvatureError, match="diverged") as caught:
+        msif.LiSSA(max_iter=10_000).solve(Matrix(with_eigenvalues([-1.0, 2.0, 3.0])), draw(3, 2))
+    assert caught.value.smallest == pytest.approx(-1, rel=1e-2)
+
+
+def test_lissa_on_mini_batches():
+    a = convex() + 0.5
+    b = draw(21, 3)
+    solver = msif.LiSSA(tol=0.2, max_iter=400, batch_size=10)
+    x, report = solver.prepare(a).solve(b)
+    exact = torch.linalg.solve(a.dense(), b)
+    assert bool(report.converged.all()) and float((x - exact).norm() / exact.norm()) < 0.2
+    assert report.products == 20 + 400 * 3 // 2 + 3  # the scale, half the data each step, the true residuals
+    assert torch.equal(solver.prepare(a).solve(b)[0], x)
+
+
+# ---- What all share ----
+
+ALL = [msif.ConjugateGradient, msif.MINRES, msif.LiSSA]
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_tolerance_strictness_callback_and_report(kind):
+    a, b, seen = gauss_newton(), draw(gauss_newton().shape[0], 3), []
+    x, report = kind(tol=1e-4, max_iter=3000, callback=lambda i, r: seen.append((i, r))).solve(a, b)
+    true = (a.dense() @ x - b).norm(dim=0) / b.norm(dim=0)
+    assert float(true.max()) <= 1.01e-4 and torch.allclose(report.residuals, true, rtol=0.05)
+    assert [i for i, _ in seen] == list(range(1, report.iterations + 1)) and seen[-1][1].shape == (3,)
+    smallest = float(torch.linalg.eigvalsh(a.dense())[0])
+    assert report.smallest_curvature >= smallest * (1 - 1e-6) and report.seconds > 0 and report.bytes > 0
+    assert kind.__name__ in str(report) and report.products > 0
+    with pytest.warns(msif.ConvergenceWarning, match="3 of 3 columns.*residual up to"):
+        kind(tol=1e-12, max_iter=2).solve(a, b)
+    with pytest.raises(msif.NotConvergedError, match="residual up to"):
+        kind(tol=1e-12, max_iter=2, strict=True).solve(a, b)
+    for bad in ({"tol": 0.0}, {"tol": 1.5}, {"max_iter": 0}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            kind(**bad)
