@@ -212,14 +212,6 @@ class Meter:
         self.peak = torch.cuda.max_memory_allocated() / 1e6 if self.cuda else status("VmHWM")
 
 
-def widen(budget: int) -> None:
-    """Chunks of this many bytes where the library's own choice is a constant, made for a machine of 1 GB."""
-    for module in [m for n, m in sys.modules.items() if n.startswith("msif_lab.")]:
-        for name in ("WORKING_BYTES", "CACHE_BYTES"):
-            if hasattr(module, name):
-                setattr(module, name, budget)
-
-
 def set_precision(precision: str) -> None:
     allow = precision == "tf32"
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allow
@@ -343,7 +335,7 @@ def main(args) -> None:
         torch.set_num_threads(args.threads)
     set_precision("float32")
     cuda = args.device.startswith("cuda")
-    widen(args.working or (12 * 10**9 if cuda else 256 * 10**6))
+    objective.WORKING_BYTES = args.working  # None: the library's own choice for the device
     warnings.simplefilter("ignore", msif.ConvergenceWarning)  # a few epochs of SGD are no optimum; residuals are shown
     device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} thread(s)"
     print(f"{device}, torch {torch.__version__}, size {args.size}", flush=True)
