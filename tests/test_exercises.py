@@ -23,6 +23,14 @@ def example(name, seed=0):
     """Small random quantities to ask an exercise with."""
     if name == "00-1":
         return {"scores": msif.Influence(draw(4, 30, seed=seed), torch.arange(30) + 100, torch.arange(4))}
+    if name == "04-1":
+        return {"r": draw(7, seed=seed), "p": draw(7, seed=seed + 1), "A_p": draw(7, seed=seed + 2)}
+    if name == "04-2":
+        half = draw(6, 6, seed=seed)
+        s, E = torch.linalg.eigh(half @ half.T)
+        return {"s": s, "E": E, "a": draw(6, seed=seed + 1), "delta": 0.3}
+    if name == "04-3":
+        return {"J": draw(4, 9, seed=seed), "prob": draw(4, seed=seed + 1).softmax(0)}
     if name == "05-1":
         return {"grad_q": draw(4, 7, seed=seed), "grad_f": draw(30, 7, seed=seed + 1)}
     if name == "05-2":
@@ -236,7 +244,7 @@ def test_mistake_that_cannot_happen_is_left_out():
 
 
 def test_lesson_errors_are_raised():
-    with pytest.raises(ValueError, match=r"exercise='42-1' is none of 00-1, 05-1, .*09-3"):
+    with pytest.raises(ValueError, match=r"exercise='42-1' is none of 00-1, .*09-3"):
         msif.check("42-1", ...)
     with pytest.raises(ValueError, match="is none of"):
         msif.check(torch.ones(3), "09-1")
