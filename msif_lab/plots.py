@@ -50,7 +50,7 @@ def pipeline_diagram(pipeline: Pipeline, ax=None):
         left = k * (width + gap)
         _box(ax, left, width, stage.name, lines, HELPFUL)
         if k:
-            shared = len(p.here["frozen"]) + len(p.here["coupled"])
+            shared = p.here["frozen"].size + p.here["coupled"].size
             how = {Frozen: "frozen", WarmStart: "start here"}.get(type(stage.link), f"held near, α = {o.alpha:g}")
             _arrow(ax, left - gap, left, f"{shared:,} shared", how)
     _arrow(ax, total - 0.9 - gap, total - 0.9, "final", "parameters")
