@@ -336,9 +336,7 @@ class ImplicitInfluence:
         size = o.size * len(o.data) * full.element_size()
         require_memory(size, SHIFT_BYTES, "leave_one_out=True", "score without it, or a smaller model or data set")
         shifts, failed = [], []
-        few = max(
-            1, working_bytes(o.device) // (24 * o.size * full.element_size())
-        )  # about 24 (B, P) at once
+        few = max(1, working_bytes(o.device) // (24 * o.size * full.element_size()))  # about 24 (B, P) at once
         parts = torch.arange(len(o.data), device=full.device).split(few)
         for rows, gradients in (chunk for part in parts for chunk in per_example_gradients(o, full, rows=part)):
             x, y, b = o.data.x[rows], o.data.y[rows], gradients / len(o.data)
