@@ -13,6 +13,8 @@ from .solvers import WAYS_OUT, Prepared, Settings, SolveReport, check_columns, r
 
 __all__ = ["MINRES", "ConjugateGradient"]
 
+RITZ = 200  # first steps of MINRES that tell its smallest curvature
+
 
 class Solved(NamedTuple):
     """A solve of normalised columns before its report: residual vectors by recursion, and what it took."""
@@ -251,7 +253,8 @@ class MINRES(Settings):
         v, v_old, w, w_old, r = b, torch.zeros_like(b), torch.zeros_like(b), torch.zeros_like(b), b
         zero = torch.zeros_like(b[0])
         c, s, bar, far, beta, size = zero - 1, zero, zero, zero, zero, zero + 1
-        diagonal, beside = [], []
+        # Written in place: small tensors kept from every iteration would pin the heap between large ones.
+        diagonal, beside = (b.new_zeros(min(RITZ, self.max_iter), b.shape[1]) for _ in range(2))
         products = iterations = 0
         while len(alive) and iterations < self.max_iter:
             iterations += 1
@@ -260,7 +263,8 @@ class MINRES(Settings):
             alpha = (v * a_v).sum(0)
             v_new = a_v - alpha * v - beta * v_old
             beta = v_new.norm(dim=0)
-            diagonal.append(zero.index_copy(0, alive, alpha)), beside.append(zero.index_copy(0, alive, beta))
+            if iterations <= RITZ:
+                diagonal[iterations - 1, alive], beside[iterations - 1, alive] = alpha, beta
             delta, gamma_bar, far_old = c * bar + s * alpha, s * bar - c * alpha, far
             far, bar = s * beta, -c * beta
             gamma = torch.hypot(gamma_bar, beta).clamp(min=torch.finfo(b.dtype).tiny)
@@ -276,18 +280,16 @@ class MINRES(Settings):
             keep = size > self.tol
             v, v_old, w, w_old, r = (m[:, keep] for m in (v, v_old, w, w_old, r))
             alive, c, s, bar, far, beta, size = (m[keep] for m in (alive, c, s, bar, far, beta, size))
-        return Solved(x, residual, iterations, _smallest_ritz(diagonal, beside), products)
+        return Solved(x, residual, iterations, _smallest_ritz(diagonal[:iterations], beside[:iterations]), products)
 
 
-def _smallest_ritz(diagonal: list[Tensor], beside: list[Tensor], most: int = 200) -> float:
-    """Smallest eigenvalue of the columns' tridiagonal matrices, from their first steps; inf without any step."""
-    if not diagonal or not diagonal[0].numel():
+def _smallest_ritz(diagonal: Tensor, beside: Tensor) -> float:
+    """Smallest eigenvalue of the columns' tridiagonal matrices, from their first steps (T, K); inf without any."""
+    if not diagonal.numel():
         return float("inf")
-    a, e = torch.stack(diagonal[:most], 1), torch.stack(beside[: len(diagonal[:most]) - 1] or [diagonal[0][:0]], -1)
-    a = a.where(a != 0, a[:, :1])  # after a column's end: its first Rayleigh quotient again, which changes nothing
-    matrix = torch.diag_embed(a)
+    a, e = diagonal.T, beside.T[:, :-1]
+    matrix = torch.diag_embed(a.where(a != 0, a[:, :1]))  # after a column's end: its first Rayleigh quotient again
     if a.shape[1] > 1:
-        # a finished column's last coupling leads out of its matrix
-        e = e.where(torch.stack(diagonal[1:most], -1) != 0, 0.0)
+        e = e.where(a[:, 1:] != 0, 0.0)  # a finished column's last coupling leads out of its matrix
         matrix = matrix + torch.diag_embed(e, 1) + torch.diag_embed(e, -1)
     return float(torch.linalg.eigvalsh(matrix).min())
