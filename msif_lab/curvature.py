@@ -4,6 +4,7 @@
 multiplies many vectors at once. Averages are weighted by the data, so any chunking gives the same product.
 """
 
+import functools
 import itertools
 
 import torch
@@ -114,6 +115,7 @@ class Hessian(DataCurvature):
         pull_back = vjp(gradient, self.theta)[1]  # the Hessian is symmetric
         return vmap(lambda v: pull_back(v)[0], in_dims=1, out_dims=1)(vectors)
 
+    @functools.cached_property
     def _twin(self) -> "GGN | None":
         """The Gauss-Newton matrix where the outputs are linear in θ: then it is the Hessian, and far cheaper."""
         if not _is_linear(self):
@@ -122,13 +124,14 @@ class Hessian(DataCurvature):
         twin.ridge = self.ridge
         return twin
 
+    def _product(self, vectors: Tensor) -> Tensor:
+        return super()._product(vectors) if self._twin is None else self._twin._product(vectors)
+
     def _dense(self) -> Tensor:
-        twin = self._twin()
-        return super()._dense() if twin is None else twin._dense()
+        return super()._dense() if self._twin is None else self._twin._dense()
 
     def dense_multiplications(self, examples: int) -> float:
-        twin = self._twin()
-        return float("inf") if twin is None else twin.dense_multiplications(examples)
+        return float("inf") if self._twin is None else self._twin.dense_multiplications(examples)
 
 
 def _is_linear(operator: DataCurvature) -> bool:
