@@ -179,7 +179,8 @@ CIFAR_SIZES = {
     "live": Sizes(600, 300, lr=0.05, epochs=(6, 6)),
     "large": Sizes(2000, 600, lr=0.02, epochs=(6, 8), batch_size=(100, 50), channels=(8, 16), width=32),
 }
-VEHICLES_SIZES = CIFAR_SIZES | {"large": replace(CIFAR_SIZES["large"], lr=0.03)}  # six classes take larger steps
+# The rate both had before bird/frog was calmed (one of its seeds bent too much); the results file was made with it.
+VEHICLES_SIZES = CIFAR_SIZES | {"large": replace(CIFAR_SIZES["large"], lr=0.03)}
 
 
 def mnist(
