@@ -160,8 +160,21 @@ def test_ggn_is_positive_semi_definite(kind, regression):
 
 
 def test_ggn_is_the_hessian_of_softmax_regression():
+    """Both against torch.func, weighted too: the operators share code here, so neither can vouch for the other."""
     o, full = linear_objective()
-    close(msif.GGN(o, full).dense(), msif.Hessian(o, full).dense(), 1e-12)
+    for weights in (torch.ones(20, dtype=F64), draw(20, seed=8).abs()):
+
+        def risk(theta, weights=weights):
+            return (
+                weights * o.losses(theta, o.data.x, o.data.y)
+            ).sum() / 20 + o.weight_decay / 2 * theta.square().sum()
+
+        exact = torch.func.hessian(risk)(full)
+        for operator in (msif.GGN(o, full, weights), msif.Hessian(o, full, weights)):
+            close(operator.dense(), exact, 1e-12)
+            for columns in (1, 4):
+                v = draw(o.size, columns, seed=9)
+                close(operator @ v, exact @ v, 1e-12)
 
 
 def linear_objective(weight_decay=1e-2):

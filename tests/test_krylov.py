@@ -5,6 +5,7 @@ import torch
 from test_solvers import F64, Matrix, convex, draw, gauss_newton, with_eigenvalues
 
 import msif_lab as msif
+from msif_lab import krylov
 
 
 def products(solver, operator, b):
@@ -146,3 +147,15 @@ def test_tolerance_strictness_callback_and_report(kind):
     for bad in ({"tol": 0.0}, {"tol": 1.5}, {"max_iter": 0}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             kind(**bad)
+
+
+def test_minres_names_the_smallest_curvature_past_the_steps_it_remembers(monkeypatch):
+    """Columns that end at different steps, fewer steps remembered than taken, and a single column."""
+    a = with_eigenvalues([-0.5, *torch.linspace(0.5, 4, 39)])
+    easy = torch.linalg.eigh(a)[1][:, :1]  # an eigenvector: done after one step
+    for b in (torch.cat([draw(40, 2), easy, torch.zeros(40, 1, dtype=F64)], 1), easy):
+        for kept in (200, 12):
+            monkeypatch.setattr(krylov, "RITZ", kept)
+            _, report = msif.MINRES(tol=1e-8).solve(Matrix(a), b)
+            assert bool(report.converged.all())
+            assert report.smallest_curvature == pytest.approx(-0.5, abs=1e-3 if kept == 200 else 0.1)

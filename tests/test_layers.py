@@ -188,5 +188,11 @@ def test_a_linear_model_has_its_gauss_newton_matrix_as_hessian():
         o = Objective(model.double(), data, msif.cross_entropy, 0.1)
         hessian = msif.Hessian(o, o.layout.flatten(model))
         assert _is_linear(hessian) == linear
-        eye = torch.eye(o.size, dtype=F64)
-        assert torch.allclose(hessian.dense(), hessian @ eye, rtol=0, atol=1e-12)
+        full = o.layout.flatten(model)
+
+        def risk(theta, o=o):
+            return o.losses(theta, o.data.x, o.data.y).mean() + 0.05 * theta.square().sum()
+
+        exact = torch.func.hessian(risk)(full)
+        assert torch.allclose(hessian.dense(), exact, rtol=0, atol=1e-12)
+        assert torch.allclose(hessian @ torch.eye(o.size, dtype=F64), exact, rtol=0, atol=1e-12)
