@@ -23,6 +23,12 @@ def example(name, seed=0):
     """Small random quantities to ask an exercise with."""
     if name == "00-1":
         return {"scores": msif.Influence(draw(4, 30, seed=seed), torch.arange(30) + 100, torch.arange(4))}
+    # 01
+
+    # 02
+
+    # 03
+
     if name == "04-1":
         return {"r": draw(7, seed=seed), "p": draw(7, seed=seed + 1), "A_p": draw(7, seed=seed + 2)}
     if name == "04-2":

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "msif_lab"
-MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py")
+MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
 
 TOP_LEVEL = {"README.md", "LICENSE", "CONTRIBUTING.md", "pyproject.toml", "environment.yml", ".gitignore"} | {
     ".ci", "msif_lab", "notebooks", "tests", "binder",
@@ -118,15 +118,18 @@ def _run(*command: str) -> str:
 # ---- The package ----
 
 
-def imports_below(source: str, module: str) -> list[str]:
-    """The package's modules that ``module`` imports as it loads although they are not above it in ORDER."""
+def imports_below(source: str, module: str, depth: int = 1) -> list[str]:
+    """The package's modules that ``module`` imports as it loads although they are not above it in ORDER.
+
+    ``depth`` is 2 for a file in a folder of the package: one dot stays within the folder, two lead out of it.
+    """
     found = []
     for node in _loaded(ast.parse(source)):
         if isinstance(node, ast.Import):
             found += [a.name.split(".")[1] for a in node.names if a.name.startswith("msif_lab.")]
         elif isinstance(node, ast.ImportFrom):
             origin = (node.module or "").split(".")
-            if node.level == 0 and origin[0] != "msif_lab":
+            if (node.level == 0 and origin[0] != "msif_lab") or 0 < node.level < depth:
                 continue
             inside = origin if node.level else origin[1:]
             found += [inside[0]] if inside and inside[0] else [alias.name for alias in node.names]
@@ -144,10 +147,11 @@ def _loaded(node: ast.AST):
             yield from _loaded(child)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
 def test_imports_point_up(path):
-    assert path.stem in ORDER, f"{path.name} has no place in ORDER"
-    assert imports_below(path.read_text(encoding="utf-8"), path.stem) == []
+    folders = path.relative_to(PACKAGE).with_suffix("").parts
+    assert folders[0] in ORDER, f"{path.name} has no place in ORDER"
+    assert imports_below(path.read_text(encoding="utf-8"), folders[0], depth=len(folders)) == []
 
 
 @pytest.mark.parametrize(
@@ -169,10 +173,22 @@ def test_import_check_sees(line, below):
     assert imports_below(line, "data") == below
 
 
-@pytest.mark.parametrize("path", [*MODULES, PACKAGE / "__init__.py"], ids=lambda p: p.stem)
+def test_import_check_sees_out_of_a_folder():
+    lines = "from . import lesson_00\nfrom ..marking import Exercise\nfrom ..plots import use_style"
+    assert imports_below(lines, "exercises", depth=2) == ["plots"]
+
+
+@pytest.mark.parametrize("path", [*MODULES, PACKAGE / "__init__.py"], ids=lambda p: p.relative_to(PACKAGE).as_posix())
 def test_modules_stay_readable(path):
     lines = len(path.read_text(encoding="utf-8").splitlines())
     assert lines <= 400, f"{path.name} has {lines} lines: split it by concept"
+
+
+def test_every_folder_of_the_package_is_installed():
+    """An editable install hides a folder that the wheel would lack."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    folders = [p.parent.relative_to(ROOT) for p in PACKAGE.rglob("__init__.py")]
+    assert sorted(listed) == sorted(".".join(folder.parts) for folder in folders)
 
 
 def test_import_is_light():
