@@ -24,6 +24,11 @@ def example(name, seed=0):
     if name == "00-1":
         return {"scores": msif.Influence(draw(4, 30, seed=seed), torch.arange(30) + 100, torch.arange(4))}
     # 01
+    if name.startswith("01-"):
+        given = {"X": draw(12, 4, seed=seed), "y": draw(12, seed=seed + 1), "lam": 0.1}
+        if name == "01-1":
+            return {"X": given["X"], "X_q": draw(5, 4, seed=seed + 2), "lam": 0.1}
+        return given if name == "01-2" else {**given, "group": [3, 7]}
 
     # 02
 
