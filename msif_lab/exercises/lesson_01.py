@@ -71,7 +71,7 @@ EXERCISES = {
     ),
     "01-2": Exercise(
         expected=lambda X, y, lam: _residual(X, y, lam) / (1 - _leverage(X, lam)),
-        next="for which patients is it more than 1.5 times the plain residual, and where are they in section 4's figure?",
+        next="for whom is it more than 1.5 times the plain residual, and where are they in section 4's figure?",
         mistakes={
             "not left out": (
                 lambda right, given: _residual(**given),
