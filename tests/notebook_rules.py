@@ -29,7 +29,12 @@ TIMING = re.compile(r"Wall time|CPU times|\d\s?(?:it/s|s/it)\b")
 
 def structure_problems(nb: nbformat.NotebookNode) -> list[str]:
     """Everything that keeps a notebook from being a lesson as TEACHING.md describes it, one line each."""
-    return _header(nb) + _setup(nb) + _text(nb) + _code(nb) + _exercises(nb) + _outputs(nb)
+    return _header(nb) + _setup(nb) + _text(nb) + _skeleton(nb) + _code(nb) + _exercises(nb) + _outputs(nb)
+
+
+def index_problems(nb: nbformat.NotebookNode) -> list[str]:
+    """The same for the course's contents page, which teaches nothing: no objectives, exercises or recap."""
+    return _header(nb) + _text(nb) + _code(nb) + _outputs(nb)
 
 
 def _header(nb) -> list[str]:
@@ -69,7 +74,15 @@ def _text(nb) -> list[str]:
     for (above, _), (level, title) in pairwise(headings):
         if level > above + 1:
             problems.append(f"heading {title!r} skips a level")
-    titles = [title.lower() for _, title in headings]
+    words = _words("\n\n".join(cell.source for cell in nb.cells if cell.cell_type == "markdown"))
+    if words > MAX_WORDS:
+        problems.append(f"{words} words, over {MAX_WORDS}")
+    return problems
+
+
+def _skeleton(nb) -> list[str]:
+    problems = []
+    titles = [title.lower() for cell in nb.cells for _, title in _headings(cell)]
     last = ("recap", "references", "next")
     places = [max((i for i, title in enumerate(titles) if word in title), default=None) for word in last]
     if None in places:
@@ -79,9 +92,6 @@ def _text(nb) -> list[str]:
     markdown = "\n\n".join(cell.source for cell in nb.cells if cell.cell_type == "markdown")
     if "what could fool you" not in markdown.lower():
         problems.append("recap does not say what could fool you")
-    words = _words(markdown)
-    if words > MAX_WORDS:
-        problems.append(f"{words} words, over {MAX_WORDS}")
     return problems
 
 
@@ -226,6 +236,14 @@ def _output(out) -> list[str]:
     if found := TIMING.search(text):
         problems.append(f"timing {found[0]!r} in the output")
     return problems
+
+
+def relative_links(nb) -> list[str]:
+    """Targets of the text's links that lie in this repository, without their #sections."""
+    text = "\n".join(cell.source for cell in nb.cells if cell.cell_type == "markdown")
+    targets = re.findall(r"\]\(([^)\s]+)\)|^\[[^\]]+\]: (\S+)$", text, re.MULTILINE)
+    targets = [(inline or reference).partition("#")[0] for inline, reference in targets]
+    return [target for target in targets if target and "://" not in target]
 
 
 def _headings(cell) -> list[tuple[int, str]]:

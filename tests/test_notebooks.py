@@ -14,7 +14,7 @@ import pytest
 import torch
 from nbclient.exceptions import CellExecutionError
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
-from notebook_rules import MAX_BYTES, exercise_cells, structure_problems
+from notebook_rules import MAX_BYTES, exercise_cells, index_problems, relative_links, structure_problems
 
 from msif_lab.exercises import EXERCISES
 
@@ -22,16 +22,27 @@ NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 # Bytes; Binder guarantees 1 GB and kills at 2. A PyTorch with CUDA, which Binder has not, loads 300 MB more.
 MAX_MEMORY = 1.2e9 + (0.3e9 if torch.version.cuda else 0)
 
-_spec = importlib.util.spec_from_file_location("execute", NOTEBOOKS / "execute.py")
-runner = importlib.util.module_from_spec(_spec)  # the script that makes the committed files, not a second one
-_spec.loader.exec_module(runner)
 
+def script(name: str):
+    """A script that makes the committed files, as a module: the tests have no second one."""
+    spec = importlib.util.spec_from_file_location(name, NOTEBOOKS / f"{name}.py")
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+runner = script("execute")
+links = script("links")  # imports the other
+
+INDEX = NOTEBOOKS / "index.ipynb"
 LESSONS = [p for p in runner.lessons() if p.name[:2].isdigit()]
 each_lesson = pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.stem)
+each_notebook = pytest.mark.parametrize("path", [*LESSONS, INDEX], ids=lambda p: p.stem)
 
 
 def test_there_are_lessons():
     assert LESSONS, f"no notebooks named NN_*.ipynb in {NOTEBOOKS}"
+    assert set(runner.lessons()) == {*LESSONS, INDEX}, "neither a lesson nor the contents"
 
 
 @each_lesson
@@ -40,7 +51,18 @@ def test_structure(path):
     assert not problems, "\n".join([path.name, *problems])
 
 
-@each_lesson
+def test_structure_of_the_index():
+    problems = index_problems(nbformat.read(INDEX, as_version=4))
+    assert not problems, "\n".join(problems)
+
+
+@each_notebook
+def test_links_lead_somewhere(path):
+    targets = relative_links(nbformat.read(path, as_version=4))
+    assert targets and [t for t in targets if not (NOTEBOOKS / t).exists()] == []
+
+
+@each_notebook
 def test_runs_as_shipped(path, tmp_path):
     nb, _, memory = runner.execute(copied(tmp_path) / path.name)
     assert runner.tidy(nb) == []
@@ -230,6 +252,70 @@ def test_rules_report(expected):
     BREAKAGES[expected](nb)
     problems = structure_problems(nbformat.from_dict(nb))
     assert any(expected in problem for problem in problems), problems
+
+
+# ---- The script that links them ----
+
+
+def checkout(tmp_path) -> Path:
+    """A copy of README and lessons, its notebooks folder."""
+    shutil.copy(NOTEBOOKS.parent / "README.md", tmp_path)
+    return copied(tmp_path)
+
+
+def test_links_are_what_the_script_writes():
+    assert links.update(check=True) == [], "stale; run: python notebooks/links.py"
+
+
+def test_links_of_a_new_lesson(tmp_path):
+    folder = checkout(tmp_path)
+    new = folder / "98_new.ipynb"
+    title = TITLE.replace("# 00 Quickstart", "# 98 · New: a lesson").replace("run 40 s", "run 3 min")
+    code = new_code_cell("1", execution_count=1, outputs=[new_output("stream", text="1")], metadata={"tags": ["kept"]})
+    cells = [new_markdown_cell(title + "\n\nWhy."), code, new_markdown_cell("## Next\nNothing.")]
+    nbformat.write(new_notebook(cells=cells), new)
+    last = LESSONS[-1].name
+    before = {p: nbformat.read(p, as_version=4) for p in folder.glob("*.ipynb")}
+    assert links.update(folder, check=True) == [last, new.name, "index.ipynb", "README.md"]
+    assert nbformat.read(new, as_version=4) == before[new], "a check writes nothing"
+    links.update(folder)
+    assert links.update(folder) == [], "a second run finds nothing to do"
+
+    after = {p: nbformat.read(p, as_version=4) for p in before}
+    line = f"[‹ {links.read_lesson(LESSONS[-1]).short}]({last}) | [contents](index.ipynb)"
+    assert after[new].cells[0].source == f"{title}\n\n{line}\n\nWhy."
+    assert after[new].cells[-1].source == f"## Next\nNothing.\n\n{line}"
+    assert "[98 · New ›](98_new.ipynb)" in after[folder / last].cells[0].source
+    assert (
+        "| [98 · New](98_new.ipynb) | a lesson | 10 min | 3 min | 400 MB |"
+        in after[folder / "index.ipynb"].cells[4].source
+    )
+    assert "| 98 | [New](notebooks/98_new.ipynb): a lesson | [![Binder]" in (tmp_path / "README.md").read_text("utf-8")
+    for path, nb in after.items():  # nothing but markdown sources
+        for cell in (*nb.cells, *before[path].cells):
+            if cell.cell_type == "markdown":
+                cell.source = ""
+        assert nb == before[path]
+
+    new.unlink()
+    links.update(folder)
+    for path in folder.glob("*.ipynb"):
+        assert path.read_bytes() == (NOTEBOOKS / path.name).read_bytes(), "and back"
+
+
+def test_links_want_a_budget_line(tmp_path):
+    folder = checkout(tmp_path)
+    nbformat.write(new_notebook(cells=[new_markdown_cell("# 98 · New")]), folder / "98_new.ipynb")
+    with pytest.raises(SystemExit, match=r"98_new.ipynb: the first cell needs a title and a line 'read 10 min"):
+        links.update(folder)
+
+
+def test_links_want_a_place_in_the_readme(tmp_path):
+    folder = checkout(tmp_path)
+    readme = tmp_path / "README.md"
+    readme.write_text(readme.read_text("utf-8").replace("<!-- lessons -->", ""), "utf-8")
+    with pytest.raises(SystemExit, match=r"README.md: .*'<!-- lessons -->'"):
+        links.update(folder)
 
 
 # ---- The script that writes them ----
