@@ -124,6 +124,36 @@ def test_lines_can_be_seen():
     assert all(contrast(matplotlib.colors.to_hex(colour), WHITE) >= 3 for colour in colours)
 
 
+# What a dichromat sees of linear (red, green, blue): Machado, Oliveira and Fernandes 2009, severity 1.
+DICHROMATS = {
+    "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritan": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+XYZ = torch.tensor([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+LAB = torch.tensor([[0.0, 116, 0], [500, -500, 0], [0, 200, -200]])
+
+
+def difference(a: str, b: str, seen_by: str) -> float:
+    """Distance of two colours in CIE L*a*b* as a dichromat sees them; 100 is black from white."""
+    colours = torch.tensor([matplotlib.colors.to_rgb(a), matplotlib.colors.to_rgb(b)])
+    linear = torch.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
+    seen = (linear @ torch.tensor(DICHROMATS[seen_by]).T).clamp(0, 1)
+    root = (seen @ (XYZ / XYZ.sum(1, keepdim=True)).T).clamp(min=0.008856) ** (1 / 3)
+    return float(((root[0] - root[1]) @ LAB.T).norm())
+
+
+@pytest.mark.parametrize("seen_by", DICHROMATS)
+def test_helpful_and_harmful_differ_for_colour_blind_readers(seen_by):
+    assert difference("#ffffff", "#000000", seen_by) > 75  # the cube root is cut off near black
+    assert difference(plots.HELPFUL, plots.HARMFUL, seen_by) > 60
+    assert min(difference(c, plots.NEUTRAL, seen_by) for c in (plots.HELPFUL, plots.HARMFUL)) > 20
+
+
+def test_the_usual_red_and_green_do_not():
+    assert difference("#c00000", "#607000", "deutan") < 25 < 60 < difference("#c00000", "#607000", "tritan")
+
+
 @pytest.mark.parametrize("state", marking.LOOK)
 def test_verdict_signs_can_be_seen_in_both_themes(state):
     sign, colour = marking.LOOK[state]
