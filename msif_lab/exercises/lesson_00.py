@@ -42,10 +42,6 @@ EXERCISES = {
                 lambda right, given: _mean_r(*(x.T for x in given.values())),
                 "that compares queries for each removal; compare removals for each query",
             ),
-            "not centred": (
-                lambda right, given: float(cosine_similarity(*given.values(), dim=1).mean()),
-                "that is a cosine; Pearson's r first takes each query's mean off",
-            ),
             "sign": (
                 lambda right, given: -right,
                 "the sign is flipped: a score is for more weight, a removal is less; the prediction is minus the score",
