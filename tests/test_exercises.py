@@ -36,6 +36,15 @@ def example(name, seed=0):
         return given if name == "01-2" else {**given, "group": [3, 7]}
 
     # 02
+    if name in ("02-1", "02-3"):
+        half = draw(7, 7, seed=seed)
+        H, g = half @ half.T + torch.eye(7), draw(7, seed=seed + 1)
+        if name == "02-3":
+            return {"b": draw(3, 5, seed=seed + 2), "H_F": H, "theta": g, "m": 30}
+        return {"H_WW": H[:5, :5], "H_WU": H[:5, 5:], "H_UU": H[5:, 5:], "f_W": g[:5], "f_U": g[5:], "m": 30}
+    if name == "02-2":
+        half = draw(6, 6, seed=seed)
+        return {"u": draw(9, 4, seed=seed + 1), "G_WT": draw(9, 6, seed=seed + 2), "G_TT": half @ half.T}
 
     # 03
 
