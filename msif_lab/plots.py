@@ -11,7 +11,15 @@ from .influence import Influence
 from .pipeline import Pipeline
 from .stages import Frozen, WarmStart
 
-__all__ = ["agreement_scatter", "influence_grid", "method_intervals", "pipeline_diagram", "use_style", "v_curve"]
+__all__ = [
+    "agreement_scatter",
+    "filter_curves",
+    "influence_grid",
+    "method_intervals",
+    "pipeline_diagram",
+    "use_style",
+    "v_curve",
+]
 
 HELPFUL, HARMFUL, NEUTRAL = "#0173b2", "#de8f05", "#808080"  # seaborn's colourblind blue and orange; grey
 
@@ -214,4 +222,45 @@ def v_curve(steps, errors, ax=None, labels=None):
     ax.set_ylabel("relative distance")
     if labels:
         ax.legend(frameon=False, fontsize=8)
+    return ax
+
+
+def filter_curves(eigenvalues, alphas, times=(), ax=None):
+    """How much of a direction's pull comes through finetuning, over its curvature s.
+
+    Args:
+        eigenvalues: s of the directions, ``(n,)``, drawn as ticks along the bottom; may be negative.
+        alphas: strengths α > 0, one line ``2α / (s + 2α)`` each, drawn where ``s + 2α`` is positive.
+        times: τ = ηK of plain gradient descent, one thin line ``exp(−τ s)`` with circles each.
+        ax: matplotlib axes; default new ones.
+
+    Returns:
+        the matplotlib axes; s is linear within a hundredth of its largest size, logarithmic beyond.
+    """
+    import matplotlib.pyplot as plt
+
+    ticks = torch.as_tensor(eigenvalues, dtype=torch.float64).detach().cpu().flatten()
+    if not len(ticks) or not bool(torch.isfinite(ticks).all()) or not min((*alphas, *times), default=1) > 0:
+        raise ValueError(
+            f"eigenvalues {tuple(ticks.shape)} must be finite and at least one, alphas={list(alphas)} and "
+            f"times={list(times)} positive"
+        )
+    if ax is None:
+        _, ax = plt.subplots(figsize=(6.2, 3.4))
+    size = float(ticks.abs().max()) or 1.0
+    bend = size / 100
+    positive = torch.logspace(-2, 0, 80, dtype=torch.float64) * size
+    s = torch.cat([-positive.flip(0), torch.linspace(-bend, bend, 41, dtype=torch.float64)[1:-1], positive])
+    s = s[(s >= ticks.min() - 0.1 * bend) & (s <= ticks.max() + 0.1 * bend)]
+    for i, (alpha, style) in enumerate(zip(alphas, itertools.cycle(("-", "--", "-.", ":")), strict=False)):
+        part = s[s + 2 * alpha > 0]
+        ax.plot(part, 2 * alpha / (part + 2 * alpha), style, color=f"C{i}", lw=2, label=f"2α/(s + 2α), α = {alpha:.3g}")
+    for i, tau in enumerate(times):
+        dots = {"marker": "o", "mfc": "white", "ms": 4, "markevery": (3 * i, 12)}
+        ax.plot(s, torch.exp(-tau * s), color=f"C{i}", lw=0.9, label=f"exp(−τs), τ = {tau:.3g}", **dots)
+    ax.plot(ticks, torch.zeros_like(ticks), "|", color=NEUTRAL, ms=9, transform=ax.get_xaxis_transform(), clip_on=False)
+    ax.set_xscale("symlog", linthresh=bend)
+    ax.set(yscale="log", xlabel="curvature s (ticks: eigenvalues)", ylabel="share that comes through")
+    ax.set_ylim(max(ax.get_ylim()[0], 1e-3), min(ax.get_ylim()[1], 1e2))
+    ax.legend(frameon=False, fontsize=8)
     return ax
