@@ -42,7 +42,7 @@ def test_v_curve_draws_one_line_per_example():
 
 
 def test_filter_curves_are_the_two_formulas_and_stop_at_the_floor():
-    ax = plots.filter_curves(torch.tensor([-0.5, 0.01, 2.0]), [0.1, 1.0], times=[5.0])
+    ax = plots.filter_curves([-0.5, 0.01, 2.0], [0.1, 1.0], times=[5.0])
     spring, strong, descent, ticks = (torch.tensor(line.get_xydata()) for line in ax.lines)
     for line, alpha in ((spring, 0.1), (strong, 1.0)):
         assert torch.allclose(line[:, 1], 2 * alpha / (line[:, 0] + 2 * alpha))
