@@ -235,7 +235,7 @@ def filter_curves(eigenvalues, alphas, times=(), ax=None):
         ax: matplotlib axes; default new ones.
 
     Returns:
-        the matplotlib axes; s is linear within a hundredth of its largest size, logarithmic beyond.
+        the matplotlib axes; s on a logarithmic axis, which is linear near 0 if an eigenvalue is not positive.
     """
     import matplotlib.pyplot as plt
 
@@ -247,20 +247,23 @@ def filter_curves(eigenvalues, alphas, times=(), ax=None):
         )
     if ax is None:
         _, ax = plt.subplots(figsize=(6.2, 3.4))
-    size = float(ticks.abs().max()) or 1.0
-    bend = size / 100
-    positive = torch.logspace(-2, 0, 80, dtype=torch.float64) * size
-    s = torch.cat([-positive.flip(0), torch.linspace(-bend, bend, 41, dtype=torch.float64)[1:-1], positive])
-    s = s[(s >= ticks.min() - 0.1 * bend) & (s <= ticks.max() + 0.1 * bend)]
+    low, high = float(ticks.min()), float(ticks.max())
+    near = max(high, -low) / 100 or 1.0  # how far from 0 the axis is linear
+    axis = {"value": "log"} if low > 0 else {"value": "asinh", "linear_width": near}
+    if low > 0:
+        s = torch.logspace(math.log10(low), math.log10(high), 200, dtype=torch.float64)
+    else:
+        s = near * torch.linspace(math.asinh(low / near), math.asinh(high / near), 400, dtype=torch.float64).sinh()
     for i, (alpha, style) in enumerate(zip(alphas, itertools.cycle(("-", "--", "-.", ":")), strict=False)):
         part = s[s + 2 * alpha > 0]
         ax.plot(part, 2 * alpha / (part + 2 * alpha), style, color=f"C{i}", lw=2, label=f"2α/(s + 2α), α = {alpha:.3g}")
     for i, tau in enumerate(times):
-        dots = {"marker": "o", "mfc": "white", "ms": 4, "markevery": (3 * i, 12)}
+        dots = {"marker": "o", "mfc": "white", "ms": 4, "markevery": (5 * i, 20)}
         ax.plot(s, torch.exp(-tau * s), color=f"C{i}", lw=0.9, label=f"exp(−τs), τ = {tau:.3g}", **dots)
     ax.plot(ticks, torch.zeros_like(ticks), "|", color=NEUTRAL, ms=9, transform=ax.get_xaxis_transform(), clip_on=False)
-    ax.set_xscale("symlog", linthresh=bend)
+    shown = torch.cat([torch.ones(1), *(torch.as_tensor(line.get_ydata()) for line in ax.lines[:-1])])
+    ax.set_xscale(**axis)
     ax.set(yscale="log", xlabel="curvature s (ticks: eigenvalues)", ylabel="share that comes through")
-    ax.set_ylim(max(ax.get_ylim()[0], 1e-3), min(ax.get_ylim()[1], 1e2))
+    ax.set_ylim(max(float(shown.min()) / 1.5, 1e-3), min(float(shown.max()) * 1.5, 1e2))
     ax.legend(frameon=False, fontsize=8)
     return ax

@@ -51,7 +51,9 @@ def test_filter_curves_are_the_two_formulas_and_stop_at_the_floor():
     assert spring[:, 0].max() > 1.9 and ticks[:, 0].tolist() == [-0.5, 0.01, 2.0]
     assert len({(line.get_linestyle(), line.get_marker()) for line in ax.lines}) == 4, "told apart without colours"
     assert [t.get_text() for t in ax.get_legend().get_texts()][-1] == "exp(−τs), τ = 5"
-    assert len(plots.filter_curves([0.0], [0.1]).lines) == 2  # one flat direction
+    assert ax.get_xscale() == "asinh" and plots.filter_curves([0.1, 2.0], [1.0]).get_xscale() == "log"
+    for eigenvalues, alphas in (([0.0], [0.1]), ([-1.0], [0.1]), ([0.1], [])):  # one direction, no curve at all
+        assert plots.filter_curves(eigenvalues, alphas).get_ylim()[0] > 0
 
 
 @pytest.mark.parametrize(
