@@ -263,6 +263,11 @@ def filter_curves(eigenvalues, alphas, times=(), ax=None):
     ax.plot(ticks, torch.zeros_like(ticks), "|", color=NEUTRAL, ms=9, transform=ax.get_xaxis_transform(), clip_on=False)
     shown = torch.cat([torch.ones(1), *(torch.as_tensor(line.get_ydata()) for line in ax.lines[:-1])])
     ax.set_xscale(**axis)
+    if low <= 0:  # matplotlib's own ticks crowd around 0
+        tens = [10.0**k for k in range(math.ceil(math.log10(near)), math.ceil(math.log10(100 * near)) + 1)]
+        places = [-x for x in reversed(tens) if x <= -low] + [0.0] + [x for x in tens if x <= high]
+        ax.set_xticks(places, [f"{x:g}" for x in places])
+        ax.minorticks_off()
     ax.set(yscale="log", xlabel="curvature s (ticks: eigenvalues)", ylabel="share that comes through")
     ax.set_ylim(max(float(shown.min()) / 1.5, 1e-3), min(float(shown.max()) * 1.5, 1e2))
     ax.legend(frameon=False, fontsize=8)
