@@ -47,6 +47,17 @@ def example(name, seed=0):
         return {"u": draw(9, 4, seed=seed + 1), "G_WT": draw(9, 6, seed=seed + 2), "G_TT": half @ half.T}
 
     # 03
+    if name == "03-1":
+        half = draw(4, 4, seed=seed)
+        return {"G_TT": half @ half.T, "G_WT": draw(9, 4, seed=seed + 1), "dW": draw(9, 9, seed=seed + 2)}
+    if name == "03-2":
+        half = draw(6, 6, seed=seed)
+        s, E = torch.linalg.eigh(half @ half.T)
+        return {"s": s, "E": E, "c": draw(6, seed=seed + 1), "alpha": 0.3}
+    if name == "03-3":
+        half, W = draw(6, 6, seed=seed), torch.arange(4)
+        gradients = {"grad_q": draw(6, 3, seed=seed + 1), "grad_g": draw(8, 6, seed=seed + 2)}
+        return {"H_G": half @ half.T, "W": W, "alpha": 0.3, **gradients}
 
     if name == "04-1":
         return {"r": draw(7, seed=seed), "p": draw(7, seed=seed + 1), "A_p": draw(7, seed=seed + 2)}
