@@ -58,8 +58,8 @@ class AlphaSweep:
         if len(pipeline.stages) != 2 or not isinstance(pipeline.stages[1].link, Proximal):
             links = [type(s.link).__name__ for s in pipeline.stages[1:]]
             raise ValueError(
-                f"the pipeline has {len(pipeline.stages)} stage(s) with links {links}: a sweep over α needs two stages, "
-                "the second with link=Proximal(alpha=...)"
+                f"the pipeline has {len(pipeline.stages)} stage(s) with links {links}: a sweep over α needs two "
+                "stages, the second with link=Proximal(alpha=...)"
             )
         if curvature not in ("hessian", "ggn"):
             raise ValueError(f"curvature={curvature!r} must be 'hessian' or 'ggn'")

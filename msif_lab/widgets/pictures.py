@@ -1,0 +1,149 @@
+"""Pictures as text: `<img>` with its bytes and its alt text, which a slider can exchange in milliseconds."""
+
+import base64
+import functools
+import html
+import io
+import threading
+
+import torch
+
+from ..data import Examples
+
+DRAWING = threading.RLock()  # matplotlib is not made for two threads, and an answer may come from another one
+
+CARD = "display:inline-block;text-align:center;vertical-align:top;line-height:1.35;margin:0 2px"
+HELP = {"helpful": "−", "harmful": "+"}  # the sign that goes with the word when q is a loss
+
+
+def data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def img(png: bytes, alt: str, width: int | None = None) -> str:
+    """An image element; ``alt`` says in words what it shows."""
+    size = f"width:{width}px;image-rendering:pixelated;" if width else "max-width:100%;"
+    return f'<img src="{data_uri(png)}" alt="{html.escape(alt, quote=True)}" style="{size}background:white">'
+
+
+def image_png(image: torch.Tensor) -> bytes:
+    """A ``(C, H, W)`` image of one or three channels as PNG: grey from white (least) to black, colours from 0 to 1."""
+    from PIL import Image
+
+    values = image.detach().cpu().double()
+    if len(values) == 1:
+        low, high = float(values.min()), float(values.max())
+        values = 1 - (values[0] - low) / (high - low or 1.0)
+    else:
+        values = values.permute(1, 2, 0)
+    buffer = io.BytesIO()
+    Image.fromarray((values.clamp(0, 1) * 255).round().to(torch.uint8).numpy()).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+class Gallery:
+    """The images of some examples, each made into a PNG once."""
+
+    def __init__(self, examples: Examples, name: str):
+        shape = tuple(examples.x.shape)
+        if len(shape) != 4 or shape[1] not in (1, 3):
+            raise ValueError(
+                f"{name} hold inputs of shape {shape}: an explorer needs pictures, (N, 1, H, W) or (N, 3, H, W); "
+                "reshape the inputs, and let the model flatten them"
+            )
+        self.examples = examples
+        self.png = functools.lru_cache(maxsize=4096)(lambda position: image_png(examples.x[position]))
+
+    def label(self, position: int) -> str:
+        """What the example is called: its class by name, or its target."""
+        y = self.examples.y[position]
+        if self.examples.has_labels:
+            return f"label {self.examples.classes[int(y)]}"
+        return f"target {float(y.reshape(-1)[0]):.3g}" if y.numel() == 1 else "target"
+
+    def number(self, position: int) -> int:
+        return int(self.examples.ids[position])
+
+    def show(self, position: int, what: str, *, width: int = 64, caption: str = "", border: str = "none") -> str:
+        """The picture of one example with a caption below; ``what`` starts its alt text."""
+        alt = f"{what}, id {self.number(position)}, {self.label(position)}"
+        picture = img(self.png(position), alt, width)
+        return (
+            f'<div style="{CARD}"><div style="display:inline-block;border:{border}">{picture}</div>'
+            f"<div>{caption or html.escape(self.label(position))}</div></div>"
+        )
+
+
+class Plot:
+    """One matplotlib figure that is kept: artists change, the rest is drawn anew from them.
+
+    ``draw`` gets the figure once; what it returns is kept as ``artists``. No layout engine and no pyplot: those cost
+    more than all of the drawing.
+    """
+
+    def __init__(self, draw, width: float = 4.2, height: float = 3.0):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        with DRAWING:
+            self.figure = Figure(figsize=(width, height), dpi=100, layout="none", facecolor="white")
+            FigureCanvasAgg(self.figure)
+            self.artists = draw(self.figure)
+
+    def png(self) -> bytes:
+        buffer = io.BytesIO()
+        with DRAWING:
+            self.figure.canvas.print_png(buffer)  # savefig would obey savefig.bbox, which draws twice
+        return buffer.getvalue()
+
+
+def figure_png(figure) -> bytes:
+    """Any figure as notebooks show it."""
+    buffer = io.BytesIO()
+    with DRAWING:
+        figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def signed(value: float, digits: int = 4) -> str:
+    """``+0.0123`` or ``−0.0123``, with a real minus sign."""
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
+class Cards:
+    """A row of pictures, each above a button that chooses it; the buttons are reached by Tab.
+
+    Args:
+        explorer: whose errors the buttons report to.
+        count: the most pictures it holds.
+        name: style class of the buttons.
+        choose: ``choose(place)`` of the picture whose button was pressed.
+    """
+
+    def __init__(self, explorer, count: int, name: str, choose):
+        import ipywidgets
+
+        self.places: list[int | None] = [None] * count
+        self.pictures = [ipywidgets.HTML() for _ in range(count)]
+        self.buttons = [
+            explorer._control("Button", name, "", lambda i=i: choose(self.places[i]), layout={"width": "auto"})
+            for i in range(count)
+        ]
+        self.cards = [
+            ipywidgets.VBox(pair, layout={"align_items": "center", "display": "none"})
+            for pair in zip(self.pictures, self.buttons, strict=True)
+        ]
+        self.box = ipywidgets.HBox(self.cards, layout={"flex_flow": "row wrap"})
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def show(self, cards) -> None:
+        """Show ``(place, picture, button's text, whether it is chosen)`` for each; what stays equal is not sent."""
+        cards = list(cards)
+        for i, (card, picture, button) in enumerate(zip(self.cards, self.pictures, self.buttons, strict=True)):
+            card.layout.display = None if i < len(cards) else "none"
+            if i < len(cards):
+                self.places[i], picture.value, text, chosen = cards[i]
+                button.description = f"{text} ✓" if chosen else text
+                button.tooltip = f"{text}, chosen" if chosen else f"choose {text}"
