@@ -10,7 +10,7 @@ from ..data import Examples
 from ..influence import Influence
 from ..pipeline import Pipeline
 
-__all__ = ["Given", "check_scores", "pipelines", "score_table"]
+__all__ = ["Given", "check_scores", "one_pipeline", "pipelines", "score_table"]
 
 
 class Given(NamedTuple):
@@ -35,6 +35,13 @@ def pipelines(pipeline: Pipeline | Mapping[str, Pipeline], queries: Examples) ->
         one.trained()
         ask(one.objective(-1), queries, "loss")
     return named
+
+
+def one_pipeline(pipeline: Pipeline, queries: Examples) -> Pipeline:
+    """The pipeline, trained and able to answer the queries."""
+    if isinstance(pipeline, Mapping):
+        raise TypeError(f"pipeline holds the cases {list(pipeline)}; this explorer takes one: pipeline[...]")
+    return pipelines(pipeline, queries)[""]
 
 
 def check_scores(scores, pipeline: Pipeline, queries: Examples, name: str = "scores") -> int:

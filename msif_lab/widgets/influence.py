@@ -115,7 +115,7 @@ class InfluenceExplorer(Explorer):
 
     def _describe(self, query: int) -> str:
         predicted = self._classes(self.case)
-        text = f"{query}: {self.gallery.label(query)}"
+        text = f"query {query}, {self.gallery.label(query)}"
         if predicted is None:
             return text
         right = int(predicted[query]) == int(self.queries.y[query])
@@ -209,7 +209,7 @@ class InfluenceExplorer(Explorer):
                 (self.method_control, methods, self.method),
                 (self.stage_control, named, self.stage),
                 (self.queries_control, counted, self.shown),
-                (self.query_control, [(self._describe(q), q) for q in members], self.query),
+                (self.query_control, [(str(q), q) for q in members], self.query),
             ):
                 if options is not None and tuple(control.options) != tuple(options):
                     control.options = options
@@ -228,15 +228,15 @@ class InfluenceExplorer(Explorer):
     def _show(self) -> None:
         self._settle()
         scores, q, margin = self.scores, self.query, self.scores.target == "margin"
-        caption = html.escape(self._describe(q)).replace(", ", "<br>").replace(": ", "<br>")
-        self.view.value = f"<b>Query</b><br>{self.gallery.show(q, 'Query', width=112, caption=caption)}"
+        caption = html.escape(self._describe(q)).replace(", ", "<br>")
+        self.view.value = self.gallery.show(q, "Query", width=112, caption=caption, column=140)
         gallery = self._examples(self.case, self.stage)
-        word = {False: "lower", True: "raise"}
+        word = {False: "(−): they lower", True: "(+): they raise"}
         rankings = (("helpful", scores.helpful(self.k), margin), ("harmful", scores.harmful(self.k), not margin))
         for title, row, (name, ranking, up) in zip(self.titles, self.rows, rankings, strict=True):
             title.value = (
-                f"<b>Most {name}</b>: they {word[up]} this query's {html.escape(scores.target)}; below each its score, "
-                f"thousandths of {self._unit}"
+                f"<b>Most {name}</b> {word[up]} this query's {html.escape(scores.target)}; below each its score "
+                f"× 1000, {self._unit}"
             )
             colour = plots.HELPFUL if name == "helpful" else plots.HARMFUL
             cards = []
@@ -278,23 +278,26 @@ class InfluenceExplorer(Explorer):
 
     def _draw(self, name: str, predicted: torch.Tensor, actual: torch.Tensor | None) -> str:
         if not hasattr(self, "_figure"):
-            self._figure = Plot(_prepare_effects)
-        ax, here, guess, truth = self._figure.artists
-        number = range(len(predicted))
-        here.set_xdata([self.query, self.query])
-        guess.set_data(number, predicted.numpy())
-        truth.set_data(*(([], []) if actual is None else (number, actual.numpy())))
-        truth.set_label("actual, after retraining" if actual is not None else "actual: not retrained yet")
-        highest = max(float(change.abs().max()) for change in (predicted, actual) if change is not None) or 1.0
-        ax.set(xlim=(-1, len(predicted)), ylim=(-1.35 * highest, 1.35 * highest))
-        ax.set_ylabel(f"change in {self.scores.target}, {self._unit}")
-        ax.legend(loc="upper right", fontsize=8, frameon=False, ncols=2)
+            self._figure, self._figure_of, self._figure_png = Plot(_prepare_effects), None, b""
+        ax, guess, truth = self._figure.artists
+        drawn = self.case, self.method, self.stage, self.example, actual is None
+        if self._figure_of != drawn:
+            number = range(len(predicted))
+            guess.set_data(number, predicted.numpy())
+            truth.set_data(*(([], []) if actual is None else (number, actual.numpy())))
+            truth.set_label("actual: not retrained yet" if actual is None else "actual, after retraining")
+            highest = max(float(change.abs().max()) for change in (predicted, actual) if change is not None) or 1.0
+            ax.set(xlim=(-1, len(predicted)), ylim=(-1.35 * highest, 1.35 * highest))
+            ax.set_ylabel(f"change in {self.scores.target}, {self._unit}")
+            ax.legend(loc="upper right", fontsize=8, frameon=False, ncols=2)
+            self._figure_of, self._figure_png = drawn, self._figure.png()
         alt = f"Change of {len(predicted)} queries without {name}: predicted {signed(float(predicted[self.query]))}"
         alt += f" for query {self.query}, between {signed(float(predicted.min()))} and {signed(float(predicted.max()))}"
         if actual is not None:
             alt += f"; actual {signed(float(actual[self.query]))}, between {signed(float(actual.min()))} and "
             alt += signed(float(actual.max()))
-        return img(self._figure.png(), alt)
+        line = self._figure.over(ax, self.query)
+        return f'<div style="position:relative">{img(self._figure_png, alt)}{line}</div>'
 
     # --- removing for real ------------------------------------------------------------------------
 
@@ -375,14 +378,13 @@ def _class(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def _prepare_effects(figure):
-    """Axes over the queries with a line each for the one in view, what is predicted and what happened."""
+    """Axes over the queries, with what is predicted and what happened."""
     ax = figure.subplots()
     figure.subplots_adjust(left=0.19, right=0.97, top=0.97, bottom=0.16)
     ax.axhline(0, color=plots.NEUTRAL, lw=0.8)
-    here = ax.axvline(0, color="black", lw=0.8, ls=":")
     (guess,) = ax.plot([], [], "o", ms=6, mfc="none", color=plots.HELPFUL, label="predicted")
     (truth,) = ax.plot([], [], "x", ms=5, color=plots.HARMFUL)
     ax.set_xlabel("query (dotted: the one in view)")
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
-    return ax, here, guess, truth
+    return ax, guess, truth

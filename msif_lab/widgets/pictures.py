@@ -6,14 +6,15 @@ import html
 import io
 import threading
 
+import numpy
 import torch
 
 from ..data import Examples
 
 DRAWING = threading.RLock()  # matplotlib is not made for two threads, and an answer may come from another one
 
-CARD = "display:inline-block;text-align:center;vertical-align:top;line-height:1.35;margin:0 2px"
-HELP = {"helpful": "−", "harmful": "+"}  # the sign that goes with the word when q is a loss
+CARD_WIDTH = 92  # pixels of a picture's column, and of the button below it with its margins
+CARD = "display:inline-block;text-align:center;vertical-align:top;line-height:1.35"
 
 
 def data_uri(png: bytes) -> str:
@@ -64,21 +65,31 @@ class Gallery:
     def number(self, position: int) -> int:
         return int(self.examples.ids[position])
 
-    def show(self, position: int, what: str, *, width: int = 64, caption: str = "", border: str = "none") -> str:
+    def show(
+        self,
+        position: int,
+        what: str,
+        *,
+        width: int = 64,
+        caption: str = "",
+        border: str = "none",
+        column: int = CARD_WIDTH,
+    ) -> str:
         """The picture of one example with a caption below; ``what`` starts its alt text."""
         alt = f"{what}, id {self.number(position)}, {self.label(position)}"
         picture = img(self.png(position), alt, width)
         return (
-            f'<div style="{CARD}"><div style="display:inline-block;border:{border}">{picture}</div>'
+            f'<div style="{CARD};width:{column}px"><div style="display:inline-block;border:{border}">{picture}</div>'
             f"<div>{caption or html.escape(self.label(position))}</div></div>"
         )
 
 
 class Plot:
-    """One matplotlib figure that is kept: artists change, the rest is drawn anew from them.
+    """One matplotlib figure that is kept: artists change, the rest is drawn once.
 
-    ``draw`` gets the figure once; what it returns is kept as ``artists``. No layout engine and no pyplot: those cost
-    more than all of the drawing.
+    ``draw`` gets the figure and returns the artists that the owner will change. No layout engine and no pyplot: those
+    cost more than all of the drawing. What moves with every step is drawn over the rest (`png`), or laid over the
+    picture by the browser (`over`).
     """
 
     def __init__(self, draw, width: float = 4.2, height: float = 3.0):
@@ -89,12 +100,34 @@ class Plot:
             self.figure = Figure(figsize=(width, height), dpi=100, layout="none", facecolor="white")
             FigureCanvasAgg(self.figure)
             self.artists = draw(self.figure)
+        self._still = None
 
-    def png(self) -> bytes:
-        buffer = io.BytesIO()
+    def png(self, *moving) -> bytes:
+        """The figure as it is; with ``moving`` artists only these are drawn anew, over what was there at first."""
+        from PIL import Image
+
         with DRAWING:
-            self.figure.canvas.print_png(buffer)  # savefig would obey savefig.bbox, which draws twice
+            canvas = self.figure.canvas
+            if self._still is None or not moving:
+                for artist in moving:
+                    artist.set_animated(True)
+                canvas.draw()
+                self._still = canvas.copy_from_bbox(self.figure.bbox)
+            canvas.restore_region(self._still)
+            for artist in moving:
+                artist.axes.draw_artist(artist)
+            buffer = io.BytesIO()
+            Image.fromarray(numpy.asarray(canvas.buffer_rgba())).convert("RGB").save(buffer, "PNG", compress_level=3)
         return buffer.getvalue()
+
+    def over(self, ax, x: float) -> str:
+        """A dotted vertical line at ``x`` over the picture, as HTML to go into one block with it."""
+        box, (low, high) = ax.get_position(), ax.get_xlim()
+        across = box.x0 + (x - low) / (high - low) * (box.x1 - box.x0)
+        return (
+            f'<div style="position:absolute;border-left:2px dotted black;left:{100 * across:.2f}%;'
+            f'top:{100 * (1 - box.y1):.2f}%;height:{100 * (box.y1 - box.y0):.2f}%"></div>'
+        )
 
 
 def figure_png(figure) -> bytes:
@@ -111,7 +144,9 @@ def signed(value: float, digits: int = 4) -> str:
 
 
 class Cards:
-    """A row of pictures, each above a button that chooses it; the buttons are reached by Tab.
+    """A row of pictures, a button below each that chooses it; the buttons are reached by Tab.
+
+    The pictures are one HTML widget, because a slider waits for every widget that changes.
 
     Args:
         explorer: whose errors the buttons report to.
@@ -123,27 +158,25 @@ class Cards:
     def __init__(self, explorer, count: int, name: str, choose):
         import ipywidgets
 
-        self.places: list[int | None] = [None] * count
-        self.pictures = [ipywidgets.HTML() for _ in range(count)]
+        self.places: list[int] = []
+        self.pictures = ipywidgets.HTML()
+        width = {"width": f"{CARD_WIDTH - 4}px", "padding": "0", "display": "none"}
         self.buttons = [
-            explorer._control("Button", name, "", lambda i=i: choose(self.places[i]), layout={"width": "auto"})
+            explorer._control("Button", name, "", lambda i=i: choose(self.places[i]), layout=width)
             for i in range(count)
         ]
-        self.cards = [
-            ipywidgets.VBox(pair, layout={"align_items": "center", "display": "none"})
-            for pair in zip(self.pictures, self.buttons, strict=True)
-        ]
-        self.box = ipywidgets.HBox(self.cards, layout={"flex_flow": "row wrap"})
+        self.box = ipywidgets.VBox([self.pictures, ipywidgets.HBox(self.buttons)])
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.buttons)
 
     def show(self, cards) -> None:
         """Show ``(place, picture, button's text, whether it is chosen)`` for each; what stays equal is not sent."""
         cards = list(cards)
-        for i, (card, picture, button) in enumerate(zip(self.cards, self.pictures, self.buttons, strict=True)):
-            card.layout.display = None if i < len(cards) else "none"
+        self.places = [place for place, *_ in cards]
+        self.pictures.value = f'<div style="white-space:nowrap">{"".join(picture for _, picture, _, _ in cards)}</div>'
+        for i, button in enumerate(self.buttons):
+            button.layout.display = None if i < len(cards) else "none"
             if i < len(cards):
-                self.places[i], picture.value, text, chosen = cards[i]
+                _, _, text, chosen = cards[i]
                 button.description = f"{text} ✓" if chosen else text
-                button.tooltip = f"{text}, chosen" if chosen else f"choose {text}"
