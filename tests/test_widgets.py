@@ -185,6 +185,241 @@ def test_influence_as_code(explorer, cases, scores, queries):
     assert "query=5" in button.value
 
 
+# ---- AlphaDampingExplorer ----
+
+
+@pytest.fixture(scope="module")
+def effects(cases, queries):
+    return msif.removal_effects(cases["full"], queries, [[i] for i in range(8)], progress=False)
+
+
+@pytest.fixture
+def damping(cases, queries, effects):
+    made = widgets.AlphaDampingExplorer(cases["full"], queries, effects=effects, k=3)
+    assert made.widget is made.widget and complaint(made) == ""
+    return made
+
+
+def test_damping_starts_at_the_exact_scores(damping, scores):
+    exact = scores["full"]["implicit"][0]
+    assert torch.allclose(damping.scores.values, exact.values, rtol=1e-9, atol=1e-12)
+    best = exact.harmful(3)
+    for value in best.values[0].tolist():
+        assert f"{1e3 * value:+.2f}".replace("-", "−") in damping.view.value
+    assert "its own" in damping.answer.value and all_images_have_alt(damping.widget) == 8
+
+
+def test_damping_sliders_change_order_filter_and_agreement(damping, effects):
+    first = damping.view.value, damping.plot.value, damping.answer.value
+    damping.alpha_control.value = float("inf")
+    assert torch.equal(damping.scores.values, damping.frozen.values)
+    assert "∞, frozen" in damping.answer.value and "0 of" in damping.plot.value
+    found = damping.agreements(damping.scores)
+    assert found["Spearman with α = ∞ (frozen)"] == pytest.approx(1)
+    assert found["Pearson r with real removals"] == pytest.approx(msif.agreement(damping.scores, effects).mean())
+    damping.damping_control.value = damping.dampings[-1]
+    assert damping.scores.values.abs().max() < damping.frozen.values.abs().max()
+    damping.query_control.value = 5
+    assert "query 5" in damping.view.value
+    assert all(
+        a != b for a, b in zip(first, (damping.view.value, damping.plot.value, damping.answer.value), strict=True)
+    )
+    assert complaint(damping) == ""
+
+
+def test_damping_as_code_and_static(damping, cases, queries, effects):
+    damping.alpha_control.value = damping.alphas[3]
+    damping.damping_control.value = damping.dampings[10]
+    space = run_code(damping, pipeline=cases["full"], queries=queries, effects=effects)
+    assert torch.allclose(space["view"].values, damping.scores.values)
+    r = damping.agreements(damping.scores)["Pearson r with real removals"]
+    assert space["report"].mean() == pytest.approx(r)
+    (figure,) = damping.static()
+    curves = figure.axes[0].lines
+    assert len(curves) >= 3 and len(figure.axes[1].lines) == 4
+    assert {WIDGET, "image/png", "text/plain"} <= set(damping._repr_mimebundle_())
+
+
+def test_damping_below_the_floor_is_not_offered(damping):
+    assert damping.alphas[0] > damping.sweep.floor
+    assert min(damping.sweep.filter(damping.alphas[0])) > 0
+
+
+def test_damping_says_what_is_wrong(cases, queries, effects):
+    make = widgets.AlphaDampingExplorer
+    with pytest.raises(ValueError, match="Proximal"):
+        make(cases["frozen"], queries)
+    with pytest.raises(TypeError, match=r"cases \['frozen', 'full'\]"):
+        make(cases, queries)
+    with pytest.raises(ValueError, match="different queries"):
+        make(cases["full"], queries[[0, 1]], effects=effects)
+    with pytest.raises(ValueError, match="k=0"):
+        make(cases["full"], queries, k=0)
+
+
+# ---- MethodComparison ----
+
+
+@pytest.fixture
+def methods(cases, queries, scores):
+    table = {
+        "implicit": scores["full"]["implicit"][0],
+        "gradient": scores["full"]["gradient"],
+        "loss": msif.Loss().fit(cases["full"]).score(queries),
+    }
+    made = widgets.MethodComparison(cases["full"], table, queries, k=3)
+    made.table_given = table
+    assert made.widget is made.widget and complaint(made) == ""
+    return made
+
+
+def test_methods_links_pictures_scores_and_places(methods):
+    a, b = methods.table["implicit"], methods.table["gradient"]
+    assert methods.rows[0].places == a.harmful(3).positions[0].tolist()
+    assert methods.rows[1].places == b.harmful(3).positions[0].tolist()
+    assert methods.example == methods.rows[0].places[0] and methods.rank_control.value == 1
+    before = methods.plot.value
+    methods.rows[1].buttons[2].click()
+    chosen = methods.rows[1].places[2]
+    assert methods.example == chosen and methods.plot.value != before
+    rank = int((a.values[0] > a.values[0, chosen]).sum()) + 1
+    assert methods.rank_control.value == rank and f"{rank} of 24" in methods.answer.value
+    assert (
+        "3 of 24" in methods.answer.value
+        and f"{float(b.values[0, chosen]):+.2e}".replace("-", "−") in methods.answer.value
+    )
+    methods.rank_control.value = 24
+    assert methods.example == int(a.values[0].argmin())
+    assert "helpful" in methods.answer.value
+    assert all_images_have_alt(methods.widget) == 12
+
+
+def test_methods_switch_by_dropdown(methods):
+    methods.b_control.value = "loss"
+    methods.query_control.value = 4
+    assert "B: loss" in methods.titles[1].value
+    assert methods.rows[1].places == methods.table["loss"].harmful(3).positions[4].tolist()
+    methods.b_control.value = "implicit"
+    assert "Spearman of A and B: 1.00 for this query, 1.00 on average" in methods.answer.value
+
+
+def test_methods_as_code_and_static(methods, cases, queries):
+    methods.query_control.value = 2
+    methods.rank_control.value = 5
+    space = run_code(methods, pipeline=cases["full"], queries=queries, scores=methods.table_given)
+    a, b = methods.table["implicit"], methods.table["gradient"]
+    assert space["pair"] == (a.values[2, methods.example], b.values[2, methods.example])
+    assert torch.allclose(torch.from_numpy(space["correlation"]), methods.correlation())
+    assert len(methods.static([0, 1, 2])) == 3
+    assert {WIDGET, "image/png", "text/plain"} <= set(methods._repr_mimebundle_())
+
+
+def test_methods_says_what_is_wrong(cases, queries, scores):
+    one, other = scores["full"]["implicit"]
+    make = widgets.MethodComparison
+    for table, says in (
+        ({"a": one}, "two or more"),
+        ([one, one], "two or more"),
+        ({"a": one, "b": other}, "different stages"),
+        ({"a": one, "b": one[:3]}, r"scores\['b'\] is \(3, 24\)"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            make(cases["full"], table, queries)
+
+
+# ---- CleaningExplorer ----
+
+
+@pytest.fixture
+def cleaning(cases, queries, scores):
+    loss = msif.Loss().fit(cases["full"]).score(queries).values[0]
+    table = {"influence": scores["full"]["implicit"][0], "loss": loss}
+    made = widgets.CleaningExplorer(cases["full"], table, queries, corrupted=[1, 4, 5, 9], k=4)
+    made.table_given = table
+    assert made.widget is made.widget and complaint(made) == ""
+    return made
+
+
+def test_cleaning_counts(cleaning, scores):
+    order = scores["full"]["implicit"][0].mean().values[0].argsort(descending=True)
+    assert cleaning.flagged_control.value == 4
+    cleaning.flagged_control.value = 10
+    found = len({1, 4, 5, 9} & set(order[:10].tolist()))
+    assert cleaning.removed == order[:10].tolist()
+    assert f"10 of 24 examples flagged (42%); {found} of them are among the 4 corrupted" in cleaning.view.value
+    assert f"precision {found / 10:.2f}, recall {found / 4:.2f}" in cleaning.view.value
+    assert cleaning.row.places == order[8:12].tolist() and "Place 9" in cleaning.row.pictures.value
+    cleaning.row.buttons[0].click()
+    assert cleaning.flagged == cleaning.flagged_control.value == 9
+    cleaning.flagged_control.value = 0
+    assert cleaning.retrain.disabled and "0 of 24" in cleaning.view.value and complaint(cleaning) == ""
+    cleaning.ranking_control.value = "loss"
+    cleaning.flagged_control.value = 23
+    assert "23 of 24" in cleaning.view.value and all_images_have_alt(cleaning.widget) == 5
+    assert complaint(cleaning) == ""
+
+
+def test_cleaning_refits(cleaning, cases, queries):
+    before = photograph(cases["full"])
+    cleaning.flagged_control.value = 3
+    cleaning.retrain.click()
+    assert cleaning.job.wait(60) and complaint(cleaning) == ""
+    effect = msif.removal_effects(cases["full"], queries, [cleaning.removed]).values[:, 0]
+    change = cleaning.after["loss"] - cleaning.before["loss"]
+    assert torch.allclose(change, effect, atol=1e-12)
+    assert f"{float(cleaning.after['loss'].mean()):.4f}" in cleaning.answer.value
+    assert f"{float(cleaning.after['accuracy'].mean()):.4f}" in cleaning.answer.value
+    assert same(before, photograph(cases["full"]))
+    cleaning.flagged_control.value = 2
+    assert cleaning.after is None and "not retrained yet" in cleaning.answer.value
+
+
+def test_cleaning_as_code_and_static(cleaning, cases, queries):
+    cleaning.flagged_control.value = 3
+    cleaning.retrain.click()
+    assert cleaning.job.wait(60)
+    known = {"pipeline": cases["full"], "queries": queries, "scores": cleaning.table_given, "corrupted": [1, 4, 5, 9]}
+    space = run_code(cleaning, **known)
+    assert space["removed"].tolist() == cleaning.removed
+    assert (float(space["precision"]), float(space["recall"])) == pytest.approx(cleaning.precision_recall())
+    assert torch.allclose(space["after"], cleaning.after["loss"], atol=1e-12)
+    assert torch.allclose(space["before"], cleaning.before["loss"])
+    cleaning.ranking_control.value = "loss"
+    assert run_code(cleaning, **known)["removed"].tolist() == cleaning.removed
+    assert len(cleaning.static()) == len(cleaning.static("loss")) == 1
+    assert {WIDGET, "image/png", "text/plain"} <= set(cleaning._repr_mimebundle_())
+
+
+def test_cleaning_without_the_truth(cases, queries, scores):
+    one = scores["full"]["implicit"][0]
+    made = widgets.CleaningExplorer(cases["full"], one, queries, k=3)
+    made.widget  # noqa: B018
+    made.flagged_control.value = 6
+    assert "6 of 24 examples flagged" in made.view.value and "precision" not in made.view.value
+    assert made.plot.value == "" and complaint(made) == ""
+    space = run_code(made, pipeline=cases["full"], queries=queries, scores=one)
+    assert space["removed"].tolist() == made.removed and "precision" not in space
+    assert len(made.static()) == 1
+
+
+def test_cleaning_says_what_is_wrong(cases, queries, scores):
+    one, pipeline = scores["full"]["implicit"][0], cases["full"]
+    bad = torch.zeros(24)
+    bad[3] = float("nan")
+    for table, corrupted, says in (
+        ({}, None, "scores is empty"),
+        (torch.zeros(23), None, r"scores has shape \(23,\).*\(24,\)"),
+        ({"loss": bad}, None, r"scores\['loss'\] holds NaN"),
+        (one, torch.zeros(24, dtype=torch.bool), "marks no example"),
+        (one, [3, 24], "between 0 and 23"),
+        (one, torch.zeros(23, dtype=torch.bool), r"corrupted is torch.bool of shape \(23,\)"),
+        (one, [0.5, 1.0], "positions"),
+        ({"a": one, "b": scores["full"]["implicit"][1]}, None, "different stages"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            widgets.CleaningExplorer(pipeline, table, queries, corrupted=corrupted, k=3)
+
+
 # ---- what all share ----
 
 
@@ -324,19 +559,21 @@ def test_bad_input_is_named(cases, scores, queries):
 # ---- how fast a step is ----
 
 
-def test_step_times_are_printed(explorer, queries):
+def test_step_times_are_printed(explorer, damping, methods, cleaning):
     """Not a bar: the browser run measures the whole way. Here only Python's share."""
-    seconds = []
-    for query in [*range(12)] * 2:
-        start = time.perf_counter()
-        explorer.query_control.value = query
-        seconds.append(time.perf_counter() - start)
     explorer.rows[0].buttons[0].click()
-    with_plot = []
-    for query in [*range(12)]:
-        start = time.perf_counter()
-        explorer.query_control.value = query
-        with_plot.append(time.perf_counter() - start)
-    print(f"InfluenceExplorer: {1e3 * statistics.median(seconds):.0f} ms a step, "
-          f"{1e3 * statistics.median(with_plot):.0f} ms with the plot of an example")  # fmt: skip
-    assert complaint(explorer) == ""
+    for control, values in (
+        (explorer.query_control, range(12)),
+        (damping.alpha_control, damping.alphas),
+        (damping.damping_control, damping.dampings),
+        (methods.query_control, range(12)),
+        (methods.rank_control, range(2, 20)),
+        (cleaning.flagged_control, range(1, 20)),
+    ):
+        seconds = []
+        for value in values:
+            start = time.perf_counter()
+            control.value = value
+            seconds.append(time.perf_counter() - start)
+        print(f"{control.description:45} {1e3 * statistics.median(seconds):4.0f} ms a step")
+    assert all(complaint(made) == "" for made in (explorer, damping, methods, cleaning))

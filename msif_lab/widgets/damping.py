@@ -49,16 +49,21 @@ class AlphaDampingExplorer(Explorer):
         k: int = 5,
         curvature: str = "hessian",
     ):
-        self.pipeline, self.queries, self.effects, self.curvature = one_pipeline(pipeline, queries), queries, effects, curvature
+        self.pipeline, self.queries, self.effects, self.curvature = (
+            one_pipeline(pipeline, queries),
+            queries,
+            effects,
+            curvature,
+        )
         data = pipeline.stages[0].data
         self.gallery, self.examples = Gallery(queries, "queries"), Gallery(data, "the data of the first stage")
         if not isinstance(k, int) or not 1 <= k <= len(data):
             raise ValueError(f"k={k!r} must be a whole number between 1 and {len(data)}, the examples")
         self.k, self.sweep = k, AlphaSweep(pipeline, queries, curvature=curvature)
         own, floor = self.sweep.alpha, 1.05 * self.sweep.floor
-        grid = own * 10.0 ** numpy.linspace(-3, 3, 49)
-        self.alphas = [*sorted({own, *grid[grid > floor].tolist()} - {grid[24]}), INFINITE]
-        self.dampings = [0.0, *(10.0 ** numpy.linspace(-6, 1, 29)).round(12).tolist()]
+        grid = [float(f"{own * 10 ** (i / 8):.3g}") for i in range(-24, 25) if i]
+        self.alphas = [*sorted([own, *(alpha for alpha in grid if alpha > floor)]), INFINITE]
+        self.dampings = [0.0, *(float(f"{10 ** (i / 4):.3g}") for i in range(-24, 5))]
         self.alpha, self.damping, self.query = own, 0.0, 0
         self.own, self.frozen = self.sweep.scores(own), self.sweep.scores(INFINITE)
         if effects is not None:
@@ -170,10 +175,13 @@ class AlphaDampingExplorer(Explorer):
         curve, dots = self._figure.artists
         gains = self.sweep.filter(self.alpha)
         s = torch.logspace(*self._decades, 200, dtype=gains.dtype)
-        curve.set_data(s, 2 * self.alpha / (s + 2 * self.alpha) if self.alpha < INFINITE else torch.ones_like(s))
-        dots.set_data(*(x[self.sweep.eigenvalues > 0] for x in (self.sweep.eigenvalues, gains)))
+        through = 2 * self.alpha / (s + 2 * self.alpha) if self.alpha < INFINITE else torch.ones_like(s)
+        curve.set_data(s.numpy(), through.numpy())
+        dots.set_data(*(x[self.sweep.eigenvalues > 0].cpu().numpy() for x in (self.sweep.eigenvalues, gains)))
         half = int((gains < 0.5).sum())
-        alt = f"Filter 2α / (s + 2α) over the eigenvalues s, α = {self._alpha_text(self.alpha)}: {half} of {len(gains)} "
+        alt = (
+            f"Filter 2α / (s + 2α) over the eigenvalues s, α = {self._alpha_text(self.alpha)}: {half} of {len(gains)} "
+        )
         return img(self._figure.png(curve, dots), alt + "directions are let through by less than half")
 
     @property
@@ -208,7 +216,9 @@ class AlphaDampingExplorer(Explorer):
         few = sorted({*(finite[round(i * (len(finite) - 1) / 4)] for i in range(5)), self.sweep.alpha})
         styles = ("-", "--", "-.", ":", (0, (1, 1)), (0, (5, 1)))
         for alpha, style in zip(few, styles, strict=False):
-            left.semilogx(s, 2 * alpha / (s + 2 * alpha), ls=style, label=f"α = {self._alpha_text(alpha)}")
+            left.semilogx(
+                s.numpy(), (2 * alpha / (s + 2 * alpha)).numpy(), ls=style, label=f"α = {self._alpha_text(alpha)}"
+            )
         left.set_xlabel("eigenvalue s")
         left.set_ylabel("2α / (s + 2α)")
         left.legend(frameon=False, fontsize=7)

@@ -52,11 +52,12 @@ class MethodComparison(Explorer):
         self.a, self.b = list(self.table)[:2]
         self.example = int(self._ranks()[0].argmin())
 
-    def _ranks(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _ranks(self, query: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Place of each example for this query by either method, ``(N,)`` each; 0 is the most harmful."""
+        query = self.query if query is None else query
         both = (self.table[name] for name in (self.a, self.b))
         return tuple(
-            torch.argsort(one.values[self.query].cpu(), stable=True, descending=one.target != "margin").argsort()
+            torch.argsort(one.values[query].cpu(), stable=True, descending=one.target != "margin").argsort()
             for one in both
         )
 
@@ -168,24 +169,28 @@ class MethodComparison(Explorer):
             title.value = f"<b>{html.escape(text)}</b>; below each its place by A, by B"
             cards = []
             for place in torch.argsort(order, stable=True)[: self.k].tolist():
-                caption = f"{html.escape(self.examples.label(place))}<br>{int(rank_a[place]) + 1}, {int(rank_b[place]) + 1}"
+                caption = (
+                    f"{html.escape(self.examples.label(place))}<br>{int(rank_a[place]) + 1}, {int(rank_b[place]) + 1}"
+                )
                 what = f"Example, place {int(rank_a[place]) + 1} by A and {int(rank_b[place]) + 1} by B"
                 picture = self.examples.show(place, what, caption=caption)
                 cards.append((place, picture, f"id {self.examples.number(place)}", place == self.example))
             row.show(cards)
 
-    def _scaled(self) -> tuple[torch.Tensor, torch.Tensor]:
-        both = (self.table[name].values[self.query].detach().cpu() for name in (self.a, self.b))
+    def _scaled(self, query: int) -> tuple[torch.Tensor, torch.Tensor]:
+        both = (self.table[name].values[query].detach().cpu() for name in (self.a, self.b))
         return tuple(values / (float(values.abs().max()) or 1.0) for values in both)
 
     def _draw(self) -> str:
         if not hasattr(self, "_figure"):
             self._figure = Plot(_prepare, 3.6, 3.4)
         cloud, mark = self._figure.artists
-        x, y = self._scaled()
+        x, y = self._scaled(self.query)
         cloud.set_data(x.numpy(), y.numpy())
         mark.set_data(x[[self.example]].numpy(), y[[self.example]].numpy())
-        alt = f"Scores of {len(x)} examples for query {self.query}: {self.a} across, {self.b} upwards; the chosen one at "
+        alt = (
+            f"Scores of {len(x)} examples for query {self.query}: {self.a} across, {self.b} upwards; the chosen one at "
+        )
         alt += f"{signed(float(x[self.example]), 2)}, {signed(float(y[self.example]), 2)}"
         return img(self._figure.png(cloud, mark), alt)
 
@@ -195,27 +200,24 @@ class MethodComparison(Explorer):
         """One figure per query position: the scatter, and the most harmful examples by either method."""
         import matplotlib.pyplot as plt
 
-        figures, before = [], self.query
-        try:
-            for self.query in [self.query] if queries is None else queries:
-                figure = plt.figure(figsize=(2.9 + 0.95 * self.k, 2.9))
-                left, right = figure.subfigures(1, 2, width_ratios=(2.9, 0.95 * self.k))
-                ax = left.subplots()
-                ax.plot(*self._scaled(), "o", ms=3, alpha=0.4, color=plots.HELPFUL, mew=0)
-                ax.set_xlabel(f"{self.a}, score ÷ largest", fontsize=8)
-                ax.set_ylabel(f"{self.b}, score ÷ largest", fontsize=8)
-                ax.set_title(f"query {self.query}", fontsize=9)
-                axes = right.subplots(2, self.k, squeeze=False)
-                for row, name, ranks in zip(axes, (self.a, self.b), self._ranks(), strict=True):
-                    for ax, place in zip(row, torch.argsort(ranks)[: self.k].tolist(), strict=True):
-                        ax.imshow(plots._picture(self.examples.examples.x[place]), cmap="gray_r")
-                        ax.set_title(self.examples.label(place), fontsize=8)
-                        ax.set_xlabel(f"id {self.examples.number(place)}", fontsize=8)
-                        ax.set(xticks=[], yticks=[])
-                    row[0].set_ylabel(f"harmful by\n{name}", fontsize=8)
-                figures.append(figure)
-        finally:
-            self.query = before
+        figures = []
+        for query in [self.query] if queries is None else queries:
+            figure = plt.figure(figsize=(2.9 + 0.95 * self.k, 2.9))
+            left, right = figure.subfigures(1, 2, width_ratios=(2.9, 0.95 * self.k))
+            ax = left.subplots()
+            ax.plot(*self._scaled(query), "o", ms=3, alpha=0.4, color=plots.HELPFUL, mew=0)
+            ax.set_xlabel(f"{self.a}, score ÷ largest", fontsize=8)
+            ax.set_ylabel(f"{self.b}, score ÷ largest", fontsize=8)
+            ax.set_title(f"query {query}", fontsize=9)
+            axes = right.subplots(2, self.k, squeeze=False)
+            for row, name, ranks in zip(axes, (self.a, self.b), self._ranks(query), strict=True):
+                for ax, place in zip(row, torch.argsort(ranks)[: self.k].tolist(), strict=True):
+                    ax.imshow(plots.picture(self.examples.examples.x[place]), cmap="gray_r")
+                    ax.set_title(self.examples.label(place), fontsize=8)
+                    ax.set_xlabel(f"id {self.examples.number(place)}", fontsize=8)
+                    ax.set(xticks=[], yticks=[])
+                row[0].set_ylabel(f"harmful by\n{name}", fontsize=8)
+            figures.append(figure)
         return figures
 
     def code(self) -> str:
