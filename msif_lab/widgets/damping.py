@@ -6,7 +6,7 @@ import numpy
 import torch
 
 from .. import plots
-from ..comparison import agreement, row_correlations
+from ..comparison import agreement, row_correlations, row_ranks
 from ..data import Examples
 from ..influence import Influence
 from ..pipeline import Pipeline
@@ -66,6 +66,7 @@ class AlphaDampingExplorer(Explorer):
         self.dampings = [0.0, *(float(f"{10 ** (i / 4):.3g}") for i in range(-24, 5))]
         self.alpha, self.damping, self.query = own, 0.0, 0
         self.own, self.frozen = self.sweep.scores(own), self.sweep.scores(INFINITE)
+        self._ranks = row_ranks(self.own.values.cpu()), row_ranks(self.frozen.values.cpu())
         if effects is not None:
             agreement(self.own, effects, resamples=1)  # of the same queries, stage and target
         self._kept: tuple = ()
@@ -80,10 +81,9 @@ class AlphaDampingExplorer(Explorer):
     def agreements(self, scores: Influence) -> dict[str, float]:
         """Mean over queries of the rank correlation with the scores at the pipeline's own α and in the frozen limit,
         and of Pearson r with the real effects, where there are some."""
-        found = {
-            "Spearman with its own α, no damping": _mean(row_correlations(scores.values, self.own.values, ranks=True)),
-            "Spearman with α = ∞ (frozen)": _mean(row_correlations(scores.values, self.frozen.values, ranks=True)),
-        }
+        ranks = row_ranks(scores.values.cpu())
+        own, frozen = (_mean(row_correlations(ranks, reference)) for reference in self._ranks)
+        found = {"Spearman with its own α, no damping": own, "Spearman with α = ∞ (frozen)": frozen}
         if self.effects is not None:
             predicted = torch.stack([scores.removal_effect(group) for group in self.effects.subsets], 1)
             found["Pearson r with real removals"] = _mean(row_correlations(predicted, self.effects.values))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 
 from .. import plots
-from ..comparison import row_correlations
+from ..comparison import row_correlations, row_ranks
 from ..data import Examples
 from ..influence import Influence
 from ..pipeline import Pipeline
@@ -63,8 +63,9 @@ class MethodComparison(Explorer):
 
     def correlation(self) -> torch.Tensor:
         """Spearman of the two methods' scores, per query ``(Q,)``."""
-        a, b = (self.table[name].values.detach().cpu() for name in (self.a, self.b))
-        return torch.from_numpy(row_correlations(a, b, ranks=True))
+        return torch.from_numpy(
+            row_correlations(*(row_ranks(self.table[name].values.cpu()) for name in (self.a, self.b)))
+        )
 
     # --- controls ---------------------------------------------------------------------------------
 
@@ -227,11 +228,11 @@ class MethodComparison(Explorer):
         return "\n".join(
             [
                 "from msif_lab import plots",
-                "from msif_lab.comparison import row_correlations",
+                "from msif_lab.comparison import row_correlations, row_ranks",
                 "",
                 f"a, b = {scores}[{self.a!r}], {scores}[{self.b!r}]",
                 f"pair = a.values[{self.query}, {self.example}], b.values[{self.query}, {self.example}]",
-                "correlation = row_correlations(a.values, b.values, ranks=True)  # per query",
+                "correlation = row_correlations(row_ranks(a.values), row_ranks(b.values))  # Spearman, per query",
                 f"examples = {pipeline}.stages[{self.stage}].data",
                 f"figures = [plots.influence_grid(one, examples, {queries}, {self.query}, {self.k}) for one in (a, b)]",
             ]

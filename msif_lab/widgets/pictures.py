@@ -117,7 +117,7 @@ class Plot:
             for artist in moving:
                 artist.axes.draw_artist(artist)
             buffer = io.BytesIO()
-            Image.fromarray(numpy.asarray(canvas.buffer_rgba())).convert("RGB").save(buffer, "PNG", compress_level=3)
+            Image.fromarray(numpy.asarray(canvas.buffer_rgba())).convert("RGB").save(buffer, "PNG", compress_level=1)
         return buffer.getvalue()
 
     def over(self, ax, x: float) -> str:
