@@ -300,7 +300,7 @@ def test_methods_switch_by_dropdown(methods):
     assert "B: loss" in methods.titles[1].value
     assert methods.rows[1].places == methods.table["loss"].harmful(3).positions[4].tolist()
     methods.b_control.value = "implicit"
-    assert "Spearman of A and B: 1.00 for this query, 1.00 on average" in methods.answer.value
+    assert "Spearman of A and B: +1.00 for this query, +1.00 on average" in methods.view.value
 
 
 def test_methods_as_code_and_static(methods, cases, queries):

@@ -264,7 +264,7 @@ class CleaningExplorer(Explorer):
 
     def _prepare(self, figure):
         ax = figure.subplots()
-        figure.subplots_adjust(left=0.14, right=0.97, top=0.97, bottom=0.17)
+        figure.subplots_adjust(left=0.14, right=0.97, top=0.84, bottom=0.17)
         ax.set(xlim=(0, self.count), ylim=(0, 1.05))
         ax.set_xlabel("examples removed, the most suspicious first", fontsize=9)
         ax.set_ylabel("share", fontsize=9)
@@ -275,7 +275,7 @@ class CleaningExplorer(Explorer):
     def _curves(self, ax):
         (precision,) = ax.plot([], [], "-", color=plots.HELPFUL, label="precision: flagged that are corrupted")
         (recall,) = ax.plot([], [], "--", color=plots.HARMFUL, label="recall: corrupted that are flagged")
-        ax.legend(frameon=False, fontsize=8, loc="center right")
+        ax.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1))
         return precision, recall
 
     # --- removing for real ------------------------------------------------------------------------

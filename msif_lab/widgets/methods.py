@@ -136,7 +136,6 @@ class MethodComparison(Explorer):
             caption=f"chosen: id {self.examples.number(self.example)}<br>"
             f"{html.escape(self.examples.label(self.example))}",
         )
-        self.view.value = query + chosen
         count, cells = len(rank_a), []
         for letter, name, rank in (("A", self.a, rank_a), ("B", self.b, rank_b)):
             value = float(self.table[name].values[q, self.example])
@@ -150,10 +149,11 @@ class MethodComparison(Explorer):
             )
         if self._correlation is None:
             self._correlation = self.correlation()
-        found = f"Spearman of A and B: {float(self._correlation[q]):.2f} for this query, "
-        found += f"{float(self._correlation.nanmean()):.2f} on average"
+        found = f"Spearman of A and B: {signed(float(self._correlation[q]), 2)} for this query, "
+        found += f"{signed(float(self._correlation.nanmean()), 2)} on average"
+        self.view.value = f"<div>{query}{chosen}</div><div>{found}</div>"
         self.answer.value = (
-            f"<table><caption>The chosen example. {found}</caption><tr><td></td><th scope='col'>score</th>"
+            "<table><caption>The chosen example</caption><tr><td></td><th scope='col'>score</th>"
             f"<th scope='col'>place, 1 = most harmful</th></tr>{''.join(cells)}</table>"
         )
         self._show_rows(rank_a, rank_b)
@@ -247,7 +247,7 @@ class MethodComparison(Explorer):
 
 def _prepare(figure):
     ax = figure.subplots()
-    figure.subplots_adjust(left=0.19, right=0.97, top=0.97, bottom=0.15)
+    figure.subplots_adjust(left=0.24, right=0.97, top=0.97, bottom=0.15)
     ax.set(xlim=(-1.1, 1.1), ylim=(-1.1, 1.1))
     ax.set_xlabel("score by A ÷ its largest", fontsize=9)
     ax.set_ylabel("score by B ÷ its largest", fontsize=9)
