@@ -185,6 +185,26 @@ def test_influence_as_code(explorer, cases, scores, queries):
     assert "query=5" in button.value
 
 
+def test_influence_picks_from_code(explorer, cases, scores, queries):
+    explorer.queries_control.value = "label 1"
+    assert explorer.pick(query=3, example=7, case="full") is explorer
+    assert (explorer.query_control.value, explorer.case_control.value, explorer.queries_control.value) == (
+        3,
+        "full",
+        "all",
+    )
+    assert "not retrained yet" in explorer.answer.value
+    plain = widgets.InfluenceExplorer(cases, scores, queries, k=3).pick(example=7)
+    assert "removal_effect([7])" in plain.code() and "widget" not in vars(plain)
+    for wrong, says in (
+        ({"query": 12}, "query=12.*between 0 and 11"),
+        ({"example": -1}, "example=-1"),
+        ({"case": ""}, "case=''"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            explorer.pick(**wrong)
+
+
 # ---- AlphaDampingExplorer ----
 
 
@@ -388,6 +408,18 @@ def test_cleaning_as_code_and_static(cleaning, cases, queries):
     assert run_code(cleaning, **known)["removed"].tolist() == cleaning.removed
     assert len(cleaning.static()) == len(cleaning.static("loss")) == 1
     assert {WIDGET, "image/png", "text/plain"} <= set(cleaning._repr_mimebundle_())
+
+
+def test_cleaning_judged_by_others(cases, queries, scores):
+    others = random_queries(cases["full"], n=7)
+    made = widgets.CleaningExplorer(cases["full"], scores["full"]["implicit"][0], queries, judges=others, k=3)
+    made.widget  # noqa: B018
+    made.retrain.click()
+    assert made.job.wait(60) and complaint(made) == ""
+    effect = msif.removal_effects(cases["full"], others, [made.removed]).values[:, 0]
+    assert torch.allclose(made.after["loss"] - made.before["loss"], effect, atol=1e-12)
+    assert "7 examples of the target task, other than the queries" in made.answer.value
+    assert made.predicted() is None and "no prediction" in made.answer.value
 
 
 def test_cleaning_without_the_truth(cases, queries, scores):

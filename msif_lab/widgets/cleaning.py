@@ -25,7 +25,9 @@ class CleaningExplorer(Explorer):
         pipeline: trained.
         scores: an `Influence`, whose most harmful examples on average come first; or rankings by name, each an
             `Influence` or a suspicion ``(N,)``, larger first (a loss, a confidence turned round).
-        queries: the target task's examples: on these the pipeline is judged before and after.
+        queries: what the scores are of, examples of the target task.
+        judges: examples that judge the pipeline before and after; by default the queries, which then judge what they
+            themselves have chosen.
         corrupted: which examples are known to be corrupted, a mask ``(N,)`` or positions; without it there is no
             precision and recall, only the number flagged.
         stage: whose examples are ranked, where no `Influence` says so.
@@ -44,10 +46,13 @@ class CleaningExplorer(Explorer):
         queries: Examples,
         *,
         corrupted: torch.Tensor | Sequence | None = None,
+        judges: Examples | None = None,
         stage: int | str = 0,
         k: int = 8,
     ):
         self.pipeline, self.queries = one_pipeline(pipeline, queries), queries
+        self.judges = queries if judges is None else judges
+        one_pipeline(pipeline, self.judges)
         self._given, self._truth_given = scores, corrupted
         self.table = dict(scores) if isinstance(scores, Mapping) else {"": scores}
         if not self.table:
@@ -122,7 +127,7 @@ class CleaningExplorer(Explorer):
 
     @property
     def before(self) -> dict[str, torch.Tensor]:
-        """``"loss"`` and, for classes, ``"accuracy"`` of the queries ``(Q,)`` with the pipeline as it is."""
+        """``"loss"`` and, for classes, ``"accuracy"`` of the judges ``(J,)`` with the pipeline as it is."""
         if self._before is None:
             self._before = self._judge(self.pipeline)
         return self._before
@@ -133,15 +138,16 @@ class CleaningExplorer(Explorer):
         return self._after.get(tuple(sorted(self.removed)))
 
     def _judge(self, trained) -> dict[str, torch.Tensor]:
-        found = {"loss": trained.evaluate(self.queries).reshape(-1).cpu()}
-        if self.queries.has_labels and self.pipeline.stages[-1].data.has_labels:
-            found["accuracy"] = trained.evaluate(self.queries, _right).reshape(-1).cpu()
+        found = {"loss": trained.evaluate(self.judges).reshape(-1).cpu()}
+        if self.judges.has_labels and self.pipeline.stages[-1].data.has_labels:
+            found["accuracy"] = trained.evaluate(self.judges, _right).reshape(-1).cpu()
         return found
 
     def predicted(self) -> torch.Tensor | None:
         """Change of each query's loss that the ranking's scores predict, ``(Q,)``; None where they do not."""
         scores = self.table[self.ranking]
-        if not isinstance(scores, Influence) or scores.target != "loss" or self.flagged == 0:
+        influence = isinstance(scores, Influence) and scores.target == "loss"
+        if not influence or self.flagged == 0 or self.judges is not self.queries:
             return None
         return scores.removal_effect(self.removed).detach().cpu()
 
@@ -240,9 +246,10 @@ class CleaningExplorer(Explorer):
                 cells.append(f"{now:.4f} ({signed(now - was)})")
             columns = "".join(f"<td>{cell}</td>" for cell in cells)
             rows.append(f"<tr><th scope='row' style='text-align:left'>{unit}</th>{columns}</tr>")
+        others = "" if self.judges is self.queries else ", other than the queries"
         head = "".join(f"<th scope='col'>{text}</th>" for text in ("before", "predicted", "after retraining"))
         self.answer.value = (
-            f"<table><caption>{len(self.queries)} queries of the target task</caption><tr><td></td>{head}</tr>"
+            f"<table><caption>{len(self.judges)} examples of the target task{others}</caption><tr><td></td>{head}</tr>"
             f"{''.join(rows)}</table>"
         )
 
@@ -333,7 +340,10 @@ class CleaningExplorer(Explorer):
 
     def code(self) -> str:
         """Python for the view: what is ``removed``, ``precision``, ``recall``, ``before`` and ``after`` retraining."""
-        pipeline, queries = self._name(self.pipeline, "pipeline"), self._name(self.queries, "queries")
+        pipeline, queries = (
+            self._name(self.pipeline, "pipeline"),
+            self._name(self.judges, "queries" if self.judges is self.queries else "judges"),
+        )
         scores = self._name(self._given, "scores") + (f"[{self.ranking!r}]" if isinstance(self._given, Mapping) else "")
         given, warm = self.table[self.ranking], default_protocol(self.pipeline) == "warm-start"
         suspicion = f"torch.as_tensor({scores})"

@@ -10,7 +10,7 @@ from ..data import Examples
 from ..influence import Influence
 from ..pipeline import Pipeline
 
-__all__ = ["Given", "check_scores", "one_pipeline", "pipelines", "score_table"]
+__all__ = ["Given", "check_scores", "one_pipeline", "pipelines", "predicted_class", "score_table"]
 
 
 class Given(NamedTuple):
@@ -99,3 +99,8 @@ def score_table(named: Mapping[str, Pipeline], scores, queries: Examples) -> dic
                     raise ValueError(f"scores{here} is of stage {pipeline.stages[stage].name!r} again; one per stage")
                 table[key] = Given(one, here)
     return table
+
+
+def predicted_class(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """As a target to evaluate: the class of the largest output."""
+    return outputs.argmax(-1).to(outputs)

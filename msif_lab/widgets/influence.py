@@ -11,8 +11,8 @@ from ..influence import Influence
 from ..pipeline import Pipeline
 from ..validation import removal_effects
 from .frame import Explorer, need_choice
-from .given import pipelines, score_table
-from .pictures import Cards, Gallery, Plot, img, signed
+from .given import pipelines, predicted_class, score_table
+from .pictures import Cards, Gallery, Plot, effects_axes, img, signed
 
 __all__ = ["InfluenceExplorer"]
 
@@ -100,7 +100,7 @@ class InfluenceExplorer(Explorer):
         if not self.queries.has_labels or not self.pipelines[case].stages[-1].data.has_labels:
             return None
         if case not in self._predicted:
-            self._predicted[case] = self.pipelines[case].evaluate(self.queries, _class).cpu().long()
+            self._predicted[case] = self.pipelines[case].evaluate(self.queries, predicted_class).cpu().long()
         return self._predicted[case]
 
     def _groups(self) -> dict[str, list[int]]:
@@ -125,6 +125,28 @@ class InfluenceExplorer(Explorer):
     @property
     def _unit(self) -> str:
         return "nats" if self.scores.target == "loss" else f"units of {self.scores.target}"
+
+    def pick(
+        self, *, query: int | None = None, example: int | None = None, case: str | None = None
+    ) -> "InfluenceExplorer":
+        """Choose by position what a click would choose, and return the explorer.
+
+        Raises:
+            ValueError: there is no such query, example or case.
+        """
+        if case is not None:
+            need_choice("case", case, list(self.pipelines))
+            self.case, self.example = case, None
+        for name, value, count in (("query", query, len(self.queries)), ("example", example, len(self.scores.ids))):
+            if value is not None:
+                if not 0 <= value < count:
+                    raise ValueError(f"{name}={value} must be a position between 0 and {count - 1}")
+                setattr(self, name, int(value))
+        if query is not None:
+            self.shown = EVERY
+        if "widget" in vars(self):
+            self._guarded(self._show)()
+        return self
 
     # --- controls ---------------------------------------------------------------------------------
 
@@ -278,7 +300,7 @@ class InfluenceExplorer(Explorer):
 
     def _draw(self, name: str, predicted: torch.Tensor, actual: torch.Tensor | None) -> str:
         if not hasattr(self, "_figure"):
-            self._figure, self._figure_of, self._figure_png = Plot(_prepare_effects), None, b""
+            self._figure, self._figure_of, self._figure_png = Plot(effects_axes), None, b""
         ax, guess, truth = self._figure.artists
         drawn = self.case, self.method, self.stage, self.example, actual is None
         if self._figure_of != drawn:
@@ -371,20 +393,3 @@ class InfluenceExplorer(Explorer):
         about = f", cases {cases}" if cases != [""] else ""
         about += f", methods {methods}" if methods != [""] else ""
         return f"InfluenceExplorer: {len(self.queries)} queries, examples of {names}{about}"
-
-
-def _class(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return outputs.argmax(-1).to(outputs)
-
-
-def _prepare_effects(figure):
-    """Axes over the queries, with what is predicted and what happened."""
-    ax = figure.subplots()
-    figure.subplots_adjust(left=0.19, right=0.97, top=0.97, bottom=0.16)
-    ax.axhline(0, color=plots.NEUTRAL, lw=0.8)
-    (guess,) = ax.plot([], [], "o", ms=6, mfc="none", color=plots.HELPFUL, label="predicted")
-    (truth,) = ax.plot([], [], "x", ms=5, color=plots.HARMFUL)
-    ax.set_xlabel("query (dotted: the one in view)")
-    for side in ("top", "right"):
-        ax.spines[side].set_visible(False)
-    return ax, guess, truth

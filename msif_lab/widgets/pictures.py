@@ -9,6 +9,7 @@ import threading
 import numpy
 import torch
 
+from .. import plots
 from ..data import Examples
 
 DRAWING = threading.RLock()  # matplotlib is not made for two threads, and an answer may come from another one
@@ -128,6 +129,19 @@ class Plot:
             f'<div style="position:absolute;border-left:2px dotted black;left:{100 * across:.2f}%;'
             f'top:{100 * (1 - box.y1):.2f}%;height:{100 * (box.y1 - box.y0):.2f}%"></div>'
         )
+
+
+def effects_axes(figure):
+    """Axes over the queries, with what is predicted and what happened."""
+    ax = figure.subplots()
+    figure.subplots_adjust(left=0.19, right=0.97, top=0.97, bottom=0.16)
+    ax.axhline(0, color=plots.NEUTRAL, lw=0.8)
+    (guess,) = ax.plot([], [], "o", ms=6, mfc="none", color=plots.HELPFUL, label="predicted")
+    (truth,) = ax.plot([], [], "x", ms=5, color=plots.HARMFUL)
+    ax.set_xlabel("query (dotted: the one in view)")
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    return ax, guess, truth
 
 
 def figure_png(figure) -> bytes:
