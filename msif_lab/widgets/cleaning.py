@@ -12,7 +12,7 @@ from ..pipeline import Pipeline
 from ..ranking import detection
 from ..validation import default_protocol
 from .frame import Explorer
-from .given import check_scores, one_pipeline
+from .given import check_scores, one_pipeline, quoted
 from .pictures import Cards, Gallery, Plot, img, signed
 
 __all__ = ["CleaningExplorer"]
@@ -328,6 +328,7 @@ class CleaningExplorer(Explorer):
         axes = right.subplots(2, columns, squeeze=False)
         for ax in axes.flat:
             ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(True)
         for ax in axes.flat[self.k :]:
             ax.axis("off")
         for ax, position in zip(axes.flat, self.orders[ranking][: self.k].tolist(), strict=False):
@@ -344,7 +345,9 @@ class CleaningExplorer(Explorer):
             self._name(self.pipeline, "pipeline"),
             self._name(self.judges, "queries" if self.judges is self.queries else "judges"),
         )
-        scores = self._name(self._given, "scores") + (f"[{self.ranking!r}]" if isinstance(self._given, Mapping) else "")
+        scores = self._name(self._given, "scores") + (
+            f"[{quoted(self.ranking)}]" if isinstance(self._given, Mapping) else ""
+        )
         given, warm = self.table[self.ranking], default_protocol(self.pipeline) == "warm-start"
         suspicion = f"torch.as_tensor({scores})"
         if isinstance(given, Influence):

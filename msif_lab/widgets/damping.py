@@ -13,7 +13,7 @@ from ..pipeline import Pipeline
 from ..sweep import AlphaSweep
 from ..validation import Effects
 from .frame import Explorer
-from .given import one_pipeline
+from .given import one_pipeline, quoted
 from .pictures import Gallery, Plot, img, signed
 
 __all__ = ["AlphaDampingExplorer"]
@@ -230,14 +230,14 @@ class AlphaDampingExplorer(Explorer):
         right.axvline(self.sweep.alpha, color=plots.NEUTRAL, lw=0.8, ls=":")
         right.set_xlabel("α (dotted: its own)")
         right.set_ylabel("mean over queries")
-        right.legend(frameon=False, fontsize=7)
+        right.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(0, 1))
         return [figure]
 
     def code(self) -> str:
         """Python for the view: ``view`` holds the scores at this α and damping."""
         pipeline, queries = self._name(self.pipeline, "pipeline"), self._name(self.queries, "queries")
         alpha = 'float("inf")' if self.alpha == INFINITE else repr(self.alpha)
-        kind = "" if self.curvature == "hessian" else f", curvature={self.curvature!r}"
+        kind = "" if self.curvature == "hessian" else f", curvature={quoted(self.curvature)}"
         lines = [
             "from msif_lab import agreement, plots",
             "from msif_lab.sweep import AlphaSweep",

@@ -1,5 +1,6 @@
 """What an explorer was given, checked once and put in one order: cases, methods, stages."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from ..data import Examples
 from ..influence import Influence
 from ..pipeline import Pipeline
 
-__all__ = ["Given", "check_scores", "one_pipeline", "pipelines", "predicted_class", "score_table"]
+__all__ = ["Given", "check_scores", "one_pipeline", "pipelines", "predicted_class", "quoted", "score_table"]
 
 
 class Given(NamedTuple):
@@ -84,12 +85,12 @@ def score_table(named: Mapping[str, Pipeline], scores, queries: Examples) -> dic
         )
     table: dict[tuple[str, str, int], Given] = {}
     for case, pipeline in named.items():
-        of_case, path = (scores[case], f"[{case!r}]") if several else (scores, "")
+        of_case, path = (scores[case], f"[{quoted(case)}]") if several else (scores, "")
         by_method = of_case if isinstance(of_case, Mapping) else {"": of_case}
         if not by_method:
             raise ValueError(f"scores{path} is empty; give at least one Influence")
         for method, given in by_method.items():
-            where = f"{path}[{method!r}]" if isinstance(of_case, Mapping) else path
+            where = f"{path}[{quoted(method)}]" if isinstance(of_case, Mapping) else path
             parts = given if isinstance(given, Sequence) and not isinstance(given, Influence) else [given]
             for i, one in enumerate(parts):
                 here = f"{where}[{i}]" if parts is given else where
@@ -99,6 +100,11 @@ def score_table(named: Mapping[str, Pipeline], scores, queries: Examples) -> dic
                     raise ValueError(f"scores{here} is of stage {pipeline.stages[stage].name!r} again; one per stage")
                 table[key] = Given(one, here)
     return table
+
+
+def quoted(value) -> str:
+    """A constant as this project writes it, strings in double quotes."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
 
 
 def predicted_class(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

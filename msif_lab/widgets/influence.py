@@ -11,7 +11,7 @@ from ..influence import Influence
 from ..pipeline import Pipeline
 from ..validation import removal_effects
 from .frame import Explorer, need_choice
-from .given import pipelines, predicted_class, score_table
+from .given import pipelines, predicted_class, quoted, score_table
 from .pictures import Cards, Gallery, Plot, effects_axes, img, signed
 
 __all__ = ["InfluenceExplorer"]
@@ -366,7 +366,7 @@ class InfluenceExplorer(Explorer):
 
     def code(self) -> str:
         """Python for the view: the figure, and for the chosen example ``predicted`` and ``actual`` of all queries."""
-        pipeline = self._name(self._given[0], "pipeline") + (f"[{self.case!r}]" if self.case else "")
+        pipeline = self._name(self._given[0], "pipeline") + (f"[{quoted(self.case)}]" if self.case else "")
         scores = self._name(self._given[1], "scores") + self.table[self.case, self.method, self.stage].path
         queries = self._name(self.queries, "queries")
         lines = [
@@ -378,7 +378,7 @@ class InfluenceExplorer(Explorer):
             f"figure = plots.influence_grid(view, examples, {queries}, query={self.query}, k={self.k})",
         ]
         if self.example is not None:
-            target = f"{self.scores.target!r}" if self.target is None else self._name(self.target, "target")
+            target = quoted(self.scores.target) if self.target is None else self._name(self.target, "target")
             lines += [
                 f"predicted = view.removal_effect([{self.example}])  # without the example at this position",
                 f"without = [[{self.example}]]",

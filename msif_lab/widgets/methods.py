@@ -11,7 +11,7 @@ from ..data import Examples
 from ..influence import Influence
 from ..pipeline import Pipeline
 from .frame import Explorer
-from .given import check_scores, one_pipeline
+from .given import check_scores, one_pipeline, quoted
 from .pictures import Cards, Gallery, Plot, img, signed
 
 __all__ = ["MethodComparison"]
@@ -217,6 +217,7 @@ class MethodComparison(Explorer):
                     ax.set_title(self.examples.label(place), fontsize=8)
                     ax.set_xlabel(f"id {self.examples.number(place)}", fontsize=8)
                     ax.set(xticks=[], yticks=[])
+                    ax.spines[:].set_visible(True)
                 row[0].set_ylabel(f"harmful by\n{name}", fontsize=8)
             figures.append(figure)
         return figures
@@ -230,7 +231,7 @@ class MethodComparison(Explorer):
                 "from msif_lab import plots",
                 "from msif_lab.comparison import row_correlations, row_ranks",
                 "",
-                f"a, b = {scores}[{self.a!r}], {scores}[{self.b!r}]",
+                f"a, b = {scores}[{quoted(self.a)}], {scores}[{quoted(self.b)}]",
                 f"pair = a.values[{self.query}, {self.example}], b.values[{self.query}, {self.example}]",
                 "correlation = row_correlations(row_ranks(a.values), row_ranks(b.values))  # Spearman, per query",
                 f"examples = {pipeline}.stages[{self.stage}].data",

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from .frame import Explorer
+from .given import quoted
 from .pictures import figure_png, img
 
 __all__ = ["FigureSlider"]
@@ -85,7 +86,7 @@ class FigureSlider(Explorer):
     def code(self) -> str:
         """The call that draws the present figure."""
         value = self.control.value if "widget" in vars(self) else self.start
-        return f"figure = {self._name(self.draw, 'draw')}({value!r})"
+        return f"figure = {self._name(self.draw, 'draw')}({quoted(value)})"
 
     def __repr__(self) -> str:
         return (
