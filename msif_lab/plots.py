@@ -76,8 +76,8 @@ def _arrow(ax, start: float, end: float, above: str, below: str) -> None:
 
 def picture(image: torch.Tensor):
     """(C, H, W) → what imshow takes."""
-    image = image.detach().cpu()
-    return image[0] if image.shape[0] == 1 else image.permute(1, 2, 0).clamp(0, 1)
+    image = image.detach().cpu().numpy()
+    return image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0).clip(0, 1)
 
 
 def influence_grid(scores: Influence, examples: Examples, queries: Examples, query: int = 0, k: int = 5):

@@ -499,6 +499,28 @@ def test_stop_leaves_everything_whole(monkeypatch):
     assert explorer.job.wait(60) and explorer.actual is not None
 
 
+def test_the_pipeline_is_free_while_a_copy_retrains(monkeypatch):
+    """Training swaps parameters in and out of its modules; the reader's must not be among them."""
+    pipeline = slow_pipeline()
+    queries = random_queries(pipeline)
+    explorer = widgets.InfluenceExplorer(pipeline, msif.GradientDot().fit(pipeline).score(queries), queries, k=2)
+    explorer.widget  # noqa: B018
+    explorer.rows[0].buttons[0].click()
+    expected, before = pipeline.evaluate(queries), photograph(pipeline)
+    advance = msif.SGD.advance
+    monkeypatch.setattr(msif.SGD, "advance", lambda *given: (time.sleep(0.02), advance(*given))[1])
+    explorer.retrain.click()
+    rounds = 0
+    while explorer.job.running:
+        assert torch.equal(pipeline.evaluate(queries), expected) and same(before, photograph(pipeline))
+        explorer.query_control.value = rounds % len(queries)
+        rounds += 1
+    assert explorer.job.wait(60) and rounds > 5
+    monkeypatch.setattr(msif.SGD, "advance", advance)
+    assert torch.equal(explorer.actual, msif.removal_effects(pipeline, queries, [[explorer.example]]).values[:, 0])
+    assert complaint(explorer) == ""
+
+
 def test_errors_stay_in_sight(explorer, cases, monkeypatch):
     explorer.rows[0].buttons[0].click()
     with monkeypatch.context() as patch:
