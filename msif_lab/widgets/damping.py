@@ -159,7 +159,7 @@ class AlphaDampingExplorer(Explorer):
         lines = [f"α = {self._alpha_text(self.alpha)}, damping δ = {self.damping:.2g}"]
         found = self.agreements(scores) | {
             "mean size of a score, thousandths": 1e3 * float(scores.values.abs().mean()),
-            "largest gain of the filter (above 1: negative curvature)": float(self.sweep.filter(self.alpha).max()),
+            "largest gain of the filter (above 1: s < 0)": float(self.sweep.filter(self.alpha).max()),
             f"of the {2 * self.k} shown, shown at its own α too": same,
         }
         cells = "".join(

@@ -310,7 +310,7 @@ class InfluenceExplorer(Explorer):
             truth.set_label("actual: not retrained yet" if actual is None else "actual, after retraining")
             highest = max(float(change.abs().max()) for change in (predicted, actual) if change is not None) or 1.0
             ax.set(xlim=(-1, len(predicted)), ylim=(-1.35 * highest, 1.35 * highest))
-            ax.set_ylabel(f"change in {self.scores.target}, {self._unit}")
+            ax.set_ylabel(f"change in {self.scores.target}, {self._unit}", fontsize=9)
             ax.legend(loc="upper right", fontsize=8, frameon=False, ncols=2)
             self._figure_of, self._figure_png = drawn, self._figure.png()
         alt = f"Change of {len(predicted)} queries without {name}: predicted {signed(float(predicted[self.query]))}"

@@ -24,7 +24,7 @@ def data_uri(png: bytes) -> str:
 
 def img(png: bytes, alt: str, width: int | None = None) -> str:
     """An image element; ``alt`` says in words what it shows."""
-    size = f"width:{width}px;image-rendering:pixelated;" if width else "max-width:100%;"
+    size = f"display:block;width:{width}px;image-rendering:pixelated;" if width else "max-width:100%;"
     return f'<img src="{data_uri(png)}" alt="{html.escape(alt, quote=True)}" style="{size}background:white">'
 
 
@@ -134,11 +134,11 @@ class Plot:
 def effects_axes(figure):
     """Axes over the queries, with what is predicted and what happened."""
     ax = figure.subplots()
-    figure.subplots_adjust(left=0.19, right=0.97, top=0.97, bottom=0.16)
+    figure.subplots_adjust(left=0.23, right=0.97, top=0.97, bottom=0.16)
     ax.axhline(0, color=plots.NEUTRAL, lw=0.8)
     (guess,) = ax.plot([], [], "o", ms=6, mfc="none", color=plots.HELPFUL, label="predicted")
     (truth,) = ax.plot([], [], "x", ms=5, color=plots.HARMFUL)
-    ax.set_xlabel("query (dotted: the one in view)")
+    ax.set_xlabel("query (dotted: the one in view)", fontsize=9)
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
     return ax, guess, truth
