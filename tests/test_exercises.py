@@ -23,9 +23,28 @@ def example(name, seed=0):
     """Small random quantities to ask an exercise with."""
     if name == "00-1":
         return {"scores": msif.Influence(draw(4, 30, seed=seed), torch.arange(30) + 100, torch.arange(4))}
+    if name == "00-2":
+        predicted = draw(4, 9, seed=seed) + torch.arange(4.0)[:, None]
+        return {"predicted": predicted, "actual": predicted + draw(4, 9, seed=seed + 1) + 0.5}
+    if name == "00-3":
+        return {"frozen": draw(4, 30, seed=seed), "full": draw(4, 30, seed=seed) + draw(4, 30, seed=seed + 1)}
     # 01
+    if name.startswith("01-"):
+        given = {"X": draw(12, 4, seed=seed), "y": draw(12, seed=seed + 1), "lam": 0.1}
+        if name == "01-1":
+            return {"X": given["X"], "X_q": draw(5, 4, seed=seed + 2), "lam": 0.1}
+        return given if name == "01-2" else {**given, "group": [3, 7]}
 
     # 02
+    if name in ("02-1", "02-3"):
+        half = draw(7, 7, seed=seed)
+        H, g = half @ half.T + torch.eye(7), draw(7, seed=seed + 1)
+        if name == "02-3":
+            return {"b": draw(3, 5, seed=seed + 2), "H_F": H, "theta": g, "m": 30}
+        return {"H_WW": H[:5, :5], "H_WU": H[:5, 5:], "H_UU": H[5:, 5:], "f_W": g[:5], "f_U": g[5:], "m": 30}
+    if name == "02-2":
+        half = draw(6, 6, seed=seed)
+        return {"u": draw(9, 4, seed=seed + 1), "G_WT": draw(9, 6, seed=seed + 2), "G_TT": half @ half.T}
 
     # 03
 

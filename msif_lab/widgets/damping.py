@@ -202,7 +202,7 @@ class AlphaDampingExplorer(Explorer):
             ax.spines[side].set_visible(False)
         ax.axhline(0.5, color=plots.NEUTRAL, lw=0.8, ls=":")
         (curve,) = ax.plot([], [], color=plots.NEUTRAL, lw=1.5)
-        (dots,) = ax.plot([], [], "o", ms=4, color=plots.HELPFUL, alpha=0.6)
+        (dots,) = ax.plot([], [], "o", ms=4, color=plots.HELPFUL, alpha=0.7)
         return curve, dots
 
     # --- without a kernel -------------------------------------------------------------------------

@@ -206,7 +206,7 @@ class MethodComparison(Explorer):
             figure = plt.figure(figsize=(2.9 + 0.95 * self.k, 2.9))
             left, right = figure.subfigures(1, 2, width_ratios=(2.9, 0.95 * self.k))
             ax = left.subplots()
-            ax.plot(*self._scaled(query), "o", ms=3, alpha=0.4, color=plots.HELPFUL, mew=0)
+            ax.plot(*self._scaled(query), "o", ms=3, alpha=0.7, color=plots.HELPFUL, mew=0)
             ax.set_xlabel(f"{self.a}, score ÷ largest", fontsize=8)
             ax.set_ylabel(f"{self.b}, score ÷ largest", fontsize=8)
             ax.set_title(f"query {query}", fontsize=9)
@@ -256,6 +256,6 @@ def _prepare(figure):
         line(0, color=plots.NEUTRAL, lw=0.8)
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
-    (cloud,) = ax.plot([], [], "o", ms=4, alpha=0.4, color=plots.HELPFUL, mew=0)
+    (cloud,) = ax.plot([], [], "o", ms=4, alpha=0.7, color=plots.HELPFUL, mew=0)
     (mark,) = ax.plot([], [], "s", ms=11, mfc="none", mec="black", mew=2)
     return cloud, mark
