@@ -304,5 +304,6 @@ def filter_curves(eigenvalues, alphas, times=(), ax=None):
         ax.minorticks_off()
     ax.set(yscale="log", xlabel="curvature s (ticks: eigenvalues)", ylabel="share that comes through")
     ax.set_ylim(max(float(shown.min()) / 1.5, 1e-3), min(float(shown.max()) * 1.5, 1e2))
-    ax.legend(frameon=False, fontsize=8)
+    if len(ax.lines) > 1:  # without curves there is nothing to name
+        ax.legend(frameon=False, fontsize=8)
     return ax
