@@ -1,0 +1,194 @@
+"""JupyterLab in a headless Chromium, used as a student uses it: menus, keys and clicks. For tests/test_browser.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+MINUTES = 60_000  # Playwright counts milliseconds; lessons are slow on two shared cores
+SETTINGS = {  # all cells in the page, not only those in sight; no question about news on the first start
+    "notebook-extension/tracker": {"windowingMode": "none"},
+    "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+}
+BROKEN = ("model not found", "Error displaying widget", "Error creating widget", "Loading widget...")
+
+# A cell whose input is folded has no prompt, so the prompts are those of most cells, not of all.
+PROMPTS = "[...document.querySelectorAll('.jp-CodeCell .jp-InputArea-prompt')].map(e => e.textContent)"
+DONE = f"() => {{ const p = {PROMPTS}; return p.some(t => /\\d/.test(t)) && !p.some(t => t.includes('*')) }}"
+
+# From the key to the new picture, decoded: what a reader waits for.
+WATCH = """root => {
+  let start = 0, last = [...root.querySelectorAll('img')].map(i => i.src).join();
+  root.redraws = [];
+  root.addEventListener('keydown', () => { start = performance.now() }, true);
+  root.addEventListener('click', () => { start = performance.now() }, true);
+  new MutationObserver(async () => {
+    const images = [...root.querySelectorAll('img')], now = images.map(i => i.src).join();
+    if (!start || !now || now === last) return;
+    last = now;
+    const began = start;
+    await Promise.all(images.map(i => i.decode().catch(() => 0)));
+    root.redraws.push(performance.now() - began);
+  }).observe(root, {subtree: true, childList: true, attributes: true, attributeFilter: ['src']});
+}"""
+
+# Text that a reader must tell from its background, with the contrast of WCAG 2: (L1 + 0.05) / (L2 + 0.05).
+CONTRASTS = """root => {
+  const rgba = s => { const v = s.match(/[\\d.]+/g).map(Number); return v.length < 4 ? [...v, 1] : v };
+  const light = c => c.slice(0, 3).map(v => v / 255)
+    .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const over = (a, b) => a.slice(0, 3).map((v, i) => v * a[3] + b[i] * (1 - a[3])).concat(1);
+  const ground = e => { const c = rgba(getComputedStyle(e).backgroundColor);
+    return c[3] === 1 ? c : over(c, e.parentElement ? ground(e.parentElement) : [255, 255, 255, 1]) };
+  const texts = [], walk = document.createTreeWalker(root, NodeFilter.SHOW_TEXT);
+  while (walk.nextNode()) {
+    const e = walk.currentNode.parentElement, text = walk.currentNode.textContent.trim();
+    if (!text || !e.checkVisibility({opacityProperty: true, visibilityProperty: true}) || e.matches(':disabled, option')) continue;
+    const back = ground(e), pair = [light(over(rgba(getComputedStyle(e).color), back)), light(back)].sort((a, b) => b - a);
+    texts.push([(pair[0] + 0.05) / (pair[1] + 0.05), text.slice(0, 40)]);
+  }
+  return texts;
+}"""
+
+# Everything the Tab key should reach, and what a screen reader would call it. ipywidgets leaves the label of a slider
+# unconnected (no "for"), so a label in the same control counts as its name.
+CONTROLS = """root => [...root.querySelectorAll('button, input, select, textarea, [tabindex="0"]')]
+  .filter(e => e.checkVisibility() && !e.disabled).map(e => ({
+    what: e.getAttribute('role') || e.tagName.toLowerCase(), focusable: e.tabIndex >= 0,
+    name: (e.getAttribute('aria-label') || [...(e.labels || [])].map(l => l.textContent).join(' ') || e.textContent
+      || e.title || e.closest('.jupyter-widgets')?.querySelector('label')?.textContent || '').trim() }))"""
+
+
+def chromium() -> str | None:
+    """The browser's executable: Debian's, or whatever is installed."""
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    return next(filter(None, map(shutil.which, names)), None)
+
+
+@contextmanager
+def browser():
+    """A headless browser; sandboxed unless root runs it, which Chromium refuses."""
+    from playwright.sync_api import sync_playwright
+
+    sandbox = getattr(os, "geteuid", lambda: 1)() != 0
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=chromium(), chromium_sandbox=sandbox)
+        try:
+            yield opened
+        finally:
+            opened.close()
+
+
+@contextmanager
+def server(notebooks: Path, tmp: Path):
+    """``jupyter lab`` on ``notebooks`` with nobody's settings; yields its address as ``address(path)``."""
+    for plugin, values in SETTINGS.items():
+        file = tmp / f"config/lab/user-settings/@jupyterlab/{plugin}.jupyterlab-settings"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(values), encoding="utf-8")
+    places = {
+        "JUPYTER_CONFIG_DIR": "config",
+        "JUPYTER_DATA_DIR": "data",
+        "JUPYTER_RUNTIME_DIR": "run",
+        "IPYTHONDIR": "ipython",
+    }
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    token = secrets.token_hex(16)
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--ServerApp.port={port}"]
+    command += [f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={notebooks}"]
+    environment = os.environ | {name: str(tmp / folder) for name, folder in places.items()} | {"OMP_NUM_THREADS": "1"}
+
+    def address(path: str) -> str:
+        return f"http://127.0.0.1:{port}/{path}?token={token}"
+
+    with (tmp / "server.log").open("w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        try:
+            _wait_until_up(address("api/status"), process, tmp / "server.log")
+            yield address
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)  # the server and its kernels
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def _wait_until_up(address: str, process: subprocess.Popen, log: Path):
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            return urllib.request.urlopen(address, timeout=10).close()
+        except OSError:
+            time.sleep(0.2)
+    raise RuntimeError(f"jupyter lab did not start:\n{log.read_text(errors='replace')[-2000:]}")
+
+
+class Student:
+    """One notebook open in JupyterLab; ``page`` is Playwright's, for whatever has no method here."""
+
+    def __init__(self, page, address, name: str, screenshots: Path):
+        self.page, self.address, self.name, self.screenshots = page, address, name, screenshots
+        self.console = []
+        page.on("pageerror", lambda error: self.console.append(str(error)))
+        page.set_default_timeout(2 * MINUTES)
+        page.goto(f"{address(f'lab/tree/{name}')}&reset")
+        page.locator(".jp-Notebook .jp-Cell").first.wait_for()
+        # Before its kernel is there a notebook says idle too, and loses a Run All behind a question for a kernel.
+        page.locator(".jp-StatusBar-TextItem", has_text="| Idle").wait_for()
+
+    def menu(self, *names: str):
+        """Click through the menu bar."""
+        for name in names:
+            self.page.get_by_role("menuitem", name=name, exact=True).click()
+
+    def run_all(self, minutes: float = 10):
+        """Run > Run All Cells, and wait until no cell waits. Old outputs are cleared first, or they would look new."""
+        self.menu("Edit", "Clear Outputs of All Cells")
+        self.page.wait_for_function(f"() => !{PROMPTS}.some(t => /\\d/.test(t))")
+        self.menu("Run", "Run All Cells")
+        self.page.wait_for_function(DONE, timeout=minutes * MINUTES, polling=200)
+        return self
+
+    def problems(self) -> list[str]:
+        """Errors in outputs, dead widgets, cells that did not run, pictures that did not load."""
+        page = self.page
+        found = page.locator('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]').all_inner_texts()
+        text = page.locator(".jp-Notebook").inner_text()
+        found += [f"the page says {words!r}" for words in BROKEN if words in text]
+        idle = page.evaluate(f"{PROMPTS}.filter(t => !/\\d/.test(t)).length")
+        found += [f"{idle} code cells did not run"] if idle else []
+        dead = page.locator(".jp-Notebook img").evaluate_all("all => all.filter(i => !i.naturalWidth).length")
+        return found + ([f"{dead} pictures are empty"] if dead else []) + self.console
+
+    def screenshot(self, label: str):
+        """The whole notebook, from its first cell to its last."""
+        page, before = self.page, self.page.viewport_size
+        height = page.locator(".jp-Notebook").first.evaluate(
+            "e => Math.max(e.scrollHeight, e.firstElementChild.scrollHeight)"
+        )
+        page.set_viewport_size({"width": before["width"], "height": min(int(height) + 200, 16_000)})
+        self.screenshots.mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=self.screenshots / f"{Path(self.name).stem}-{label}.png")
+        page.set_viewport_size(before)
+
+    def close(self):
+        """Shut the kernel down and leave."""
+        for session in json.load(urllib.request.urlopen(self.address("api/sessions"))):
+            request = urllib.request.Request(self.address(f"api/sessions/{session['id']}"), method="DELETE")
+            urllib.request.urlopen(request).close()
+        self.page.close()
