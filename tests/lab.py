@@ -26,21 +26,23 @@ BROKEN = ("model not found", "Error displaying widget", "Error creating widget",
 PROMPTS = "[...document.querySelectorAll('.jp-CodeCell .jp-InputArea-prompt')].map(e => e.textContent)"
 DONE = f"() => {{ const p = {PROMPTS}; return p.some(t => /\\d/.test(t)) && !p.some(t => t.includes('*')) }}"
 
-# From the key to the new picture, decoded: what a reader waits for.
+# From the key to the last new picture, decoded: what a reader waits for. A view changes several pictures at a time.
 WATCH = """root => {
-  let start = 0, last = [...root.querySelectorAll('img')].map(i => i.src).join();
+  const sources = () => [...root.querySelectorAll('img')].map(i => i.src).join();
+  let start = 0, last = sources();
   root.redraws = [];
-  root.addEventListener('keydown', () => { start = performance.now() }, true);
-  root.addEventListener('click', () => { start = performance.now() }, true);
+  const begin = () => { start = performance.now(); root.redraws.push(null) };
+  for (const kind of ['keydown', 'click']) root.addEventListener(kind, begin, true);
   new MutationObserver(async () => {
-    const images = [...root.querySelectorAll('img')], now = images.map(i => i.src).join();
-    if (!start || !now || now === last) return;
+    const now = sources(), step = root.redraws.length - 1, began = start;
+    if (!start || now === last) return;
     last = now;
-    const began = start;
-    await Promise.all(images.map(i => i.decode().catch(() => 0)));
-    root.redraws.push(performance.now() - began);
+    await Promise.all([...root.querySelectorAll('img')].map(i => i.decode().catch(() => 0)));
+    root.redraws[step] = performance.now() - began;
+    root.changed = performance.now();
   }).observe(root, {subtree: true, childList: true, attributes: true, attributeFilter: ['src']});
 }"""
+REDRAWN = "root => root.redraws.at(-1) !== null && performance.now() - root.changed > 300"
 
 # Text that a reader must tell from its background, with the contrast of WCAG 2: (L1 + 0.05) / (L2 + 0.05).
 CONTRASTS = """root => {
@@ -54,9 +56,10 @@ CONTRASTS = """root => {
   const texts = [], walk = document.createTreeWalker(root, NodeFilter.SHOW_TEXT);
   while (walk.nextNode()) {
     const e = walk.currentNode.parentElement, text = walk.currentNode.textContent.trim();
-    if (!text || !e.checkVisibility({opacityProperty: true, visibilityProperty: true}) || e.matches(':disabled, option')) continue;
-    const back = ground(e), pair = [light(over(rgba(getComputedStyle(e).color), back)), light(back)].sort((a, b) => b - a);
-    texts.push([(pair[0] + 0.05) / (pair[1] + 0.05), text.slice(0, 40)]);
+    if (!text || !e.checkVisibility({visibilityProperty: true}) || e.matches(':disabled, option')) continue;
+    const back = ground(e), front = over(rgba(getComputedStyle(e).color), back);
+    const [low, high] = [light(front), light(back)].sort((a, b) => a - b);
+    texts.push([(high + 0.05) / (low + 0.05), text.slice(0, 40)]);
   }
   return texts;
 }"""
@@ -68,6 +71,10 @@ CONTROLS = """root => [...root.querySelectorAll('button, input, select, textarea
     what: e.getAttribute('role') || e.tagName.toLowerCase(), focusable: e.tabIndex >= 0,
     name: (e.getAttribute('aria-label') || [...(e.labels || [])].map(l => l.textContent).join(' ') || e.textContent
       || e.title || e.closest('.jupyter-widgets')?.querySelector('label')?.textContent || '').trim() }))"""
+
+# The places where Tab stops, in order; returns how many.
+STOPS = """root => (root.stops = [...root.querySelectorAll('*')]
+  .filter(e => e.tabIndex >= 0 && !e.disabled && e.checkVisibility({visibilityProperty: true}))).length"""
 
 
 def chromium() -> str | None:
@@ -97,19 +104,15 @@ def server(notebooks: Path, tmp: Path):
         file = tmp / f"config/lab/user-settings/@jupyterlab/{plugin}.jupyterlab-settings"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(values), encoding="utf-8")
-    places = {
-        "JUPYTER_CONFIG_DIR": "config",
-        "JUPYTER_DATA_DIR": "data",
-        "JUPYTER_RUNTIME_DIR": "run",
-        "IPYTHONDIR": "ipython",
-    }
+    places = {"CONFIG": "config", "DATA": "data", "RUNTIME": "run"}
+    environment = os.environ | {f"JUPYTER_{name}_DIR": str(tmp / folder) for name, folder in places.items()}
+    environment |= {"IPYTHONDIR": str(tmp / "ipython"), "OMP_NUM_THREADS": "1"}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     token = secrets.token_hex(16)
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--ServerApp.port={port}"]
     command += [f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={notebooks}"]
-    environment = os.environ | {name: str(tmp / folder) for name, folder in places.items()} | {"OMP_NUM_THREADS": "1"}
 
     def address(path: str) -> str:
         return f"http://127.0.0.1:{port}/{path}?token={token}"
@@ -167,7 +170,8 @@ class Student:
     def problems(self) -> list[str]:
         """Errors in outputs, dead widgets, cells that did not run, pictures that did not load."""
         page = self.page
-        found = page.locator('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]').all_inner_texts()
+        shown = page.locator('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.stderr"]')
+        found = shown.filter(has_text="Traceback (most recent call last)").all_inner_texts()
         text = page.locator(".jp-Notebook").inner_text()
         found += [f"the page says {words!r}" for words in BROKEN if words in text]
         idle = page.evaluate(f"{PROMPTS}.filter(t => !/\\d/.test(t)).length")
@@ -178,10 +182,8 @@ class Student:
     def screenshot(self, label: str):
         """The whole notebook, from its first cell to its last."""
         page, before = self.page, self.page.viewport_size
-        height = page.locator(".jp-Notebook").first.evaluate(
-            "e => Math.max(e.scrollHeight, e.firstElementChild.scrollHeight)"
-        )
-        page.set_viewport_size({"width": before["width"], "height": min(int(height) + 200, 16_000)})
+        height = page.locator(".jp-Notebook .jp-WindowedPanel-outer").evaluate("e => e.scrollHeight")
+        page.set_viewport_size({"width": before["width"], "height": min(height + 200, 16_000)})
         self.screenshots.mkdir(parents=True, exist_ok=True)
         page.screenshot(path=self.screenshots / f"{Path(self.name).stem}-{label}.png")
         page.set_viewport_size(before)

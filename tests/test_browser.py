@@ -6,9 +6,11 @@ MSIF_EVERY_LESSON=1 runs every notebook, not only the quick ones; MSIF_SCREENSHO
 from __future__ import annotations
 
 import os
+import re
 import statistics
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import lab
@@ -87,11 +89,9 @@ def test_lesson_runs_from_the_menu(path, opened, report):
 
 def skipped_levels(root) -> list[str]:
     """Headings that are more than one level below the one before."""
-    levels = root.locator(":is(h1, h2, h3, h4, h5, h6)").evaluate_all(
-        "all => all.map(h => [+h.tagName[1], h.innerText])"
-    )
-    pairs = zip(levels, levels[1:], strict=False)
-    return [title for (before, _), (level, title) in pairs if level > before + 1]
+    headings = root.locator(":is(h1, h2, h3, h4, h5, h6)")
+    levels = headings.evaluate_all("all => all.map(h => [+h.tagName[1], h.innerText])")
+    return [title for (before, _), (level, title) in pairwise(levels) if level > before + 1]
 
 
 @pytest.mark.parametrize("path", EVERY, ids=lambda p: p.stem)
@@ -136,41 +136,44 @@ from msif_lab import widgets
 
 train, test = msif.load_digits()
 queries = test.select(classes=range(4, 10), n=30).double()
+pretraining = train.select(classes=range(4), n=120, seed=0)
+finetuning = train.select(classes=range(4, 10), n=80, seed=0)
 
-def trained(link, recipe=msif.LBFGS()):
-    pretraining = train.select(classes=range(4), n=120, seed=0)
-    finetuning = train.select(classes=range(4, 10), n=80, seed=0)
-    stages = [
-        msif.Stage("pretrain", msif.mlp(64, hidden=(8,), classes=4), pretraining, weight_decay=1e-2, recipe=recipe),
-        msif.Stage("finetune", msif.mlp(64, hidden=(8,), classes=6), finetuning, weight_decay=1e-2, link=link, recipe=recipe),
-    ]
-    return msif.Pipeline(stages).double().fit(progress=False)
+
+def trained(link, **recipe):
+    nets = msif.mlp(64, hidden=(8,), classes=4), msif.mlp(64, hidden=(8,), classes=6)
+    before = msif.Stage("pretrain", nets[0], pretraining, weight_decay=1e-2, **recipe)
+    after = msif.Stage("finetune", nets[1], finetuning, weight_decay=1e-2, link=link, **recipe)
+    return msif.Pipeline([before, after]).double().fit(progress=False)
+
 
 pipelines = {"frozen": trained(msif.Frozen()), "full": trained(msif.Proximal(alpha=0.05))}
 scores = {case: msif.ImplicitInfluence().fit(p).score(queries) for case, p in pipelines.items()}
+slow = trained(msif.Frozen(), recipe=msif.SGD(lr=0.1, epochs=1500))
 """
 
 DRAW = """
 def draw(value):
-    if value == 5:
-        raise ValueError("five is not drawn")
+    if value == 7:
+        raise ValueError("seven is not drawn")
     figure, axes = plt.subplots(figsize=(6, 3))
     axes.plot([0, value])
     return figure
 """
 
-
-def notebook(*cells: str) -> nbformat.NotebookNode:
-    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    return new_notebook(cells=[new_code_cell(c.strip()) for c in cells], metadata={"kernelspec": kernel})
-
-
-EXPLORERS = notebook(
-    SETUP,
-    DRAW,
-    'widgets.FigureSlider(draw, [1, 2, 3, 4, 5, 6], "Value")',
-    "widgets.InfluenceExplorer(pipelines, scores, queries)",
-)
+LIVE = {
+    "slider": 'widgets.FigureSlider(draw, [1, 2, 3, 4, 5, 6], "Value")',
+    "influence": "widgets.InfluenceExplorer(pipelines, scores, queries)",
+    "damping": 'widgets.AlphaDampingExplorer(pipelines["full"], queries)',
+    "methods": 'widgets.MethodComparison(pipelines["full"], scores, queries)',
+    "cleaning": 'widgets.CleaningExplorer(pipelines["full"], scores["full"], queries, corrupted=range(12))',
+    "failing": 'widgets.FigureSlider(draw, [6, 7], "Value", precompute=False)',
+    "slow": 'widgets.InfluenceExplorer(slow, scores["frozen"], queries)',
+}
+KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
+CELLS = [new_code_cell(source.strip()) for source in (SETUP, DRAW, *LIVE.values())]
+EXPLORERS = new_notebook(cells=CELLS, metadata={"kernelspec": KERNEL})
+each_explorer = pytest.mark.parametrize("kind", [kind for kind in LIVE if kind not in ("failing", "slow")])
 
 
 @pytest.fixture(scope="module")
@@ -182,15 +185,182 @@ def explorers(opened):
     student.close()
 
 
-def test_slider_by_keys(explorers, report):
-    explorer = explorers.page.locator(".msif-slider")
-    report("FigureSlider redraw, median ms", median_redraw(explorer, explorer.get_by_role("slider"), 3))
+@pytest.fixture
+def explorer(explorers):
+    """Find an explorer in the page by its kind."""
+    return lambda kind: explorers.page.locator(".msif-explorer").nth(list(LIVE).index(kind))
 
 
-def median_redraw(explorer, control, steps: int, key: str = "ArrowRight") -> float:
-    """Milliseconds from pressing ``key`` on ``control`` to the new picture; each step must bring one."""
-    explorer.evaluate(lab.WATCH)
-    for done in range(steps):
-        control.press(key)
-        explorer.page.wait_for_function("([e, n]) => e.redraws.length > n", arg=[explorer.element_handle(), done])
-    return round(statistics.median(explorer.evaluate("e => e.redraws")))
+@pytest.mark.parametrize(
+    ("kind", "control"),
+    [
+        ("slider", ".msif-value"),
+        ("influence", ".msif-query"),
+        ("damping", ".msif-alpha"),
+        ("damping", ".msif-damping"),
+        ("damping", ".msif-query"),
+        ("methods", ".msif-query"),
+        ("methods", ".msif-rank"),
+        ("cleaning", ".msif-flagged"),
+    ],
+)
+def test_slider_redraws(explorer, report, kind, control):
+    root = explorer(kind)
+    handle = root.locator(control).get_by_role("slider")
+    root.evaluate(lab.WATCH)
+    before, shown = handle.get_attribute("aria-valuetext"), pictures(root)
+    for key in ["Home", *["ArrowRight"] * 5]:
+        if key == "Home" and handle.get_attribute("aria-valuenow") == handle.get_attribute("aria-valuemin"):
+            continue
+        handle.press(key)
+        root.page.wait_for_function(lab.REDRAWN, arg=root.element_handle())
+    assert handle.get_attribute("aria-valuetext") != before or pictures(root) != shown
+    redraws = root.evaluate("e => e.redraws")
+    report(f"{kind} {control} redraw, median ms of {len(redraws)}", round(statistics.median(redraws)))
+    assert error_of(root) == ""
+
+
+def pictures(root) -> list[str]:
+    return root.locator("img").evaluate_all("all => all.map(i => i.src)")
+
+
+def error_of(root) -> str:
+    return root.locator(".msif-error").inner_text().strip()
+
+
+def test_error_stays_in_sight_until_the_next_success(explorer):
+    root = explorer("failing")
+    handle = root.get_by_role("slider")
+    handle.press("End")
+    root.locator(".msif-error", has_text="ValueError: seven is not drawn").wait_for()
+    handle.press("ArrowLeft")
+    root.page.wait_for_function("e => !e.innerText.trim()", arg=root.locator(".msif-error").element_handle())
+
+
+def test_query_is_picked_by_list_and_by_picture(explorer):
+    root = explorer("influence")
+    groups = root.locator(".msif-queries select")
+    groups.select_option(label=next(o for o in groups.locator("option").all_inner_texts() if o.startswith("label 7")))
+    root.locator(".msif-view", has_text="label 7").first.wait_for()
+    buttons = root.locator(".msif-query-image:visible")
+    shown = root.locator(".msif-query-image:visible", has_text="✓").inner_text()
+    other = next(text for text in buttons.all_inner_texts() if text != shown)
+    buttons.get_by_text(other, exact=True).click()
+    root.locator(".msif-view", has_text=other).first.wait_for()
+    groups.select_option(index=0)
+    assert error_of(root) == ""
+
+
+def test_case_changes_the_examples(explorer):
+    root = explorer("influence")
+    before = root.locator(".msif-example:visible").all_inner_texts(), root.locator(".msif-view").all_inner_texts()
+    for case in ("full", "frozen"):
+        root.locator(".msif-case select").select_option(label=case)
+    root.page.wait_for_function("([e, old]) => e.innerText !== old", arg=[root.element_handle(), "".join(before[1])])
+    assert root.locator(".msif-example:visible").all_inner_texts() == before[0]  # there and back
+    assert error_of(root) == ""
+
+
+def test_image_is_clicked_removed_and_retrained(explorer, report):
+    root = explorer("influence")
+    root.locator(".msif-example:visible").first.click()
+    root.locator(".msif-answer", has_text="not retrained yet").wait_for()
+    start = time.perf_counter()
+    root.locator(".msif-retrain").click()
+    root.locator(".msif-status", has_text="done in").wait_for()
+    report("one example removed and both stages retrained, s", round(time.perf_counter() - start, 1))
+    predicted, actual = numbers(root.locator(".msif-answer tr", has_text="this query"))
+    assert "not retrained yet" not in root.locator(".msif-answer").inner_text()
+    assert predicted == pytest.approx(actual, rel=0.5)  # 120 examples: the derivative is not exact
+    assert "actual" in root.locator(".msif-plot img").get_attribute("alt")
+    assert error_of(root) == ""
+
+
+def numbers(row) -> list[float]:
+    """The numbers in the cells of a table's row, with real minus signs."""
+    return [float(text.replace("−", "-")) for text in row.locator("td").all_inner_texts()]
+
+
+def test_stop_takes_effect_and_leaves_the_explorer_usable(explorer, report):
+    root = explorer("slow")
+    root.locator(".msif-example:visible").first.click()
+    stop, retrain = root.locator(".msif-stop"), root.locator(".msif-retrain")
+    assert stop.is_disabled()
+    retrain.click()
+    root.locator(".msif-status", has_text="retraining").wait_for()  # the busy indicator
+    start = time.perf_counter()
+    stop.click()
+    root.locator(".msif-status", has_text="stopped: nothing was changed").wait_for()
+    report("stop takes effect after, s", round(time.perf_counter() - start, 2))
+    assert "not retrained yet" in root.locator(".msif-answer").inner_text()
+    assert stop.is_disabled() and retrain.is_enabled()
+    assert error_of(root) == ""
+
+
+def test_methods_are_picked(explorer):
+    root = explorer("methods")
+    before = pictures(root)
+    root.locator(".msif-method-a select").select_option(label="full")
+    root.locator(".msif-method-b select").select_option(label="frozen")
+    root.page.wait_for_function(
+        "([e, old]) => [...e.querySelectorAll('img')].map(i => i.src).join() !== old",
+        arg=[root.element_handle(), ",".join(before)],
+    )
+    assert error_of(root) == ""
+
+
+def test_cleaning_refits(explorer):
+    root = explorer("cleaning")
+    root.locator(".msif-flagged").get_by_role("slider").press("ArrowRight")
+    root.locator(".msif-retrain").click()
+    root.locator(".msif-status", has_text="done in").wait_for()
+    assert len(root.locator(".msif-answer").inner_text()) > 40
+    assert error_of(root) == ""
+
+
+@each_explorer
+def test_view_is_copied_as_code(explorer, kind):
+    root = explorer(kind).locator(".msif-code")
+    root.get_by_role("button").click()
+    code = root.locator("textarea").input_value()
+    compile(code, kind, "exec")
+    assert {"draw", "msif_lab"} & set(re.findall(r"\w+", code)), code
+    root.get_by_role("button").click()
+    root.locator("textarea").wait_for(state="hidden")
+
+
+# ---- For everyone ----
+
+
+@each_explorer
+def test_controls_have_names_and_pictures_alt_texts(explorer, kind):
+    root = explorer(kind)
+    controls = root.evaluate(lab.CONTROLS)
+    assert controls and [c for c in controls if not c["name"] or not c["focusable"]] == []
+    alts = root.locator("img").evaluate_all("all => all.map(i => i.alt)")
+    assert alts and all(alts), alts
+    levels = skipped_levels(root)
+    assert levels == []
+
+
+@each_explorer
+def test_tab_reaches_every_control_and_leaves(explorer, kind):
+    root = explorer(kind)
+    stops = root.evaluate(lab.STOPS)
+    root.evaluate("e => e.stops[0].focus()")
+    for number in range(1, stops):
+        root.page.keyboard.press("Tab")
+        assert root.evaluate("(e, n) => e.stops[n] === document.activeElement", number), f"stop {number} of {stops}"
+    root.page.keyboard.press("Tab")
+    assert not root.evaluate("e => e.contains(document.activeElement)"), "Tab is caught"
+
+
+@pytest.mark.parametrize("theme", ["JupyterLab Dark", "JupyterLab Light"])
+def test_text_can_be_read_in(explorers, theme):
+    explorers.menu("Settings", "Theme", theme)
+    page, dark = explorers.page, str(theme.endswith("Dark")).lower()
+    page.wait_for_function(f"() => document.body.dataset.jpThemeLight !== '{dark}'")
+    texts = [text for root in page.locator(".msif-explorer").all() for text in root.evaluate(lab.CONTRASTS)]
+    assert len(texts) > 50
+    assert sorted((round(ratio, 1), text) for ratio, text in texts if ratio < READABLE) == []
+    explorers.screenshot(theme.split()[1].lower())
