@@ -26,21 +26,22 @@ BROKEN = ("model not found", "Error displaying widget", "Error creating widget",
 PROMPTS = "[...document.querySelectorAll('.jp-CodeCell .jp-InputArea-prompt')].map(e => e.textContent)"
 DONE = f"() => {{ const p = {PROMPTS}; return p.some(t => /\\d/.test(t)) && !p.some(t => t.includes('*')) }}"
 
-# From the key to the last new picture, decoded: what a reader waits for. A view changes several pictures at a time.
+# From the key to the last change of the view, its pictures decoded: what a reader waits for.
 WATCH = """root => {
-  const sources = () => [...root.querySelectorAll('img')].map(i => i.src).join();
-  let start = 0, last = sources();
+  const view = () => [...root.querySelectorAll('.msif-view, .msif-plot')].map(e => e.innerHTML).join();
   root.redraws = [];
-  const begin = () => { start = performance.now(); root.redraws.push(null) };
-  for (const kind of ['keydown', 'click']) root.addEventListener(kind, begin, true);
+  if (root.watched) return;
+  root.watched = true;
+  let start = 0, last = view();
+  root.addEventListener('keydown', () => { start = performance.now(); root.redraws.push(null) }, true);
   new MutationObserver(async () => {
-    const now = sources(), step = root.redraws.length - 1, began = start;
-    if (!start || now === last) return;
+    const now = view(), redraws = root.redraws, began = start;
+    if (!redraws.length || now === last) return;
     last = now;
     await Promise.all([...root.querySelectorAll('img')].map(i => i.decode().catch(() => 0)));
-    root.redraws[step] = performance.now() - began;
+    redraws[redraws.length - 1] = performance.now() - began;
     root.changed = performance.now();
-  }).observe(root, {subtree: true, childList: true, attributes: true, attributeFilter: ['src']});
+  }).observe(root, {subtree: true, childList: true, characterData: true, attributes: true});
 }"""
 REDRAWN = "root => root.redraws.at(-1) !== null && performance.now() - root.changed > 300"
 
@@ -72,9 +73,9 @@ CONTROLS = """root => [...root.querySelectorAll('button, input, select, textarea
     name: (e.getAttribute('aria-label') || [...(e.labels || [])].map(l => l.textContent).join(' ') || e.textContent
       || e.title || e.closest('.jupyter-widgets')?.querySelector('label')?.textContent || '').trim() }))"""
 
-# The places where Tab stops, in order; returns how many.
-STOPS = """root => (root.stops = [...root.querySelectorAll('*')]
-  .filter(e => e.tabIndex >= 0 && !e.disabled && e.checkVisibility({visibilityProperty: true}))).length"""
+# Where Tab must stop. Returns how many; what else takes the focus (a slider's number, which can be typed) is welcome.
+STOPS = """root => (root.stops = [...root.querySelectorAll('button, input, select, textarea, [tabindex="0"]')]
+  .filter(e => !e.disabled && e.checkVisibility({visibilityProperty: true}))).length"""
 
 
 def chromium() -> str | None:
@@ -98,21 +99,21 @@ def browser():
 
 
 @contextmanager
-def server(notebooks: Path, tmp: Path):
-    """``jupyter lab`` on ``notebooks`` with nobody's settings; yields its address as ``address(path)``."""
+def server(folder: Path, tmp: Path, start: tuple[str, ...] = ()):
+    """``jupyter lab`` on ``folder`` with nobody's settings, by the command ``start``; yields ``address(path)``."""
     for plugin, values in SETTINGS.items():
         file = tmp / f"config/lab/user-settings/@jupyterlab/{plugin}.jupyterlab-settings"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(values), encoding="utf-8")
     places = {"CONFIG": "config", "DATA": "data", "RUNTIME": "run"}
-    environment = os.environ | {f"JUPYTER_{name}_DIR": str(tmp / folder) for name, folder in places.items()}
+    environment = os.environ | {f"JUPYTER_{name}_DIR": str(tmp / place) for name, place in places.items()}
     environment |= {"IPYTHONDIR": str(tmp / "ipython"), "OMP_NUM_THREADS": "1"}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     token = secrets.token_hex(16)
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--ServerApp.port={port}"]
-    command += [f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={notebooks}"]
+    command = [*start, sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--ServerApp.port={port}"]
+    command += [f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={folder}"]
 
     def address(path: str) -> str:
         return f"http://127.0.0.1:{port}/{path}?token={token}"
@@ -148,7 +149,7 @@ class Student:
         self.page, self.address, self.name, self.screenshots = page, address, name, screenshots
         self.console = []
         page.on("pageerror", lambda error: self.console.append(str(error)))
-        page.set_default_timeout(2 * MINUTES)
+        page.set_default_timeout(MINUTES)
         page.goto(f"{address(f'lab/tree/{name}')}&reset")
         page.locator(".jp-Notebook .jp-Cell").first.wait_for()
         # Before its kernel is there a notebook says idle too, and loses a Run All behind a question for a kernel.
@@ -156,8 +157,9 @@ class Student:
 
     def menu(self, *names: str):
         """Click through the menu bar."""
+        items = self.page.locator(".lm-MenuBar-item:visible, .lm-Menu-item:visible")
         for name in names:
-            self.page.get_by_role("menuitem", name=name, exact=True).click()
+            items.filter(has=self.page.get_by_text(name, exact=True)).click()
 
     def run_all(self, minutes: float = 10):
         """Run > Run All Cells, and wait until no cell waits. Old outputs are cleared first, or they would look new."""
@@ -166,6 +168,18 @@ class Student:
         self.menu("Run", "Run All Cells")
         self.page.wait_for_function(DONE, timeout=minutes * MINUTES, polling=200)
         return self
+
+    def run_code(self, code: str):
+        """Paste ``code`` over the last cell and run it."""
+        cell = self.page.locator(".jp-Notebook .jp-CodeCell").last
+        cell.locator(".cm-content").click()
+        self.page.keyboard.press("Control+a")
+        self.page.keyboard.insert_text(code)
+        before = cell.locator(".jp-InputArea-prompt").inner_text()
+        self.page.keyboard.press("Control+Enter")
+        ran = "([e, old]) => /\\d/.test(e.textContent) && e.textContent !== old"
+        prompt = cell.locator(".jp-InputArea-prompt").element_handle()
+        self.page.wait_for_function(ran, arg=[prompt, before])
 
     def problems(self) -> list[str]:
         """Errors in outputs, dead widgets, cells that did not run, pictures that did not load."""
