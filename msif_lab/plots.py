@@ -13,30 +13,34 @@ from .stages import Frozen, WarmStart
 
 __all__ = ["agreement_scatter", "influence_grid", "method_intervals", "pipeline_diagram", "use_style", "v_curve"]
 
-HELPFUL, HARMFUL, NEUTRAL = "#0173b2", "#de8f05", "#808080"  # seaborn's colourblind blue and orange; grey
+# Seaborn's colourblind blue; its orange and a grey darkened until they can be read as text on white (4.5 : 1).
+HELPFUL, HARMFUL, NEUTRAL = "#0173b2", "#c05600", "#707070"
 
 
 def use_style() -> None:
-    """Seaborn's colourblind palette, readable sizes, 100 dpi; call once at the top of a notebook."""
+    """Seaborn's colourblind palette without its pale colours, readable sizes, 100 dpi; once at a notebook's top."""
     import matplotlib.pyplot as plt
     import seaborn
 
-    seaborn.set_theme(context="notebook", style="ticks", palette="colorblind", font_scale=0.9)
+    # Its yellow, pale blue, pink, light orange and tan have less than 3 : 1 on white: thin lines of them get lost.
+    palette = [seaborn.color_palette("colorblind")[i] for i in (0, 3, 2, 4, 7)]
+    seaborn.set_theme(context="notebook", style="ticks", palette=palette, font_scale=0.9)
     plt.rcParams.update(
         {"figure.dpi": 100, "savefig.dpi": 100, "savefig.bbox": "tight", "axes.spines.top": False,
-         "axes.spines.right": False, "figure.facecolor": "white", "figure.constrained_layout.use": True}
+         "axes.spines.right": False, "figure.facecolor": "white", "savefig.facecolor": "white",
+         "savefig.transparent": False, "figure.constrained_layout.use": True}
     )  # fmt: skip
 
 
 def pipeline_diagram(pipeline: Pipeline, ax=None):
-    """Stages as boxes, from left to right; on each arrow what is handed over and how; at the end the query.
+    """Stages as boxes, from left to right; on each arrow what is handed over, with its shapes, and how; then the query.
 
     Returns:
         the matplotlib axes.
     """
     import matplotlib.pyplot as plt
 
-    width, gap, count = 2.3, 1.5, len(pipeline.stages)
+    width, gap, count = 2.15, 1.6, len(pipeline.stages)
     total = count * (width + gap) + 0.9
     if ax is None:
         _, ax = plt.subplots(figsize=(0.88 * total, 1.5))
@@ -44,18 +48,46 @@ def pipeline_diagram(pipeline: Pipeline, ax=None):
     ax.axis("off")
     for k, stage in enumerate(pipeline.stages):
         o, p = pipeline.objective(k), pipeline.prepared(k)
-        lines = [f"{len(stage.data)} examples", f"trains {o.size:,} of {o.layout.size:,}", "parameters"]
-        if stage.data.has_labels:
-            lines[0] += f" of {', '.join(map(str, stage.data.classes))}"
+        lines = [_examples(stage.data), f"trains {_count(o.size)} of {_count(o.layout.size)}", "parameters"]
         left = k * (width + gap)
         _box(ax, left, width, stage.name, lines, HELPFUL)
         if k:
-            shared = p.here["frozen"].size + p.here["coupled"].size
+            shared = [name for name in o.layout.shapes if _holds(p.here, o.layout.spans[name])]
+            size = sum(places.size for places in p.here.values())
             how = {Frozen: "frozen", WarmStart: "start here"}.get(type(stage.link), f"held near, α = {o.alpha:g}")
-            _arrow(ax, left - gap, left, f"{shared:,} shared", how)
-    _arrow(ax, total - 0.9 - gap, total - 0.9, "final", "parameters")
+            _arrow(ax, left - gap, left, f"W: {_blocks(o.layout, shared)}\n{_count(size)} shared", how)
+    last = pipeline.objective(count - 1).layout
+    _arrow(ax, total - 0.9 - gap, total - 0.9, f"all {_count(last.size)}", "final parameters")
     _box(ax, total - 0.9, 0.9, "query", ["loss q"], HARMFUL)
     return ax
+
+
+def _holds(places: dict, span: range) -> bool:
+    """Whether a parameter's span is among the shared ones."""
+    parts = [part for some in places.values() for part in some.spans]
+    return any(part.start <= span.start and span.stop <= part.stop for part in parts)
+
+
+def _blocks(layout, names: list[str]) -> str:
+    """``16×64 + 16``, or how many blocks where that would be long."""
+    text = " + ".join("×".join(map(str, layout.shapes[name])) or "1" for name in names)
+    return text if len(text) <= 16 else f"{len(names)} blocks"
+
+
+def _count(n: int) -> str:
+    return f"{n:,}" if n < 1_000_000 else f"{n / 1e6:,.1f} M"
+
+
+def _examples(data: Examples) -> str:
+    """``400 examples of 0–3``, or of how many classes where naming them would be too long for a box."""
+    text = f"{len(data):,} examples"
+    if not data.has_labels:
+        return text
+    numbers = [c for c in data.classes if isinstance(c, int)]
+    row = len(numbers) == len(data.classes) > 2 and numbers == list(range(numbers[0], numbers[-1] + 1))
+    names = f"{numbers[0]}–{numbers[-1]}" if row else ", ".join(map(str, data.classes))
+    said = (f"{text} of {names}", f"{text} of {len(data.classes)} classes", text)
+    return next((words for words in said if len(words) <= 28), text)
 
 
 def _box(ax, left: float, width: float, title: str, lines: list[str], colour: str) -> None:
@@ -77,7 +109,7 @@ def _arrow(ax, start: float, end: float, above: str, below: str) -> None:
 def _picture(image: torch.Tensor):
     """(C, H, W) → what imshow takes."""
     image = image.detach().cpu()
-    return image[0] if image.shape[0] == 1 else image.permute(1, 2, 0).clamp(0, 1)
+    return (image[0] if image.shape[0] == 1 else image.permute(1, 2, 0).clamp(0, 1)).numpy()
 
 
 def influence_grid(scores: Influence, examples: Examples, queries: Examples, query: int = 0, k: int = 5):
@@ -103,8 +135,8 @@ def influence_grid(scores: Influence, examples: Examples, queries: Examples, que
         )
     figure, axes = plt.subplots(2, k + 1, figsize=(1.12 * (k + 1), 3.3))
     for ax in axes.flat:
-        ax.set_xticks([])
-        ax.set_yticks([])
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set(visible=True, color=NEUTRAL)
     axes[1, 0].axis("off")
     axes[0, 0].imshow(_picture(queries.x[query]), cmap="gray_r")
     axes[0, 0].set_title(f"query: {queries.classes[int(queries.y[query])]}", fontsize=9)
@@ -116,8 +148,7 @@ def influence_grid(scores: Influence, examples: Examples, queries: Examples, que
             ax.set_title(f"label {examples.classes[int(examples.y[position])]}", fontsize=9)
             sign = "−" if value < 0 else "+"
             ax.set_xlabel(f"{sign}{abs(value) * 1e3:.1f}", fontsize=9, labelpad=3)
-            for spine in ax.spines.values():
-                spine.set(visible=True, color=colour, linewidth=2)
+            ax.spines[:].set(color=colour, linewidth=2)
         axes[row, 1].set_ylabel(f"{word} ({'+' if word == 'harmful' else '−'})", color=colour, fontsize=9)
     figure.supxlabel(
         "score below each image: change in query loss per unit of weight, thousandths of a nat", fontsize=8
@@ -136,7 +167,7 @@ def agreement_scatter(report: Agreement, ax=None, title: str = ""):
     if ax is None:
         _, ax = plt.subplots(figsize=(4.2, 3.8))
     ax.axline((0, 0), slope=1, color=NEUTRAL, lw=1, ls="--", zorder=0)
-    ax.scatter(report.predicted.ravel(), report.actual.ravel(), s=6, alpha=0.4, color=HELPFUL, linewidths=0)
+    ax.scatter(report.predicted.ravel(), report.actual.ravel(), s=6, alpha=0.7, color=HELPFUL, linewidths=0)
     limit = 1.05 * max(abs(report.predicted).max(), abs(report.actual).max())
     limit = limit if math.isfinite(limit) and limit > 0 else 1.0
     ax.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", title=title)
@@ -202,14 +233,17 @@ def v_curve(steps, errors, ax=None, labels=None):
     """
     import matplotlib.pyplot as plt
 
-    errors = torch.as_tensor(errors)
+    errors = torch.as_tensor(errors).detach().cpu()
     errors = errors[:, None] if errors.ndim == 1 else errors
     if errors.shape[0] != len(steps):
         raise ValueError(f"errors {tuple(errors.shape)} must hold one row for each of {len(steps)} steps")
     if ax is None:
         _, ax = plt.subplots(figsize=(5.2, 3.2))
     for i, (line, style) in enumerate(zip(errors.T, itertools.cycle(("o-", "s--", "^:", "D-.")), strict=False)):
-        ax.loglog(steps, line.clamp(min=1e-17), style, ms=5, label=labels[i] if labels else None)
+        ax.loglog(
+            [float(h) for h in steps], line.clamp(min=1e-17).numpy(), style, ms=5, label=labels[i] if labels else None
+        )
+    ax.minorticks_off()
     ax.set_xlabel("step h in one example weight")
     ax.set_ylabel("relative distance")
     if labels:

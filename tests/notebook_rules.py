@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import ast
+import base64
+import io
 import re
 from collections import Counter
 from itertools import pairwise
 from typing import NamedTuple
 
 import nbformat
+from PIL import Image
 
 from msif_lab.exercises import EXERCISES
 
 MAX_CODE_CELLS, MAX_WORDS, MAX_LINES, MAX_BYTES = 45, 2000, 15, 600_000
+MIN_SECTIONS, MIN_EXERCISES, MIN_ALT, MAX_PIXELS = 4, 3, 40, 1000  # sections with the exercises; letters; across
 IMAGES = ("image/png", "image/jpeg")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
-BUDGET = re.compile(r"read\s+\d+\s*min\s*/\s*run\s+\d+\s*(s|min)\s*/\s*[\d.]+\s*(MB|GB)")
+BUDGET = re.compile(r"read\s+(\d+)\s*min\s*/\s*run\s+\d+\s*(s|min)\s*/\s*[\d.]+\s*(MB|GB)")
 FORBIDDEN_CODE = ("!pip", "%pip", "sys.path", "os.chdir", "NotImplementedError")
 # Unix homes and work folders, not preceded by what makes them part of a URL, a word or a closing HTML tag.
 MACHINE_PATH = re.compile(r"(?<![\w.<])/(?:root|home|work|tmp|Users)\b|\bC:\\(?=[A-Z])")
@@ -24,12 +28,20 @@ MACHINE_PATH = re.compile(r"(?<![\w.<])/(?:root|home|work|tmp|Users)\b|\bC:\\(?=
 SOLUTION = re.compile(
     r"<details>\s*<summary>Solution, and why</summary>\s*```python\n(.*?)\n```\n(.*)</details>\s*", re.DOTALL
 )
+OBJECTIVE = re.compile(r"^\* +\*\*[a-z][\w -]*\*\*.*?\((\d+) min\)[.,]?$", re.MULTILINE | re.DOTALL)
+READING = re.compile(r"\*\*Reading the (figure|picture)")
 TIMING = re.compile(r"Wall time|CPU times|\d\s?(?:it/s|s/it)\b")
 
 
 def structure_problems(nb: nbformat.NotebookNode) -> list[str]:
     """Everything that keeps a notebook from being a lesson as TEACHING.md describes it, one line each."""
-    return _header(nb) + _setup(nb) + _text(nb) + _code(nb) + _exercises(nb) + _outputs(nb)
+    lesson = _setup(nb) + _skeleton(nb) + _exercises(nb)
+    return _header(nb) + lesson + _text(nb) + _code(nb) + _figures(nb) + _outputs(nb)
+
+
+def index_problems(nb: nbformat.NotebookNode) -> list[str]:
+    """The same for the course's contents page, which teaches nothing: no objectives, exercises or recap."""
+    return _header(nb) + _text(nb) + _code(nb) + _figures(nb) + _outputs(nb)
 
 
 def _header(nb) -> list[str]:
@@ -69,19 +81,46 @@ def _text(nb) -> list[str]:
     for (above, _), (level, title) in pairwise(headings):
         if level > above + 1:
             problems.append(f"heading {title!r} skips a level")
-    titles = [title.lower() for _, title in headings]
-    last = ("recap", "references", "next")
-    places = [max((i for i, title in enumerate(titles) if word in title), default=None) for word in last]
-    if None in places:
-        problems += [f"no {w.capitalize()} heading" for w, place in zip(last, places, strict=True) if place is None]
-    elif places != sorted(places):
-        problems.append("recap, references and next are out of order")
+    words = _words("\n\n".join(cell.source for cell in nb.cells if cell.cell_type == "markdown"))
+    if words > MAX_WORDS:
+        problems.append(f"{words} words, over {MAX_WORDS}")
+    return problems
+
+
+def _skeleton(nb) -> list[str]:
+    """Objectives, perhaps "In a hurry", numbered sections of which the last is "Your turn", recap, references, next."""
+    problems = []
+    first = nb.cells[0].source if nb.cells else ""
+    if not re.match(r"# \d\d · \S", first):
+        problems.append("the title is not '# NN · Title'")
+    budget = BUDGET.search(first)
+    for cell in nb.cells:
+        if not _has_heading(cell, "objectives"):
+            continue
+        minutes = [int(m) for m in OBJECTIVE.findall(cell.source)]
+        bullets = len(re.findall(r"^\* ", cell.source, re.MULTILINE))
+        if not 3 <= bullets <= 5 or bullets != len(minutes):
+            problems.append("objectives are not three to five lines '* **verb** what (3 min)'")
+        elif budget and sum(minutes) != int(budget[1]):
+            problems.append(f"the objectives take {sum(minutes)} min, the budget line says read {budget[1]} min")
+    titles = [title for cell in nb.cells for level, title in _headings(cell) if level == 2]
+    numbered = [title for title in titles if re.match(r"\d+ · ", title)]
+    places = [int(title.split()[0]) for title in numbered]
+    if places != list(range(1, len(places) + 1)) or len(places) < MIN_SECTIONS:
+        problems.append(f"sections are not '## 1 · ...' to '## {MIN_SECTIONS} · ...' or more: {places}")
+    if not numbered or not numbered[-1].endswith("· Your turn"):
+        problems.append("the last numbered section is not 'Your turn', the exercises")
+    hurry = [title for title in titles if title.startswith("In a hurry?")]
+    wanted = ["Objectives", *hurry, *numbered, "Recap", "References", "Next"]
+    for word in wanted[-3:]:
+        if word not in titles:
+            problems.append(f"no {word} heading")
+    if sorted(titles) == sorted(wanted) and titles != wanted:
+        problems.append(f"sections are out of order: {', '.join(titles)}")
+    problems += [f"'## {title}' is none of the skeleton's sections" for title in titles if title not in wanted]
     markdown = "\n\n".join(cell.source for cell in nb.cells if cell.cell_type == "markdown")
     if "what could fool you" not in markdown.lower():
         problems.append("recap does not say what could fool you")
-    words = _words(markdown)
-    if words > MAX_WORDS:
-        problems.append(f"{words} words, over {MAX_WORDS}")
     return problems
 
 
@@ -111,14 +150,17 @@ def _code(nb) -> list[str]:
 
 def _exercises(nb) -> list[str]:
     found = exercise_cells(nb)
+    starts = [i for i, cell in enumerate(nb.cells) if _has_heading(cell, "your turn")] or [len(nb.cells)]
     number = re.match(r"# (\d\d)\b", nb.cells[0].source if nb.cells else "")
-    problems = []
+    problems = [] if len(found) >= MIN_EXERCISES else [f"{len(found)} exercises, fewer than {MIN_EXERCISES}"]
     for e in found:
         where = f"cell {e.index}: exercise {e.name}"
         if not number or not e.name.startswith(f"{number[1]}-"):
             problems.append(f"{where} does not start with the lesson's number")
+        if e.index < starts[0]:
+            problems.append(f"{where} comes before 'Your turn'")
         if e.name not in EXERCISES:
-            problems.append(f"{where} is not registered in msif_lab/exercises.py")
+            problems.append(f"{where} is not registered in msif_lab/exercises/lesson_NN.py")
         if not e.stubs:
             problems.append(f"{where} has no line to fill in (name = ...)")
         if not e.solution:
@@ -185,6 +227,38 @@ def _assigned(code: str) -> set[str]:
     }
 
 
+def _figures(nb) -> list[str]:
+    """Each is described for those who cannot see it, and read in words for those who can."""
+    problems, before = [], ""
+    for i, cell in enumerate(nb.cells):
+        if not (pictures := _pictures(cell)):
+            continue
+        after = next((c.source for c in nb.cells[i + 1 :] if c.cell_type == "markdown"), "")
+        if not READING.search(after):
+            problems.append(f"cell {i}: the text below the figure has no '**Reading the figure.**' in plain words")
+        for picture, alt in pictures:
+            if alt and len(alt) < MIN_ALT:
+                problems.append(f"cell {i}: alt text {alt!r} is shorter than {MIN_ALT} letters; say what is to be seen")
+            if alt and alt == before:
+                problems.append(f"cell {i}: the same alt text as the figure before")
+            before = alt
+            if picture.width > MAX_PIXELS:
+                problems.append(f"cell {i}: a figure {picture.width} pixels wide, over {MAX_PIXELS}")
+            if "A" in picture.getbands() and picture.getchannel("A").getextrema()[0] < 255:
+                problems.append(f"cell {i}: a transparent figure, black on black in a dark theme; plots.use_style()")
+    return problems
+
+
+def _pictures(cell) -> list[tuple[Image.Image, str]]:
+    """The images a cell shows, with their alt texts."""
+    found = []
+    for out in cell.get("outputs", []):
+        for mime in set(IMAGES) & set(out.get("data", {})):
+            picture = Image.open(io.BytesIO(base64.b64decode(out.data[mime])))
+            found.append((picture, out.metadata.get(mime, {}).get("alt", "").strip()))
+    return found
+
+
 def _outputs(nb) -> list[str]:
     problems = []
     if "widgets" in nb.metadata:
@@ -228,6 +302,14 @@ def _output(out) -> list[str]:
     return problems
 
 
+def relative_links(nb) -> list[str]:
+    """Targets of the text's links that lie in this repository, without their #sections."""
+    text = "\n".join(cell.source for cell in nb.cells if cell.cell_type == "markdown")
+    targets = re.findall(r"\]\(([^)\s]+)\)|^\[[^\]]+\]: (\S+)$", text, re.MULTILINE)
+    targets = [(inline or reference).partition("#")[0] for inline, reference in targets]
+    return [target for target in targets if target and "://" not in target]
+
+
 def _headings(cell) -> list[tuple[int, str]]:
     if cell.cell_type != "markdown":
         return []
@@ -249,7 +331,8 @@ def _tags(cell) -> list[str]:
 
 
 def _words(markdown: str) -> int:
-    """Words that are read: no link targets or HTML, a formula counts as one."""
+    """Words that are read: no link targets or HTML, no previous / contents / next; a formula counts as one."""
+    markdown = re.sub(r"^.*\[contents\]\(index\.ipynb\).*$", "", markdown, flags=re.MULTILINE)
     markdown = re.sub(r"\$\$.*?\$\$|\$[^$\n]+\$", "formula", markdown, flags=re.DOTALL)
     markdown = re.sub(r"\]\([^)]*\)|<[^>\n]+>", " ", markdown)
     return len(re.findall(r"\w[\w'’-]*", markdown))

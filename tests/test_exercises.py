@@ -23,7 +23,17 @@ def example(name, seed=0):
     """Small random quantities to ask an exercise with."""
     if name == "00-1":
         return {"scores": msif.Influence(draw(4, 30, seed=seed), torch.arange(30) + 100, torch.arange(4))}
+    if name == "00-2":
+        predicted = draw(4, 9, seed=seed) + torch.arange(4.0)[:, None]
+        return {"predicted": predicted, "actual": predicted + draw(4, 9, seed=seed + 1) + 0.5}
+    if name == "00-3":
+        return {"frozen": draw(4, 30, seed=seed), "full": draw(4, 30, seed=seed) + draw(4, 30, seed=seed + 1)}
     # 01
+    if name.startswith("01-"):
+        given = {"X": draw(12, 4, seed=seed), "y": draw(12, seed=seed + 1), "lam": 0.1}
+        if name == "01-1":
+            return {"X": given["X"], "X_q": draw(5, 4, seed=seed + 2), "lam": 0.1}
+        return given if name == "01-2" else {**given, "group": [3, 7]}
 
     # 02
 

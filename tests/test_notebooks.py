@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.util
+import io
 import json
 import shutil
 import sys
@@ -14,7 +16,8 @@ import pytest
 import torch
 from nbclient.exceptions import CellExecutionError
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
-from notebook_rules import MAX_BYTES, exercise_cells, structure_problems
+from notebook_rules import MAX_BYTES, exercise_cells, index_problems, relative_links, structure_problems
+from PIL import Image
 
 from msif_lab.exercises import EXERCISES
 
@@ -22,16 +25,27 @@ NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 # Bytes; Binder guarantees 1 GB and kills at 2. A PyTorch with CUDA, which Binder has not, loads 300 MB more.
 MAX_MEMORY = 1.2e9 + (0.3e9 if torch.version.cuda else 0)
 
-_spec = importlib.util.spec_from_file_location("execute", NOTEBOOKS / "execute.py")
-runner = importlib.util.module_from_spec(_spec)  # the script that makes the committed files, not a second one
-_spec.loader.exec_module(runner)
 
+def script(name: str):
+    """A script that makes the committed files, as a module: the tests have no second one."""
+    spec = importlib.util.spec_from_file_location(name, NOTEBOOKS / f"{name}.py")
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+runner = script("execute")
+links = script("links")  # imports the other
+
+INDEX = NOTEBOOKS / "index.ipynb"
 LESSONS = [p for p in runner.lessons() if p.name[:2].isdigit()]
 each_lesson = pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.stem)
+each_notebook = pytest.mark.parametrize("path", [*LESSONS, INDEX], ids=lambda p: p.stem)
 
 
 def test_there_are_lessons():
     assert LESSONS, f"no notebooks named NN_*.ipynb in {NOTEBOOKS}"
+    assert set(runner.lessons()) == {*LESSONS, INDEX}, "neither a lesson nor the contents"
 
 
 @each_lesson
@@ -40,7 +54,18 @@ def test_structure(path):
     assert not problems, "\n".join([path.name, *problems])
 
 
-@each_lesson
+def test_structure_of_the_index():
+    problems = index_problems(nbformat.read(INDEX, as_version=4))
+    assert not problems, "\n".join(problems)
+
+
+@each_notebook
+def test_links_lead_somewhere(path):
+    targets = relative_links(nbformat.read(path, as_version=4))
+    assert targets and [t for t in targets if not (NOTEBOOKS / t).exists()] == []
+
+
+@each_notebook
 def test_runs_as_shipped(path, tmp_path):
     nb, _, memory = runner.execute(copied(tmp_path) / path.name)
     assert runner.tidy(nb) == []
@@ -126,24 +151,45 @@ def test_wrong_solution_and_lesson_without_difference_are_noticed(tmp_path):
 # ---- The rules themselves: a good lesson passes, each breakage is reported ----
 
 BADGE = "[![Binder](badge.svg)](https://mybinder.org/v2/gh/a/b/v1)"
-TITLE = f"# 00 Quickstart\n{BADGE}\n\nread 10 min / run 40 s / 400 MB"
+TITLE = f"# 00 · Quickstart\n{BADGE}\n\nread 10 min / run 40 s / 400 MB"
+OBJECTIVES = (
+    "## Objectives\n* **see**, at $a/b$ and 1/2 (5 min),\n* **say** what\n  one sees (2 min),\n* **do** it (3 min)."
+)
 STUB = 'five = ...  # your line\nmsif.check("00-1", five, scores=s)'
 SOLUTION = "<details><summary>Solution, and why</summary>\n\n```python\nfive = [1, 2]\n```\n\nBecause.\n</details>"
+ALT = "A line that falls from upper left to lower right."
+
+
+def png(width=2, alpha=255, mode="RGBA") -> str:
+    picture = Image.new(mode, (width, 2), (255, 255, 255, alpha)[: len(mode)])
+    picture.save(buffer := io.BytesIO(), "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def figure(alt=ALT, **picture):
+    data = {"image/png": png(**picture)}
+    return new_output("display_data", data, metadata={"image/png": {"alt": alt} if alt else {}})
 
 
 def good_lesson() -> nbformat.NotebookNode:
-    figure = new_output("display_data", {"image/png": "aGVsbG8="}, metadata={"image/png": {"alt": "A line."}})
+    others = [(STUB.replace("00-1", f"00-{k}"), SOLUTION) for k in (2, 3)]
     cells = [
         new_markdown_cell(TITLE),
-        new_markdown_cell("## Objectives\n* see, at $a/b$ and 1/2"),
+        new_markdown_cell(OBJECTIVES),
         new_code_cell("import math", execution_count=1, metadata={"jupyter": {"source_hidden": True}}),
-        new_markdown_cell("## Claim\n### Detail\n```python\n# no heading\n```"),
-        new_code_cell("assert math.pi > 3", execution_count=2, outputs=[figure]),
+        new_markdown_cell("## In a hurry? One line\n## 1 · Claim\n### Detail\n```python\n# no heading\n```"),
+        new_code_cell("assert math.pi > 3", execution_count=2, outputs=[figure()]),
+        new_markdown_cell("**Reading the figure.** It falls.\n\n## 2 · Other\n## 3 · Third"),
         new_code_cell("explorer.static()", execution_count=3),
         new_code_cell("explorer", execution_count=4, metadata={"tags": ["live-widget"]}),
+        new_markdown_cell("## 4 · Your turn"),
         new_code_cell(STUB, execution_count=5),
         new_markdown_cell(SOLUTION),
         new_code_cell('if msif.check("00-1", five, scores=s).state == "right":\n    print(five)', execution_count=6),
+        new_code_cell(others[0][0], execution_count=7),
+        new_markdown_cell(others[0][1]),
+        new_code_cell(others[1][0], execution_count=8),
+        new_markdown_cell(others[1][1]),
         new_markdown_cell("## Recap\n**What could fool you**: luck.\n## References\n## Next"),
     ]
     return new_notebook(cells=cells)
@@ -167,22 +213,36 @@ def shown(text: str):
     return out(4, output_type="display_data", data={"text/html": text})
 
 
+def show(*figures, cell=4):
+    return lambda nb: nb.cells[cell].update(outputs=list(figures))
+
+
 BREAKAGES = {
     "not a title": replace(0, "# 00", "00"),
     "no Binder badge": replace(0, "mybinder.org/v2/", "example.org/"),
     "no budget line": replace(0, "run 40 s", "runs"),
+    "the title is not '# NN · Title'": replace(0, "00 · Quickstart", "Quickstart"),
     "0 cells with an Objectives heading": replace(1, "Objectives", "Aims"),
+    "objectives are not three to five": replace(1, "* **do** it (3 min).", ""),
+    "lines '* **verb** what (3 min)'": replace(1, "**say**", "say"),
+    "are not three to five lines '* **verb** what (3 min)'": replace(1, " (5 min)", ""),
+    "the objectives take 11 min, the budget line says read 10": replace(1, "5 min", "6 min"),
     "0 folded setup cells": put(cell=2, metadata={}),
     "2 folded setup cells": put(cell=4, metadata={"tags": ["hide-input"]}),
     "not the first code cell": lambda nb: nb.cells.insert(1, new_code_cell("1")),
     "does not follow the objectives": lambda nb: nb.cells.insert(5, nb.cells.pop(1)),
-    "not exactly one # title": replace(3, "## Claim", "# Claim"),
+    "not exactly one # title": replace(3, "## 1 · Claim", "# Claim"),
     "skips a level": replace(3, "### Detail", "#### Detail"),
-    "no Recap heading": replace(10, "Recap", "End"),
-    "no References heading": replace(10, "References", "Papers"),
-    "no Next heading": replace(10, "Next", "Onward"),
-    "out of order": put(cell=10, source="## Next\n## Recap\nWhat could fool you\n## References"),
-    "what could fool you": replace(10, "fool", "help"),
+    "sections are not '## 1 · ...' to '## 4 · ...' or more: [1, 3, 3, 4]": replace(5, "2 · Other", "3 · Other"),
+    "or more: [1, 2, 3]": replace(8, "## 4 · Your turn", "### Your turn"),
+    "the last numbered section is not 'Your turn'": replace(8, "Your turn", "Exercises"),
+    "'## Claim' is none of the skeleton's sections": replace(3, "1 · Claim", "Claim"),
+    "no Recap heading": replace(16, "Recap", "End"),
+    "no References heading": replace(16, "References", "Papers"),
+    "no Next heading": replace(16, "Next", "Onward"),
+    "out of order": put(cell=16, source="## Next\n## Recap\nWhat could fool you\n## References"),
+    "sections are out of order": lambda nb: nb.cells.insert(1, nb.cells.pop(8)),
+    "what could fool you": replace(16, "fool", "help"),
     "words, over": replace(3, "Claim", "word " * 2001),
     "code cells, over": lambda nb: nb.cells.extend(new_code_cell("1") for _ in range(45)),
     "execution counts": put(cell=4, execution_count=7),
@@ -201,27 +261,57 @@ BREAKAGES = {
     "hold widget state": lambda nb: nb.metadata.update(widgets={}),
     "kB, over": put(cell=3, source="x" * MAX_BYTES),
     "does not start with the lesson's number": replace(0, "# 00", "# 01"),
-    "exercise 00-77 is not registered": replace(7, "00-1", "00-77"),
-    "no line to fill in": replace(7, "...", "[1]"),
-    "exercise 00-1 is not followed by a folded": lambda nb: nb.cells.pop(8),
-    "not followed by a folded solution": replace(8, "<details>", "<details open>"),
-    "followed by a folded solution with python": replace(8, "```python", "```"),
-    "solution with python code, and why": replace(8, "Because.", ""),
-    "the solution does not assign five": replace(8, "five", "six"),
-    "exercise 00-1 comes 2 times": lambda nb: nb.cells.insert(9, new_code_cell(STUB)),
-    "cell 7: msif.check is not the last line": put(cell=7, source=STUB + "\nprint(five)"),
-    "cell 6: msif.check is not the last line": put(cell=6, source='print(msif.check("00-1", 1))'),
-    "output of a live widget": out(6, output_type="stream", text="slider"),
-    "without .static()": put(cell=5, source="explorer"),
+    "2 exercises, fewer than 3": put(cell=14, source="1"),
+    "exercise 00-1 comes before 'Your turn'": lambda nb: nb.cells.insert(11, nb.cells.pop(8)),
+    "exercise 00-77 is not registered": replace(9, "00-1", "00-77"),
+    "no line to fill in": replace(9, "...", "[1]"),
+    "exercise 00-1 is not followed by a folded": lambda nb: nb.cells.pop(10),
+    "not followed by a folded solution": replace(10, "<details>", "<details open>"),
+    "followed by a folded solution with python": replace(10, "```python", "```"),
+    "solution with python code, and why": replace(10, "Because.", ""),
+    "the solution does not assign five": replace(10, "five", "six"),
+    "exercise 00-1 comes 2 times": lambda nb: nb.cells.insert(11, new_code_cell(STUB)),
+    "cell 9: msif.check is not the last line": put(cell=9, source=STUB + "\nprint(five)"),
+    "cell 7: msif.check is not the last line": put(cell=7, source='print(msif.check("00-1", 1))'),
+    "output of a live widget": out(7, output_type="stream", text="slider"),
+    "without .static()": put(cell=6, source="explorer"),
     "error output ValueError": out(4, output_type="error", ename="ValueError", evalue="", traceback=[]),
-    "image/png without alt": out(4, output_type="display_data", data={"image/png": "aGVsbG8="}),
+    "image/png without alt": show(figure(alt="")),
     "<img> without alt": shown("<img src='x.png'>"),
     "widget view": out(4, output_type="display_data", data={"application/vnd.jupyter.widget-view+json": {}}),
+    "cell 4: the text below the figure has no '**Reading": replace(5, "Reading", "About"),
+    "cell 6: the text below the figure has no": show(figure(), cell=6),
+    "alt text 'A line.' is shorter than 40 letters": show(figure("A line.")),
+    "the same alt text as the figure before": show(figure(), figure()),
+    "a figure 1001 pixels wide, over 1000": show(figure(width=1001)),
+    "a transparent figure": show(figure(alpha=254)),
 }
 
 
 def test_rules_accept_a_good_lesson():
     assert structure_problems(good_lesson()) == []
+    also = good_lesson()
+    also.cells[4].outputs = [figure(mode="RGB"), figure("Another " + ALT)]  # two figures, one text below
+    replace(3, "## In a hurry? One line\n", "")(also)
+    assert structure_problems(also) == []
+
+
+def test_rules_of_the_index():
+    index = new_notebook(cells=[good_lesson().cells[i] for i in (0, 3, 4, 5)])
+    index.cells[0].source = TITLE.replace("00 · ", "")
+    index.cells[2].execution_count = 1
+    assert index_problems(index) == []
+    for expected, breakage in {
+        "no budget line": replace(0, "run 40 s", "runs"),
+        "skips a level": replace(1, "### Detail", "#### Detail"),
+        "no claim is asserted": put(cell=2, source="1"),
+        "has no '**Reading the figure.**'": replace(3, "Reading", "About"),
+        "absolute path /root": put(cell=2, source="assert open('/root/x')"),
+    }.items():
+        nb = deepcopy(index)
+        breakage(nb)
+        problems = index_problems(nb)
+        assert len(problems) == 1 and expected in problems[0]
 
 
 @pytest.mark.parametrize("expected", BREAKAGES)
@@ -230,6 +320,70 @@ def test_rules_report(expected):
     BREAKAGES[expected](nb)
     problems = structure_problems(nbformat.from_dict(nb))
     assert any(expected in problem for problem in problems), problems
+
+
+# ---- The script that links them ----
+
+
+def checkout(tmp_path) -> Path:
+    """A copy of README and lessons, its notebooks folder."""
+    shutil.copy(NOTEBOOKS.parent / "README.md", tmp_path)
+    return copied(tmp_path)
+
+
+def test_links_are_what_the_script_writes():
+    assert links.update(check=True) == [], "stale; run: python notebooks/links.py"
+
+
+def test_links_of_a_new_lesson(tmp_path):
+    folder = checkout(tmp_path)
+    new = folder / "98_new.ipynb"
+    title = TITLE.replace("# 00 · Quickstart", "# 98 · New: a lesson").replace("run 40 s", "run 3 min")
+    code = new_code_cell("1", execution_count=1, outputs=[new_output("stream", text="1")], metadata={"tags": ["kept"]})
+    cells = [new_markdown_cell(title + "\n\nWhy."), code, new_markdown_cell("## Next\nNothing.")]
+    nbformat.write(new_notebook(cells=cells), new)
+    last = LESSONS[-1].name
+    before = {p: nbformat.read(p, as_version=4) for p in folder.glob("*.ipynb")}
+    assert links.update(folder, check=True) == [last, new.name, "index.ipynb", "README.md"]
+    assert nbformat.read(new, as_version=4) == before[new], "a check writes nothing"
+    links.update(folder)
+    assert links.update(folder) == [], "a second run finds nothing to do"
+
+    after = {p: nbformat.read(p, as_version=4) for p in before}
+    line = f"[‹ {links.read_lesson(LESSONS[-1]).short}]({last}) | [contents](index.ipynb)"
+    assert after[new].cells[0].source == f"{title}\n\n{line}\n\nWhy."
+    assert after[new].cells[-1].source == f"## Next\nNothing.\n\n{line}"
+    assert "[98 · New ›](98_new.ipynb)" in after[folder / last].cells[0].source
+    assert (
+        "| [98 · New](98_new.ipynb) | a lesson | 10 min | 3 min | 400 MB |"
+        in after[folder / "index.ipynb"].cells[4].source
+    )
+    assert "| 98 | [New](notebooks/98_new.ipynb): a lesson | [![Binder]" in (tmp_path / "README.md").read_text("utf-8")
+    for path, nb in after.items():  # nothing but markdown sources
+        for cell in (*nb.cells, *before[path].cells):
+            if cell.cell_type == "markdown":
+                cell.source = ""
+        assert nb == before[path]
+
+    new.unlink()
+    links.update(folder)
+    for path in folder.glob("*.ipynb"):
+        assert path.read_bytes() == (NOTEBOOKS / path.name).read_bytes(), "and back"
+
+
+def test_links_want_a_budget_line(tmp_path):
+    folder = checkout(tmp_path)
+    nbformat.write(new_notebook(cells=[new_markdown_cell("# 98 · New")]), folder / "98_new.ipynb")
+    with pytest.raises(SystemExit, match=r"98_new.ipynb: the first cell needs a title and a line 'read 10 min"):
+        links.update(folder)
+
+
+def test_links_want_a_place_in_the_readme(tmp_path):
+    folder = checkout(tmp_path)
+    readme = tmp_path / "README.md"
+    readme.write_text(readme.read_text("utf-8").replace("<!-- lessons -->", ""), "utf-8")
+    with pytest.raises(SystemExit, match=r"README.md: .*'<!-- lessons -->'"):
+        links.update(folder)
 
 
 # ---- The script that writes them ----

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from conftest import random_pipeline
+from conftest import random_examples, random_model, random_pipeline, random_queries
 
 import msif_lab as msif
-from msif_lab import plots, widgets
+from msif_lab import marking, plots, widgets
 
+matplotlib = pytest.importorskip("matplotlib")
 plt = pytest.importorskip("matplotlib.pyplot")
 
 
@@ -28,6 +29,190 @@ def texts(ax):
 )
 def test_diagram_names_the_link(link, words):
     assert words in texts(plots.pipeline_diagram(random_pipeline(link=link, fit=False)))
+
+
+def test_diagram_says_what_is_handed_over():
+    shown = texts(plots.pipeline_diagram(random_pipeline(link=msif.Proximal(0.3), fit=False)))
+    assert "W: 4×16 + 4\n68 shared" in shown and "all 78" in shown and "24 examples of 0–2" in shown
+    deep = random_pipeline("cnn", link=msif.Frozen(), fit=False)
+    assert f"W: 4 blocks\n{deep.prepared(1).here['frozen'].size} shared" in texts(plots.pipeline_diagram(deep))
+    some = msif.Frozen(shared=["embedding.1.weight"])
+    assert "W: 4×16\n64 shared" in texts(plots.pipeline_diagram(random_pipeline(link=some, fit=False)))
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ((0, 1, 2, 3), "0–3"),
+        ((4, 9), "4, 9"),
+        ((1, 3, 5), "1, 3, 5"),
+        (("bird", "frog"), "bird, frog"),
+        (("automobile", "deer"), "2 classes"),
+        (tuple(range(0, 40, 2)), "20 classes"),
+    ],
+)
+def test_diagram_names_classes_shortly(names, said):
+    data = random_examples(len(names) * 20, (1, 4, 4), len(names), False, seed=0)
+    y = torch.arange(len(names)).repeat(20)
+    stage = msif.Stage("first", random_model("mlp", len(names), seed=0), msif.Examples(data.x, y, classes=names))
+    assert f"{len(y)} examples of {said}\n" in texts(plots.pipeline_diagram(msif.Pipeline([stage])))
+
+
+def large_pipeline():
+    """A million parameters, a hundred thousand examples of many classes with long names."""
+    names = tuple(f"kind {i} of automobile" for i in range(12))
+    y = torch.arange(12).repeat(10_000)
+    data = msif.Examples(torch.zeros(len(y), 1, dtype=torch.float64), y, classes=names)
+    wide = [msif.mlp(1, hidden=(1200, 1200), classes=12).double() for _ in range(2)]
+    stages = [msif.Stage(f"stage {k}", net, data) for k, net in enumerate(wide)]
+    stages[1].link = msif.Proximal(0.0005)
+    return msif.Pipeline(stages)
+
+
+PIPELINES = {f"{k} stages": lambda k=k: random_pipeline(link=msif.Proximal(0.05), k=k, fit=False) for k in (1, 2, 3)}
+
+
+@pytest.mark.parametrize("make", [*PIPELINES.values(), large_pipeline], ids=[*PIPELINES, "large"])
+def test_diagram_text_stays_in_its_place(make):
+    """No text crosses another or leaves the picture, boxes hold theirs."""
+    plots.use_style()
+    ax = plots.pipeline_diagram(make())
+    ax.figure.canvas.draw()
+    places = [text.get_window_extent() for text in ax.texts if text.get_text()]
+    assert not [(a, b) for i, a in enumerate(places) for b in places[i + 1 :] if a.overlaps(b)]
+    boxes = [patch.get_window_extent() for patch in ax.patches]
+    for text in places:
+        for box in boxes:
+            inside = box.x0 < text.x0 and text.x1 < box.x1
+            assert inside or not text.overlaps(box), "a text on the edge of a box"
+    assert all(ax.figure.bbox.x0 <= text.x0 and text.x1 <= ax.figure.bbox.x1 for text in places)
+
+
+# ---- For every reader: words besides colours, contrast, an opaque ground ----
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of an sRGB colour ``#rrggbb``, after WCAG 2."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def contrast(a: str, b: str) -> float:
+    dark, light = sorted((luminance(a), luminance(b)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+WHITE, DARK = "#ffffff", ("#111111", "#212121")  # figures' ground; JupyterLab's dark theme behind cells and outputs
+
+
+def test_contrast_is_that_of_wcag():
+    assert contrast("#000000", WHITE) == pytest.approx(21.0)
+    assert contrast("#777777", WHITE) == pytest.approx(4.48, abs=0.01)  # the well-known grey that just fails
+    assert contrast("#de8f05", WHITE) < 3, "seaborn's orange, which the rule must refuse"
+
+
+@pytest.mark.parametrize("name", ["HELPFUL", "HARMFUL", "NEUTRAL"])
+def test_colours_can_be_read_as_text(name):
+    assert contrast(getattr(plots, name), WHITE) >= 4.5
+
+
+def test_lines_can_be_seen():
+    plots.use_style()
+    colours = plt.rcParams["axes.prop_cycle"].by_key()["color"]
+    assert len(colours) >= 4
+    assert all(contrast(matplotlib.colors.to_hex(colour), WHITE) >= 3 for colour in colours)
+
+
+# What a dichromat sees of linear (red, green, blue): Machado, Oliveira and Fernandes 2009, severity 1.
+DICHROMATS = {
+    "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritan": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+XYZ = torch.tensor([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+LAB = torch.tensor([[0.0, 116, 0], [500, -500, 0], [0, 200, -200]])
+
+
+def difference(a: str, b: str, seen_by: str) -> float:
+    """Distance of two colours in CIE L*a*b* as a dichromat sees them; 100 is black from white."""
+    colours = torch.tensor([matplotlib.colors.to_rgb(a), matplotlib.colors.to_rgb(b)])
+    linear = torch.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
+    seen = (linear @ torch.tensor(DICHROMATS[seen_by]).T).clamp(0, 1)
+    root = (seen @ (XYZ / XYZ.sum(1, keepdim=True)).T).clamp(min=0.008856) ** (1 / 3)
+    return float(((root[0] - root[1]) @ LAB.T).norm())
+
+
+@pytest.mark.parametrize("seen_by", DICHROMATS)
+def test_helpful_and_harmful_differ_for_colour_blind_readers(seen_by):
+    assert difference("#ffffff", "#000000", seen_by) > 75  # the cube root is cut off near black
+    assert difference(plots.HELPFUL, plots.HARMFUL, seen_by) > 60
+    assert min(difference(c, plots.NEUTRAL, seen_by) for c in (plots.HELPFUL, plots.HARMFUL)) > 20
+
+
+def test_the_usual_red_and_green_do_not():
+    assert difference("#c00000", "#607000", "deutan") < 25 < 60 < difference("#c00000", "#607000", "tritan")
+
+
+@pytest.mark.parametrize("state", marking.LOOK)
+def test_verdict_signs_can_be_seen_in_both_themes(state):
+    sign, colour = marking.LOOK[state]
+    for ground in (WHITE, *DARK):
+        assert contrast(colour, ground) >= 3, "sign and bar are graphics; the message has the theme's text colour"
+    assert [sign for sign, _ in marking.LOOK.values()].count(sign) == 1, "signs differ without colour"
+
+
+@pytest.fixture(scope="module")
+def scored():
+    pipeline = random_pipeline(link=msif.Proximal(0.3))
+    queries = random_queries(pipeline)
+    return pipeline, queries, msif.ImplicitInfluence().fit(pipeline).score(queries)
+
+
+def test_grid_says_sign_and_kind_in_words(scored):
+    pipeline, queries, scores = scored
+    figure = plots.influence_grid(scores, pipeline.stages[0].data, queries, query=2, k=3)
+    axes = figure.axes
+    assert axes[0].get_title().startswith("query: ")
+    assert [axes[1].get_ylabel(), axes[5].get_ylabel()] == ["helpful (−)", "harmful (+)"]
+    for row, sign, ranking in ((1, "−", scores.helpful(3)), (5, "+", scores.harmful(3))):
+        for column in range(3):
+            value = float(ranking.values[2, column])
+            assert axes[row + column].get_xlabel() == f"{sign}{abs(value) * 1e3:.1f}"
+            label = pipeline.stages[0].data.y[ranking.positions[2, column]]
+            assert axes[row + column].get_title() == f"label {int(label)}"
+
+
+def test_scatter_says_r_and_slope(scored):
+    pipeline, queries, scores = scored
+    report = msif.agreement(scores, msif.removal_effects(pipeline, queries, [[i] for i in range(8)]))
+    ax = plots.agreement_scatter(report, title="both")
+    assert f"mean per-query r = {report.mean():.3f}" in texts(ax) and f"slope = {report.mean('slope'):.2f}" in texts(ax)
+    assert "nats" in ax.get_xlabel() and "nats" in ax.get_ylabel()
+    assert ax.get_xlim() == ax.get_ylim() and ax.lines[0].get_linestyle() == "--"
+    assert len(ax.collections[0].get_offsets()) == report.predicted.size
+
+
+def test_pictures_are_opaque(scored, tmp_path):
+    """In a dark theme black text on a transparent ground is invisible."""
+    plots.use_style()
+    pipeline, queries, scores = scored
+    figures = [
+        plots.pipeline_diagram(pipeline).figure,
+        plots.influence_grid(scores, pipeline.stages[0].data, queries, k=3),
+        plots.v_curve([0.1, 0.01], [1e-2, 1e-4]).figure,
+    ]
+    for figure in figures:
+        figure.savefig(tmp_path / "figure.png")
+        picture = plt.imread(tmp_path / "figure.png")
+        assert picture.shape[2] == 3 or (picture[..., 3] == 1).all()
+        assert (picture[0, :, :3] == 1).all(), "white, and nothing cut off at the top"
+
+
+def test_lines_of_v_curves_differ_without_colour():
+    ax = plots.v_curve([0.1, 0.01], torch.full((2, 4), 0.5))
+    styles = {(line.get_linestyle(), line.get_marker()) for line in ax.lines}
+    assert len(styles) == 4
 
 
 def test_v_curve_draws_one_line_per_example():
