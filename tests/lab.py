@@ -190,7 +190,8 @@ class Student:
         found += [f"the page says {words!r}" for words in BROKEN if words in text]
         idle = page.evaluate(f"{PROMPTS}.filter(t => !/\\d/.test(t)).length")
         found += [f"{idle} code cells did not run"] if idle else []
-        dead = page.locator(".jp-Notebook img").evaluate_all("all => all.filter(i => !i.naturalWidth).length")
+        empty = "all => all.filter(i => !i.naturalWidth && !i.src.startsWith('https:')).length"  # badges need a network
+        dead = page.locator(".jp-Notebook img").evaluate_all(empty)
         return found + ([f"{dead} pictures are empty"] if dead else []) + self.console
 
     def screenshot(self, label: str):
@@ -198,6 +199,7 @@ class Student:
         page, before = self.page, self.page.viewport_size
         height = page.locator(".jp-Notebook .jp-WindowedPanel-outer").evaluate("e => e.scrollHeight")
         page.set_viewport_size({"width": before["width"], "height": min(height + 200, 16_000)})
+        page.locator(".jp-Notebook .jp-WindowedPanel-outer").evaluate("e => e.scrollTo(0, 0)")
         self.screenshots.mkdir(parents=True, exist_ok=True)
         page.screenshot(path=self.screenshots / f"{Path(self.name).stem}-{label}.png")
         page.set_viewport_size(before)

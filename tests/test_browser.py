@@ -21,6 +21,7 @@ from test_notebooks import copied, runner
 
 pytest.importorskip("playwright.sync_api", reason='no Playwright; install it with pip install -e ".[test]"')
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(lab.chromium() is None, reason="no Chromium; install it with apt-get install chromium"),
     pytest.mark.skipif(sys.platform == "win32", reason="the server's process group is a POSIX one"),
 ]
