@@ -16,7 +16,7 @@ from pathlib import Path
 import lab
 import nbformat
 import pytest
-from nbformat.v4 import new_code_cell, new_notebook
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from test_notebooks import copied, runner
 
 pytest.importorskip("playwright.sync_api", reason='no Playwright; install it with pip install -e ".[test]"')
@@ -38,6 +38,7 @@ READABLE = 4.5  # WCAG AA for text of ordinary size
 def notebooks(tmp_path_factory) -> Path:
     folder = copied(tmp_path_factory.mktemp("lab"))
     nbformat.write(EXPLORERS, folder / "explorers.ipynb")
+    nbformat.write(BROKEN, folder / "broken.ipynb")
     return folder
 
 
@@ -66,6 +67,34 @@ def report(record_property, capsys):
             print(f"\n    {what}: {value}", end="")
 
     return say
+
+
+# ---- What these tests look for is found ----
+
+FLAWED = """
+from IPython.display import HTML
+HTML("<div id='flawed'><p style='color:#999; background:#fff'>pale</p><p style='color:#000; background:#fff'>dark</p>"
+     "<button></button><button disabled></button><label>Age <input></label>"
+     "<img src='data:image/png;base64,AAAA'></div>")
+"""
+KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
+CELLS = [new_markdown_cell("# One\n### Three"), *map(new_code_cell, (FLAWED, 'print("model not found")', "1 / 0", "2"))]
+BROKEN = new_notebook(cells=CELLS, metadata={"kernelspec": KERNEL})
+
+
+def test_flaws_are_found(opened):
+    student = opened("broken.ipynb").run_all()
+    try:
+        error, *others = student.problems()
+        assert "ZeroDivisionError" in error
+        assert others == ["the page says 'model not found'", "1 code cells did not run", "1 pictures are empty"]
+        assert skipped_levels(student.page.locator(".jp-Notebook")) == ["Three"]
+        flawed = student.page.locator("#flawed")
+        ratios = {text: ratio for ratio, text in flawed.evaluate(lab.CONTRASTS)}
+        assert ratios["pale"] == pytest.approx(2.85, abs=0.01) and ratios["dark"] == pytest.approx(21)
+        assert [(c["what"], c["name"]) for c in flawed.evaluate(lab.CONTROLS)] == [("button", ""), ("input", "Age")]
+    finally:
+        student.close()
 
 
 # ---- Lessons ----
@@ -173,7 +202,6 @@ LIVE = {
     "failing": 'widgets.FigureSlider(draw, [6, 7], "Value", precompute=False)',
     "slow": 'widgets.InfluenceExplorer(slow, scores["frozen"], queries)',
 }
-KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 CELLS = [new_code_cell(source.strip()) for source in (SETUP, DRAW, *LIVE.values(), "# room")]
 EXPLORERS = new_notebook(cells=CELLS, metadata={"kernelspec": KERNEL})
 each_explorer = pytest.mark.parametrize("kind", [kind for kind in LIVE if kind not in ("failing", "slow")])
