@@ -11,7 +11,15 @@ from .influence import Influence
 from .pipeline import Pipeline
 from .stages import Frozen, WarmStart
 
-__all__ = ["agreement_scatter", "influence_grid", "method_intervals", "pipeline_diagram", "use_style", "v_curve"]
+__all__ = [
+    "agreement_scatter",
+    "filter_curves",
+    "influence_grid",
+    "method_intervals",
+    "pipeline_diagram",
+    "use_style",
+    "v_curve",
+]
 
 # Seaborn's colourblind blue; its orange and a grey darkened until they can be read as text on white (4.5 : 1).
 HELPFUL, HARMFUL, NEUTRAL = "#0173b2", "#c05600", "#707070"
@@ -248,4 +256,53 @@ def v_curve(steps, errors, ax=None, labels=None):
     ax.set_ylabel("relative distance")
     if labels:
         ax.legend(frameon=False, fontsize=8)
+    return ax
+
+
+def filter_curves(eigenvalues, alphas, times=(), ax=None):
+    """How much of a direction's pull comes through finetuning, over its curvature s.
+
+    Args:
+        eigenvalues: s of the directions, ``(n,)``, drawn as ticks along the bottom; may be negative.
+        alphas: strengths α > 0, one line ``2α / (s + 2α)`` each, drawn where ``s + 2α`` is positive.
+        times: τ = ηK of plain gradient descent, one thin line ``exp(−τ s)`` with circles each.
+        ax: matplotlib axes; default new ones.
+
+    Returns:
+        the matplotlib axes; s on a logarithmic axis, which is linear near 0 if an eigenvalue is not positive.
+    """
+    import matplotlib.pyplot as plt
+
+    ticks = torch.as_tensor(eigenvalues, dtype=torch.float64).detach().cpu().flatten()
+    if not len(ticks) or not bool(torch.isfinite(ticks).all()) or not min((*alphas, *times), default=1) > 0:
+        raise ValueError(
+            f"eigenvalues {tuple(ticks.shape)} must be finite and at least one, alphas={list(alphas)} and "
+            f"times={list(times)} positive"
+        )
+    if ax is None:
+        _, ax = plt.subplots(figsize=(6.2, 3.4))
+    low, high = float(ticks.min()), float(ticks.max())
+    near = max(high, -low) / 100 or 1.0  # how far from 0 the axis is linear
+    axis = {"value": "log"} if low > 0 else {"value": "asinh", "linear_width": near}
+    if low > 0:
+        s = torch.logspace(math.log10(low), math.log10(high), 200, dtype=torch.float64)
+    else:
+        s = near * torch.linspace(math.asinh(low / near), math.asinh(high / near), 400, dtype=torch.float64).sinh()
+    for i, (alpha, style) in enumerate(zip(alphas, itertools.cycle(("-", "--", "-.", ":")), strict=False)):
+        part = s[s + 2 * alpha > 0]
+        ax.plot(part, 2 * alpha / (part + 2 * alpha), style, color=f"C{i}", lw=2, label=f"2α/(s + 2α), α = {alpha:.3g}")
+    for i, tau in enumerate(times):
+        dots = {"marker": "o", "mfc": "white", "ms": 4, "markevery": (5 * i, 20)}
+        ax.plot(s, torch.exp(-tau * s), color=f"C{i}", lw=0.9, label=f"exp(−τs), τ = {tau:.3g}", **dots)
+    ax.plot(ticks, torch.zeros_like(ticks), "|", color=NEUTRAL, ms=9, transform=ax.get_xaxis_transform(), clip_on=False)
+    shown = torch.cat([torch.ones(1), *(torch.as_tensor(line.get_ydata()) for line in ax.lines[:-1])])
+    ax.set_xscale(**axis)
+    if low <= 0:  # matplotlib's own ticks crowd around 0
+        tens = [10.0**k for k in range(math.ceil(math.log10(near)), math.ceil(math.log10(100 * near)) + 1)]
+        places = [-x for x in reversed(tens) if x <= -low] + [0.0] + [x for x in tens if x <= high]
+        ax.set_xticks(places, [f"{x:g}" for x in places])
+        ax.minorticks_off()
+    ax.set(yscale="log", xlabel="curvature s (ticks: eigenvalues)", ylabel="share that comes through")
+    ax.set_ylim(max(float(shown.min()) / 1.5, 1e-3), min(float(shown.max()) * 1.5, 1e2))
+    ax.legend(frameon=False, fontsize=8)
     return ax

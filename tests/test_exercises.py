@@ -36,8 +36,28 @@ def example(name, seed=0):
         return given if name == "01-2" else {**given, "group": [3, 7]}
 
     # 02
+    if name in ("02-1", "02-3"):
+        half = draw(7, 7, seed=seed)
+        H, g = half @ half.T + torch.eye(7), draw(7, seed=seed + 1)
+        if name == "02-3":
+            return {"b": draw(3, 5, seed=seed + 2), "H_F": H, "theta": g, "m": 30}
+        return {"H_WW": H[:5, :5], "H_WU": H[:5, 5:], "H_UU": H[5:, 5:], "f_W": g[:5], "f_U": g[5:], "m": 30}
+    if name == "02-2":
+        half = draw(6, 6, seed=seed)
+        return {"u": draw(9, 4, seed=seed + 1), "G_WT": draw(9, 6, seed=seed + 2), "G_TT": half @ half.T}
 
     # 03
+    if name == "03-1":
+        half = draw(4, 4, seed=seed)
+        return {"G_TT": half @ half.T, "G_WT": draw(9, 4, seed=seed + 1), "dW": draw(9, 9, seed=seed + 2)}
+    if name == "03-2":
+        half = draw(6, 6, seed=seed)
+        s, E = torch.linalg.eigh(half @ half.T)
+        return {"s": s, "E": E, "c": draw(6, seed=seed + 1), "alpha": 0.3}
+    if name == "03-3":
+        half, W = draw(6, 6, seed=seed), torch.arange(4)
+        gradients = {"grad_q": draw(6, 3, seed=seed + 1), "grad_g": draw(8, 6, seed=seed + 2)}
+        return {"H_G": half @ half.T, "W": W, "alpha": 0.3, **gradients}
 
     if name == "04-1":
         return {"r": draw(7, seed=seed), "p": draw(7, seed=seed + 1), "A_p": draw(7, seed=seed + 2)}

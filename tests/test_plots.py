@@ -226,6 +226,30 @@ def test_v_curve_draws_one_line_per_example():
         plots.v_curve(steps, errors[:2])
 
 
+def test_filter_curves_are_the_two_formulas_and_stop_at_the_floor():
+    ax = plots.filter_curves([-0.5, 0.01, 2.0], [0.1, 1.0], times=[5.0])
+    spring, strong, descent, ticks = (torch.tensor(line.get_xydata()) for line in ax.lines)
+    for line, alpha in ((spring, 0.1), (strong, 1.0)):
+        assert torch.allclose(line[:, 1], 2 * alpha / (line[:, 0] + 2 * alpha))
+    assert torch.allclose(descent[:, 1], torch.exp(-5 * descent[:, 0]))
+    assert -0.2 < spring[:, 0].min() < 0 and strong[:, 0].min() < -0.45, "below the floor there is no curve"
+    assert spring[:, 0].max() > 1.9 and ticks[:, 0].tolist() == [-0.5, 0.01, 2.0]
+    assert len({(line.get_linestyle(), line.get_marker()) for line in ax.lines}) == 4, "told apart without colours"
+    assert [t.get_text() for t in ax.get_legend().get_texts()][-1] == "exp(−τs), τ = 5"
+    assert ax.get_xscale() == "asinh" and plots.filter_curves([0.1, 2.0], [1.0]).get_xscale() == "log"
+    for eigenvalues, alphas in (([0.0], [0.1]), ([-1.0], [0.1]), ([0.1], [])):  # one direction, no curve at all
+        assert plots.filter_curves(eigenvalues, alphas).get_ylim()[0] > 0
+
+
+@pytest.mark.parametrize(
+    ("given", "times"),
+    [(([], [1.0]), ()), (([float("nan")], [1.0]), ()), (([1.0], [0.0]), ()), (([1.0], [1.0]), [-1.0])],
+)
+def test_filter_curves_say_what_is_wrong(given, times):
+    with pytest.raises(ValueError, match="must be finite and at least one"):
+        plots.filter_curves(*given, times=times)
+
+
 def draw(value):
     figure, ax = plt.subplots()
     ax.set_title(f"value {value}")
