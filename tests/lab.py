@@ -73,6 +73,10 @@ CONTROLS = """root => [...root.querySelectorAll('button, input, select, textarea
     name: (e.getAttribute('aria-label') || [...(e.labels || [])].map(l => l.textContent).join(' ') || e.textContent
       || e.title || e.closest('.jupyter-widgets')?.querySelector('label')?.textContent || '').trim() }))"""
 
+# Formulas that a reader with a window of ordinary width must push sideways: how their cells begin.
+CUT = """all => all.filter(m => m.querySelector('mjx-math').getBoundingClientRect().right
+  > m.closest('.jp-RenderedMarkdown').getBoundingClientRect().right + 2).map(m => m.closest('.jp-RenderedMarkdown').innerText.slice(0, 40))"""
+
 # Where Tab must stop. Returns how many; what else takes the focus (a slider's number, which can be typed) is welcome.
 STOPS = """root => (root.stops = [...root.querySelectorAll('button, input, select, textarea, [tabindex="0"]')]
   .filter(e => !e.disabled && e.checkVisibility({visibilityProperty: true}))).length"""
@@ -182,7 +186,7 @@ class Student:
         self.page.wait_for_function(ran, arg=[prompt, before])
 
     def problems(self) -> list[str]:
-        """Errors in outputs, dead widgets, cells that did not run, pictures that did not load."""
+        """Errors in outputs, dead widgets, cells that did not run, formulas cut off, empty pictures."""
         page = self.page
         shown = page.locator('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.stderr"]')
         found = shown.filter(has_text="Traceback (most recent call last)").all_inner_texts()
@@ -192,6 +196,8 @@ class Student:
         found += [f"{idle} code cells did not run"] if idle else []
         empty = "all => all.filter(i => !i.naturalWidth && !i.src.startsWith('https:')).length"  # badges need a network
         dead = page.locator(".jp-Notebook img").evaluate_all(empty)
+        cut = page.locator(".jp-RenderedMarkdown mjx-container").evaluate_all(CUT)
+        found += [f"a formula is cut off in the cell {start!r}" for start in cut]
         return found + ([f"{dead} pictures are empty"] if dead else []) + self.console
 
     def screenshot(self, label: str):

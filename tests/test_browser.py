@@ -78,16 +78,23 @@ HTML("<div id='flawed'><p style='color:#999; background:#fff'>pale</p><p style='
      "<img src='data:image/png;base64,AAAA'></div>")
 """
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
-CELLS = [new_markdown_cell("# One\n### Three"), *map(new_code_cell, (FLAWED, 'print("model not found")', "1 / 0", "2"))]
+WIDE = f"$${'x+' * 60}x$$"
+CELLS = [
+    new_markdown_cell(f"# One\n### Three\n{WIDE}"),
+    *map(new_code_cell, (FLAWED, 'print("model not found")', "1 / 0", "2")),
+]
 BROKEN = new_notebook(cells=CELLS, metadata={"kernelspec": KERNEL})
 
 
 def test_flaws_are_found(opened):
     student = opened("broken.ipynb").run_all()
     try:
+        student.page.locator("mjx-math").wait_for()
         error, *others = student.problems()
         assert "ZeroDivisionError" in error
-        assert others == ["the page says 'model not found'", "1 code cells did not run", "1 pictures are empty"]
+        assert others[:2] == ["the page says 'model not found'", "1 code cells did not run"]
+        assert others[2].startswith("a formula is cut off in the cell 'One")
+        assert others[3:] == ["1 pictures are empty"]
         assert skipped_levels(student.page.locator(".jp-Notebook")) == ["Three"]
         flawed = student.page.locator("#flawed")
         ratios = {text: ratio for ratio, text in flawed.evaluate(lab.CONTRASTS)}
