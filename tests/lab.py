@@ -75,7 +75,8 @@ CONTROLS = """root => [...root.querySelectorAll('button, input, select, textarea
 
 # Formulas that a reader with a window of ordinary width must push sideways: how their cells begin.
 CUT = """all => all.filter(m => m.querySelector('mjx-math').getBoundingClientRect().right
-  > m.closest('.jp-RenderedMarkdown').getBoundingClientRect().right + 2).map(m => m.closest('.jp-RenderedMarkdown').innerText.slice(0, 40))"""
+  > m.closest('.jp-RenderedMarkdown').getBoundingClientRect().right + 2)
+  .map(m => m.closest('.jp-RenderedMarkdown').innerText.slice(0, 40))"""
 
 # Where Tab must stop. Returns how many; what else takes the focus (a slider's number, which can be typed) is welcome.
 STOPS = """root => (root.stops = [...root.querySelectorAll('button, input, select, textarea, [tabindex="0"]')]
