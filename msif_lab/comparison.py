@@ -158,6 +158,27 @@ def _statistics(predicted, actual) -> tuple[float, ...]:
     return r, rho, r * float(actual.std() / predicted.std()), sign, magnitude
 
 
+def row_ranks(values) -> numpy.ndarray:
+    """Ranks within each row of ``(Q, R)`` values, ties at their mean."""
+    from scipy.stats import rankdata
+
+    return rankdata(numpy.asarray(values, float), axis=1)
+
+
+def row_correlations(a, b) -> numpy.ndarray:
+    """Pearson r of each row of ``a`` with the same row of ``b``, ``(Q, R)`` each; of `row_ranks` it is Spearman's.
+
+    Two statistics of `Agreement` for all queries at once, ``(Q,)``, as a slider needs them; NaN for a row that
+    does not vary.
+    """
+    a, b = numpy.asarray(a, float), numpy.asarray(b, float)
+    if a.shape != b.shape or a.ndim != 2:
+        raise ValueError(f"a {a.shape} and b {b.shape} must be two arrays of the same (Q, R)")
+    a, b = (x - x.mean(1, keepdims=True) for x in (a, b))
+    sizes = numpy.sqrt((a * a).sum(1) * (b * b).sum(1))
+    return numpy.divide((a * b).sum(1), sizes, out=numpy.full(len(a), numpy.nan), where=sizes > 0)
+
+
 def _intervals(values: numpy.ndarray, resamples: int, seed: int) -> list[tuple[float, float]]:
     """Bootstrap 95 % intervals of the mean over runs and queries of ``values`` (S, Q, statistics).
 

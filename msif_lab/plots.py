@@ -114,7 +114,7 @@ def _arrow(ax, start: float, end: float, above: str, below: str) -> None:
     ax.text((start + end) / 2, 0.44, below, ha="center", va="top", fontsize=8)
 
 
-def _picture(image: torch.Tensor):
+def picture(image: torch.Tensor):
     """(C, H, W) → what imshow takes."""
     image = image.detach().cpu()
     return (image[0] if image.shape[0] == 1 else image.permute(1, 2, 0).clamp(0, 1)).numpy()
@@ -146,13 +146,13 @@ def influence_grid(scores: Influence, examples: Examples, queries: Examples, que
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set(visible=True, color=NEUTRAL)
     axes[1, 0].axis("off")
-    axes[0, 0].imshow(_picture(queries.x[query]), cmap="gray_r")
+    axes[0, 0].imshow(picture(queries.x[query]), cmap="gray_r")
     axes[0, 0].set_title(f"query: {queries.classes[int(queries.y[query])]}", fontsize=9)
     rows = (("helpful", HELPFUL, scores.helpful(k)), ("harmful", HARMFUL, scores.harmful(k)))
     for row, (word, colour, ranking) in enumerate(rows):
         for column, position in enumerate(ranking.positions[query].tolist()):
             ax, value = axes[row, column + 1], float(ranking.values[query, column])
-            ax.imshow(_picture(examples.x[position]), cmap="gray_r")
+            ax.imshow(picture(examples.x[position]), cmap="gray_r")
             ax.set_title(f"label {examples.classes[int(examples.y[position])]}", fontsize=9)
             sign = "−" if value < 0 else "+"
             ax.set_xlabel(f"{sign}{abs(value) * 1e3:.1f}", fontsize=9, labelpad=3)

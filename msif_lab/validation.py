@@ -110,6 +110,11 @@ def _retrain_without(pipeline, stage, groups, queries, target, protocol) -> tupl
     return again.evaluate(queries, target).cpu().double(), norm.cpu().double(), short
 
 
+def default_protocol(pipeline: Pipeline) -> str:
+    """How `removal_effects` retrains if nobody says: from the trained weights where every stage seeks an optimum."""
+    return "warm-start" if all(hasattr(s.recipe, "tol") for s in pipeline.stages) else "same-seed"
+
+
 def removal_effects(
     pipeline: Pipeline,
     queries: Examples,
@@ -150,8 +155,7 @@ def removal_effects(
         ConvergenceWarning: a recipe with a tolerance missed it in some retraining.
     """
     k = pipeline.index(stage)
-    if protocol is None:
-        protocol = "warm-start" if all(hasattr(s.recipe, "tol") for s in pipeline.stages) else "same-seed"
+    protocol = default_protocol(pipeline) if protocol is None else protocol
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol={protocol!r} must be one of {PROTOCOLS}")
     if not isinstance(lanes, int) or lanes < 1:

@@ -96,6 +96,20 @@ def example(name, seed=0):
         return {**bars, "hessian": half @ half.T, "rate": 0.3}
     if name == "09-3":
         return {"rates": draw(9, seed=seed).exp().tolist(), "momentum": 0.9}
+    # 11
+    if name == "11-1":
+        return {"scores": draw(4, 30, seed=seed), "group": [3, 7, 8, 20]}
+    if name == "11-2":
+        return {"s": draw(1, seed=seed).exp()[0]}
+    if name == "11-3":
+        truth = torch.zeros(40, dtype=torch.bool)
+        truth[[1, 5, 6, 11, 12, 20, 33, 39]] = True
+        order = draw(40, seed=seed).argsort()
+        return {
+            "order": torch.cat([order[truth[order]][:5], order[~truth[order]], order[truth[order]][5:]]),
+            "truth": truth,
+            "k": 7,
+        }
     raise KeyError(f"give exercise {name} a row here")
 
 

@@ -265,7 +265,42 @@ def test_figure_slider_without_a_kernel_and_with_one():
     assert bundle["text/plain"] == repr(slider) == "FigureSlider: alpha, 3 settings from 1 to 100"
     control = slider.widget.children[0]
     assert (control.description, control.value) == ("alpha", 10)
+    first = slider.plot.value
+    assert 'alt="Figure for alpha 10"' in first and slider.code() == "figure = draw(10)"
     control.value = 100
+    assert slider.plot.value != first and slider.code() == "figure = draw(100)"
+
+
+def test_figure_slider_draws_each_setting_once():
+    drawn = []
+
+    def counted(value):
+        drawn.append(value)
+        return draw(value)
+
+    slider = widgets.FigureSlider(counted, [1, 10, 100], "alpha", alt=lambda value: f"All about {value}")
+    slider._repr_mimebundle_()
+    assert sorted(drawn) == [1, 10, 100], "all before the slider moves"
+    for value in (10, 100, 1, 10):
+        slider.control.value = value
+        assert f'alt="All about {value}"' in slider.plot.value
+    assert len(drawn) == 3 and plt.get_fignums() == []
+    drawn.clear()
+    widgets.FigureSlider(counted, [1, 10, 100], "alpha", precompute=False)._repr_mimebundle_()
+    assert drawn == [1]
+
+
+def test_figure_slider_shows_what_went_wrong():
+    def fails(value):
+        if value == 10:
+            raise RuntimeError("no figure for ten")
+        return draw(value)
+
+    slider = widgets.FigureSlider(fails, [1, 10], "alpha", precompute=False)
+    slider.widget.children[0].value = 10
+    assert "no figure for ten" in slider.error.outputs[0]["text"]
+    slider.control.value = 1
+    assert slider.error.outputs == ()
 
 
 def test_figure_slider_says_what_is_wrong():

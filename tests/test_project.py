@@ -48,7 +48,7 @@ ORDER = [
         "lowrank",
         "ekfac",
     ),
-    *("plan", "ranking", "influence", "replay", "unrolled"),
+    *("plan", "ranking", "influence", "sweep", "replay", "unrolled"),
     *("baselines", "validation", "comparison", "experiments", "studies", "cleaning"),
     *("marking", "exercises", "plots", "widgets"),
 ]

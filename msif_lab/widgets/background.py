@@ -1,0 +1,94 @@
+"""Work beside the kernel's own: on a copy of the pipeline, with a stop that takes effect at the next forward pass."""
+
+import copy
+import threading
+import time
+from collections.abc import Callable
+
+from ..pipeline import Pipeline
+
+__all__ = ["Job", "Stopped", "stoppable_copy"]
+
+
+class Stopped(Exception):
+    """The reader pressed stop."""
+
+
+def stoppable_copy(pipeline: Pipeline, stop: threading.Event) -> Pipeline:
+    """A pipeline in the same state with models of its own, whose every forward pass first looks whether to stop.
+
+    Training swaps parameters in and out of its modules, so two threads must not share one model; the data are only
+    read and are shared. A recipe calls the model at least once a step, so a stop takes effect within a step, whatever
+    the recipe, and all that it leaves behind is this copy.
+    """
+
+    def look(*_):
+        if stop.is_set():
+            raise Stopped
+
+    mine = copy.deepcopy(pipeline, {id(stage.data): stage.data for stage in pipeline.stages})
+    for stage in mine.stages:
+        stage.model.register_forward_pre_hook(look)
+    return mine
+
+
+class Job:
+    """One run of ``work(pipeline)`` in a thread of its own.
+
+    Args:
+        pipeline: copied first; ``work`` gets the copy.
+        work: what to do; its result goes to ``done``.
+        done, stopped, failed: what to call at the end, in that thread: ``done(result, seconds)``, ``stopped()``,
+            ``failed(exception)``.
+        tick: called with the seconds so far, about twice a second until the end or a stop, to show that work goes on.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        work: Callable,
+        *,
+        done: Callable,
+        stopped: Callable,
+        failed: Callable,
+        tick: Callable[[float], None],
+    ):
+        self._stop, self._over = threading.Event(), threading.Event()
+        mine, start = stoppable_copy(pipeline, self._stop), time.perf_counter()
+
+        def run():
+            try:
+                result = work(mine)
+                ending = (done, result, time.perf_counter() - start)
+            except Stopped:
+                ending = (stopped,)
+            except Exception as error:
+                ending = (failed, error)
+            self._over.set()
+            watch.join()
+            ending[0](*ending[1:])
+
+        def look():
+            while not self._over.wait(0.5):
+                if not self._stop.is_set():
+                    tick(time.perf_counter() - start)
+
+        # Daemons: a kernel that shuts down does not wait for them.
+        watch = threading.Thread(target=look, name="msif-watch", daemon=True)
+        self.thread = threading.Thread(target=run, name="msif-retraining", daemon=True)
+        watch.start()
+        self.thread.start()
+
+    @property
+    def running(self) -> bool:
+        """Whether the work goes on."""
+        return not self._over.is_set()
+
+    def stop(self) -> None:
+        """Ask it to end at its next forward pass."""
+        self._stop.set()
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """Whether it has ended, and its last callback with it, within so many seconds."""
+        self.thread.join(seconds)
+        return not self.thread.is_alive()

@@ -1,0 +1,381 @@
+"""Find corrupted examples by a ranking, take them out, retrain: does the target task gain?"""
+
+import html
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from .. import plots
+from ..data import Examples
+from ..influence import Influence
+from ..pipeline import Pipeline
+from ..ranking import detection
+from ..validation import default_protocol
+from .frame import Explorer
+from .given import check_scores, one_pipeline, quoted
+from .pictures import Cards, Gallery, Plot, img, signed
+
+__all__ = ["CleaningExplorer"]
+
+
+class CleaningExplorer(Explorer):
+    """Slide how many of the most suspicious examples to remove; see precision and recall, then retrain without them.
+
+    Args:
+        pipeline: trained.
+        scores: an `Influence`, whose most harmful examples on average come first; or rankings by name, each an
+            `Influence` or a suspicion ``(N,)``, larger first (a loss, a confidence turned round).
+        queries: what the scores are of, examples of the target task.
+        judges: examples that judge the pipeline before and after; by default the queries, which then judge what they
+            themselves have chosen.
+        corrupted: which examples are known to be corrupted, a mask ``(N,)`` or positions; without it there is no
+            precision and recall, only the number flagged.
+        stage: whose examples are ranked, where no `Influence` says so.
+        k: pictures a row.
+
+    Raises:
+        ValueError, TypeError: scores or masks of other examples, NaN, inputs that are no pictures.
+    """
+
+    kind = "cleaning"
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        scores: Influence | torch.Tensor | Mapping,
+        queries: Examples,
+        *,
+        corrupted: torch.Tensor | Sequence | None = None,
+        judges: Examples | None = None,
+        stage: int | str = 0,
+        k: int = 8,
+    ):
+        self.pipeline, self.queries = one_pipeline(pipeline, queries), queries
+        self.judges = queries if judges is None else judges
+        one_pipeline(pipeline, self.judges)
+        self._given, self._truth_given = scores, corrupted
+        self.table = dict(scores) if isinstance(scores, Mapping) else {"": scores}
+        if not self.table:
+            raise ValueError("scores is empty; give an Influence or a suspicion (N,)")
+        names = {name: f"scores[{name!r}]" if isinstance(scores, Mapping) else "scores" for name in self.table}
+        stages = {
+            check_scores(one, pipeline, queries, names[name])
+            for name, one in self.table.items()
+            if isinstance(one, Influence)
+        }
+        if len(stages) > 1:
+            raise ValueError("scores are of different stages; rank the examples of one")
+        self.stage = stages.pop() if stages else pipeline.index(stage)
+        self.examples = Gallery(pipeline.stages[self.stage].data, "the stage's data")
+        self.count = len(self.examples.examples)
+        self.orders = {name: self._order(one, names[name]) for name, one in self.table.items()}
+        self.corrupted = None if corrupted is None else self._mask(corrupted)
+        if not isinstance(k, int) or not 1 <= k < self.count:
+            raise ValueError(f"k={k!r} must be a whole number between 1 and {self.count - 1}, fewer than the examples")
+        self.k, self.ranking = k, next(iter(self.table))
+        self.flagged = min(k if self.corrupted is None else int(self.corrupted.sum()), self.count - 1)
+        self._before: dict[str, torch.Tensor] | None = None
+        self._after: dict[tuple[int, ...], dict[str, torch.Tensor]] = {}
+        self._pngs: dict[str, bytes] = {}
+
+    def _order(self, given, name: str) -> torch.Tensor:
+        """All positions, the most suspicious first."""
+        if isinstance(given, Influence):
+            values = given.mean().values[0].detach().cpu() * (-1 if given.target == "margin" else 1)
+        else:
+            values = torch.as_tensor(given).detach().cpu()
+            if values.shape != (self.count,):
+                raise ValueError(
+                    f"{name} has shape {tuple(values.shape)}: a suspicion must be ({self.count},), one number for each "
+                    f"example of stage {self.pipeline.stages[self.stage].name!r}"
+                )
+            if not bool(torch.isfinite(values.double()).all()):
+                raise ValueError(f"{name} holds NaN or inf; every example needs a place")
+        return values.argsort(descending=True, stable=True)
+
+    def _mask(self, given) -> torch.Tensor:
+        values = torch.as_tensor(given).detach().cpu()
+        if values.dtype == torch.bool and values.shape == (self.count,):
+            mask = values
+        elif values.dtype != torch.bool and not values.is_floating_point() and values.ndim == 1 and len(values):
+            if int(values.min()) < 0 or int(values.max()) >= self.count:
+                raise ValueError(f"corrupted must hold positions between 0 and {self.count - 1}")
+            mask = torch.zeros(self.count, dtype=torch.bool)
+            mask[values] = True
+        else:
+            raise ValueError(
+                f"corrupted is {values.dtype} of shape {tuple(values.shape)}: give a mask ({self.count},) of bool, or "
+                "positions"
+            )
+        if not bool(mask.any()):
+            raise ValueError("corrupted marks no example; leave it out where the truth is not known")
+        return mask
+
+    # --- what is shown ----------------------------------------------------------------------------
+
+    @property
+    def removed(self) -> list[int]:
+        """Positions of the examples that are flagged, the most suspicious first."""
+        return self.orders[self.ranking][: self.flagged].tolist()
+
+    def precision_recall(self) -> tuple[float, float]:
+        """Of the flagged, the share that is corrupted; of the corrupted, the share that is flagged."""
+        if self.flagged == 0:
+            return float("nan"), 0.0
+        precision, recall = detection(self.orders[self.ranking], self.corrupted)
+        return float(precision[self.flagged - 1]), float(recall[self.flagged - 1])
+
+    @property
+    def before(self) -> dict[str, torch.Tensor]:
+        """``"loss"`` and, for classes, ``"accuracy"`` of the judges ``(J,)`` with the pipeline as it is."""
+        if self._before is None:
+            self._before = self._judge(self.pipeline)
+        return self._before
+
+    @property
+    def after(self) -> dict[str, torch.Tensor] | None:
+        """The same after removing what is flagged and retraining, where that was done."""
+        return self._after.get(tuple(sorted(self.removed)))
+
+    def _judge(self, trained) -> dict[str, torch.Tensor]:
+        found = {"loss": trained.evaluate(self.judges).reshape(-1).cpu()}
+        if self.judges.has_labels and self.pipeline.stages[-1].data.has_labels:
+            found["accuracy"] = trained.evaluate(self.judges, _right).reshape(-1).cpu()
+        return found
+
+    def predicted(self) -> torch.Tensor | None:
+        """Change of each query's loss that the ranking's scores predict, ``(Q,)``; None where they do not."""
+        scores = self.table[self.ranking]
+        influence = isinstance(scores, Influence) and scores.target == "loss"
+        if not influence or self.flagged == 0 or self.judges is not self.queries:
+            return None
+        return scores.removal_effect(self.removed).detach().cpu()
+
+    # --- controls ---------------------------------------------------------------------------------
+
+    def _build(self) -> list:
+        import ipywidgets
+
+        names = list(self.table)
+        self.ranking_control = self._control(
+            "Dropdown", "ranking", "Ranking", self._set("ranking"), options=names, value=self.ranking
+        )
+        self.flagged_control = self._control(
+            "IntSlider",
+            "flagged",
+            "Remove the first",
+            self._set("flagged"),
+            value=self.flagged,
+            min=0,
+            max=self.count - 1,
+            continuous_update=False,
+            layout={"width": "min(700px, 98%)"},
+        )
+        self.view, self.plot, self.answer = self._html("view"), self._html("plot"), self._html("answer")
+        self.title = self._html("view")
+        self.row = Cards(self, self.k, "example", self._cut_at)
+        wrap = {"flex_flow": "row wrap"}
+        return [
+            *([self.ranking_control] if len(names) > 1 else []),
+            self.flagged_control,
+            self.view,
+            self.title,
+            self.row.box,
+            self._retraining("Remove them and retrain", self._remove),
+            ipywidgets.HBox([self.answer, self.plot], layout=wrap),
+            self._code_box(),
+        ]
+
+    def _set(self, name: str):
+        def change(value):
+            setattr(self, name, value)
+            self._show()
+
+        return change
+
+    def _cut_at(self, position: int) -> None:
+        """Flag up to and with this example."""
+        self.flagged_control.value = int((self.orders[self.ranking] == position).nonzero()) + 1
+
+    def _show(self) -> None:
+        text = f"{self.flagged} of {self.count} examples flagged ({self.flagged / self.count:.0%})"
+        if self.corrupted is not None:
+            precision, recall = self.precision_recall()
+            found = int(self.corrupted[self.removed].sum()) if self.flagged else 0
+            text += f"; {found} of them are among the {int(self.corrupted.sum())} corrupted ones"
+            text += f": precision {precision:.2f}, recall {recall:.2f}" if self.flagged else ": recall 0.00"
+        self.view.value = f"<div>{html.escape(text)}.</div>"
+        start = max(0, min(self.flagged - self.k // 2, self.count - self.k))
+        self.title.value = (
+            f"<b>Around the cut</b>: places {start + 1} to {start + self.k} of the ranking; a button cuts there"
+        )
+        cards = []
+        for place in range(start, start + self.k):
+            position = int(self.orders[self.ranking][place])
+            verdict = "flagged" if place < self.flagged else "kept"
+            if self.corrupted is not None:
+                verdict += ", corrupted" if self.corrupted[position] else ", clean"
+            caption = f"{html.escape(self.examples.label(position))}<br>{verdict.replace(', ', '<br>')}"
+            colour = plots.HARMFUL if place < self.flagged else plots.NEUTRAL
+            picture = self.examples.show(
+                position, f"Place {place + 1}, {verdict}", caption=caption, border=f"3px solid {colour}"
+            )
+            cards.append((position, picture, f"cut at {place + 1}", place + 1 == self.flagged))
+        self.row.show(cards)
+        self._show_answer()
+        self.plot.value = "" if self.corrupted is None else self._draw()
+        self._refresh_code()
+
+    def _show_answer(self) -> None:
+        running = self.job is not None and self.job.running
+        self.retrain.disabled = running or self.flagged == 0
+        after, predicted = self.after, self.predicted()
+        rows = []
+        for name, unit in (("loss", "mean loss, nats"), ("accuracy", "accuracy")):
+            if name not in self.before:
+                continue
+            was = float(self.before[name].mean())
+            cells = [f"{was:.4f}"]
+            cells.append(
+                "no prediction" if predicted is None or name != "loss" else f"{was + float(predicted.mean()):.4f}"
+            )
+            if after is None:
+                cells.append("not retrained yet")
+            else:
+                now = float(after[name].mean())
+                cells.append(f"{now:.4f} ({signed(now - was)})")
+            columns = "".join(f"<td>{cell}</td>" for cell in cells)
+            rows.append(f"<tr><th scope='row' style='text-align:left'>{unit}</th>{columns}</tr>")
+        others = "" if self.judges is self.queries else ", other than the queries"
+        head = "".join(f"<th scope='col'>{text}</th>" for text in ("before", "predicted", "after retraining"))
+        self.answer.value = (
+            f"<table><caption>{len(self.judges)} examples of the target task{others}</caption><tr><td></td>{head}</tr>"
+            f"{''.join(rows)}</table>"
+        )
+
+    def _draw(self) -> str:
+        if not hasattr(self, "_figure"):
+            self._figure = Plot(self._prepare)
+        precision, recall = self._figure.artists
+        if self.ranking not in self._pngs:
+            x = range(1, self.count + 1)
+            for line, values in zip(
+                (precision, recall), detection(self.orders[self.ranking], self.corrupted), strict=True
+            ):
+                line.set_data(x, values.numpy())
+            self._pngs[self.ranking] = self._figure.png()
+        alt = f"Precision and recall over the number removed, ranking {self.ranking or 'by score'}; at {self.flagged}: "
+        alt += "precision {:.2f}, recall {:.2f}".format(*self.precision_recall())
+        line = self._figure.over(precision.axes, self.flagged)
+        return f'<div style="position:relative">{img(self._pngs[self.ranking], alt)}{line}</div>'
+
+    def _prepare(self, figure):
+        ax = figure.subplots()
+        figure.subplots_adjust(left=0.14, right=0.97, top=0.84, bottom=0.17)
+        ax.set(xlim=(0, self.count), ylim=(0, 1.05))
+        ax.set_xlabel("examples removed, the most suspicious first", fontsize=9)
+        ax.set_ylabel("share", fontsize=9)
+        for side in ("top", "right"):
+            ax.spines[side].set_visible(False)
+        return self._curves(ax)
+
+    def _curves(self, ax):
+        (precision,) = ax.plot([], [], "-", color=plots.HELPFUL, label="precision: flagged that are corrupted")
+        (recall,) = ax.plot([], [], "--", color=plots.HARMFUL, label="recall: corrupted that are flagged")
+        ax.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1))
+        return precision, recall
+
+    # --- removing for real ------------------------------------------------------------------------
+
+    def _remove(self) -> None:
+        if self.flagged == 0:
+            raise ValueError("nothing is flagged; move the slider first")
+        removed, warm = self.removed, default_protocol(self.pipeline) == "warm-start"
+
+        def work(pipeline):
+            weights = torch.ones(self.count)
+            weights[removed] = 0
+            return self._judge(pipeline.retrain({self.stage: weights}, warm_start=warm, progress=False))
+
+        def done(found):
+            self._after[tuple(sorted(removed))] = found
+            self._show_answer()
+
+        self._run(self.pipeline, work, done)
+
+    # --- without a kernel -------------------------------------------------------------------------
+
+    def static(self, ranking: str | None = None) -> list:
+        """One figure: precision and recall of every ranking, and the most suspicious examples of one."""
+        import matplotlib.pyplot as plt
+
+        ranking = self.ranking if ranking is None else ranking
+        if ranking not in self.table:
+            raise ValueError(f"ranking={ranking!r} is none of {list(self.table)}")
+        columns = self.k // 2 + self.k % 2
+        figure = plt.figure(figsize=(3.6 + 0.95 * columns, 2.9))
+        left, right = figure.subfigures(1, 2, width_ratios=(3.6, 0.95 * columns))
+        ax = left.subplots()
+        if self.corrupted is None:
+            ax.axis("off")
+            ax.text(0.5, 0.5, "the truth is not known,\nso no precision and recall", ha="center", fontsize=9)
+        else:
+            for name, marker in zip(self.table, "osxD^v" * len(self.table), strict=False):
+                precision, recall = detection(self.orders[name], self.corrupted)
+                ax.plot(recall, precision, marker=marker, markevery=0.2, ms=4, lw=1, label=name or "ranking")
+            ax.set(xlim=(0, 1.02), ylim=(0, 1.05), xlabel="recall", ylabel="precision")
+            ax.legend(frameon=False, fontsize=7)
+        axes = right.subplots(2, columns, squeeze=False)
+        for ax in axes.flat:
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(True)
+        for ax in axes.flat[self.k :]:
+            ax.axis("off")
+        for ax, position in zip(axes.flat, self.orders[ranking][: self.k].tolist(), strict=False):
+            ax.imshow(plots.picture(self.examples.examples.x[position]), cmap="gray_r")
+            ax.set_title(self.examples.label(position), fontsize=8)
+            if self.corrupted is not None:
+                ax.set_xlabel("corrupted" if self.corrupted[position] else "clean", fontsize=8)
+        right.suptitle(f"most suspicious by {ranking}" if ranking else "most suspicious", fontsize=9)
+        return [figure]
+
+    def code(self) -> str:
+        """Python for the view: what is ``removed``, ``precision``, ``recall``, ``before`` and ``after`` retraining."""
+        pipeline, queries = (
+            self._name(self.pipeline, "pipeline"),
+            self._name(self.judges, "queries" if self.judges is self.queries else "judges"),
+        )
+        scores = self._name(self._given, "scores") + (
+            f"[{quoted(self.ranking)}]" if isinstance(self._given, Mapping) else ""
+        )
+        given, warm = self.table[self.ranking], default_protocol(self.pipeline) == "warm-start"
+        suspicion = f"torch.as_tensor({scores})"
+        if isinstance(given, Influence):
+            suspicion = f"{'-' if given.target == 'margin' else ''}{scores}.mean().values[0]"
+        lines = [
+            "import torch",
+            "from msif_lab.ranking import detection",
+            "",
+            f"order = {suspicion}.argsort(descending=True, stable=True)  # the most suspicious first",
+            f"removed = order[:{self.flagged}]",
+        ]
+        if self.corrupted is not None:
+            truth = self._name(self._truth_given, "corrupted")
+            lines += [f"truth = torch.zeros({self.count}, dtype=torch.bool)", f"truth[torch.as_tensor({truth})] = True"]
+            if self.flagged:
+                lines.append(f"precision, recall = (share[{self.flagged - 1}] for share in detection(order, truth))")
+        lines += [
+            f"weights = torch.ones({self.count})",
+            "weights[removed] = 0",
+            f"again = {pipeline}.retrain({{{self.stage}: weights}}, warm_start={warm})",
+            f"before, after = {pipeline}.evaluate({queries}), again.evaluate({queries})[:, 0]",
+        ]
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        truth = "" if self.corrupted is None else f", {int(self.corrupted.sum())} known to be corrupted"
+        return f"CleaningExplorer: {self.count} examples{truth}, rankings {[n or 'scores' for n in self.table]}"
+
+
+def _right(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return (outputs.argmax(-1) == targets).to(outputs)

@@ -1,0 +1,395 @@
+"""Who helped, who hurt, and is it true? Pick a query, pick an example, remove it and retrain."""
+
+import html
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from .. import plots
+from ..data import Examples
+from ..influence import Influence
+from ..pipeline import Pipeline
+from ..validation import removal_effects
+from .frame import Explorer, need_choice
+from .given import pipelines, predicted_class, quoted, score_table
+from .pictures import Cards, Gallery, Plot, effects_axes, img, signed
+
+__all__ = ["InfluenceExplorer"]
+
+EVERY, WRONG = "all", "misclassified"
+
+
+class InfluenceExplorer(Explorer):
+    """Pick a query; see its most helpful and most harmful examples; choose one, see its predicted effect on all
+    queries, remove it for real and retrain every stage.
+
+    Args:
+        pipeline: trained; or several by case: ``{"frozen": ..., "full": ...}``.
+        scores: one `Influence`; or methods by name, ``{"implicit": ..., "TracIn": ...}``; with several pipelines one of
+            these for each case. Where an `Influence` stands, a list of them may stand, one for each scored stage.
+        queries: what the scores are of; images ``(Q, 1 or 3, H, W)``, as are the scored stages' examples.
+        k: pictures a row.
+        target: q as a function, for scores of a target of your own; ``"loss"``, ``"margin"`` and ``"output"`` are
+            known from the scores.
+
+    As a cell's last value it shows the live view; `static` draws pictures that need no kernel; `code` gives the view
+    as Python. Retraining works on a copy: the pipeline's models stay as they are, also after a stop.
+
+    Raises:
+        ValueError, TypeError: scores of other queries, examples or cases; inputs that are no pictures.
+    """
+
+    kind = "influence"
+
+    def __init__(
+        self,
+        pipeline: Pipeline | Mapping[str, Pipeline],
+        scores: Influence | Mapping,
+        queries: Examples,
+        *,
+        k: int = 5,
+        target: Callable | None = None,
+    ):
+        self.pipelines = pipelines(pipeline, queries)
+        self.table = score_table(self.pipelines, scores, queries)
+        self.queries, self.target = queries, target
+        self._given = pipeline, scores
+        smallest = min(len(given.scores.ids) for given in self.table.values())
+        if not isinstance(k, int) or not 1 <= k <= smallest:
+            raise ValueError(f"k={k!r} must be a whole number between 1 and {smallest}, the examples of a stage")
+        for given in self.table.values():
+            known = ("loss", "margin", "output")
+            if target is None and given.scores.target not in known:
+                raise ValueError(
+                    f"scores{given.path} are of the target {given.scores.target!r}, which is none of {known}; give "
+                    "the function itself: target=..."
+                )
+        self.k, self.gallery, self._galleries = k, Gallery(queries, "queries"), {}
+        self.case, self.method, self.stage = next(iter(self.table))
+        for case, _, stage in self.table:
+            self._examples(case, stage)
+        self.shown, self.query, self.example = EVERY, 0, None
+        self._predicted: dict[str, torch.Tensor] = {}
+        self._answers: dict[tuple, torch.Tensor] = {}
+
+    # --- what the view is of ----------------------------------------------------------------------
+
+    @property
+    def scores(self) -> Influence:
+        """The scores that are shown."""
+        return self.table[self.case, self.method, self.stage].scores
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """The pipeline that is shown."""
+        return self.pipelines[self.case]
+
+    @property
+    def actual(self) -> torch.Tensor | None:
+        """Changes of all queries ``(Q,)`` after the chosen example was removed and everything retrained, if it was."""
+        return self._answers.get((self.case, self.stage, self.scores.target, self.example))
+
+    def _examples(self, case: str, stage: int) -> Gallery:
+        if (case, stage) not in self._galleries:
+            examples = self.pipelines[case].stages[stage]
+            self._galleries[case, stage] = Gallery(examples.data, f"the data of stage {examples.name!r}")
+        return self._galleries[case, stage]
+
+    def _classes(self, case: str) -> torch.Tensor | None:
+        """The class that the final model gives each query, ``(Q,)``; None where there are no classes."""
+        if not self.queries.has_labels or not self.pipelines[case].stages[-1].data.has_labels:
+            return None
+        if case not in self._predicted:
+            self._predicted[case] = self.pipelines[case].evaluate(self.queries, predicted_class).cpu().long()
+        return self._predicted[case]
+
+    def _groups(self) -> dict[str, list[int]]:
+        """Positions of the queries that can be shown together, by name."""
+        groups = {EVERY: list(range(len(self.queries)))}
+        if (predicted := self._classes(self.case)) is not None:
+            y = self.queries.y.cpu()
+            groups[WRONG] = (predicted != y).nonzero().flatten().tolist()
+            for label, name in enumerate(self.queries.classes):
+                groups[f"label {name}"] = (y == label).nonzero().flatten().tolist()
+        return {name: members for name, members in groups.items() if members}
+
+    def _describe(self, query: int) -> str:
+        predicted = self._classes(self.case)
+        text = f"query {query}, {self.gallery.label(query)}"
+        if predicted is None:
+            return text
+        right = int(predicted[query]) == int(self.queries.y[query])
+        named = self.pipeline.stages[-1].data.classes
+        return f"{text}, predicted {named[int(predicted[query])]} ({'right' if right else 'wrong'})"
+
+    @property
+    def _unit(self) -> str:
+        return "nats" if self.scores.target == "loss" else f"units of {self.scores.target}"
+
+    def pick(
+        self, *, query: int | None = None, example: int | None = None, case: str | None = None
+    ) -> "InfluenceExplorer":
+        """Choose by position what a click would choose, and return the explorer.
+
+        Raises:
+            ValueError: there is no such query, example or case.
+        """
+        if case is not None:
+            need_choice("case", case, list(self.pipelines))
+            self.case, self.example = case, None
+        for name, value, count in (("query", query, len(self.queries)), ("example", example, len(self.scores.ids))):
+            if value is not None:
+                if not 0 <= value < count:
+                    raise ValueError(f"{name}={value} must be a position between 0 and {count - 1}")
+                setattr(self, name, int(value))
+        if query is not None:
+            self.shown = EVERY
+        if "widget" in vars(self):
+            self._guarded(self._show)()
+        return self
+
+    # --- controls ---------------------------------------------------------------------------------
+
+    def _build(self) -> list:
+        import ipywidgets
+
+        cases, methods, stages = ([*dict.fromkeys(key[i] for key in self.table)] for i in range(3))
+        self._quiet = False
+        choose = self._control
+        self.case_control = choose("Dropdown", "case", "Case", self._set("case"), options=cases)
+        self.method_control = choose("Dropdown", "method", "Method", self._set("method"), options=methods)
+        self.stage_control = choose("Dropdown", "stage", "Stage", self._set("stage"), options=[("", stages[0])])
+        self.queries_control = choose("Dropdown", "queries", "Show queries", self._set("shown"), options=[EVERY])
+        self.query_control = choose(
+            "SelectionSlider",
+            "query",
+            "Query",
+            self._set("query"),
+            options=[("0", 0)],
+            continuous_update=False,
+            layout={"width": "98%"},
+        )
+        choices = [
+            control
+            for control, options in ((self.case_control, cases), (self.method_control, methods))
+            if len(options) > 1
+        ]
+        choices += [self.stage_control] if len(stages) > 1 else []
+        self.film = Cards(self, 8, "query-image", self._pick_query)
+        self.view = self._html("view")
+        self.titles = self._html("view"), self._html("view")
+        self.rows = Cards(self, self.k, "example", self._choose), Cards(self, self.k, "example", self._choose)
+        self.plot, self.answer = self._html("plot"), self._html("answer")
+        ranked = [part for pair in zip(self.titles, (row.box for row in self.rows), strict=True) for part in pair]
+        return [
+            ipywidgets.HBox([self.queries_control, *choices], layout={"flex_flow": "row wrap"}),
+            self.query_control,
+            self.film.box,
+            ipywidgets.HBox([self.view, ipywidgets.VBox(ranked)], layout={"flex_flow": "row wrap"}),
+            self._retraining("Remove it and retrain", self._remove),
+            ipywidgets.HBox([self.answer, self.plot], layout={"flex_flow": "row wrap"}),
+            self._code_box(),
+        ]
+
+    def _set(self, name: str) -> Callable:
+        """What a control does: take its value into the state and show it."""
+
+        def change(value):
+            if not self._quiet and value is not None:
+                setattr(self, name, value)
+                self._show()
+
+        return change
+
+    def _pick_query(self, query: int) -> None:
+        self.query = query
+        self._show()
+
+    def _choose(self, example: int) -> None:
+        self.example = example
+        self._show()
+
+    def _settle(self) -> None:
+        """Make the state a possible one, and the controls say the same."""
+        here = [key for key in self.table if key[0] == self.case]
+        methods = [*dict.fromkeys(method for _, method, _ in here)]
+        self.method = self.method if self.method in methods else methods[0]
+        stages = [stage for _, method, stage in here if method == self.method]
+        before, self.stage = self.stage, self.stage if self.stage in stages else stages[0]
+        if before != self.stage or (self.example or 0) >= len(self.scores.ids):
+            self.example = None
+        groups = self._groups()
+        self.shown = self.shown if self.shown in groups else EVERY
+        members = groups[self.shown]
+        self.query = self.query if self.query in members else members[0]
+        named = [(self.pipeline.stages[stage].name, stage) for stage in stages]
+        counted = [(f"{name} ({len(group)})", name) for name, group in groups.items()]
+        self._quiet = True
+        try:
+            for control, options, value in (
+                (self.case_control, None, self.case),
+                (self.method_control, methods, self.method),
+                (self.stage_control, named, self.stage),
+                (self.queries_control, counted, self.shown),
+                (self.query_control, [(str(q), q) for q in members], self.query),
+            ):
+                if options is not None and tuple(control.options) != tuple(options):
+                    control.options = options
+                if control.value != value:
+                    control.value = value
+        finally:
+            self._quiet = False
+        page = members.index(self.query) // len(self.film) * len(self.film)
+        self.film.show(
+            (q, self.gallery.show(q, "Query", width=40), f"query {q}", q == self.query)
+            for q in members[page : page + len(self.film)]
+        )
+
+    # --- the view ---------------------------------------------------------------------------------
+
+    def _show(self) -> None:
+        self._settle()
+        scores, q, margin = self.scores, self.query, self.scores.target == "margin"
+        caption = html.escape(self._describe(q)).replace(", ", "<br>")
+        self.view.value = self.gallery.show(q, "Query", width=112, caption=caption, column=140)
+        gallery = self._examples(self.case, self.stage)
+        word = {False: "(−): they lower", True: "(+): they raise"}
+        rankings = (("helpful", scores.helpful(self.k), margin), ("harmful", scores.harmful(self.k), not margin))
+        for title, row, (name, ranking, up) in zip(self.titles, self.rows, rankings, strict=True):
+            title.value = (
+                f"<b>Most {name}</b> {word[up]} this query's {html.escape(scores.target)}; below each its score "
+                f"× 1000, {self._unit}"
+            )
+            colour = plots.HELPFUL if name == "helpful" else plots.HARMFUL
+            cards = []
+            for place, value in zip(ranking.positions[q].tolist(), ranking.values[q].tolist(), strict=True):
+                caption = f"{html.escape(gallery.label(place))}<br>{signed(1e3 * value, 2)}"
+                what = f"{'Helpful' if value < 0 else 'Harmful'} example, score {signed(1e3 * value, 2)} thousandths"
+                picture = gallery.show(place, what, caption=caption, border=f"3px solid {colour}")
+                cards.append((place, picture, f"id {gallery.number(place)}", place == self.example))
+            row.show(cards)
+        self._show_example()
+        self._refresh_code()
+
+    def _show_example(self) -> None:
+        if self.example is None:
+            self.answer.value = "Choose an example by its button to see what its removal does to every query."
+            self.plot.value, self.retrain.disabled = "", True
+            return
+        self.retrain.disabled = self.job is not None and self.job.running
+        gallery, predicted, actual = self._examples(self.case, self.stage), self._effect(), self.actual
+        name = f"id {gallery.number(self.example)} ({gallery.label(self.example)})"
+        stage = self.pipeline.stages[self.stage].name
+        rows = [("this query", lambda change: signed(float(change[self.query])))]
+        rows += [(f"mean of {len(predicted)} queries", lambda change: signed(float(change.mean()), 5))]
+        rows += [("queries that go up / down", lambda change: f"{int((change > 0).sum())} / {int((change < 0).sum())}")]
+        cells = "".join(
+            f"<tr><th scope='row' style='text-align:left'>{html.escape(text)}</th><td>{show(predicted)}</td>"
+            f"<td>{'not retrained yet' if actual is None else show(actual)}</td></tr>"
+            for text, show in rows
+        )
+        about = f"Without {name} of stage {stage}: change in {self.scores.target}, {self._unit}"
+        self.answer.value = (
+            f"<table><caption>{html.escape(about)}</caption><tr><td></td><th scope='col'>predicted</th>"
+            f"<th scope='col'>actual</th></tr>{cells}</table>"
+        )
+        self.plot.value = self._draw(name, predicted, actual)
+
+    def _effect(self) -> torch.Tensor:
+        return self.scores.removal_effect([self.example]).detach().cpu()
+
+    def _draw(self, name: str, predicted: torch.Tensor, actual: torch.Tensor | None) -> str:
+        if not hasattr(self, "_figure"):
+            self._figure, self._figure_of, self._figure_png = Plot(effects_axes), None, b""
+        ax, guess, truth = self._figure.artists
+        drawn = self.case, self.method, self.stage, self.example, actual is None
+        if self._figure_of != drawn:
+            number = range(len(predicted))
+            guess.set_data(number, predicted.numpy())
+            truth.set_data(*(([], []) if actual is None else (number, actual.numpy())))
+            truth.set_label("actual: not retrained yet" if actual is None else "actual, after retraining")
+            highest = max(float(change.abs().max()) for change in (predicted, actual) if change is not None) or 1.0
+            ax.set(xlim=(-1, len(predicted)), ylim=(-1.35 * highest, 1.35 * highest))
+            ax.set_ylabel(f"change in {self.scores.target}, {self._unit}", fontsize=9)
+            ax.legend(loc="upper right", fontsize=8, frameon=False, ncols=2)
+            self._figure_of, self._figure_png = drawn, self._figure.png()
+        alt = f"Change of {len(predicted)} queries without {name}: predicted {signed(float(predicted[self.query]))}"
+        alt += f" for query {self.query}, between {signed(float(predicted.min()))} and {signed(float(predicted.max()))}"
+        if actual is not None:
+            alt += f"; actual {signed(float(actual[self.query]))}, between {signed(float(actual.min()))} and "
+            alt += signed(float(actual.max()))
+        line = self._figure.over(ax, self.query)
+        return f'<div style="position:relative">{img(self._figure_png, alt)}{line}</div>'
+
+    # --- removing for real ------------------------------------------------------------------------
+
+    def _remove(self) -> None:
+        if self.example is None:
+            raise ValueError("choose an example first, by the button below its picture")
+        key = self.case, self.stage, self.scores.target, self.example
+        stage, example, target = self.stage, self.example, self.target or self.scores.target
+
+        def work(pipeline):
+            return removal_effects(pipeline, self.queries, [[example]], stage=stage, target=target, progress=False)
+
+        def done(effects):
+            self._answers[key] = effects.values[:, 0]
+            self._show_example()
+
+        self._run(self.pipeline, work, done)
+
+    # --- without a kernel -------------------------------------------------------------------------
+
+    def static(
+        self, queries: Sequence[int] | None = None, case: str | None = None, method: str | None = None, stage=None
+    ) -> list:
+        """One figure per query position, for readers without a kernel; by default the query in view.
+
+        Raises:
+            ValueError: unknown case, method or stage.
+        """
+        case = self.case if case is None else case
+        need_choice("case", case, list(self.pipelines))
+        methods = [*dict.fromkeys(key[1] for key in self.table if key[0] == case)]
+        if method is None:
+            method = self.method if self.method in methods else methods[0]
+        need_choice("method", method, methods)
+        stages = [key[2] for key in self.table if key[:2] == (case, method)]
+        if stage is None:
+            stage = self.stage if self.stage in stages else stages[0]
+        stage = self.pipelines[case].index(stage)
+        need_choice("stage", stage, stages)
+        scores = self.table[case, method, stage].scores
+        examples = self.pipelines[case].stages[stage].data
+        places = [self.query] if queries is None else queries
+        return [plots.influence_grid(scores, examples, self.queries, query, self.k) for query in places]
+
+    def code(self) -> str:
+        """Python for the view: the figure, and for the chosen example ``predicted`` and ``actual`` of all queries."""
+        pipeline = self._name(self._given[0], "pipeline") + (f"[{quoted(self.case)}]" if self.case else "")
+        scores = self._name(self._given[1], "scores") + self.table[self.case, self.method, self.stage].path
+        queries = self._name(self.queries, "queries")
+        lines = [
+            "import msif_lab as msif",
+            "from msif_lab import plots",
+            "",
+            f"pipe, view = {pipeline}, {scores}",
+            f"examples = pipe.stages[{self.stage}].data",
+            f"figure = plots.influence_grid(view, examples, {queries}, query={self.query}, k={self.k})",
+        ]
+        if self.example is not None:
+            target = quoted(self.scores.target) if self.target is None else self._name(self.target, "target")
+            lines += [
+                f"predicted = view.removal_effect([{self.example}])  # without the example at this position",
+                f"without = [[{self.example}]]",
+                f"effects = msif.removal_effects(pipe, {queries}, without, stage={self.stage}, target={target})",
+                "actual = effects.values[:, 0]",
+            ]
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        cases, methods, stages = ([*dict.fromkeys(key[i] for key in self.table)] for i in range(3))
+        names = [self.pipeline.stages[stage].name for stage in stages]
+        about = f", cases {cases}" if cases != [""] else ""
+        about += f", methods {methods}" if methods != [""] else ""
+        return f"InfluenceExplorer: {len(self.queries)} queries, examples of {names}{about}"

@@ -1,0 +1,261 @@
+"""Two methods side by side: where they agree about an example and where not."""
+
+import html
+from collections.abc import Mapping
+
+import torch
+
+from .. import plots
+from ..comparison import row_correlations, row_ranks
+from ..data import Examples
+from ..influence import Influence
+from ..pipeline import Pipeline
+from .frame import Explorer
+from .given import check_scores, one_pipeline, quoted
+from .pictures import Cards, Gallery, Plot, img, signed
+
+__all__ = ["MethodComparison"]
+
+
+class MethodComparison(Explorer):
+    """Two methods' scores of one query as a scatter, linked with pictures: choose an example, see both its places.
+
+    Methods have scales of their own, so the scatter shows scores divided by the largest size each method gives for this
+    query; the table has the scores themselves.
+
+    Args:
+        pipeline: trained.
+        scores: two or more methods by name, of the same stage and queries.
+        queries: images ``(Q, 1 or 3, H, W)``, as are the stage's examples.
+        k: pictures a row.
+
+    Raises:
+        ValueError, TypeError: fewer than two methods, other queries or examples, inputs that are no pictures.
+    """
+
+    kind = "methods"
+
+    def __init__(self, pipeline: Pipeline, scores: Mapping[str, Influence], queries: Examples, *, k: int = 5):
+        self.pipeline, self.queries = one_pipeline(pipeline, queries), queries
+        if not isinstance(scores, Mapping) or len(scores) < 2:
+            raise ValueError("scores must hold two or more methods by name: {'implicit': ..., 'loss': ...}")
+        stages = {name: check_scores(one, pipeline, queries, f"scores[{name!r}]") for name, one in scores.items()}
+        if len(set(stages.values())) > 1:
+            raise ValueError(f"scores are of different stages, {stages}; compare methods on one")
+        self._given, self.table = scores, dict(scores)
+        self.stage = next(iter(stages.values()))
+        data = pipeline.stages[self.stage].data
+        if not isinstance(k, int) or not 1 <= k <= len(data):
+            raise ValueError(f"k={k!r} must be a whole number between 1 and {len(data)}, the examples of the stage")
+        self.gallery, self.examples = Gallery(queries, "queries"), Gallery(data, "the stage's data")
+        self.k, self.query = k, 0
+        self.a, self.b = list(self.table)[:2]
+        self.example = int(self._ranks()[0].argmin())
+
+    def _ranks(self, query: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Place of each example for this query by either method, ``(N,)`` each; 0 is the most harmful."""
+        query = self.query if query is None else query
+        both = (self.table[name] for name in (self.a, self.b))
+        return tuple(
+            torch.argsort(one.values[query].cpu(), stable=True, descending=one.target != "margin").argsort()
+            for one in both
+        )
+
+    def correlation(self) -> torch.Tensor:
+        """Spearman of the two methods' scores, per query ``(Q,)``."""
+        return torch.from_numpy(
+            row_correlations(*(row_ranks(self.table[name].values.cpu()) for name in (self.a, self.b)))
+        )
+
+    # --- controls ---------------------------------------------------------------------------------
+
+    def _build(self) -> list:
+        import ipywidgets
+
+        names, slider = list(self.table), {"continuous_update": False, "layout": {"width": "min(700px, 98%)"}}
+        choose = self._control
+        self.a_control = choose("Dropdown", "method-a", "Method A", self._set("a"), options=names, value=self.a)
+        self.b_control = choose("Dropdown", "method-b", "Method B", self._set("b"), options=names, value=self.b)
+        queries = [(str(q), q) for q in range(len(self.queries))]
+        self.query_control = choose("SelectionSlider", "query", "Query", self._set("query"), options=queries, **slider)
+        self.rank_control = choose(
+            "IntSlider",
+            "rank",
+            "Example, from most harmful (1) by method A",
+            self._choose_rank,
+            min=1,
+            max=len(self.examples.examples),
+            **slider,
+        )
+        self.view, self.plot, self.answer = self._html("view"), self._html("plot"), self._html("answer")
+        self.titles = [self._html("view") for _ in range(3)]
+        self.rows = [Cards(self, self.k, "example", self._choose) for _ in range(3)]
+        ranked = [part for title, row in zip(self.titles, self.rows, strict=True) for part in (title, row.box)]
+        self._quiet, self._correlation = False, None
+        wrap = {"flex_flow": "row wrap"}
+        return [
+            ipywidgets.HBox([self.a_control, self.b_control], layout=wrap),
+            self.query_control,
+            self.rank_control,
+            ipywidgets.HBox([ipywidgets.VBox([self.view, self.answer]), self.plot], layout=wrap),
+            ipywidgets.VBox(ranked),
+            self._code_box(),
+        ]
+
+    def _set(self, name: str):
+        def change(value):
+            setattr(self, name, value)
+            self._correlation = None if name in "ab" else self._correlation
+            self._show()
+
+        return change
+
+    def _choose(self, example: int) -> None:
+        self.example = example
+        self._show()
+
+    def _choose_rank(self, rank: int) -> None:
+        if not self._quiet:
+            self._choose(int((self._ranks()[0] == rank - 1).nonzero()))
+
+    def _show(self) -> None:
+        q, (rank_a, rank_b) = self.query, self._ranks()
+        self._quiet = True
+        try:
+            self.rank_control.value = int(rank_a[self.example]) + 1
+        finally:
+            self._quiet = False
+        query = self.gallery.show(
+            q, "Query", width=96, column=150, caption=f"query {q}<br>{html.escape(self.gallery.label(q))}"
+        )
+        chosen = self.examples.show(
+            self.example,
+            "Chosen example",
+            width=96,
+            column=150,
+            caption=f"chosen: id {self.examples.number(self.example)}<br>"
+            f"{html.escape(self.examples.label(self.example))}",
+        )
+        count, cells = len(rank_a), []
+        for letter, name, rank in (("A", self.a, rank_a), ("B", self.b, rank_b)):
+            value = float(self.table[name].values[q, self.example])
+            harmful = (value > 0) != (self.table[name].target == "margin")
+            word = "no say" if value == 0 else "harmful" if harmful else "helpful"
+            cells.append(
+                f"<tr><th scope='row' style='text-align:left'>{letter}: {html.escape(name)}</th>"
+                f"<td>{value:+.2e} ({word})</td><td>{int(rank[self.example]) + 1} of {count}</td></tr>".replace(
+                    "-", "−"
+                )
+            )
+        if self._correlation is None:
+            self._correlation = self.correlation()
+        found = f"Spearman of A and B: {signed(float(self._correlation[q]), 2)} for this query, "
+        found += f"{signed(float(self._correlation.nanmean()), 2)} on average"
+        self.view.value = f"<div>{query}{chosen}</div><div>{found}</div>"
+        self.answer.value = (
+            "<table><caption>The chosen example</caption><tr><td></td><th scope='col'>score</th>"
+            f"<th scope='col'>place, 1 = most harmful</th></tr>{''.join(cells)}</table>"
+        )
+        self._show_rows(rank_a, rank_b)
+        self.plot.value = self._draw()
+        self._refresh_code()
+
+    def _show_rows(self, rank_a: torch.Tensor, rank_b: torch.Tensor) -> None:
+        rows = (
+            (f"Most harmful by A: {self.a}", rank_a),
+            (f"Most harmful by B: {self.b}", rank_b),
+            ("Places that differ most", -(rank_a - rank_b).abs()),
+        )
+        for title, row, (text, order) in zip(self.titles, self.rows, rows, strict=True):
+            title.value = f"<b>{html.escape(text)}</b>; below each its place by A, by B"
+            cards = []
+            for place in torch.argsort(order, stable=True)[: self.k].tolist():
+                caption = (
+                    f"{html.escape(self.examples.label(place))}<br>{int(rank_a[place]) + 1}, {int(rank_b[place]) + 1}"
+                )
+                what = f"Example, place {int(rank_a[place]) + 1} by A and {int(rank_b[place]) + 1} by B"
+                picture = self.examples.show(place, what, caption=caption)
+                cards.append((place, picture, f"id {self.examples.number(place)}", place == self.example))
+            row.show(cards)
+
+    def _scaled(self, query: int) -> tuple[torch.Tensor, torch.Tensor]:
+        both = (self.table[name].values[query].detach().cpu() for name in (self.a, self.b))
+        return tuple(values / (float(values.abs().max()) or 1.0) for values in both)
+
+    def _draw(self) -> str:
+        if not hasattr(self, "_figure"):
+            self._figure = Plot(_prepare, 3.6, 3.4)
+        cloud, mark = self._figure.artists
+        x, y = self._scaled(self.query)
+        cloud.set_data(x.numpy(), y.numpy())
+        mark.set_data(x[[self.example]].numpy(), y[[self.example]].numpy())
+        alt = (
+            f"Scores of {len(x)} examples for query {self.query}: {self.a} across, {self.b} upwards; the chosen one at "
+        )
+        alt += f"{signed(float(x[self.example]), 2)}, {signed(float(y[self.example]), 2)}"
+        return img(self._figure.png(cloud, mark), alt)
+
+    # --- without a kernel -------------------------------------------------------------------------
+
+    def static(self, queries=None) -> list:
+        """One figure per query position: the scatter, and the most harmful examples by either method."""
+        import matplotlib.pyplot as plt
+
+        figures = []
+        for query in [self.query] if queries is None else queries:
+            figure = plt.figure(figsize=(2.9 + 0.95 * self.k, 2.9))
+            left, right = figure.subfigures(1, 2, width_ratios=(2.9, 0.95 * self.k))
+            ax = left.subplots()
+            ax.plot(*self._scaled(query), "o", ms=3, alpha=0.7, color=plots.HELPFUL, mew=0)
+            ax.set_xlabel(f"{self.a}, score ÷ largest", fontsize=8)
+            ax.set_ylabel(f"{self.b}, score ÷ largest", fontsize=8)
+            ax.set_title(f"query {query}", fontsize=9)
+            axes = right.subplots(2, self.k, squeeze=False)
+            for row, name, ranks in zip(axes, (self.a, self.b), self._ranks(query), strict=True):
+                for ax, place in zip(row, torch.argsort(ranks)[: self.k].tolist(), strict=True):
+                    ax.imshow(plots.picture(self.examples.examples.x[place]), cmap="gray_r")
+                    ax.set_title(self.examples.label(place), fontsize=8)
+                    ax.set_xlabel(f"id {self.examples.number(place)}", fontsize=8)
+                    ax.set(xticks=[], yticks=[])
+                    ax.spines[:].set_visible(True)
+                row[0].set_ylabel(f"harmful by\n{name}", fontsize=8)
+            figures.append(figure)
+        return figures
+
+    def code(self) -> str:
+        """Python for the view: both rows of scores, the chosen example's ``pair`` and the rank ``correlation``."""
+        scores, queries = self._name(self._given, "scores"), self._name(self.queries, "queries")
+        pipeline = self._name(self.pipeline, "pipeline")
+        return "\n".join(
+            [
+                "from msif_lab import plots",
+                "from msif_lab.comparison import row_correlations, row_ranks",
+                "",
+                f"a, b = {scores}[{quoted(self.a)}], {scores}[{quoted(self.b)}]",
+                f"pair = a.values[{self.query}, {self.example}], b.values[{self.query}, {self.example}]",
+                "correlation = row_correlations(row_ranks(a.values), row_ranks(b.values))  # Spearman, per query",
+                f"examples = {pipeline}.stages[{self.stage}].data",
+                f"figures = [plots.influence_grid(one, examples, {queries}, {self.query}, {self.k}) for one in (a, b)]",
+            ]
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"MethodComparison: {len(self.queries)} queries, {len(self.examples.examples)} examples, "
+            f"methods {list(self.table)}"
+        )
+
+
+def _prepare(figure):
+    ax = figure.subplots()
+    figure.subplots_adjust(left=0.24, right=0.97, top=0.97, bottom=0.15)
+    ax.set(xlim=(-1.1, 1.1), ylim=(-1.1, 1.1))
+    ax.set_xlabel("score by A ÷ its largest", fontsize=9)
+    ax.set_ylabel("score by B ÷ its largest", fontsize=9)
+    for line in (ax.axhline, ax.axvline):
+        line(0, color=plots.NEUTRAL, lw=0.8)
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    (cloud,) = ax.plot([], [], "o", ms=4, alpha=0.7, color=plots.HELPFUL, mew=0)
+    (mark,) = ax.plot([], [], "s", ms=11, mfc="none", mec="black", mew=2)
+    return cloud, mark

@@ -1,0 +1,196 @@
+"""Pictures as text: `<img>` with its bytes and its alt text, which a slider can exchange in milliseconds."""
+
+import base64
+import functools
+import html
+import io
+import threading
+
+import numpy
+import torch
+
+from .. import plots
+from ..data import Examples
+
+DRAWING = threading.RLock()  # matplotlib is not made for two threads, and an answer may come from another one
+
+CARD_WIDTH = 92  # pixels of a picture's column, and of the button below it with its margins
+CARD = "display:inline-block;text-align:center;vertical-align:top;line-height:1.35"
+
+
+def data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def img(png: bytes, alt: str, width: int | None = None) -> str:
+    """An image element; ``alt`` says in words what it shows."""
+    size = f"display:block;width:{width}px;image-rendering:pixelated;" if width else "max-width:100%;"
+    return f'<img src="{data_uri(png)}" alt="{html.escape(alt, quote=True)}" style="{size}background:white">'
+
+
+def image_png(image: torch.Tensor) -> bytes:
+    """A ``(C, H, W)`` image of one or three channels as PNG: grey from white (least) to black, colours from 0 to 1."""
+    from PIL import Image
+
+    values = image.detach().cpu().double()
+    if len(values) == 1:
+        low, high = float(values.min()), float(values.max())
+        values = 1 - (values[0] - low) / (high - low or 1.0)
+    else:
+        values = values.permute(1, 2, 0)
+    buffer = io.BytesIO()
+    Image.fromarray((values.clamp(0, 1) * 255).round().to(torch.uint8).numpy()).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+class Gallery:
+    """The images of some examples, each made into a PNG once."""
+
+    def __init__(self, examples: Examples, name: str):
+        shape = tuple(examples.x.shape)
+        if len(shape) != 4 or shape[1] not in (1, 3):
+            raise ValueError(
+                f"{name} hold inputs of shape {shape}: an explorer needs pictures, (N, 1, H, W) or (N, 3, H, W); "
+                "reshape the inputs, and let the model flatten them"
+            )
+        self.examples = examples
+        self.png = functools.lru_cache(maxsize=4096)(lambda position: image_png(examples.x[position]))
+
+    def label(self, position: int) -> str:
+        """What the example is called: its class by name, or its target."""
+        y = self.examples.y[position]
+        if self.examples.has_labels:
+            return f"label {self.examples.classes[int(y)]}"
+        return f"target {float(y.reshape(-1)[0]):.3g}" if y.numel() == 1 else "target"
+
+    def number(self, position: int) -> int:
+        return int(self.examples.ids[position])
+
+    def show(
+        self,
+        position: int,
+        what: str,
+        *,
+        width: int = 64,
+        caption: str = "",
+        border: str = "none",
+        column: int = CARD_WIDTH,
+    ) -> str:
+        """The picture of one example with a caption below; ``what`` starts its alt text."""
+        alt = f"{what}, id {self.number(position)}, {self.label(position)}"
+        picture = img(self.png(position), alt, width)
+        return (
+            f'<div style="{CARD};width:{column}px"><div style="display:inline-block;border:{border}">{picture}</div>'
+            f"<div>{caption or html.escape(self.label(position))}</div></div>"
+        )
+
+
+class Plot:
+    """One matplotlib figure that is kept: artists change, the rest is drawn once.
+
+    ``draw`` gets the figure and returns the artists that the owner will change. No layout engine and no pyplot: those
+    cost more than all of the drawing. What moves with every step is drawn over the rest (`png`), or laid over the
+    picture by the browser (`over`).
+    """
+
+    def __init__(self, draw, width: float = 4.2, height: float = 3.0):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        with DRAWING:
+            self.figure = Figure(figsize=(width, height), dpi=100, layout="none", facecolor="white")
+            FigureCanvasAgg(self.figure)
+            self.artists = draw(self.figure)
+        self._still = None
+
+    def png(self, *moving) -> bytes:
+        """The figure as it is; with ``moving`` artists only these are drawn anew, over what was there at first."""
+        from PIL import Image
+
+        with DRAWING:
+            canvas = self.figure.canvas
+            if self._still is None or not moving:
+                for artist in moving:
+                    artist.set_animated(True)
+                canvas.draw()
+                self._still = canvas.copy_from_bbox(self.figure.bbox)
+            canvas.restore_region(self._still)
+            for artist in moving:
+                artist.axes.draw_artist(artist)
+            buffer = io.BytesIO()
+            Image.fromarray(numpy.asarray(canvas.buffer_rgba())).convert("RGB").save(buffer, "PNG", compress_level=1)
+        return buffer.getvalue()
+
+    def over(self, ax, x: float) -> str:
+        """A dotted vertical line at ``x`` over the picture, as HTML to go into one block with it."""
+        box, (low, high) = ax.get_position(), ax.get_xlim()
+        across = box.x0 + (x - low) / (high - low) * (box.x1 - box.x0)
+        return (
+            f'<div style="position:absolute;border-left:2px dotted black;left:{100 * across:.2f}%;'
+            f'top:{100 * (1 - box.y1):.2f}%;height:{100 * (box.y1 - box.y0):.2f}%"></div>'
+        )
+
+
+def effects_axes(figure):
+    """Axes over the queries, with what is predicted and what happened."""
+    ax = figure.subplots()
+    figure.subplots_adjust(left=0.23, right=0.97, top=0.97, bottom=0.16)
+    ax.axhline(0, color=plots.NEUTRAL, lw=0.8)
+    (guess,) = ax.plot([], [], "o", ms=6, mfc="none", color=plots.HELPFUL, label="predicted")
+    (truth,) = ax.plot([], [], "x", ms=5, color=plots.HARMFUL)
+    ax.set_xlabel("query (dotted: the one in view)", fontsize=9)
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    return ax, guess, truth
+
+
+def figure_png(figure) -> bytes:
+    """Any figure as notebooks show it."""
+    buffer = io.BytesIO()
+    with DRAWING:
+        figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def signed(value: float, digits: int = 4) -> str:
+    """``+0.0123`` or ``−0.0123``, with a real minus sign."""
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
+class Cards:
+    """A row of pictures, a button below each that chooses it; the buttons are reached by Tab.
+
+    The pictures are one HTML widget, because a slider waits for every widget that changes.
+
+    Args:
+        explorer: whose errors the buttons report to.
+        count: the most pictures it holds.
+        name: style class of the buttons.
+        choose: ``choose(place)`` of the picture whose button was pressed.
+    """
+
+    def __init__(self, explorer, count: int, name: str, choose):
+        import ipywidgets
+
+        self.places: list[int] = []
+        self.pictures = ipywidgets.HTML()
+        width = {"width": f"{CARD_WIDTH - 4}px", "padding": "0", "display": "none"}
+        self.buttons = [
+            explorer._control("Button", name, "", lambda i=i: choose(self.places[i]), layout=width)
+            for i in range(count)
+        ]
+        self.box = ipywidgets.VBox([self.pictures, ipywidgets.HBox(self.buttons)])
+
+    def __len__(self) -> int:
+        return len(self.buttons)
+
+    def show(self, cards) -> None:
+        """Show ``(place, picture, button's text, whether it is chosen)`` for each; what stays equal is not sent."""
+        cards = list(cards)
+        self.places = [place for place, *_ in cards]
+        self.pictures.value = f'<div style="white-space:nowrap">{"".join(picture for _, picture, _, _ in cards)}</div>'
+        for i, button in enumerate(self.buttons):
+            button.layout.display = None if i < len(cards) else "none"
+            if i < len(cards):
+                _, _, text, chosen = cards[i]
+                button.description = f"{text} ✓" if chosen else text
