@@ -1,6 +1,7 @@
 """Mini-batch recipes: how a stage is trained, for many example weightings at once, the same way every time,
 and how one step of it is run backwards (`UnrolledInfluence` differentiates the whole run)."""
 
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -44,7 +45,9 @@ class FitReport:
 
 def progress_bar(total: int, text: str, show: bool = True) -> tqdm:
     """A text bar that shows itself after two seconds only and leaves nothing behind."""
-    return tqdm(total=total, desc=text, leave=False, delay=2.0, disable=not show)
+    # Notebooks paint standard error red, and the stripe stays when the bar has gone; terminals keep it out of pipes.
+    stream = sys.stdout if "ipykernel" in sys.modules else sys.stderr
+    return tqdm(total=total, desc=text, leave=False, delay=2.0, disable=not show, file=stream)
 
 
 def check_finite(value: Tensor, gradient: Tensor, step: int, advice: str) -> None:

@@ -1,0 +1,219 @@
+"""JupyterLab in a headless Chromium, used as a student uses it: menus, keys and clicks. For tests/test_browser.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+MINUTES = 60_000  # Playwright counts milliseconds; lessons are slow on two shared cores
+SETTINGS = {  # all cells in the page, not only those in sight; no question about news on the first start
+    "notebook-extension/tracker": {"windowingMode": "none"},
+    "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+}
+BROKEN = ("model not found", "Error displaying widget", "Error creating widget", "Loading widget...")
+
+# A cell whose input is folded has no prompt, so the prompts are those of most cells, not of all.
+PROMPTS = "[...document.querySelectorAll('.jp-CodeCell .jp-InputArea-prompt')].map(e => e.textContent)"
+DONE = f"() => {{ const p = {PROMPTS}; return p.some(t => /\\d/.test(t)) && !p.some(t => t.includes('*')) }}"
+
+# From the key to the last change of the view, its pictures decoded: what a reader waits for.
+WATCH = """root => {
+  const view = () => [...root.querySelectorAll('.msif-view, .msif-plot')].map(e => e.innerHTML).join();
+  root.redraws = [];
+  if (root.watched) return;
+  root.watched = true;
+  let start = 0, last = view();
+  root.addEventListener('keydown', () => { start = performance.now(); root.redraws.push(null) }, true);
+  new MutationObserver(async () => {
+    const now = view(), redraws = root.redraws, began = start;
+    if (!redraws.length || now === last) return;
+    last = now;
+    await Promise.all([...root.querySelectorAll('img')].map(i => i.decode().catch(() => 0)));
+    redraws[redraws.length - 1] = performance.now() - began;
+    root.changed = performance.now();
+  }).observe(root, {subtree: true, childList: true, characterData: true, attributes: true});
+}"""
+REDRAWN = "root => root.redraws.at(-1) !== null && performance.now() - root.changed > 300"
+
+# Text that a reader must tell from its background, with the contrast of WCAG 2: (L1 + 0.05) / (L2 + 0.05).
+CONTRASTS = """root => {
+  const rgba = s => { const v = s.match(/[\\d.]+/g).map(Number); return v.length < 4 ? [...v, 1] : v };
+  const light = c => c.slice(0, 3).map(v => v / 255)
+    .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const over = (a, b) => a.slice(0, 3).map((v, i) => v * a[3] + b[i] * (1 - a[3])).concat(1);
+  const ground = e => { const c = rgba(getComputedStyle(e).backgroundColor);
+    return c[3] === 1 ? c : over(c, e.parentElement ? ground(e.parentElement) : [255, 255, 255, 1]) };
+  const texts = [], walk = document.createTreeWalker(root, NodeFilter.SHOW_TEXT);
+  while (walk.nextNode()) {
+    const e = walk.currentNode.parentElement, text = walk.currentNode.textContent.trim();
+    if (!text || !e.checkVisibility({visibilityProperty: true}) || e.matches(':disabled, option')) continue;
+    const back = ground(e), front = over(rgba(getComputedStyle(e).color), back);
+    const [low, high] = [light(front), light(back)].sort((a, b) => a - b);
+    texts.push([(high + 0.05) / (low + 0.05), text.slice(0, 40)]);
+  }
+  return texts;
+}"""
+
+# Everything the Tab key should reach, and what a screen reader would call it. ipywidgets leaves the label of a slider
+# unconnected (no "for"), so a label in the same control counts as its name.
+CONTROLS = """root => [...root.querySelectorAll('button, input, select, textarea, [tabindex="0"]')]
+  .filter(e => e.checkVisibility() && !e.disabled).map(e => ({
+    what: e.getAttribute('role') || e.tagName.toLowerCase(), focusable: e.tabIndex >= 0,
+    name: (e.getAttribute('aria-label') || [...(e.labels || [])].map(l => l.textContent).join(' ') || e.textContent
+      || e.title || e.closest('.jupyter-widgets')?.querySelector('label')?.textContent || '').trim() }))"""
+
+# Formulas that a reader with a window of ordinary width must push sideways: how their cells begin.
+CUT = """all => all.filter(m => m.querySelector('mjx-math').getBoundingClientRect().right
+  > m.closest('.jp-RenderedMarkdown').getBoundingClientRect().right + 2)
+  .map(m => m.closest('.jp-RenderedMarkdown').innerText.slice(0, 40))"""
+
+# Where Tab must stop. Returns how many; what else takes the focus (a slider's number, which can be typed) is welcome.
+STOPS = """root => (root.stops = [...root.querySelectorAll('button, input, select, textarea, [tabindex="0"]')]
+  .filter(e => !e.disabled && e.checkVisibility({visibilityProperty: true}))).length"""
+
+
+def chromium() -> str | None:
+    """The browser's executable: Debian's, or whatever is installed."""
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    return next(filter(None, map(shutil.which, names)), None)
+
+
+@contextmanager
+def browser():
+    """A headless browser; sandboxed unless root runs it, which Chromium refuses."""
+    from playwright.sync_api import sync_playwright
+
+    sandbox = getattr(os, "geteuid", lambda: 1)() != 0
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=chromium(), chromium_sandbox=sandbox)
+        try:
+            yield opened
+        finally:
+            opened.close()
+
+
+@contextmanager
+def server(folder: Path, tmp: Path, start: tuple[str, ...] = ()):
+    """``jupyter lab`` on ``folder`` with nobody's settings, by the command ``start``; yields ``address(path)``."""
+    for plugin, values in SETTINGS.items():
+        file = tmp / f"config/lab/user-settings/@jupyterlab/{plugin}.jupyterlab-settings"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(values), encoding="utf-8")
+    places = {"CONFIG": "config", "DATA": "data", "RUNTIME": "run"}
+    environment = os.environ | {f"JUPYTER_{name}_DIR": str(tmp / place) for name, place in places.items()}
+    environment |= {"IPYTHONDIR": str(tmp / "ipython"), "OMP_NUM_THREADS": "1"}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    token = secrets.token_hex(16)
+    command = [*start, sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--ServerApp.port={port}"]
+    command += [f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={folder}"]
+
+    def address(path: str) -> str:
+        return f"http://127.0.0.1:{port}/{path}?token={token}"
+
+    with (tmp / "server.log").open("w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        try:
+            _wait_until_up(address("api/status"), process, tmp / "server.log")
+            yield address
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)  # the server and its kernels
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def _wait_until_up(address: str, process: subprocess.Popen, log: Path):
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            return urllib.request.urlopen(address, timeout=10).close()
+        except OSError:
+            time.sleep(0.2)
+    raise RuntimeError(f"jupyter lab did not start:\n{log.read_text(errors='replace')[-2000:]}")
+
+
+class Student:
+    """One notebook open in JupyterLab; ``page`` is Playwright's, for whatever has no method here."""
+
+    def __init__(self, page, address, name: str, screenshots: Path):
+        self.page, self.address, self.name, self.screenshots = page, address, name, screenshots
+        self.console = []
+        page.on("pageerror", lambda error: self.console.append(str(error)))
+        page.set_default_timeout(MINUTES)
+        page.goto(f"{address(f'lab/tree/{name}')}&reset")
+        page.locator(".jp-Notebook .jp-Cell").first.wait_for()
+        # Before its kernel is there a notebook says idle too, and loses a Run All behind a question for a kernel.
+        page.locator(".jp-StatusBar-TextItem", has_text="| Idle").wait_for()
+
+    def menu(self, *names: str):
+        """Click through the menu bar."""
+        items = self.page.locator(".lm-MenuBar-item:visible, .lm-Menu-item:visible")
+        for name in names:
+            items.filter(has=self.page.get_by_text(name, exact=True)).click()
+
+    def run_all(self, minutes: float = 10):
+        """Run > Run All Cells, and wait until no cell waits. Old outputs are cleared first, or they would look new."""
+        self.menu("Edit", "Clear Outputs of All Cells")
+        self.page.wait_for_function(f"() => !{PROMPTS}.some(t => /\\d/.test(t))")
+        self.menu("Run", "Run All Cells")
+        self.page.wait_for_function(DONE, timeout=minutes * MINUTES, polling=200)
+        return self
+
+    def run_code(self, code: str):
+        """Paste ``code`` over the last cell and run it."""
+        cell = self.page.locator(".jp-Notebook .jp-CodeCell").last
+        cell.locator(".cm-content").click()
+        self.page.keyboard.press("Control+a")
+        self.page.keyboard.insert_text(code)
+        before = cell.locator(".jp-InputArea-prompt").inner_text()
+        self.page.keyboard.press("Control+Enter")
+        ran = "([e, old]) => /\\d/.test(e.textContent) && e.textContent !== old"
+        prompt = cell.locator(".jp-InputArea-prompt").element_handle()
+        self.page.wait_for_function(ran, arg=[prompt, before])
+
+    def problems(self) -> list[str]:
+        """Errors in outputs, dead widgets, cells that did not run, formulas cut off, empty pictures."""
+        page = self.page
+        shown = page.locator('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.stderr"]')
+        found = shown.filter(has_text="Traceback (most recent call last)").all_inner_texts()
+        text = page.locator(".jp-Notebook").inner_text()
+        found += [f"the page says {words!r}" for words in BROKEN if words in text]
+        idle = page.evaluate(f"{PROMPTS}.filter(t => !/\\d/.test(t)).length")
+        found += [f"{idle} code cells did not run"] if idle else []
+        empty = "all => all.filter(i => !i.naturalWidth && !i.src.startsWith('https:')).length"  # badges need a network
+        dead = page.locator(".jp-Notebook img").evaluate_all(empty)
+        cut = page.locator(".jp-RenderedMarkdown mjx-container").evaluate_all(CUT)
+        found += [f"a formula is cut off in the cell {start!r}" for start in cut]
+        return found + ([f"{dead} pictures are empty"] if dead else []) + self.console
+
+    def screenshot(self, label: str):
+        """The whole notebook, from its first cell to its last."""
+        page, before = self.page, self.page.viewport_size
+        height = page.locator(".jp-Notebook .jp-WindowedPanel-outer").evaluate("e => e.scrollHeight")
+        page.set_viewport_size({"width": before["width"], "height": min(height + 200, 16_000)})
+        page.locator(".jp-Notebook .jp-WindowedPanel-outer").evaluate("e => e.scrollTo(0, 0)")
+        self.screenshots.mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=self.screenshots / f"{Path(self.name).stem}-{label}.png")
+        page.set_viewport_size(before)
+
+    def close(self):
+        """Shut the kernel down and leave."""
+        for session in json.load(urllib.request.urlopen(self.address("api/sessions"))):
+            request = urllib.request.Request(self.address(f"api/sessions/{session['id']}"), method="DELETE")
+            urllib.request.urlopen(request).close()
+        self.page.close()

@@ -1,0 +1,408 @@
+"""The lessons and explorers in a real JupyterLab: run by the menu, moved by keys and clicks, read from the page.
+
+MSIF_EVERY_LESSON=1 runs every notebook, not only the quick ones; MSIF_SCREENSHOTS=folder keeps the pictures.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import statistics
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import lab
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from test_notebooks import copied, runner
+
+pytest.importorskip("playwright.sync_api", reason='no Playwright; install it with pip install -e ".[test]"')
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(lab.chromium() is None, reason="no Chromium; install it with apt-get install chromium"),
+    pytest.mark.skipif(sys.platform == "win32", reason="the server's process group is a POSIX one"),
+]
+
+EVERY = runner.lessons()
+QUICK = [p for p in EVERY if p.name.startswith(("00", "11", "index"))]
+RUN = EVERY if os.environ.get("MSIF_EVERY_LESSON") else QUICK
+READABLE = 4.5  # WCAG AA for text of ordinary size
+
+# ---- One server and one browser for all tests here ----
+
+
+@pytest.fixture(scope="module")
+def notebooks(tmp_path_factory) -> Path:
+    folder = copied(tmp_path_factory.mktemp("lab"))
+    nbformat.write(EXPLORERS, folder / "explorers.ipynb")
+    nbformat.write(BROKEN, folder / "broken.ipynb")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chrome():
+    with lab.browser() as browser:  # closed after this file: nbclient, in others, cannot run beside it
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def opened(notebooks, chrome, tmp_path_factory):
+    """Open a notebook by name; all are closed at the end."""
+    folder = tmp_path_factory.mktemp("server")
+    with lab.server(notebooks, folder) as address:
+        shots = Path(os.environ.get("MSIF_SCREENSHOTS") or folder / "screenshots")
+        yield lambda name: lab.Student(chrome.new_page(viewport={"width": 1300, "height": 1000}), address, name, shots)
+
+
+@pytest.fixture
+def report(record_property, capsys):
+    """Say a measured figure: in the log, whatever pytest captures, and in the results file."""
+
+    def say(what: str, value):
+        record_property(what, value)
+        with capsys.disabled():
+            print(f"\n    {what}: {value}", end="")
+
+    return say
+
+
+# ---- What these tests look for is found ----
+
+FLAWED = """
+from IPython.display import HTML
+HTML("<div id='flawed'><p style='color:#999; background:#fff'>pale</p><p style='color:#000; background:#fff'>dark</p>"
+     "<button></button><button disabled></button><label>Age <input></label>"
+     "<img src='data:image/png;base64,AAAA'></div>")
+"""
+KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
+WIDE = f"$${'x+' * 60}x$$"
+CELLS = [
+    new_markdown_cell(f"# One\n### Three\n{WIDE}"),
+    *map(new_code_cell, (FLAWED, 'print("model not found")', "1 / 0", "2")),
+]
+BROKEN = new_notebook(cells=CELLS, metadata={"kernelspec": KERNEL})
+
+
+def test_flaws_are_found(opened):
+    student = opened("broken.ipynb").run_all()
+    try:
+        student.page.locator("mjx-math").wait_for()
+        error, *others = student.problems()
+        assert "ZeroDivisionError" in error
+        assert others[:2] == ["the page says 'model not found'", "1 code cells did not run"]
+        assert others[2].startswith("a formula is cut off in the cell 'One")
+        assert others[3:] == ["1 pictures are empty"]
+        assert skipped_levels(student.page.locator(".jp-Notebook")) == ["Three"]
+        flawed = student.page.locator("#flawed")
+        ratios = {text: ratio for ratio, text in flawed.evaluate(lab.CONTRASTS)}
+        assert ratios["pale"] == pytest.approx(2.85, abs=0.01) and ratios["dark"] == pytest.approx(21)
+        assert [(c["what"], c["name"]) for c in flawed.evaluate(lab.CONTROLS)] == [("button", ""), ("input", "Age")]
+    finally:
+        student.close()
+
+
+# ---- Lessons ----
+
+
+@pytest.mark.parametrize("path", RUN, ids=lambda p: p.stem)
+def test_lesson_runs_from_the_menu(path, opened, report):
+    live = sum("live-widget" in c.metadata.get("tags", []) for c in nbformat.read(path, as_version=4).cells)
+    student = opened(path.name)
+    try:
+        student.screenshot("as_committed")
+        start = time.perf_counter()
+        student.run_all(minutes=15)
+        report(f"{path.stem} run from the menu, s", round(time.perf_counter() - start))
+        student.screenshot("after_run")
+        assert student.problems() == []
+        assert student.page.locator(".jp-CodeCell:has(.jupyter-widgets)").count() >= live
+        assert skipped_levels(student.page.locator(".jp-Notebook")) == []
+    finally:
+        student.close()
+
+
+def skipped_levels(root) -> list[str]:
+    """Headings that are more than one level below the one before."""
+    headings = root.locator(":is(h1, h2, h3, h4, h5, h6)")
+    levels = headings.evaluate_all("all => all.map(h => [+h.tagName[1], h.innerText])")
+    return [title for (before, _), (level, title) in pairwise(levels) if level > before + 1]
+
+
+@pytest.mark.parametrize("path", EVERY, ids=lambda p: p.stem)
+def test_exported_page_shows_pictures(path, chrome, tmp_path):
+    from nbconvert import HTMLExporter
+
+    html = tmp_path / f"{path.stem}.html"
+    html.write_text(HTMLExporter().from_filename(path)[0], encoding="utf-8")
+    page, errors = chrome.new_page(), []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.route("http**", lambda route: route.abort())  # the same with a network as without
+    try:
+        page.goto(html.as_uri())
+        page.wait_for_load_state()
+        pictures = page.locator("main img[src^='data:']").evaluate_all("all => all.map(i => [i.naturalWidth, i.alt])")
+        figures = [o for c in nbformat.read(path, as_version=4).cells for o in c.get("outputs", []) if is_figure(o)]
+        assert len(pictures) >= len(figures)
+        assert all(width > 0 for width, _ in pictures)
+        # Neither nbconvert nor JupyterLab passes on the alt text of a PNG output; those in HTML are ours to give.
+        assert all(out.metadata["image/png"]["alt"] for out in figures)
+        assert sum(not alt or alt.startswith("No description") for _, alt in pictures) <= len(figures)
+        text = page.locator("main").inner_text()
+        assert [words for words in lab.BROKEN if words in text] == []
+        # MathJax and RequireJS come from the network.
+        assert [e for e in errors if "require" not in e and "MathJax" not in e] == []
+        assert skipped_levels(page.locator("main")) == []
+    finally:
+        page.close()
+
+
+def is_figure(out) -> bool:
+    data = out.get("data", {})
+    return "image/png" in data and "text/html" not in data
+
+
+# ---- Explorers ----
+
+SETUP = """
+import matplotlib.pyplot as plt
+import msif_lab as msif
+from msif_lab import widgets
+
+train, test = msif.load_digits()
+queries = test.select(classes=range(4, 10), n=30).double()
+pretraining = train.select(classes=range(4), n=120, seed=0)
+finetuning = train.select(classes=range(4, 10), n=80, seed=0)
+
+
+def trained(link, **recipe):
+    nets = msif.mlp(64, hidden=(8,), classes=4), msif.mlp(64, hidden=(8,), classes=6)
+    before = msif.Stage("pretrain", nets[0], pretraining, weight_decay=1e-2, **recipe)
+    after = msif.Stage("finetune", nets[1], finetuning, weight_decay=1e-2, link=link, **recipe)
+    return msif.Pipeline([before, after]).double().fit(progress=False)
+
+
+pipelines = {"frozen": trained(msif.Frozen()), "full": trained(msif.Proximal(alpha=0.05))}
+scores = {case: msif.ImplicitInfluence(leave_one_out=True).fit(p).score(queries) for case, p in pipelines.items()}
+corrupted = range(12)
+full, full_scores = pipelines["full"], scores["full"]
+slow = trained(msif.Frozen(), recipe=msif.SGD(lr=0.1, epochs=1500))
+"""
+
+DRAW = """
+def draw(value):
+    if value == 7:
+        raise ValueError("seven is not drawn")
+    figure, axes = plt.subplots(figsize=(6, 3))
+    axes.plot([0, value])
+    return figure
+"""
+
+LIVE = {
+    "slider": 'widgets.FigureSlider(draw, [1, 2, 3, 4, 5, 6], "Value")',
+    "influence": "widgets.InfluenceExplorer(pipelines, scores, queries)",
+    "damping": "widgets.AlphaDampingExplorer(full, queries)",
+    "methods": "widgets.MethodComparison(full, scores, queries)",
+    "cleaning": "widgets.CleaningExplorer(full, full_scores, queries, corrupted=range(12))",
+    "failing": 'widgets.FigureSlider(draw, [6, 7], "Value", precompute=False)',
+    "slow": 'widgets.InfluenceExplorer(slow, scores["frozen"], queries)',
+}
+CELLS = [new_code_cell(source.strip()) for source in (SETUP, DRAW, *LIVE.values(), "# room")]
+EXPLORERS = new_notebook(cells=CELLS, metadata={"kernelspec": KERNEL})
+each_explorer = pytest.mark.parametrize("kind", [kind for kind in LIVE if kind not in ("failing", "slow")])
+
+
+@pytest.fixture(scope="module")
+def explorers(opened):
+    student = opened("explorers.ipynb").run_all()
+    assert student.problems() == []
+    yield student
+    student.screenshot("at_the_end")
+    student.close()
+
+
+@pytest.fixture
+def explorer(explorers):
+    """Find an explorer in the page by its kind."""
+    return lambda kind: explorers.page.locator(".msif-explorer").nth(list(LIVE).index(kind))
+
+
+@pytest.mark.parametrize(
+    ("kind", "control"),
+    [
+        ("slider", ".msif-value"),
+        ("influence", ".msif-query"),
+        ("damping", ".msif-alpha"),
+        ("damping", ".msif-damping"),
+        ("damping", ".msif-query"),
+        ("methods", ".msif-query"),
+        ("methods", ".msif-rank"),
+        ("cleaning", ".msif-flagged"),
+    ],
+)
+def test_slider_redraws(explorer, report, kind, control):
+    root = explorer(kind)
+    handle = root.locator(control).get_by_role("slider")
+    root.evaluate(lab.WATCH)
+    for key in ["End", *["ArrowLeft"] * 5]:
+        handle.press(key)
+        wait_for(root, lab.REDRAWN)
+    redraws = root.evaluate("e => e.redraws")
+    report(f"{kind} {control} redraw, median ms of {len(redraws)}", round(statistics.median(redraws)))
+    assert error_of(root) == ""
+
+
+def wait_for(root, condition: str, given=None):
+    """Until ``condition``, a function of the element (and of what is given) in the page, is true."""
+    element = root.element_handle()
+    root.page.wait_for_function(condition, arg=element if given is None else [element, given])
+
+
+def pictures(root) -> list[str]:
+    return root.locator("img").evaluate_all("all => all.map(i => i.src)")
+
+
+def error_of(root) -> str:
+    return root.locator(".msif-error").inner_text().strip()
+
+
+def test_error_stays_in_sight_until_the_next_success(explorer):
+    root = explorer("failing")
+    handle = root.get_by_role("slider")
+    handle.press("End")
+    root.locator(".msif-error", has_text="ValueError: seven is not drawn").wait_for()
+    handle.press("ArrowLeft")
+    wait_for(root.locator(".msif-error"), "e => !e.innerText.trim()")
+
+
+def test_query_is_picked_by_list_and_by_picture(explorer):
+    root = explorer("influence")
+    groups = root.locator(".msif-queries select")
+    options = groups.locator("option").all_text_contents()  # with no-break spaces
+    groups.select_option(index=next(i for i, text in enumerate(options) if re.match(r"label\s7", text)))
+    root.locator(".msif-view", has_text="label 7").first.wait_for()
+    buttons = root.locator(".msif-query-image:visible")
+    shown = root.locator(".msif-query-image:visible", has_text="✓").inner_text()
+    other = next(text for text in buttons.all_inner_texts() if text != shown)
+    buttons.get_by_text(other, exact=True).click()
+    root.locator(".msif-view", has_text=other).first.wait_for()
+    groups.select_option(index=0)
+    assert error_of(root) == ""
+
+
+def test_case_changes_the_examples_there_and_back(explorer):
+    root = explorer("influence")
+    shown = "([e, old]) => [...e.querySelectorAll('.msif-example')].map(b => b.textContent).join() {} old"
+    before = ",".join(root.locator(".msif-example").all_text_contents())
+    for case, relation in (("full", "!=="), ("frozen", "===")):
+        root.locator(".msif-case select").select_option(label=case)
+        wait_for(root, shown.format(relation), before)
+    assert error_of(root) == ""
+
+
+def test_image_is_clicked_removed_and_retrained(explorer, report):
+    root = explorer("influence")
+    root.locator(".msif-example:visible").first.click()
+    root.locator(".msif-answer", has_text="not retrained yet").wait_for()
+    start = time.perf_counter()
+    root.locator(".msif-retrain").click()
+    root.locator(".msif-status", has_text="done in").wait_for()
+    report("one example removed and both stages retrained, s", round(time.perf_counter() - start, 1))
+    predicted, actual = numbers(root.locator(".msif-answer tr", has_text="this query"))
+    assert "not retrained yet" not in root.locator(".msif-answer").inner_text()
+    assert 1 / 3 < predicted / actual < 3  # one of 120 examples is a large step; the tests of influence are strict
+    assert "actual" in root.locator(".msif-plot img").get_attribute("alt")
+    assert error_of(root) == ""
+
+
+def numbers(row) -> list[float]:
+    """The numbers in the cells of a table's row, with real minus signs."""
+    return [float(text.replace("−", "-")) for text in row.locator("td").all_inner_texts()]
+
+
+def test_stop_takes_effect_and_leaves_the_explorer_usable(explorer, report):
+    root = explorer("slow")
+    root.locator(".msif-example:visible").first.click()
+    stop, retrain = root.locator(".msif-stop"), root.locator(".msif-retrain")
+    assert stop.is_disabled()
+    retrain.click()
+    root.locator(".msif-status", has_text="retraining").wait_for()  # the busy indicator
+    start = time.perf_counter()
+    stop.click()
+    root.locator(".msif-status", has_text="stopped: nothing was changed").wait_for()
+    report("stop takes effect after, s", round(time.perf_counter() - start, 2))
+    assert "not retrained yet" in root.locator(".msif-answer").inner_text()
+    assert stop.is_disabled() and retrain.is_enabled()
+    assert error_of(root) == ""
+
+
+def test_methods_are_picked(explorer):
+    root = explorer("methods")
+    before = pictures(root)
+    root.locator(".msif-method-a select").select_option(label="full")
+    root.locator(".msif-method-b select").select_option(label="frozen")
+    wait_for(root, "([e, old]) => [...e.querySelectorAll('img')].map(i => i.src).join() !== old", ",".join(before))
+    assert error_of(root) == ""
+
+
+def test_cleaning_refits(explorer):
+    root = explorer("cleaning")
+    root.locator(".msif-flagged").get_by_role("slider").press("ArrowRight")
+    root.locator(".msif-retrain").click()
+    root.locator(".msif-status", has_text="done in").wait_for()
+    assert len(root.locator(".msif-answer").inner_text()) > 40
+    assert error_of(root) == ""
+
+
+@pytest.mark.parametrize("kind", ["influence", "damping", "methods", "cleaning"])
+def test_code_of_the_view_runs_where_it_is_pasted(explorers, explorer, kind):
+    root = explorer(kind).locator(".msif-code")
+    text = root.locator("textarea")
+    root.get_by_role("button").click()
+    wait_for(text, "e => e.value")
+    explorers.run_code(text.input_value())
+    root.get_by_role("button").click()
+    text.wait_for(state="hidden")
+    assert explorers.problems() == []
+
+
+# ---- For everyone ----
+
+
+@each_explorer
+def test_controls_have_names_and_pictures_alt_texts(explorer, kind):
+    root = explorer(kind)
+    controls = root.evaluate(lab.CONTROLS)
+    assert controls and [c for c in controls if not c["name"] or not c["focusable"]] == []
+    alts = root.locator("img").evaluate_all("all => all.map(i => i.alt)")
+    assert alts and all(alts), alts
+    levels = skipped_levels(root)
+    assert levels == []
+
+
+@each_explorer
+def test_tab_reaches_every_control_and_leaves(explorer, kind):
+    root = explorer(kind)
+    missed = set(range(root.evaluate(lab.STOPS)))
+    root.evaluate("e => e.stops[0].focus()")
+    for _ in range(2 * len(missed)):
+        missed.discard(root.evaluate("e => e.stops.indexOf(document.activeElement)"))
+        root.page.keyboard.press("Tab")
+        if not root.evaluate("e => e.contains(document.activeElement)"):
+            break
+    else:
+        pytest.fail("Tab does not lead out")
+    assert missed == set()
+
+
+@pytest.mark.parametrize("theme", ["JupyterLab Dark", "JupyterLab Light"])
+def test_text_can_be_read_in(explorers, theme):
+    explorers.menu("Settings", "Theme", theme)
+    page, dark = explorers.page, str(theme.endswith("Dark")).lower()
+    page.wait_for_function(f"() => document.body.dataset.jpThemeLight !== '{dark}'")
+    texts = [text for root in page.locator(".msif-explorer").all() for text in root.evaluate(lab.CONTRASTS)]
+    assert len(texts) > 50
+    assert sorted((round(ratio, 1), text) for ratio, text in texts if ratio < READABLE) == []
+    explorers.screenshot(theme.split()[1].lower())
