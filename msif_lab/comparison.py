@@ -74,9 +74,10 @@ class Agreement:
 
     def _repr_html_(self) -> str:
         head = "<tr><th></th><th>mean per query</th><th>95 % interval</th><th>pooled</th></tr>"
-        body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in self._rows())
+        body = "".join(f"<tr><td>{'</td><td>'.join(row)}</td></tr>" for row in self._rows())
         queries, removals = self.actual.shape
-        return f"<table><caption>{queries} queries × {removals} removals</caption>{head}{body}</table>"
+        caption = f"<caption>{queries} queries × {removals} removals</caption>"
+        return f"<table style='white-space: nowrap'>{caption}{head}{body}</table>"
 
     def plot(self, ax=None):
         """Predicted against actual, one colour per query; see `plots.agreement_scatter`."""
@@ -281,7 +282,8 @@ def method_table(table, statistic: str = "r", columns: str = "removals"):
     some = table[table["statistic"] == statistic]
     if some.empty:
         raise ValueError(f"statistic={statistic!r} is none of {sorted(set(table['statistic']))}")
-    cells = [f"{m:.2f} [{a:.2f}, {b:.2f}]" for m, a, b in zip(some["mean"], some["low"], some["high"], strict=True)]
+    figures = zip(some["mean"], some["low"], some["high"], strict=True)
+    cells = [f"{m:.2f}\u00a0[{a:.2f},\u00a0{b:.2f}]" for m, a, b in figures]  # a table does not break them
     return some.assign(cell=cells).pivot_table("cell", "method", columns, aggfunc="first", sort=False).fillna("")
 
 

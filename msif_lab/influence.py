@@ -1,5 +1,6 @@
 """Implicit influence through any number of stages, and the result that every method returns."""
 
+import html
 import numbers
 import warnings
 from collections.abc import Callable, Sequence
@@ -127,14 +128,17 @@ class Influence:
         )
 
     def _repr_html_(self) -> str:
-        good, bad = self.mean().helpful(min(4, len(self.ids))), self.mean().harmful(min(4, len(self.ids)))
+        mean, k, more = self.mean(), min(4, len(self.ids)), 1 if self.target == "margin" else -1
         rows = "".join(
-            f"<tr><td>{sign}</td><td>{int(i)}</td><td>{float(v):+.2e}</td></tr>"
-            for sign, ranking in (("helpful", good), ("harmful", bad))
+            f"<tr><td>{word}</td><td>{int(i)}</td><td>{float(v):+.2e}</td></tr>"
+            for word, sign, ranking in (("helpful", more, mean.helpful(k)), ("harmful", -more, mean.harmful(k)))
             for v, i in zip(ranking.values[0], ranking.ids[0], strict=True)
+            if sign * float(v) > 0  # of few examples, those ranked last are none of the kind
         )
-        title = f"{len(self)} queries × {len(self.ids)} examples of stage {self.stage!r}; mean effect on {self.target}"
-        return f"<table><caption>{title}</caption><tr><th></th><th>id</th><th>score</th></tr>{rows}</table>"
+        counted = f"{len(self)} {'query' if len(self) == 1 else 'queries'} × {len(self.ids)} examples"
+        title = f"{counted} of stage {html.escape(repr(self.stage))}; mean effect on {html.escape(str(self.target))}"
+        caption = f"<caption style='white-space: nowrap'>{title}</caption>"
+        return f"<table>{caption}<tr><th></th><th>id</th><th>score</th></tr>{rows}</table>"
 
 
 def require_unchanged(pipeline: Pipeline, full: Sequence[Tensor]) -> None:

@@ -183,7 +183,8 @@ def agreement_scatter(report: Agreement, ax=None, title: str = ""):
     ax.set_xlabel("predicted change in query loss, nats")
     ax.set_ylabel("actual change after retraining, nats")
     text = f"mean per-query r = {report.mean():.3f}\nslope = {report.mean('slope'):.2f}"
-    ax.text(0.03, 0.97, text, transform=ax.transAxes, va="top", fontsize=9)
+    behind = {"boxstyle": "square,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
+    ax.text(0.02, 0.98, text, transform=ax.transAxes, va="top", fontsize=8, bbox=behind)
     return ax
 
 

@@ -44,6 +44,9 @@ QUESTIONS = {
 }
 
 
+CUDA = "(With pip's PyTorch on Linux, whose CUDA libraries alone take some 300 MB; Binder's does without them.)"
+
+
 class Lesson(NamedTuple):
     """One notebook as the others speak of it."""
 
@@ -115,7 +118,8 @@ def course_map(lessons: list[Lesson]) -> str:
         rows.append(f"| [{x.short}]({x.file}) | {question} | {cost} |")
     read, run, memory = sum(x.read for x in lessons), sum(x.run for x in lessons), max(x.memory for x in lessons)
     total = f"about {read / 60:.1f} hours of reading and {duration(run)} of computing on two cores"
-    return "\n".join([*rows, "", f"**All {len(lessons)} lessons**: {total}; none needs more than {memory:,} MB."])
+    most = f"none needs more than {memory:,} MB. {CUDA}"
+    return "\n".join([*rows, "", f"**All {len(lessons)} lessons**: {total}; {most}"])
 
 
 def with_references(source: str, lessons: list[Lesson]) -> str:

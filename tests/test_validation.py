@@ -1,5 +1,7 @@
 """Ground truth by retraining, and the agreement statistics; the issue's figures on real digits."""
 
+import re
+
 import numpy
 import pytest
 import torch
@@ -295,3 +297,13 @@ def test_printing_and_table():
         assert f"{report.intervals[name][0]:.3f}" in text and f"{report.pooled[name]:.3f}" in text
     assert list(frame.columns) == ["query_id", "r", "rho", "slope", "sign", "magnitude"]
     assert frame["query_id"].tolist() == list(range(100, 106)) and numpy.allclose(frame["slope"], report.slope)
+
+
+@pytest.mark.parametrize(("target", "helpful"), [("loss", ["-3.00e-01"]), ("margin", ["+2.00e-01", "+1.00e-01"])])
+def test_table_of_few_scores_calls_none_helpful_that_is_not(target, helpful):
+    values = torch.tensor([[0.1, -0.3, 0.0, 0.2]])
+    html = msif.Influence(values, torch.arange(4), torch.tensor([7]), "<a>", target)._repr_html_()
+    rows = re.findall(r"<td>(helpful|harmful)</td><td>\d</td><td>([^<]*)</td>", html)
+    assert [value for word, value in rows if word == "helpful"] == helpful
+    assert len(rows) == 3, "the one without influence is neither"
+    assert "1 query × 4 examples" in html and "<a>" not in html

@@ -13,7 +13,7 @@ from ..ranking import detection
 from ..validation import default_protocol
 from .frame import Explorer
 from .given import check_scores, one_pipeline, quoted
-from .pictures import Cards, Gallery, Plot, img, signed
+from .pictures import Cards, Gallery, Plot, img, signed, table
 
 __all__ = ["CleaningExplorer"]
 
@@ -244,14 +244,10 @@ class CleaningExplorer(Explorer):
             else:
                 now = float(after[name].mean())
                 cells.append(f"{now:.4f} ({signed(now - was)})")
-            columns = "".join(f"<td>{cell}</td>" for cell in cells)
-            rows.append(f"<tr><th scope='row' style='text-align:left'>{unit}</th>{columns}</tr>")
+            rows.append((unit, *cells))
         others = "" if self.judges is self.queries else ", other than the queries"
-        head = "".join(f"<th scope='col'>{text}</th>" for text in ("before", "predicted", "after retraining"))
-        self.answer.value = (
-            f"<table><caption>{len(self.judges)} examples of the target task{others}</caption><tr><td></td>{head}</tr>"
-            f"{''.join(rows)}</table>"
-        )
+        about = f"{len(self.judges)} examples of the target task{others}"
+        self.answer.value = table(about, rows, ("before", "predicted", "after retraining"))
 
     def _draw(self) -> str:
         if not hasattr(self, "_figure"):

@@ -14,7 +14,7 @@ from ..sweep import AlphaSweep
 from ..validation import Effects
 from .frame import Explorer
 from .given import one_pipeline, quoted
-from .pictures import Gallery, Plot, img, signed
+from .pictures import Gallery, Plot, img, signed, table
 
 __all__ = ["AlphaDampingExplorer"]
 
@@ -156,17 +156,13 @@ class AlphaDampingExplorer(Explorer):
             rows.append(f"<div><b>Most {name}</b> ({sign}), score × 1000</div><div>{''.join(cards)}</div>")
         query = self.gallery.show(q, "Query", width=112, caption=caption, column=140)
         self.view.value = f'<div style="display:flex">{query}<div>{"".join(rows)}</div></div>'
-        lines = [f"α = {self._alpha_text(self.alpha)}, damping δ = {self.damping:.2g}"]
+        about = f"α = {self._alpha_text(self.alpha)}, damping δ = {self.damping:.2g}"
         found = self.agreements(scores) | {
             "mean size of a score, thousandths": 1e3 * float(scores.values.abs().mean()),
             "largest gain of the filter (above 1: s < 0)": float(self.sweep.filter(self.alpha).max()),
             f"of the {2 * self.k} shown, shown at its own α too": same,
         }
-        cells = "".join(
-            f"<tr><th scope='row' style='text-align:left'>{name}</th><td>{value:.3g}</td></tr>"
-            for name, value in found.items()
-        )
-        self.answer.value = f"<table><caption>{lines[0]}</caption>{cells}</table>"
+        self.answer.value = table(about, [(name, f"{value:.3g}") for name, value in found.items()])
         self.plot.value = self._draw()
         self._refresh_code()
 

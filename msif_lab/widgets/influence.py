@@ -12,7 +12,7 @@ from ..pipeline import Pipeline
 from ..validation import removal_effects
 from .frame import Explorer, need_choice
 from .given import pipelines, predicted_class, quoted, score_table
-from .pictures import Cards, Gallery, Plot, effects_axes, img, signed
+from .pictures import Cards, Gallery, Plot, effects_axes, img, signed, table
 
 __all__ = ["InfluenceExplorer"]
 
@@ -283,16 +283,11 @@ class InfluenceExplorer(Explorer):
         rows = [("this query", lambda change: signed(float(change[self.query])))]
         rows += [(f"mean of {len(predicted)} queries", lambda change: signed(float(change.mean()), 5))]
         rows += [("queries that go up / down", lambda change: f"{int((change > 0).sum())} / {int((change < 0).sum())}")]
-        cells = "".join(
-            f"<tr><th scope='row' style='text-align:left'>{html.escape(text)}</th><td>{show(predicted)}</td>"
-            f"<td>{'not retrained yet' if actual is None else show(actual)}</td></tr>"
-            for text, show in rows
-        )
+        cells = [
+            (text, show(predicted), "not retrained yet" if actual is None else show(actual)) for text, show in rows
+        ]
         about = f"Without {name} of stage {stage}: change in {self.scores.target}, {self._unit}"
-        self.answer.value = (
-            f"<table><caption>{html.escape(about)}</caption><tr><td></td><th scope='col'>predicted</th>"
-            f"<th scope='col'>actual</th></tr>{cells}</table>"
-        )
+        self.answer.value = table(about, cells, ("predicted", "actual"))
         self.plot.value = self._draw(name, predicted, actual)
 
     def _effect(self) -> torch.Tensor:

@@ -12,7 +12,7 @@ from ..influence import Influence
 from ..pipeline import Pipeline
 from .frame import Explorer
 from .given import check_scores, one_pipeline, quoted
-from .pictures import Cards, Gallery, Plot, img, signed
+from .pictures import Cards, Gallery, Plot, img, signed, table
 
 __all__ = ["MethodComparison"]
 
@@ -142,9 +142,10 @@ class MethodComparison(Explorer):
             harmful = (value > 0) != (self.table[name].target == "margin")
             word = "no say" if value == 0 else "harmful" if harmful else "helpful"
             cells.append(
-                f"<tr><th scope='row' style='text-align:left'>{letter}: {html.escape(name)}</th>"
-                f"<td>{value:+.2e} ({word})</td><td>{int(rank[self.example]) + 1} of {count}</td></tr>".replace(
-                    "-", "−"
+                (
+                    f"{letter}: {name}",
+                    f"{value:+.2e} ({word})".replace("-", "−"),
+                    f"{int(rank[self.example]) + 1} of {count}",
                 )
             )
         if self._correlation is None:
@@ -152,10 +153,7 @@ class MethodComparison(Explorer):
         found = f"Spearman of A and B: {signed(float(self._correlation[q]), 2)} for this query, "
         found += f"{signed(float(self._correlation.nanmean()), 2)} on average"
         self.view.value = f"<div>{query}{chosen}</div><div>{found}</div>"
-        self.answer.value = (
-            "<table><caption>The chosen example</caption><tr><td></td><th scope='col'>score</th>"
-            f"<th scope='col'>place, 1 = most harmful</th></tr>{''.join(cells)}</table>"
-        )
+        self.answer.value = table("The chosen example", cells, ("score", "place, 1 = most harmful"))
         self._show_rows(rank_a, rank_b)
         self.plot.value = self._draw()
         self._refresh_code()

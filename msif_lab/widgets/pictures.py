@@ -157,6 +157,19 @@ def signed(value: float, digits: int = 4) -> str:
     return f"{value:+.{digits}f}".replace("-", "−")
 
 
+def table(caption: str, rows, head=()) -> str:
+    """``rows`` of a name and its cells below a ``head`` of their names, all plain text, as an HTML table."""
+    gap = "padding:0 0.8em;text-align"
+    top = "".join(f"<th scope='col' style='{gap}:right'>{html.escape(text)}</th>" for text in head)
+    body = "".join(
+        f"<tr><th scope='row' style='{gap}:left'>{html.escape(name)}</th>"
+        + "".join(f"<td style='{gap}:right'>{html.escape(cell)}</td>" for cell in cells)
+        + "</tr>"
+        for name, *cells in rows
+    )
+    return f"<table><caption>{html.escape(caption)}</caption>{f'<tr><td></td>{top}</tr>' if top else ''}{body}</table>"
+
+
 class Cards:
     """A row of pictures, a button below each that chooses it; the buttons are reached by Tab.
 
