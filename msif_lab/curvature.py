@@ -66,21 +66,22 @@ class DataCurvature(Operator):
         self.rows: Tensor | None = None  # only these examples
 
     def part(self, rows: Tensor) -> "DataCurvature":
-        """What the examples at ``rows`` add to the mean over all of them, without the penalty: parts sum to the whole."""
+        """What the examples at ``rows`` add to the mean over all, without the penalty: parts sum to the whole."""
         part = copy.copy(self)
         part.__dict__.pop("_twin", None)  # a Hessian's, of all rows
         part.rows, part.ridge = rows, None
         return part
 
     def importance(self) -> Tensor:
-        """``(w_i / m) tr Λ_i`` of each example ``(m,)``: how strongly the loss bends in its outputs."""
-        return torch.cat([self._bend(z, y, w).diagonal(dim1=1, dim2=2).sum(1) for z, y, w in self._outputs_of_all()])
-
-    def _outputs_of_all(self):
+        """``|w_i| ‖∂f_i/∂z_i‖`` of each example ``(m,)``, z the outputs: what weighs the model's own second derivatives;
+        small where a classifier is sure of the label, so that the loss does not bend either."""
         o = self.objective
+
+        def slopes(x, y):
+            return grad(lambda z: o.loss(z, y).sum())(o.outputs(self.full, x)).flatten(1).norm(dim=1)
+
         with torch.no_grad():
-            for rows, x, y in o.chunks(copies=2):
-                yield o.outputs(self.full, x), y, self.weights[rows]
+            return self.weights.abs() * torch.cat([slopes(x, y) for _, x, y in o.chunks(copies=2)])
 
     def _chunks(self, copies: int, cached: bool = False):
         return self.objective.chunks(copies=copies, rows=self.rows, cached=cached)
@@ -104,19 +105,6 @@ class DataCurvature(Operator):
             for rows, x, y in self._chunks(part.shape[1], cached=True):
                 sum_ += self._chunk(part, x, y, self.weights[rows] / count)
         return result
-
-    def _bend(self, outputs: Tensor, y: Tensor, weights: Tensor) -> Tensor:
-        """``(w_i / m) Λ_i``: the Hessian of each example's weighted loss in its outputs, ``(B, C, C)``."""
-        with torch.enable_grad():
-            z = outputs.detach().requires_grad_()
-            risk = (weights * self.objective.loss(z, y)).sum() / len(self.objective.data)
-            (first,) = torch.autograd.grad(risk, z, create_graph=True)
-            flat = first.flatten(1)
-            if not flat.requires_grad:  # a loss linear in the outputs
-                return z.new_zeros(*flat.shape, flat.shape[1])
-            eye = torch.eye(flat.shape[1], dtype=flat.dtype, device=flat.device)[:, None].expand(-1, len(flat), -1)
-            (second,) = torch.autograd.grad(flat, z, eye, is_grads_batched=True, materialize_grads=True)
-        return second.flatten(2).transpose(0, 1)
 
     def dense_multiplications(self, examples: int) -> float:
         """What making the dense matrix from so many examples takes if not by products; inf if it is by products."""
@@ -151,11 +139,6 @@ class Hessian(DataCurvature):
             return vmap(lambda v: jvp(gradient, (self.theta,), (v,))[1], in_dims=1, out_dims=1)(vectors)
         pull_back = vjp(gradient, self.theta)[1]  # the Hessian is symmetric
         return vmap(lambda v: pull_back(v)[0], in_dims=1, out_dims=1)(vectors)
-
-    def importance(self) -> Tensor:
-        """``(w_i / m) (tr Λ_i + ‖∂f_i/∂z_i‖)``: the slope in the outputs z weighs the model's own second derivatives."""
-        slopes = [grad(lambda z, y=y: self.objective.loss(z, y).sum())(z) for z, y, _ in self._outputs_of_all()]
-        return super().importance() + self.weights.abs() / len(self.weights) * torch.cat(slopes).flatten(1).norm(dim=1)
 
     @functools.cached_property
     def _twin(self) -> "GGN | None":
@@ -225,6 +208,19 @@ class GGN(DataCurvature):
             with torch.no_grad():
                 self.objective.outputs_ = self.objective.outputs(self.full, self.objective.data.x[[0]]).numel()
         return self.objective.outputs_
+
+    def _bend(self, outputs: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+        """``(w_i / m) Λ_i``: the Hessian of each example's weighted loss in its outputs, ``(B, C, C)``."""
+        with torch.enable_grad():
+            z = outputs.detach().requires_grad_()
+            risk = (weights * self.objective.loss(z, y)).sum() / len(self.objective.data)
+            (first,) = torch.autograd.grad(risk, z, create_graph=True)
+            flat = first.flatten(1)
+            if not flat.requires_grad:  # a loss linear in the outputs
+                return z.new_zeros(*flat.shape, flat.shape[1])
+            eye = torch.eye(flat.shape[1], dtype=flat.dtype, device=flat.device)[:, None].expand(-1, len(flat), -1)
+            (second,) = torch.autograd.grad(flat, z, eye, is_grads_batched=True, materialize_grads=True)
+        return second.flatten(2).transpose(0, 1)
 
     def _chunk(self, vectors, x, y, weights):
         def model(theta):

@@ -1,22 +1,20 @@
 """Solvers that need products only: conjugate gradients in one shared Krylov space, MINRES, LiSSA."""
 
-import itertools
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .curvature import DataCurvature, Operator, Shifted
+from .curvature import Operator
 from .errors import IndefiniteCurvatureError
+from .nested import basis, check_shares, levels, split
 from .solvers import WAYS_OUT, Prepared, Settings, SolveReport, check_columns, ratio, verified
 
 __all__ = ["MINRES", "ConjugateGradient"]
 
-ROUGH, INNER = 0.04, 10  # of solves on a share of the examples: residual times √share, and most iterations
 RITZ = 200  # first steps of MINRES that tell its smallest curvature
 
 
@@ -39,78 +37,6 @@ def _definite(smallest: float, iteration: int) -> None:
         )
 
 
-def _basis(columns: Tensor) -> tuple[Tensor, Tensor]:
-    """An orthonormal basis Q of the columns' span, and T with ``Q = columns T``: duplicates, zeros and more columns than
-    rows only shrink it.
-
-    What is left out is below a thousandth of the columns, far less than an iteration leaves, and comes back once it is
-    more. A finer sieve would spend products on the rounding in which duplicates differ.
-    """
-    scale = ratio(torch.ones_like(columns[0]), columns.norm(dim=0))
-    q, r = torch.linalg.qr(columns * scale)
-    u, s, v = torch.linalg.svd(r, full_matrices=False)
-    keep = (s > 1e-3 * s[:1]) & (s > 0)
-    return q @ u[:, keep], scale[:, None] * v[keep].T / s[keep]
-
-
-def _directions(columns: Tensor) -> Tensor:
-    return _basis(columns)[0]
-
-
-class _Level:
-    """Conjugate gradients on ``A_k``, the diagonal and the examples of parts 0 to k, preconditioned by level k − 1.
-
-    Directions stay, A_k-orthonormal, for the later solves of this level: their first guess is the best in all of them.
-    The level below knows its own product with what it returns, so that only part k is left to multiply.
-
-    Args:
-        part: the examples that this level adds.
-        below: gives an approximate ``A⁻¹ r`` and ``A_{k−1}`` times it.
-        room: most directions kept; the oldest go.
-        rough: relative residual of its solves.
-    """
-
-    def __init__(self, part: DataCurvature, below: Callable, room: int, rough: float):
-        self.part, self.below, self.room, self.rough = part, below, room, rough
-        self.kept: list[tuple[Tensor, Tensor]] = []
-        self.columns, self.smallest = 0, float("inf")
-
-    def widen(self, r: Tensor) -> tuple[Tensor, Tensor]:
-        """New directions P for residuals ``r`` (P, K), with ``PᵀA_kP = 1``, and their products."""
-        z, product = self.below(r)
-        p, turn = _basis(z)
-        a_p = product @ turn + self.part @ p
-        self.columns += p.shape[1]
-        for d, a_d in self.kept:
-            along = a_d.T @ p
-            p, a_p = p - d @ along, a_p - a_d @ along
-        p, turn = _basis(p)
-        a_p = a_p @ turn
-        values, vectors = torch.linalg.eigh(p.T @ a_p)
-        self.smallest = min(self.smallest, *values.tolist())
-        turn = vectors[:, values > 0] / values[values > 0].sqrt()  # what a part alone bends downwards is left out
-        p, a_p = p @ turn, a_p @ turn
-        self.kept.append((p, a_p))
-        while sum(d.shape[1] for d, _ in self.kept) > max(self.room, p.shape[1]):
-            self.kept.pop(0)
-        return p, a_p
-
-    def solve(self, b: Tensor) -> tuple[Tensor, Tensor]:
-        """``x ≈ A_k⁻¹ b`` to a rough residual, and ``A_k x``."""
-        x, r, goal = torch.zeros_like(b), b, self.rough * b.norm(dim=0)
-        for p, a_p in self.kept:
-            step = p.T @ r
-            x, r = x + p @ step, r - a_p @ step
-        for _ in range(INNER):
-            left = r.norm(dim=0) > goal
-            if not bool(left.any()):
-                break
-            p, a_p = self.widen(r[:, left])
-            step = p.T @ r
-            x, r = x + p @ step, r - a_p @ step
-        return x, b - r
-
-
 @dataclass(frozen=True, repr=False)
 class ConjugateGradient(Settings):
     """Conjugate gradients on many right-hand sides at once; needs products only, no matrix.
@@ -126,11 +52,10 @@ class ConjugateGradient(Settings):
         preconditioner: an approximate inverse, `LowRank`, `EKFAC` or `Jacobi`; fewer products, the same answer.
         block: most columns that share one space, bounding memory at about ``6 P · block`` numbers. 1: every column
             has its own space and step lengths, as in the textbooks; products are still shared.
-        shares: rising shares of the examples, say ``(0.08, 0.3)``, for nested solves: those that bend the loss most
-            (`DataCurvature.importance`) are solved for first and roughly, which makes the directions that all
-            examples are multiplied with fewer. The answer and its residual are those of all examples; it pays where
-            few examples carry most of the curvature, as after training a classifier. Needs another ``8 P · block``
-            numbers for each share and for all.
+        shares: rising shares of the examples, say ``(0.08, 0.3)``: systems of those that matter most are solved first,
+            roughly, so that fewer directions meet all examples (`nested`). The answer and its residual are those of
+            all. It pays where few examples carry the Hessian, as after training a classifier; with ``block`` columns
+            it takes another ``16 P · block`` numbers for each share and for all.
 
     >>> import msif_lab as msif
     >>> train, test = msif.load_digits()
@@ -154,8 +79,7 @@ class ConjugateGradient(Settings):
         super().__post_init__()
         if self.block < 1:
             raise ValueError(f"block={self.block} must be at least 1")
-        if not all(0 < a < b for a, b in itertools.pairwise([*self.shares, 1.0])):
-            raise ValueError(f"shares={self.shares!r} must rise between 0 and 1, as (0.08, 0.3)")
+        check_shares(self.shares)
         if self.preconditioner is not None and not hasattr(self.preconditioner, "prepare"):
             raise TypeError(f"preconditioner={self.preconditioner!r} must be LowRank(), EKFAC() or Jacobi()")
 
@@ -174,25 +98,12 @@ class ConjugateGradient(Settings):
         return self.prepare(operator).solve(b)
 
 
-def _parts(operator: Operator, shares: tuple[float, ...]) -> tuple[Tensor, list[DataCurvature]]:
-    """The known diagonal, and the examples' curvature in parts, the most important first."""
-    base, shift = (operator.base, operator.shift) if isinstance(operator, Shifted) else (operator, 0.0)
-    if not isinstance(base, DataCurvature):
-        raise ValueError(f"{base!r} has no examples to take shares={shares} of: leave shares=()")
-    diagonal = base.theta.new_zeros(base.shape[0]) + (0.0 if base.ridge is None else base.ridge) + shift
-    order = base.importance().argsort(descending=True)
-    ends = [math.ceil(share * len(order)) for share in (*shares, 1.0)]
-    rows = [order[a:b].sort().values for a, b in itertools.pairwise([0, *ends])]
-    return diagonal, [base.part(r) for r in rows]
-
-
 class Preconditioned:
     """Conjugate gradients ready to solve; made by `ConjugateGradient.prepare`."""
 
     def __init__(self, solver: ConjugateGradient, operator: Operator, made):
         self.solver, self.operator, self.made = solver, operator, made
-        self.parts = _parts(operator, solver.shares) if solver.shares else ()
-        self.held = 0
+        self.parts = split(operator, solver.shares) if solver.shares else None
 
     def _apply(self, columns: Tensor) -> Tensor:
         return columns if self.made is None else self.made.apply(columns)
@@ -207,7 +118,7 @@ class Preconditioned:
         x, relative = torch.zeros_like(columns), (norm > 0).to(norm.dtype)
         iterations, smallest, products = 0, float("inf"), 0
         way, width = (self._shared, solver.block) if solver.block > 1 else (self._separate, max(1, len(some)))
-        if self.parts:
+        if self.parts is not None:
             way, width = self._nested, solver.block
         for part in torch.arange(len(some), device=b.device).split(width):
             answer, left, rounds = torch.zeros_like(b[:, part]), b[:, part], 0
@@ -228,8 +139,8 @@ class Preconditioned:
             x[:, some[part]] = answer * norm[some[part]]
             relative[some[part]] = residual.norm(dim=0)
             iterations = max(iterations, rounds)
-        held = 6 * min(width, len(some)) * b.shape[0] * b.element_size()
-        held += getattr(self.made, "bytes", 0) + self.held
+        held = (6 + (16 * len(solver.shares) + 16 if solver.shares else 0)) * min(width, len(some))
+        held = held * b.shape[0] * b.element_size() + getattr(self.made, "bytes", 0)
         way_out = "raise max_iter, add damping, use a preconditioner, or loosen tol"
         return x, solver.report(iterations, relative, smallest, products, held, start, way_out)
 
@@ -240,7 +151,7 @@ class Preconditioned:
     def _shared(self, b: Tensor, most: int, before: int, relative: Tensor, places: Tensor) -> Solved:
         """One space for all columns: ``X += P (PᵀAP)⁻¹ PᵀR``, the next P made A-conjugate to this one."""
         x, r, smallest, products, iterations = torch.zeros_like(b), b, float("inf"), 0, 0
-        p = _directions(self._apply(r))
+        p = basis(self._apply(r))[0]
         while p.shape[1] and iterations < most:
             iterations += 1
             a_p = self.operator @ p
@@ -260,36 +171,26 @@ class Preconditioned:
             z = self._apply(r[:, size > self.solver.tol])
             if not z.shape[1]:
                 break
-            p = _directions(z - p @ inverse(a_p.T @ z))
+            p, _ = basis(z - p @ inverse(a_p.T @ z))
         return Solved(x, r, iterations, smallest, products)
 
     def _nested(self, b: Tensor, most: int, before: int, relative: Tensor, places: Tensor) -> Solved:
-        """As `_shared`, every level's directions conjugate to all it has kept."""
-        diagonal, parts = self.parts
-
-        def start(r):
-            z = self._apply(r)
-            return z, diagonal[:, None] * z
-
-        below, levels = start, []
-        for part, share in zip(parts, (*self.solver.shares, 1.0), strict=True):
-            levels.append(_Level(part, below, 4 * self.solver.block, min(0.5, ROUGH / share**0.5)))
-            below = levels[-1].solve
-        top, x, r, iterations = levels[-1], torch.zeros_like(b), b, 0
+        """As `_shared`, with rough solves on shares of the examples as preconditioners, see `nested`."""
+        made = levels(self.parts, self.solver.shares, self._apply, b.shape[1])
+        top, x, r, iterations = made[-1], torch.zeros_like(b), b, 0
         left = torch.ones_like(b[0], dtype=torch.bool)
         while bool(left.any()) and iterations < most:
             iterations += 1
             p, a_p = top.widen(r[:, left])
             _definite(top.smallest, before + iterations)
+            if not p.shape[1]:
+                break
             step = p.T @ r
             x, r = x + p @ step, r - a_p @ step
             size = r.norm(dim=0)
             relative[places], left = size, size > self.solver.tol
             self._tell(before + iterations, relative)
-        whole = sum(len(level.part.rows) * level.columns for level in levels) / len(self.parts[1][0].weights)
-        kept = sum(2 * p.numel() * p.element_size() for level in levels for p, _ in level.kept)
-        self.held = max(self.held, kept)
-        return Solved(x, r, iterations, top.smallest, math.ceil(whole))
+        return Solved(x, r, iterations, top.smallest, math.ceil(sum(level.products for level in made)))
 
     def _separate(self, b: Tensor, most: int, before: int, relative: Tensor, places: Tensor) -> Solved:
         """Each column its own space; finished columns leave."""
