@@ -73,7 +73,7 @@ class DataCurvature(Operator):
         return part
 
     def importance(self) -> Tensor:
-        """``|w_i| ‖∂f_i/∂z_i‖`` of each example ``(m,)``, z the outputs: what weighs the model's own second derivatives;
+        """``|w_i| ‖∂f_i/∂z_i‖`` of each example ``(m,)``, z the outputs: it weighs the model's own second derivatives;
         small where a classifier is sure of the label, so that the loss does not bend either."""
         o = self.objective
 

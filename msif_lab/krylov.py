@@ -176,7 +176,7 @@ class Preconditioned:
 
     def _nested(self, b: Tensor, most: int, before: int, relative: Tensor, places: Tensor) -> Solved:
         """As `_shared`, with rough solves on shares of the examples as preconditioners, see `nested`."""
-        made = levels(self.parts, self.solver.shares, self._apply, b.shape[1])
+        made = levels(self.parts, self.solver.shares, getattr(self.made, "apply", None), b.shape[1])
         top, x, r, iterations = made[-1], torch.zeros_like(b), b, 0
         left = torch.ones_like(b[0], dtype=torch.bool)
         while bool(left.any()) and iterations < most:

@@ -62,19 +62,25 @@ class Level:
         below: gives ``z ≈ A⁻¹ r`` and ``A_{k−1} z``.
         rough: relative residual of its own solves.
         room: most directions kept; the oldest go.
+        floor: a smaller curvature of a share says nothing about the whole: the level is passed over from then on.
     """
 
-    def __init__(self, part: DataCurvature, below: Callable, rough: float, room: int):
-        self.part, self.below, self.rough, self.room = part, below, rough, room
+    def __init__(self, part: DataCurvature, below: Callable, rough: float, room: int, floor: float):
+        self.part, self.below, self.rough, self.room, self.floor = part, below, rough, room, floor
         self.kept: list[tuple[Tensor, Tensor]] = []
-        self.products, self.smallest = 0.0, float("inf")  # in products with all examples
+        self.products, self.smallest = 0.0, float("inf")  # products with all examples
+
+    def _multiply(self, z: Tensor, product: Tensor) -> Tensor:
+        """``A_k z`` from ``A_{k−1} z``."""
+        self.products += z.shape[1] * len(self.part.rows) / len(self.part.weights)
+        return product + self.part @ z
 
     def widen(self, r: Tensor) -> tuple[Tensor, Tensor]:
-        """New directions P for residuals ``r`` (P, K), with ``PᵀA_kP = 1``, and their products ``A_k P``."""
+        """New directions P for residuals ``r`` (P, K), with ``PᵀA_kP = 1``, and ``A_k P``; useless once `smallest` is
+        not above the floor."""
         z, product = self.below(r)
         p, turn = basis(z)
-        a_p = product @ turn + self.part @ p
-        self.products += p.shape[1] * len(self.part.rows) / len(self.part.weights)
+        a_p = self._multiply(p, product @ turn)
         for d, a_d in self.kept:
             along = a_d.T @ p
             p, a_p = p - d @ along, a_p - a_d @ along
@@ -82,7 +88,7 @@ class Level:
         a_p = a_p @ turn
         values, vectors = torch.linalg.eigh(p.T @ a_p)  # Ritz values
         self.smallest = min(self.smallest, *values.tolist(), float("inf"))
-        turn = vectors[:, values > 0] / values[values > 0].sqrt()  # a share may bend down where the whole does not
+        turn = vectors / values.sqrt()
         p, a_p = p @ turn, a_p @ turn
         self.kept.append((p, a_p))
         while sum(d.shape[1] for d, _ in self.kept) > max(self.room, p.shape[1]):
@@ -91,32 +97,38 @@ class Level:
 
     def solve(self, b: Tensor) -> tuple[Tensor, Tensor]:
         """A rough ``x ≈ A_k⁻¹ b``, and ``A_k x``."""
-        x, r, goal = torch.zeros_like(b), b, self.rough * b.norm(dim=0)
-        for p, a_p in self.kept:
-            step = p.T @ r
-            x, r = x + p @ step, r - a_p @ step
-        for _ in range(INNER):
-            left = r.norm(dim=0) > goal
-            if not bool(left.any()):
-                break
-            p, a_p = self.widen(r[:, left])
-            if not p.shape[1]:
-                break
-            step = p.T @ r
-            x, r = x + p @ step, r - a_p @ step
-        return x, b - r
+        if self.smallest > self.floor:
+            x, r, goal = torch.zeros_like(b), b, self.rough * b.norm(dim=0)
+            for p, a_p in self.kept:
+                step = p.T @ r
+                x, r = x + p @ step, r - a_p @ step
+            for _ in range(INNER):
+                left = r.norm(dim=0) > goal
+                if not bool(left.any()):
+                    break
+                p, a_p = self.widen(r[:, left])
+                if not (self.smallest > self.floor and p.shape[1]):
+                    break
+                step = p.T @ r
+                x, r = x + p @ step, r - a_p @ step
+        if self.smallest > self.floor:
+            return x, b - r
+        self.kept.clear()
+        z, product = self.below(b)
+        return z, self._multiply(z, product)
 
 
-def levels(parts: tuple, shares: tuple[float, ...], approximate: Callable, columns: int) -> list[Level]:
+def levels(parts: tuple, shares: tuple[float, ...], approximate: Callable | None, columns: int) -> list[Level]:
     """One level a share and the whole, on top of an approximate inverse."""
     diagonal, curvatures = parts
 
     def start(r):
-        z = approximate(r)
+        z = r if approximate is None else approximate(r)
         return z, diagonal[:, None] * z
 
     made, below = [], start
     for part, share in zip(curvatures, (*shares, 1.0), strict=True):
-        made.append(Level(part, below, min(0.5, ROUGH / share**0.5), KEPT * columns))
+        floor = float(diagonal.mean()) / 100 if share < 1 else 0.0
+        made.append(Level(part, below, min(0.5, ROUGH / share**0.5), KEPT * columns, floor))
         below = made[-1].solve
     return made

@@ -19,6 +19,8 @@ ITERATIVE = {
     "cg-lowrank": msif.ConjugateGradient(tol=1e-11, preconditioner=msif.LowRank(rank=12)),
     "cg-nystrom": msif.ConjugateGradient(tol=1e-11, preconditioner=msif.LowRank(rank=8, method="nystrom"), block=1),
     "cg-jacobi": msif.ConjugateGradient(tol=1e-11, preconditioner=msif.Jacobi()),
+    "cg-nested": msif.ConjugateGradient(tol=1e-11, max_iter=2000, shares=(0.2, 0.5)),
+    "cg-nested-lowrank": msif.ConjugateGradient(1e-11, preconditioner=msif.LowRank(rank=12), block=4, shares=(0.4,)),
     "minres": msif.MINRES(tol=1e-11),
     "lissa": msif.LiSSA(tol=1e-11, max_iter=20_000),
 }
