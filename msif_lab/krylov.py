@@ -55,7 +55,7 @@ class ConjugateGradient(Settings):
         shares: rising shares of the examples, say ``(0.08, 0.3)``: systems of those that matter most are solved first,
             roughly, so that fewer directions meet all examples (`nested`). The answer and its residual are those of
             all. It pays where few examples carry the Hessian, as after training a classifier; with ``block`` columns
-            it takes another ``10 P · block`` numbers for each share and for all.
+            it takes another ``16 P · block`` numbers for each share and for all.
 
     >>> import msif_lab as msif
     >>> train, test = msif.load_digits()
@@ -139,7 +139,7 @@ class Preconditioned:
             x[:, some[part]] = answer * norm[some[part]]
             relative[some[part]] = residual.norm(dim=0)
             iterations = max(iterations, rounds)
-        held = (6 + (10 * len(solver.shares) + 10 if solver.shares else 0)) * min(width, len(some))
+        held = (6 + (16 * len(solver.shares) + 16 if solver.shares else 0)) * min(width, len(some))
         held = held * b.shape[0] * b.element_size() + getattr(self.made, "bytes", 0)
         way_out = "raise max_iter, add damping, use a preconditioner, or loosen tol"
         return x, solver.report(iterations, relative, smallest, products, held, start, way_out)

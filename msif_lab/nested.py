@@ -18,7 +18,7 @@ from .curvature import DataCurvature, Operator, Shifted
 __all__: list[str] = []
 
 ROUGH, INNER = 0.04, 10  # of a solve on a share: relative residual times √share, most iterations
-KEPT = 5  # directions kept for each right-hand side
+KEPT = 8  # directions kept for each right-hand side
 
 
 def check_shares(shares: tuple[float, ...]) -> None:
