@@ -403,3 +403,23 @@ def test_parameters_without_gradient_stay_out():
     close(msif.Hessian(o, full).dense(), oracle.hessian())
     close(msif.GGN(o, full).dense(), oracle.ggn())
     close(torch.cat([g for _, g in msif.per_example_gradients(o, full)]), gradients_one_by_one(o, full))
+
+
+@pytest.mark.parametrize("kind", [msif.Hessian, msif.GGN])
+@pytest.mark.parametrize("linear", [True, False])
+def test_parts_sum_to_the_whole(kind, linear):
+    """Over any split of the examples, the penalty once; also where a linear model's Hessian is its GGN."""
+    net = msif.softmax_regression(6, 3) if linear else msif.mlp(6, hidden=(5,), classes=3)
+    stage = msif.Stage("part", net.double(), random_examples(20, (6,), 3, False, seed=5), weight_decay=1e-2)
+    o = msif.Pipeline([stage]).objective(0)
+    generator = torch.Generator().manual_seed(1)
+    w = torch.rand(20, generator=generator, dtype=torch.float64)
+    v = torch.randn(o.size, 7, generator=generator, dtype=torch.float64)
+    whole = kind(o, o.layout.flatten(o.model), w)
+    whole @ v  # what it keeps must not reach the parts
+    order = whole.importance().argsort()
+    parts = [whole.part(order[a:b]) for a, b in ((0, 3), (3, 11), (11, 11), (11, 20))]
+    assert torch.allclose(sum(p @ v for p in parts) + whole.ridge[:, None] * v, whole @ v, atol=1e-12)
+    assert torch.allclose(sum(p.dense() for p in parts) + torch.diag(whole.ridge), whole.dense(), atol=1e-12)
+    slopes = torch.autograd.functional.jacobian(lambda z: o.loss(z, o.data.y), o.model(o.data.x).detach())
+    assert torch.allclose(whole.importance(), w * slopes.norm(dim=2).diagonal(), atol=1e-12)

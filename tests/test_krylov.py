@@ -73,6 +73,62 @@ def test_preconditioners_reduce_products(digits):
     assert jacobi <= 0.3 * plain
 
 
+# ---- Nested conjugate gradients ----
+
+
+@pytest.fixture(scope="module")
+def mislabelled(digits):
+    """Hessian of a net after training on some wrong labels: few examples carry what is not Gauss-Newton."""
+    train, _ = digits
+    labels = train.y[:300].clone()
+    labels[::15] = (labels[::15] + 1) % 10
+    net, recipe = msif.mlp(64, hidden=(6,), classes=10).double(), msif.SGD(lr=0.1, epochs=60)
+    stage = msif.Stage("digits", net, msif.Examples(train.x[:300], labels), recipe=recipe)
+    pipeline = msif.Pipeline([stage]).fit(progress=False)
+    return pipeline.curvature(0, "hessian")
+
+
+def test_nested_solves_spare_products_and_count_what_they_spend(mislabelled, monkeypatch):
+    a, b = mislabelled + (0.05 - float(torch.linalg.eigvalsh(mislabelled.dense())[0])), draw(460, 6)
+    spent, chunk = [], msif.Hessian._chunk
+
+    def counted(self, vectors, x, y, weights):
+        spent.append(len(x) * vectors.shape[1] / 300)
+        return chunk(self, vectors, x, y, weights)
+
+    monkeypatch.setattr(msif.Hessian, "_chunk", counted)
+    plain = products(msif.ConjugateGradient(tol=1e-4), a, b)
+    assert sum(spent) == pytest.approx(plain)
+    spent.clear()
+    x, report = msif.ConjugateGradient(tol=1e-4, shares=(0.1, 0.3)).solve(a, b)
+    assert sum(spent) <= report.products < sum(spent) + 1 and report.products <= 0.85 * plain
+    true = (a.dense() @ x - b).norm(dim=0) / b.norm(dim=0)
+    assert float(true.max()) <= 1e-4 and torch.allclose(report.residuals, true, rtol=1e-3)
+
+
+def test_a_share_may_be_indefinite_but_not_the_whole(mislabelled):
+    from msif_lab.nested import split
+
+    spectrum = torch.linalg.eigvalsh(mislabelled.dense())
+    a, solver = mislabelled + (0.002 - float(spectrum[0])), msif.ConjugateGradient(1e-6, 200, shares=(0.3,))
+    diagonal, (few, _) = split(a, (0.3,))
+    assert float(torch.linalg.eigvalsh(few.dense() + torch.diag(diagonal))[0]) < 0
+    b = draw(460, 5)
+    x, report = solver.solve(a, b)
+    assert bool(report.converged.all()) and torch.allclose(a.dense() @ x, b, atol=1e-4)
+    assert report.products <= 1.2 * products(msif.ConjugateGradient(1e-6), a, b)  # the share is passed over
+    with pytest.raises(msif.IndefiniteCurvatureError, match="MINRES"):
+        solver.solve(mislabelled + (-0.002 - float(spectrum[0])), b)
+
+
+def test_shares_must_rise_and_have_examples():
+    for shares in ((0.3, 0.3), (0.0,), (0.5, 1.0), (-0.1, 0.5)):
+        with pytest.raises(ValueError, match=r"shares=.* must rise between 0 and 1"):
+            msif.ConjugateGradient(shares=shares)
+    with pytest.raises(ValueError, match=r"no examples to take shares=\(0.5,\)"):
+        msif.ConjugateGradient(shares=(0.5,)).solve(Matrix(with_eigenvalues([1.0, 2.0])), draw(2, 1))
+
+
 # ---- MINRES ----
 
 

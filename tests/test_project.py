@@ -43,6 +43,7 @@ ORDER = [
         "pipeline",
         "precision",
         "solvers",
+        "nested",
         "krylov",
         "lissa",
         "lowrank",

@@ -19,6 +19,8 @@ ITERATIVE = {
     "cg-lowrank": msif.ConjugateGradient(tol=1e-11, preconditioner=msif.LowRank(rank=12)),
     "cg-nystrom": msif.ConjugateGradient(tol=1e-11, preconditioner=msif.LowRank(rank=8, method="nystrom"), block=1),
     "cg-jacobi": msif.ConjugateGradient(tol=1e-11, preconditioner=msif.Jacobi()),
+    "cg-nested": msif.ConjugateGradient(tol=1e-11, max_iter=2000, shares=(0.2, 0.5)),
+    "cg-nested-lowrank": msif.ConjugateGradient(1e-11, preconditioner=msif.LowRank(rank=12), block=4, shares=(0.4,)),
     "minres": msif.MINRES(tol=1e-11),
     "lissa": msif.LiSSA(tol=1e-11, max_iter=20_000),
 }
@@ -86,7 +88,7 @@ def test_solutions_equal_dense_algebra(solver, operator):
 @pytest.mark.parametrize("solver", [EXACT, *ITERATIVE.values()], ids=["exact", *ITERATIVE])
 def test_all_zero_and_empty_right_hand_sides(solver):
     a = Matrix(with_eigenvalues([1.0, 2.0, 3.0]))
-    if isinstance(getattr(solver, "preconditioner", None), msif.LowRank):
+    if isinstance(getattr(solver, "preconditioner", None), msif.LowRank) or getattr(solver, "shares", ()):
         a = convex()
     x, report = solver.prepare(a).solve(torch.zeros(a.shape[0], 2, dtype=F64))
     assert bool((x == 0).all()) and report.residuals.tolist() == [0.0, 0.0] and bool(report.converged.all())

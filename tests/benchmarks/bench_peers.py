@@ -50,7 +50,7 @@ VARIANTS = {
     ("S", "dattri"): ["explicit"],
     ("S", "captum"): ["naive"],
     ("S", "kronfluence"): ["ekfac"],
-    ("D", "ours"): ["cg", "cg-lowrank", "cg-ekfac"],
+    ("D", "ours"): ["cg-nested", "cg-lowrank", "cg", "cg-ekfac"],
     ("D", "pydvl"): ["block-cg", "block-cg-nystrom"],
     ("D", "dattri"): ["cg"],
     ("D", "captum"): ["arnoldi"],

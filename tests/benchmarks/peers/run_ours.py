@@ -11,6 +11,7 @@ SOLVERS = {
     "cg": lambda tol: msif.ConjugateGradient(tol=tol),
     "cg-jacobi": lambda tol: msif.ConjugateGradient(tol=tol, preconditioner=msif.Jacobi()),
     "cg-lowrank": lambda tol: msif.ConjugateGradient(tol=tol, preconditioner=msif.LowRank()),
+    "cg-nested": lambda tol: msif.ConjugateGradient(tol=tol, preconditioner=msif.LowRank(rank=100), shares=(0.08, 0.3)),
     "cg-ekfac": lambda tol: msif.ConjugateGradient(tol=tol, preconditioner=msif.EKFAC()),
     "minres": lambda tol: msif.MINRES(tol=tol),
     "lissa": lambda tol: msif.LiSSA(tol=tol),
