@@ -43,7 +43,7 @@ class AlphaSweep:
         ValueError: another kind of pipeline, not trained, unknown curvature.
         IndefiniteCurvatureError: the block of finetuning that adapts, ``G_TT``, is not positive definite.
 
-    Derived in notebooks/03. Reference: Chen et al. 2020, theorem 2.
+    Derived in notebooks/03. Reference: Chen et al. 2020, the case of full finetuning.
     """
 
     def __init__(
