@@ -10,6 +10,7 @@ from conftest import random_pipeline, random_queries
 
 import msif_lab as msif
 from msif_lab import widgets
+from msif_lab.widgets import background
 
 plt = pytest.importorskip("matplotlib.pyplot")
 pytest.importorskip("ipywidgets")
@@ -535,6 +536,21 @@ def test_errors_stay_in_sight(explorer, cases, monkeypatch):
         assert "ZeroDivisionError" in complaint(explorer)
     explorer.query_control.value = 5
     assert complaint(explorer) == "", "what goes well again wipes the error"
+
+
+def test_failure_before_the_click_returns_stays_in_sight(explorer, monkeypatch):
+    def at_once(*given, **settings):
+        job = background.Job(*given, **settings)
+        assert job.wait(10)
+        return job
+
+    explorer.rows[0].buttons[0].click()
+    with monkeypatch.context() as patch:
+        patch.setattr("msif_lab.widgets.influence.removal_effects", lambda *_, **__: 1 / 0)
+        patch.setattr("msif_lab.widgets.frame.Job", at_once)
+        explorer.retrain.click()
+    assert "ZeroDivisionError" in complaint(explorer) and "failed: see the error below" in explorer.status.value
+    assert explorer.stop.disabled and not explorer.retrain.disabled
 
 
 def test_retraining_of_changed_weights_says_so(cases, scores, queries):

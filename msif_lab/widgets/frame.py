@@ -77,17 +77,16 @@ class Explorer:
         return control
 
     def _guarded(self, function: Callable) -> Callable:
-        """A callback's error would be lost; here it stays in sight until the next thing goes well."""
+        """A callback's error would be lost; here it stays in sight until the next thing is tried."""
 
         @functools.wraps(function)
         def call(*given):
             with self._lock:  # an answer from a retraining may arrive while a slider moves
+                self.error.outputs = ()  # before: a retraining that this starts may fail before this returns
                 try:
                     function(*given)
                 except Exception as error:
                     self._complain(error)
-                else:
-                    self.error.outputs = ()
 
         return call
 
