@@ -43,6 +43,16 @@ class AlphaSweep:
         ValueError: another kind of pipeline, not trained, unknown curvature.
         IndefiniteCurvatureError: the block of finetuning that adapts, ``G_TT``, is not positive definite.
 
+    >>> import msif_lab as msif
+    >>> train, test = msif.load_digits(dtype=torch.float64)
+    >>> nets = msif.mlp(64, hidden=(4,), classes=2).double(), msif.mlp(64, hidden=(4,), classes=2).double()
+    >>> first = msif.Stage("first", nets[0], train.select((0, 1), n=60), weight_decay=1e-2)
+    >>> last = msif.Stage("last", nets[1], train.select((2, 3), n=40), weight_decay=1e-2, link=msif.Proximal(alpha=1.0))
+    >>> pipeline = msif.Pipeline([first, last]).fit(progress=False)
+    >>> sweep = AlphaSweep(pipeline, test.select((2, 3), n=5))
+    >>> sweep.scores(alpha=2.0, damping=1e-3).values.shape
+    torch.Size([5, 60])
+
     Derived in notebooks/03. Reference: Chen et al. 2020, the case of full finetuning.
     """
 

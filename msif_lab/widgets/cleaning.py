@@ -13,7 +13,7 @@ from ..ranking import detection
 from ..validation import default_protocol
 from .frame import Explorer
 from .given import check_scores, one_pipeline, quoted
-from .pictures import Cards, Gallery, Plot, img, signed, table
+from .pictures import Cards, Gallery, Plot, img, open_axes, signed, table
 
 __all__ = ["CleaningExplorer"]
 
@@ -266,13 +266,10 @@ class CleaningExplorer(Explorer):
         return f'<div style="position:relative">{img(self._pngs[self.ranking], alt)}{line}</div>'
 
     def _prepare(self, figure):
-        ax = figure.subplots()
-        figure.subplots_adjust(left=0.14, right=0.97, top=0.84, bottom=0.17)
+        ax = open_axes(figure, left=0.14, top=0.84, bottom=0.17)
         ax.set(xlim=(0, self.count), ylim=(0, 1.05))
         ax.set_xlabel("examples removed, the most suspicious first", fontsize=9)
         ax.set_ylabel("share", fontsize=9)
-        for side in ("top", "right"):
-            ax.spines[side].set_visible(False)
         return self._curves(ax)
 
     def _curves(self, ax):

@@ -14,7 +14,7 @@ from ..sweep import AlphaSweep
 from ..validation import Effects
 from .frame import Explorer
 from .given import one_pipeline, quoted
-from .pictures import Gallery, Plot, img, signed, table
+from .pictures import Gallery, Plot, img, open_axes, signed, table
 
 __all__ = ["AlphaDampingExplorer"]
 
@@ -189,13 +189,10 @@ class AlphaDampingExplorer(Explorer):
         return float(top - 6), float(top)
 
     def _prepare(self, figure):
-        ax = figure.subplots()
-        figure.subplots_adjust(left=0.15, right=0.97, top=0.97, bottom=0.17)
+        ax = open_axes(figure, left=0.15, top=0.97, bottom=0.17)
         ax.set(xscale="log", xlim=[10**x for x in self._decades], ylim=(-0.03, 1.08))
         ax.set_xlabel("eigenvalue s of the finetuning curvature S", fontsize=9)
         ax.set_ylabel("share let through, 2α / (s + 2α)", fontsize=9)
-        for side in ("top", "right"):
-            ax.spines[side].set_visible(False)
         ax.axhline(0.5, color=plots.NEUTRAL, lw=0.8, ls=":")
         (curve,) = ax.plot([], [], color=plots.NEUTRAL, lw=1.5)
         (dots,) = ax.plot([], [], "o", ms=4, color=plots.HELPFUL, alpha=0.7)

@@ -12,7 +12,7 @@ from ..influence import Influence
 from ..pipeline import Pipeline
 from .frame import Explorer
 from .given import check_scores, one_pipeline, quoted
-from .pictures import Cards, Gallery, Plot, img, signed, table
+from .pictures import Cards, Gallery, Plot, img, open_axes, signed, table
 
 __all__ = ["MethodComparison"]
 
@@ -245,15 +245,12 @@ class MethodComparison(Explorer):
 
 
 def _prepare(figure):
-    ax = figure.subplots()
-    figure.subplots_adjust(left=0.24, right=0.97, top=0.97, bottom=0.15)
+    ax = open_axes(figure, left=0.24, top=0.97, bottom=0.15)
     ax.set(xlim=(-1.1, 1.1), ylim=(-1.1, 1.1))
     ax.set_xlabel("score by A ÷ its largest", fontsize=9)
     ax.set_ylabel("score by B ÷ its largest", fontsize=9)
     for line in (ax.axhline, ax.axvline):
         line(0, color=plots.NEUTRAL, lw=0.8)
-    for side in ("top", "right"):
-        ax.spines[side].set_visible(False)
     (cloud,) = ax.plot([], [], "o", ms=4, alpha=0.7, color=plots.HELPFUL, mew=0)
     (mark,) = ax.plot([], [], "s", ms=11, mfc="none", mec="black", mew=2)
     return cloud, mark

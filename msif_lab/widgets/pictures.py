@@ -131,16 +131,21 @@ class Plot:
         )
 
 
+def open_axes(figure, **margins):
+    """One pair of axes without the lines at the top and on the right."""
+    ax = figure.subplots()
+    figure.subplots_adjust(right=0.97, **margins)
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
 def effects_axes(figure):
     """Axes over the queries, with what is predicted and what happened."""
-    ax = figure.subplots()
-    figure.subplots_adjust(left=0.23, right=0.97, top=0.97, bottom=0.16)
+    ax = open_axes(figure, left=0.23, top=0.97, bottom=0.16)
     ax.axhline(0, color=plots.NEUTRAL, lw=0.8)
     (guess,) = ax.plot([], [], "o", ms=6, mfc="none", color=plots.HELPFUL, label="predicted")
     (truth,) = ax.plot([], [], "x", ms=5, color=plots.HARMFUL)
     ax.set_xlabel("query (dotted: the one in view)", fontsize=9)
-    for side in ("top", "right"):
-        ax.spines[side].set_visible(False)
     return ax, guess, truth
 
 
