@@ -44,7 +44,7 @@ QUESTIONS = {
 }
 
 
-CUDA = "(With pip's PyTorch on Linux, whose CUDA libraries alone take some 300 MB; Binder's does without them.)"
+CUDA = "(With pip's PyTorch on Linux, whose CUDA libraries are part of that; Binder's does without them.)"
 
 
 class Lesson(NamedTuple):
