@@ -83,26 +83,26 @@ class DataCurvature(Operator):
         with torch.no_grad():
             return self.weights.abs() * torch.cat([slopes(x, y) for _, x, y in o.chunks(copies=2)])
 
-    def _chunks(self, copies: int, cached: bool = False):
-        return self.objective.chunks(copies=copies, rows=self.rows, cached=cached)
+    def _chunks(self, copies: int):
+        return self.objective.chunks(copies=copies, rows=self.rows)
 
     def _full(self, theta: Tensor) -> Tensor | dict[str, Tensor]:
         return theta if self.every else self.objective.parameters(theta, self.full)
 
     def _width(self, column: int, columns: int) -> int:
-        """How many columns go side by side where one takes so many bytes an example: room for 16 examples remains, and
+        """How many columns go side by side where one takes so many bytes an example: room for 8 examples remains, and
         all pieces are equally wide (11 + 9 columns of a conv net cost a sixth more than 10 + 10)."""
-        most = max(1, min(columns, 256, working_bytes(self.device, column) // (16 * column)))
+        most = max(1, min(columns, 256, working_bytes(self.device, column) // (8 * column)))
         return -(-columns // -(-columns // most))
 
     def _product(self, vectors: Tensor) -> Tensor:
-        # Columns share one linearisation; both they and the examples are cut so that tangents fit.
+        # Columns share one linearisation, as large as three; both they and the examples are cut so that tangents fit.
         vectors = vectors.T.contiguous().T  # each in one piece, and so the results
         result = torch.zeros_like(vectors) if self.ridge is None else self.ridge[:, None] * vectors
         o, count = self.objective, len(self.objective.data)
         width = self._width(o.bytes_per_example() * max(1, min(64, count) // 16), vectors.shape[1])
         for part, sum_ in zip(vectors.split(width, 1), result.split(width, 1), strict=True):
-            for rows, x, y in self._chunks(part.shape[1], cached=True):
+            for rows, x, y in self._chunks(max(3, part.shape[1])):
                 sum_ += self._chunk(part, x, y, self.weights[rows] / count)
         return result
 
@@ -195,7 +195,7 @@ class GGN(DataCurvature):
         width = self._width(2 * most * element, vectors.shape[1])
         for part, added in zip(vectors.split(width, 1), result.split(width, 1), strict=True):
             copies = 2 + (numbers + 2 * most * part.shape[1]) * element // o.bytes_per_example()
-            for rows, x, y in self._chunks(copies, cached=True):
+            for rows, x, y in self._chunks(copies):
                 seen = trace(o, self.full, x, layers)
                 s = seen.jacobians()
                 bend = self._bend(seen.outputs, y, self.weights[rows])

@@ -89,6 +89,8 @@ def load_mnist(
     dtype: torch.dtype | None = None,
     pool: int = 1,
     classes: Sequence[int] | None = None,
+    n: int | None = None,
+    seed: int = 0,
     progress: bool = True,
 ) -> tuple[Examples, Examples]:
     """MNIST (LeCun et al., 1998): 60,000 training and 10,000 test images of handwritten digits, 28 × 28.
@@ -105,6 +107,8 @@ def load_mnist(
         pool: side of the squares that are averaged into one pixel; 2 gives 14 × 14.
         classes: digits to keep, re-labelled ``0 .. len(classes)-1`` in this order as `Examples.select` does, but
             before conversion: the full set as float32 takes 220 MB, a part takes its part.
+        n, seed: of the training images keep those that ``train.select(n=n, seed=seed)`` would, again before conversion;
+            default all. Test images all come.
         progress: show a bar when a download takes more than two seconds.
 
     Returns:
@@ -114,13 +118,14 @@ def load_mnist(
     Raises:
         DataUnavailableError: no source has the data; the message has each one's reason, and the way out.
         FileNotFoundError: ``root`` (or ``MSIF_DATA``) is no folder.
-        ValueError: an unknown or repeated class, ``pool`` does not divide 28, or ``dtype`` is not floating.
+        ValueError: an unknown or repeated class, ``pool`` does not divide 28, ``dtype`` is not floating, or
+            a class has too few images for ``n``.
 
-    >>> train, test = load_mnist(classes=(4, 9), pool=2)  # doctest: +SKIP
-    >>> train.select(n=200)  # doctest: +SKIP
+    >>> train, test = load_mnist(classes=(4, 9), pool=2, n=200)  # doctest: +SKIP
+    >>> train  # doctest: +SKIP
     Examples(200 × (1, 14, 14) float32, classes {4: 100, 9: 100})
     """
-    return _load(_MNIST, root, dtype, pool, classes, progress)
+    return _load(_MNIST, root, dtype, pool, classes, n, seed, progress)
 
 
 def load_cifar10(
@@ -129,6 +134,8 @@ def load_cifar10(
     dtype: torch.dtype | None = None,
     pool: int = 1,
     classes: Sequence[str] | None = None,
+    n: int | None = None,
+    seed: int = 0,
     progress: bool = True,
 ) -> tuple[Examples, Examples]:
     """CIFAR-10 (Krizhevsky, 2009): 50,000 training and 10,000 test colour photographs, 32 × 32, ten kinds.
@@ -144,6 +151,7 @@ def load_cifar10(
         pool: side of the squares that are averaged into one pixel; 2 gives 16 × 16.
         classes: names to keep, re-labelled ``0 .. len(classes)-1`` in this order as `Examples.select` does, but
             before conversion: the full set as float32 takes 737 MB, a part takes its part.
+        n, seed: as for `load_mnist`.
         progress: show a bar when a download takes more than two seconds.
 
     Returns:
@@ -153,16 +161,17 @@ def load_cifar10(
     Raises:
         DataUnavailableError: no source has the data; the message has each one's reason, and the way out.
         FileNotFoundError: ``root`` (or ``MSIF_DATA``) is no folder.
-        ValueError: an unknown or repeated class, ``pool`` does not divide 32, or ``dtype`` is not floating.
+        ValueError: an unknown or repeated class, ``pool`` does not divide 32, ``dtype`` is not floating, or
+            a class has too few images for ``n``.
 
-    >>> train, test = load_cifar10(classes=("bird", "frog"), pool=2)  # doctest: +SKIP
-    >>> train.select(n=600)  # doctest: +SKIP
+    >>> train, test = load_cifar10(classes=("bird", "frog"), pool=2, n=600)  # doctest: +SKIP
+    >>> train  # doctest: +SKIP
     Examples(600 × (3, 16, 16) float32, classes {'bird': 300, 'frog': 300})
     """
-    return _load(_CIFAR10, root, dtype, pool, classes, progress)
+    return _load(_CIFAR10, root, dtype, pool, classes, n, seed, progress)
 
 
-def _load(data: DataSet, root, dtype, pool, classes, progress) -> tuple[Examples, Examples]:
+def _load(data: DataSet, root, dtype, pool, classes, n, seed, progress) -> tuple[Examples, Examples]:
     dtype, side = dtype or torch.get_default_dtype(), data.shape[0]
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"dtype={dtype} must be a floating dtype, e.g. torch.float32")
@@ -172,13 +181,14 @@ def _load(data: DataSet, root, dtype, pool, classes, progress) -> tuple[Examples
     labels = torch.arange(len(data.classes))
     Examples(labels, labels, classes=data.classes).select(classes=classes)  # refuse unknown ones before any download
     arrays = raw_arrays(data, root, progress)
-    return tuple(_examples(data, *part, classes, int(pool), dtype) for part in (arrays[:2], arrays[2:]))
+    parts = (arrays[:2], n), (arrays[2:], None)
+    return tuple(_examples(data, *part, classes, many, seed, int(pool), dtype) for part, many in parts)
 
 
-def _examples(data: DataSet, images, labels, classes, pool: int, dtype: torch.dtype) -> Examples:
-    """`Examples` of the wanted classes; only their images become floats, block by block."""
+def _examples(data: DataSet, images, labels, classes, n, seed, pool: int, dtype: torch.dtype) -> Examples:
+    """`Examples` chosen as by `Examples.select`; only their images become floats, block by block."""
     kept = Examples(torch.arange(len(labels)), labels.astype(np.int64), classes=data.classes)
-    kept = kept if classes is None else kept.select(classes=classes)
+    kept = kept if classes is None and n is None else kept.select(classes, n, seed)
     side, channels = data.shape[0] // pool, math.prod(data.shape[2:])  # MNIST has no axis of channels
     x = torch.empty(len(kept), channels, side, side, dtype=dtype)
     exact = torch.promote_types(dtype, torch.float32)  # holds a sum of bytes exactly, so only the division rounds

@@ -107,7 +107,7 @@ def product_chunks(
             yield rows, (gradients @ vectors).T
     elif mode == "layers":
         most = max(layer.bytes(vectors.shape[1], vectors.element_size()) for layer in layers)
-        for rows, x, y in o.chunks(examples, copies=2 + 2 * most // o.bytes_per_example(), cached=True):
+        for rows, x, y in o.chunks(examples, copies=2 + 2 * most // o.bytes_per_example()):
             seen = trace(o, full, x, layers)
             yield rows, seen.along(seen.told(o.loss, y), vectors).T
     else:

@@ -183,6 +183,13 @@ CIFAR_SIZES = {
 VEHICLES_SIZES = CIFAR_SIZES | {"large": replace(CIFAR_SIZES["large"], lr=0.03)}
 
 
+def _drawn(load, root, first, second, sizes: Sizes, data_seed: int, dtype=torch.float32):
+    """Of the classes ``first`` the pretraining examples, of ``second`` those of finetuning, and the test examples."""
+    parts = (first, sizes.pretraining), (second, sizes.finetuning)
+    (train, _), new = (load(root, classes=c, pool=2, dtype=dtype, n=n, seed=data_seed) for c, n in parts)
+    return train, new
+
+
 def mnist(
     link: Link, *, size: str = "live", seed: int = 0, data_seed: int = 0, net: str = "tanh", root=None, **changes
 ) -> Experiment:
@@ -190,8 +197,8 @@ def mnist(
 
     Arguments as in `digits`; ``root`` as in `load_mnist`.
     """
-    (train, _), new = (load_mnist(root, classes=c, pool=2, dtype=torch.float32) for c in (range(4), range(4, 10)))
     sizes = Sizes.of(size, MNIST_SIZES, changes)
+    train, new = _drawn(load_mnist, root, range(4), range(4, 10), sizes, data_seed)
     return _transfer("MNIST 0–3 → 4–9", train, new, _conv((1, 14, 14), net, sizes), link, seed, data_seed, sizes)
 
 
@@ -200,17 +207,17 @@ def mnist_to_digits(
 ) -> Experiment:
     """A real shift: all ten MNIST digits → the ten of the bundled set, other hands and another scanner, enlarged
     from 8 × 8 to 14 × 14 pixels. Arguments as in `mnist`."""
-    train, _ = load_mnist(root, pool=2, dtype=torch.float32)
+    sizes = Sizes.of(size, MNIST_SIZES, changes)
+    train, _ = load_mnist(root, pool=2, dtype=torch.float32, n=sizes.pretraining, seed=data_seed)
     halves = load_digits(dtype=torch.float32)
     large = [nn.functional.interpolate(half.x, size=(14, 14), mode="bilinear") for half in halves]
     new = tuple(Examples(x, half.y, half.ids, classes=half.classes) for x, half in zip(large, halves, strict=True))
-    sizes = Sizes.of(size, MNIST_SIZES, changes)
     return _transfer("MNIST → other digits", train, new, _conv((1, 14, 14), net, sizes), link, seed, data_seed, sizes)
 
 
 def _cifar(title, first, second, known, link, size, seed, data_seed, net, root, changes) -> Experiment:
-    (train, _), new = (load_cifar10(root, classes=c, pool=2, dtype=torch.float32) for c in (first, second))
     sizes = Sizes.of(size, known, changes)
+    train, new = _drawn(load_cifar10, root, first, second, sizes, data_seed)
     return _transfer(title, train, new, _conv((3, 16, 16), net, sizes), link, seed, data_seed, sizes)
 
 
@@ -244,7 +251,6 @@ def mnist_at_optimum(
             hidden layer of 8; ``"conv"``, the convolutional net of `mnist`.
         size, seed, data_seed, root, changes: as in `mnist`; learning rate, epochs and batches mean nothing here.
     """
-    (train, _), new = (load_mnist(root, classes=c, pool=2, dtype=torch.float64) for c in (range(4), range(4, 10)))
     known = {"live": Sizes(600, 300, weight_decay=1e-2), "large": Sizes(600, 300, weight_decay=1e-2)}
     sizes = Sizes.of(size, known, changes)
     conv = _conv((1, 14, 14), "tanh", sizes)
@@ -252,6 +258,7 @@ def mnist_at_optimum(
     if net not in nets:
         raise ValueError(f"net={net!r} must be one of {sorted(nets)}")
     title = f"MNIST 0–3 → 4–9 at the optimum, {net}"
+    train, new = _drawn(load_mnist, root, range(4), range(4, 10), sizes, data_seed, torch.float64)
     experiment = _transfer(title, train, new, nets[net], link, seed, data_seed, sizes)
     for stage in experiment.pipeline.stages:
         stage.recipe = LBFGS()

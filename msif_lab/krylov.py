@@ -177,7 +177,7 @@ class Preconditioned:
     def _nested(self, b: Tensor, most: int, before: int, relative: Tensor, places: Tensor) -> Solved:
         """As `_shared`, with rough solves on shares of the examples as preconditioners, see `nested`."""
         made = levels(self.parts, self.solver.shares, getattr(self.made, "apply", None), b.shape[1])
-        top, x, r, iterations = made[-1], torch.zeros_like(b), b, 0
+        top, x, r, iterations = made[-1], torch.zeros_like(b), b.clone(), 0
         left = torch.ones_like(b[0], dtype=torch.bool)
         while bool(left.any()) and iterations < most:
             iterations += 1
@@ -186,7 +186,7 @@ class Preconditioned:
             if not p.shape[1]:
                 break
             step = p.T @ r
-            x, r = x + p @ step, r - a_p @ step
+            x, r = x.addmm_(p, step), r.addmm_(a_p, step, alpha=-1)
             size = r.norm(dim=0)
             relative[places], left = size, size > self.solver.tol
             self._tell(before + iterations, relative)

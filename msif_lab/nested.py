@@ -8,7 +8,7 @@ So an example meets only as many directions as it matters for; the last ``A_k`` 
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -56,18 +56,21 @@ class Level:
     """Block conjugate gradients on ``A_k``, preconditioned by the level below.
 
     Directions stay, A_k-orthonormal, for the later solves of this level, which start with the best that they offer.
+    They lie in one piece of memory from the start: kept as they come, between chunks of activations, they would leave
+    holes in the heap that cost as much again.
 
     Args:
         part: ``A_k − A_{k−1}``.
         below: gives ``z ≈ A⁻¹ r`` and ``A_{k−1} z``.
         rough: relative residual of its own solves.
-        room: most directions kept; the oldest go.
+        columns: most right-hand sides at a time; `KEPT` directions for each are kept, the oldest go.
         floor: a smaller curvature of a share says nothing about the whole: the level is passed over from then on.
     """
 
-    def __init__(self, part: DataCurvature, below: Callable, rough: float, room: int, floor: float):
-        self.part, self.below, self.rough, self.room, self.floor = part, below, rough, room, floor
-        self.kept: list[tuple[Tensor, Tensor]] = []
+    def __init__(self, part: DataCurvature, below: Callable, rough: float, columns: int, floor: float):
+        self.part, self.below, self.rough, self.columns, self.floor = part, below, rough, columns, floor
+        self.store = part.theta.new_empty(2, KEPT * columns, len(part.theta))  # directions and their products
+        self.count = 0  # of directions found so far
         self.products, self.smallest = 0.0, float("inf")  # products with all examples
 
     def _multiply(self, z: Tensor, product: Tensor) -> Tensor:
@@ -75,33 +78,38 @@ class Level:
         self.products += z.shape[1] * len(self.part.rows) / len(self.part.weights)
         return product + self.part @ z
 
+    def _kept(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Directions and their products, a few columns at a time: each of two pieces ``(P, K)``."""
+        for piece in self.store[:, : self.count].split(self.columns, 1):
+            yield piece[0].T, piece[1].T
+
     def widen(self, r: Tensor) -> tuple[Tensor, Tensor]:
         """New directions P for residuals ``r`` (P, K), with ``PᵀA_kP = 1``, and ``A_k P``; useless once `smallest` is
         not above the floor."""
-        z, product = self.below(r)
-        p, turn = basis(z)
-        a_p = self._multiply(p, product @ turn)
-        for d, a_d in self.kept:
+        p, a_p = self.below(r)
+        p, turn = basis(p)
+        a_p = self._multiply(p, a_p @ turn)
+        for d, a_d in self._kept():
             along = a_d.T @ p
-            p, a_p = p - d @ along, a_p - a_d @ along
+            p, a_p = p.addmm_(d, along, alpha=-1), a_p.addmm_(a_d, along, alpha=-1)
         p, turn = basis(p)
         a_p = a_p @ turn
         values, vectors = torch.linalg.eigh(p.T @ a_p)  # Ritz values
         self.smallest = min(self.smallest, *values.tolist(), float("inf"))
         turn = vectors / values.sqrt()
         p, a_p = p @ turn, a_p @ turn
-        self.kept.append((p, a_p))
-        while sum(d.shape[1] for d, _ in self.kept) > max(self.room, p.shape[1]):
-            self.kept.pop(0)
+        places = torch.arange(self.count, self.count + p.shape[1], device=p.device) % self.store.shape[1]
+        self.store[0, places], self.store[1, places] = p.T, a_p.T
+        self.count += p.shape[1]
         return p, a_p
 
     def solve(self, b: Tensor) -> tuple[Tensor, Tensor]:
         """A rough ``x ≈ A_k⁻¹ b``, and ``A_k x``."""
         if self.smallest > self.floor:
-            x, r, goal = torch.zeros_like(b), b, self.rough * b.norm(dim=0)
-            for p, a_p in self.kept:
+            x, r, goal = torch.zeros_like(b), b.clone(), self.rough * b.norm(dim=0)
+            for p, a_p in self._kept():
                 step = p.T @ r
-                x, r = x + p @ step, r - a_p @ step
+                x, r = x.addmm_(p, step), r.addmm_(a_p, step, alpha=-1)
             for _ in range(INNER):
                 left = r.norm(dim=0) > goal
                 if not bool(left.any()):
@@ -110,10 +118,9 @@ class Level:
                 if not (self.smallest > self.floor and p.shape[1]):
                     break
                 step = p.T @ r
-                x, r = x + p @ step, r - a_p @ step
+                x, r = x.addmm_(p, step), r.addmm_(a_p, step, alpha=-1)
         if self.smallest > self.floor:
-            return x, b - r
-        self.kept.clear()
+            return x, r.neg_().add_(b)
         z, product = self.below(b)
         return z, self._multiply(z, product)
 
@@ -129,6 +136,6 @@ def levels(parts: tuple, shares: tuple[float, ...], approximate: Callable | None
     made, below = [], start
     for part, share in zip(curvatures, (*shares, 1.0), strict=True):
         floor = float(diagonal.mean()) / 100 if share < 1 else 0.0
-        made.append(Level(part, below, min(0.5, ROUGH / share**0.5), KEPT * columns, floor))
+        made.append(Level(part, below, min(0.5, ROUGH / share**0.5), columns, floor))
         below = made[-1].solve
     return made

@@ -23,16 +23,16 @@ __all__ = ["cross_entropy", "mean_squared_error", "next_token_loss"]
 WORKING_BYTES: int | None = None  # set it, or MSIF_WORKING_BYTES="2GB" in the environment: then chunks take just that
 
 
-def working_bytes(device: torch.device, example: int = 0, cached: bool = False) -> int:
+def working_bytes(device: torch.device, example: int = 0) -> int:
     """What one chunk of activations may take.
 
-    On a CPU 64 MB (Binder guarantees 1 GB in all), and where one example is large, up to 256 MB for 16 of them. On a
-    GPU an eighth of its memory, if that much is free: smaller chunks would leave it waiting for Python.
+    On a CPU 32 MB (less pays for Python, more misses the caches, and Binder guarantees 1 GB in all), and where one
+    example is large, up to 256 MB for 16 of them. On a GPU an eighth of its memory, if that much is free: smaller
+    chunks would leave it waiting for Python.
 
     Args:
         device: where the work is done.
         example: bytes that one example takes.
-        cached: for tangents on a CPU, half of it: less pays for Python, more misses the caches.
     """
     if own := WORKING_BYTES or os.environ.get("MSIF_WORKING_BYTES"):
         return parse_bytes(own, "MSIF_WORKING_BYTES") if isinstance(own, str) else own
@@ -40,7 +40,7 @@ def working_bytes(device: torch.device, example: int = 0, cached: bool = False) 
         free, total = torch.cuda.mem_get_info(device)
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return min(total // 8, free // 2)
-    return max((32 if cached else 64) * 10**6, min(16 * example, 256 * 10**6))
+    return max(32 * 10**6, min(16 * example, 256 * 10**6))
 
 
 @contextmanager
@@ -303,7 +303,6 @@ class Objective:
         copies: int = 1,
         rows: Tensor | None = None,
         memory: int | None = None,
-        cached: bool = False,
     ) -> Iterator:
         """``(positions, x, y)`` over examples, in parts so small that ``copies`` of their activations fit.
 
@@ -312,12 +311,11 @@ class Objective:
             copies: how many activation sets one example costs (lanes, tangents).
             rows: only these positions, in this order (a mini-batch).
             memory: bytes all copies of a part may take, default `working_bytes`.
-            cached: half of that on a CPU, see there.
         """
         examples = self.data if examples is None else examples
         count = len(examples) if rows is None else len(rows)
         cost = self.bytes_per_example() * copies
-        step = max(1, (memory or working_bytes(self.device, cost, cached)) // cost)
+        step = max(1, (memory or working_bytes(self.device, cost)) // cost)
         for start in range(0, count, step):
             part = slice(start, min(start + step, count)) if rows is None else rows[start : start + step]
             yield part, examples.x[part], examples.y[part]

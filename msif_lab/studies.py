@@ -55,23 +55,24 @@ def implicit(experiment: Experiment, solver=None) -> Influence:
 
 
 def scorers(experiment: Experiment, kinds: Sequence[str], progress: bool) -> Mapping[str | tuple, Callable]:
-    """By name, functions without arguments that score the fitted experiment; those that fit how it was trained."""
+    """By name, functions without arguments that score the fitted experiment; those that fit how it was trained.
+
+    Each makes its method when it is called, so that the matrices of one are gone before the next.
+    """
     pipeline, queries, solver = experiment.pipeline, experiment.queries, Exact("4GB")
     ways = {}
     if all(isinstance(s.recipe, SGD) for s in pipeline.stages):
         for kind in (None, *kinds):
             fraction = REMOVALS.get(kind)
             if kind is None or fraction:
-                unrolled = UnrolledInfluence(group_fraction=fraction or 0.0)
-                ways["unrolled" if kind is None else ("unrolled, for groups", kind)] = lambda u=unrolled: u.fit(
-                    pipeline, progress
-                ).score(queries, progress=progress)
+                ways["unrolled" if kind is None else ("unrolled, for groups", kind)] = lambda g=fraction or 0.0: (
+                    UnrolledInfluence(group_fraction=g).fit(pipeline, progress).score(queries, progress=progress)
+                )
         ways["implicit, GGN"] = lambda: implicit(experiment, solver)
         baselines = all_baselines(solver)
     else:
         for name, settings in OPTIMUM_METHODS.items():
-            method = ImplicitInfluence(solver, **settings)
-            ways[name] = lambda m=method: m.fit(pipeline).score(queries)
+            ways[name] = lambda s=settings: ImplicitInfluence(solver, **s).fit(pipeline).score(queries)
         baselines = {n: b for n, b in all_baselines(solver).items() if n != "TracIn"}  # LBFGS leaves no run to trace
     return ways | {n: lambda b=b: b.fit(pipeline).score(queries) for n, b in baselines.items()}
 

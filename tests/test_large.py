@@ -99,8 +99,7 @@ def test_queries_in_groups_score_the_same(link, monkeypatch):
 
 def test_working_memory(monkeypatch):
     cpu = torch.device("cpu")
-    assert working_bytes(cpu) == 64 * 10**6
-    assert working_bytes(cpu, cached=True) == 32 * 10**6
+    assert working_bytes(cpu) == 32 * 10**6
     assert working_bytes(cpu, example=10**7) == 160 * 10**6  # 16 of them
     assert working_bytes(cpu, example=10**9) == 256 * 10**6
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4 * 10**9, 80 * 10**9))
