@@ -10,7 +10,7 @@ import itertools
 
 import torch
 from torch import Tensor
-from torch.func import grad, jacrev, vjp, vmap
+from torch.func import grad, jacrev, vmap
 
 from .derivatives import (
     example_products,
@@ -18,6 +18,8 @@ from .derivatives import (
     jvp,
     own_products,
     per_example_gradients,
+    pull_back,
+    push_forward,
 )
 from .layers import Layer, find_layers, trace
 from .objective import Objective, working_bytes
@@ -75,13 +77,24 @@ class DataCurvature(Operator):
     def importance(self) -> Tensor:
         """``|w_i| ‖∂f_i/∂z_i‖`` of each example ``(m,)``, z the outputs: it weighs the model's own second derivatives;
         small where a classifier is sure of the label, so that the loss does not bend either."""
-        o = self.objective
+        o, slopes = self.objective, []
+        for _, x, y in o.chunks(copies=2):
+            with torch.no_grad():
+                z = o.outputs(self.full, x)
+            with torch.enable_grad():
+                (slope,) = torch.autograd.grad(o.loss(z.requires_grad_(), y).sum(), z)
+            slopes.append(slope.flatten(1).norm(dim=1))
+        return self.weights.abs() * torch.cat(slopes)
 
-        def slopes(x, y):
-            return grad(lambda z: o.loss(z, y).sum())(o.outputs(self.full, x)).flatten(1).norm(dim=1)
-
-        with torch.no_grad():
-            return self.weights.abs() * torch.cat([slopes(x, y) for _, x, y in o.chunks(copies=2)])
+    def bend(self, outputs: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+        """``(w_i / m) Λ_i``: the Hessian of each example's weighted loss in its outputs, ``(B, C, C)``."""
+        with torch.enable_grad():
+            z = outputs.detach().requires_grad_()
+            risk = (weights * self.objective.loss(z, y)).sum() / len(self.objective.data)
+            (slope,) = torch.autograd.grad(risk, z, create_graph=True)
+            slope = slope.flatten(1)
+        eye = torch.eye(slope.shape[1], dtype=z.dtype, device=z.device)[:, None].expand(-1, len(z), -1)
+        return pull_back(slope, z, eye)[0].flatten(2).transpose(0, 1)
 
     def _chunks(self, copies: int):
         return self.objective.chunks(copies=copies, rows=self.rows)
@@ -123,22 +136,17 @@ class Hessian(DataCurvature):
 
     def _chunk(self, vectors, x, y, weights):
         o = self.objective
-        if vectors.shape[1] <= 2:  # PyTorch's own double backward has the least overhead
-            with torch.enable_grad():
-                theta = self.theta.detach().requires_grad_()
-                (first,) = torch.autograd.grad(
-                    (weights * o.losses(self._full(theta), x, y)).sum(), theta, create_graph=True
-                )
-                again = [
-                    torch.autograd.grad(first, theta, v, retain_graph=True, materialize_grads=True)[0]
-                    for v in vectors.T
-                ]
-            return torch.stack(again).T
-        gradient = grad(lambda theta: (weights * o.losses(self._full(theta), x, y)).sum())
-        if self.dtype == torch.float64 and any(len(shape) > 2 for shape in o.layout.shapes.values()):
-            return vmap(lambda v: jvp(gradient, (self.theta,), (v,))[1], in_dims=1, out_dims=1)(vectors)
-        pull_back = vjp(gradient, self.theta)[1]  # the Hessian is symmetric
-        return vmap(lambda v: pull_back(v)[0], in_dims=1, out_dims=1)(vectors)
+
+        def risk(theta):
+            return (weights * o.losses(self._full(theta), x, y)).sum()
+
+        float64_convolutions = self.dtype == torch.float64 and any(len(s) > 2 for s in o.layout.shapes.values())
+        if float64_convolutions and vectors.shape[1] > 2:
+            return vmap(lambda v: jvp(grad(risk), (self.theta,), (v,))[1], in_dims=1, out_dims=1)(vectors)
+        with torch.enable_grad():
+            theta = self.theta.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(risk(theta), theta, create_graph=True)
+        return pull_back(gradient, theta, vectors.T)[0].T  # the Hessian is symmetric
 
     @functools.cached_property
     def _twin(self) -> "GGN | None":
@@ -198,7 +206,7 @@ class GGN(DataCurvature):
             for rows, x, y in self._chunks(copies):
                 seen = trace(o, self.full, x, layers)
                 s = seen.jacobians()
-                bend = self._bend(seen.outputs, y, self.weights[rows])
+                bend = self.bend(seen.outputs, y, self.weights[rows])
                 seen.pull(s, seen.push(s, part) @ bend, added)
         return result
 
@@ -209,33 +217,17 @@ class GGN(DataCurvature):
                 self.objective.outputs_ = self.objective.outputs(self.full, self.objective.data.x[[0]]).numel()
         return self.objective.outputs_
 
-    def _bend(self, outputs: Tensor, y: Tensor, weights: Tensor) -> Tensor:
-        """``(w_i / m) Λ_i``: the Hessian of each example's weighted loss in its outputs, ``(B, C, C)``."""
-        with torch.enable_grad():
-            z = outputs.detach().requires_grad_()
-            risk = (weights * self.objective.loss(z, y)).sum() / len(self.objective.data)
-            (first,) = torch.autograd.grad(risk, z, create_graph=True)
-            flat = first.flatten(1)
-            if not flat.requires_grad:  # a loss linear in the outputs
-                return z.new_zeros(*flat.shape, flat.shape[1])
-            eye = torch.eye(flat.shape[1], dtype=flat.dtype, device=flat.device)[:, None].expand(-1, len(flat), -1)
-            (second,) = torch.autograd.grad(flat, z, eye, is_grads_batched=True, materialize_grads=True)
-        return second.flatten(2).transpose(0, 1)
-
     def _chunk(self, vectors, x, y, weights):
         def model(theta):
             return self.objective.outputs(self._full(theta), x)
 
-        outputs, pull_back = vjp(model, self.theta)
-        gradient = grad(lambda z: (weights * self.objective.loss(z, y)).sum())
-
-        def product(v):
-            pushed = jvp(model, (self.theta,), (v,))[1]  # J v
-            return pull_back(jvp(gradient, (outputs,), (pushed,))[1])[0]  # Jᵀ Λ J v
-
-        if vectors.shape[1] <= 2:  # vmap would only cost
-            return torch.stack([product(v) for v in vectors.T]).T
-        return vmap(product, in_dims=1, out_dims=1)(vectors)
+        with torch.enable_grad():
+            theta = self.theta.detach().requires_grad_()
+            z = model(theta)
+            leaf = z.detach().requires_grad_()
+            (slope,) = torch.autograd.grad((weights * self.objective.loss(leaf, y)).sum(), leaf, create_graph=True)
+        pushed = push_forward(model, self.theta, vectors.T)  # J v
+        return pull_back(z, theta, pull_back(slope, leaf, pushed)[0])[0].T  # Jᵀ Λ J v
 
     def dense_multiplications(self, examples: int) -> float:
         size, count, layers = self.shape[0], self._outputs(), find_layers(self.objective, self.every)
@@ -256,7 +248,7 @@ class GGN(DataCurvature):
             return self._add_blocks(result, layers)
         for rows, x, y in self._chunks(2 + 4 * 8 * count * size // o.bytes_per_example()):
             outputs, jacobian = self._jacobian(x, layers)  # (B, C, P)
-            bent = self._bend(outputs, y, self.weights[rows]) @ jacobian
+            bent = self.bend(outputs, y, self.weights[rows]) @ jacobian
             result += bent.flatten(0, 1).T @ jacobian.flatten(0, 1)
         return result
 
@@ -279,7 +271,7 @@ class GGN(DataCurvature):
         o, size = self.objective, self.shape[0]
         for rows, x, y in self._chunks(2 + 4 * size // o.bytes_per_example()):
             seen = trace(o, self.full, x, layers)
-            told, bend = seen.jacobians(), self._bend(seen.outputs, y, self.weights[rows])
+            told, bend = seen.jacobians(), self.bend(seen.outputs, y, self.weights[rows])
             a = [layer.ones(a) for layer, a in zip(layers, seen.a, strict=True)]  # (B, J): inputs, and 1 for the bias
             for i, j in itertools.combinations_with_replacement(range(len(layers)), 2):
                 between = told[i].transpose(1, 2) @ bend @ told[j]  # (B, out, out')

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, func
-from torch.func import grad, vjp, vmap
+from torch.func import grad, vmap
 
 from .data import Examples
 from .layers import find_layers, trace
@@ -28,6 +28,28 @@ def jvp(function, primals, tangents):
     """`torch.func.jvp` without PyTorch's own deprecation notices."""
     _load_forward_mode()
     return func.jvp(function, primals, tangents)
+
+
+def pull_back(outputs: Tensor, inputs: Tensor | Sequence[Tensor], cotangents: Tensor) -> tuple[Tensor, ...]:
+    """``uᵀ ∂outputs/∂inputs`` for cotangents u ``(K, *outputs)``: ``(K, *input)`` for each input; the graph stays.
+
+    Not by `torch.func.vjp`, whose first use in a process imports torch._dynamo, 110 MB; nor by ``is_grads_batched``,
+    which takes convolutions one by one.
+    """
+    inputs = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+    if not outputs.requires_grad or not len(cotangents):
+        return tuple(i.new_zeros(len(cotangents), *i.shape) for i in inputs)
+    through = functools.partial(torch.autograd.grad, outputs, inputs, retain_graph=True, materialize_grads=True)
+    if len(cotangents) > 2:
+        return vmap(through)(cotangents)
+    return tuple(map(torch.stack, zip(*map(through, cotangents), strict=True)))  # vmap would only cost
+
+
+def push_forward(function: Callable, point: Tensor, tangents: Tensor) -> Tensor:
+    """``J v`` of a function at a point for tangents v ``(K, *point)``: ``(K, *output)``."""
+    if len(tangents) > 2:
+        return vmap(lambda v: jvp(function, (point,), (v,))[1])(tangents)
+    return torch.stack([jvp(function, (point,), (v,))[1] for v in tangents])  # vmap would only cost
 
 
 def per_example_gradients(
@@ -134,22 +156,18 @@ def own_products(kind: str, objective: Objective, full: Tensor, x: Tensor, y: Te
 
     ``kind`` is ``"hessian"`` for ``h_i = ∇²f_i`` or ``"ggn"`` for ``J_iᵀ Λ_i J_i``.
     """
-    o, theta = objective, objective.own.take(full)
-
-    def outputs(theta, x):
-        return o.outputs(o.parameters(theta, full), x[None])
-
-    def product(x, y, v):
-        def loss(z):
-            return o.loss(z, y[None])[0]
-
+    o = objective
+    with torch.enable_grad():
+        theta = o.own.take(full).repeat(len(x), 1).requires_grad_()  # a copy each, to meet a vector of its own
+        z = vmap(lambda t, x: o.outputs(o.parameters(t, full), x[None])[0])(theta, x)
         if kind == "hessian":
-            return jvp(grad(lambda t: loss(outputs(t, x))), (theta,), (v,))[1]
-        z, pull_back = vjp(lambda t: outputs(t, x), theta)
-        pushed = jvp(lambda t: outputs(t, x), (theta,), (v,))[1]
-        return pull_back(jvp(grad(loss), (z,), (pushed,))[1])[0]
-
-    return vmap(product)(x, y, vectors)
+            (gradient,) = torch.autograd.grad(o.loss(z, y).sum(), theta, create_graph=True)
+            return pull_back(gradient, theta, vectors[None])[0][0]
+        free, leaf = torch.zeros_like(z, requires_grad=True), z.detach().requires_grad_()
+        (back,) = torch.autograd.grad(z, theta, free, create_graph=True)  # Jᵀ u, linear in u: its transpose is J
+        (slope,) = torch.autograd.grad(o.loss(leaf, y).sum(), leaf, create_graph=True)
+        pushed = pull_back(back, free, vectors[None])[0]
+        return pull_back(z, theta, pull_back(slope, leaf, pushed)[0])[0][0]
 
 
 def cross_products(
@@ -236,14 +254,11 @@ def gradient_transpose(
 
 
 def _transpose(risk: Callable, theta: Tensor, weights: Tensor, cotangents: Tensor, forward: bool):
-    """Many cotangents through ``(θ, w) ↦ ∂risk/∂θ``, by θ and by w; three ways to the same numbers."""
-    if len(cotangents) == 1:  # PyTorch's own double backward has the least overhead
-        with torch.enable_grad():
-            theta, weights = theta.detach().requires_grad_(), weights.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(risk(theta, weights), theta, create_graph=True)
-            by = torch.autograd.grad(gradient @ cotangents[0], (theta, weights), materialize_grads=True)
-        return by[0][None], by[1][None]
-    if forward:  # the Hessian is symmetric, and ∇f_i·ḡ is f_i's derivative along ḡ
+    """Many cotangents through ``(θ, w) ↦ ∂risk/∂θ``, by θ and by w; two ways to the same numbers."""
+    if forward and len(cotangents) > 1:  # the Hessian is symmetric, and ∇f_i·ḡ is f_i's derivative along ḡ
         gradients = grad(risk, argnums=(0, 1))
         return vmap(lambda v: jvp(lambda t: gradients(t, weights), (theta,), (v,))[1])(cotangents)
-    return vmap(vjp(grad(risk), theta, weights)[1])(cotangents)
+    with torch.enable_grad():
+        theta, weights = theta.detach().requires_grad_(), weights.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(risk(theta, weights), theta, create_graph=True)
+    return pull_back(gradient, (theta, weights), cotangents)

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import hessian, vmap
 
 from .curvature import DataCurvature, Operator, Shifted
 from .data import Examples
@@ -92,13 +91,9 @@ def output_directions(base: DataCurvature, most: int) -> tuple[Tensor, Tensor]:
     """
     o, found = base.objective, []
     for rows, x, y in o.chunks(copies=2):
-        z = o.outputs(base.full, x).detach()
-
-        def loss(flat, y, like=z[0]):
-            return o.loss(flat.reshape(like.shape)[None], y[None])[0]
-
-        values, vectors = torch.linalg.eigh(vmap(hessian(loss))(z.flatten(1), y))  # (B, C), (B, C, C)
-        values = values * (base.weights[rows] / len(o.data))[:, None]
+        with torch.no_grad():
+            z = o.outputs(base.full, x)
+        values, vectors = torch.linalg.eigh(base.bend(z, y, base.weights[rows]))  # (B, C), (B, C, C)
         best = values.flatten().topk(min(most, values.numel())).indices
         example, c = best // values.shape[1], best % values.shape[1]
         size = values[example, c].clamp(min=0)

@@ -370,6 +370,21 @@ def test_classes_and_pool_are_those_of_the_whole(name, pool, place):
             torch.testing.assert_close(part.x, mean, rtol=1e-14, atol=0)
 
 
+@pytest.mark.parametrize("name", LOAD)
+def test_n_keeps_the_training_images_that_select_would(name, place):
+    write(place / "data", own_files(name))
+    for classes in (None, REAL[name].classes[3:6]):
+        train, test = LOAD[name](place / "data", classes=classes)
+        for n, seed in ((10, 0), (12, 7)):
+            some, whole = LOAD[name](place / "data", classes=classes, n=n, seed=seed)
+            expected = train.select(n=n, seed=seed)
+            assert torch.equal(some.x, expected.x) and torch.equal(some.y, expected.y)
+            assert torch.equal(some.ids, expected.ids) and some.classes == expected.classes
+            assert torch.equal(whole.x, test.x)
+    with pytest.raises(ValueError, match="lower n=51"):
+        LOAD[name](place / "data", n=51)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("pool", [1, 7])
 def test_each_pixel_is_the_nearest_number_of_its_dtype(dtype, pool, place, monkeypatch):

@@ -1,5 +1,9 @@
 """Ready for millions of parameters: derivatives by what is trained only, bounded memory, the same numbers."""
 
+import subprocess
+import sys
+import textwrap
+
 import pytest
 import torch
 from conftest import random_pipeline, random_queries
@@ -116,6 +120,49 @@ def test_working_memory(monkeypatch):
     monkeypatch.setenv("MSIF_WORKING_BYTES", "much")
     with pytest.raises(ValueError, match="MSIF_WORKING_BYTES='much'"):
         working_bytes(cpu)
+
+
+@pytest.mark.parametrize("kind", ["hessian", "ggn"])
+@pytest.mark.parametrize("columns", [1, 2, 5, 20])
+def test_a_chunk_takes_about_the_working_memory_however_many_columns(kind, columns):
+    x = torch.randn(400, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    net = msif.convnet((1, 28, 28), (8, 16), 16, classes=4)
+    stage = msif.Stage("images", net, msif.Examples(x, torch.arange(400) % 4, classes=range(4)))
+    operator = msif.Pipeline([stage]).adopt().curvature(0, kind)
+    vectors = torch.ones(operator.shape[0], columns)
+    operator @ vectors  # what is made only once
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        operator @ vectors
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    assert 0.2 * 32e6 < peak < 2 * 32e6
+
+
+def test_the_core_does_without_the_compiler():
+    """`torch.func.grad` and `vjp` import torch._dynamo at first use: 110 MB that a lesson on Binder need not pay."""
+    code = """
+        import sys, torch, msif_lab as msif
+        train, _ = msif.load_digits(dtype=torch.float64)
+        old, new = train.select(range(4), n=80), train.select(range(4, 10), n=60)
+        for link in (msif.Frozen(), msif.Proximal(0.1)):
+            stages = [msif.Stage("a", msif.mlp(64, hidden=(4,), classes=4).double(), old, weight_decay=1e-2),
+                      msif.Stage("b", msif.mlp(64, hidden=(4,), classes=6).double(), new, weight_decay=1e-2, link=link)]
+            pipeline, groups = msif.Pipeline(stages).fit(progress=False), [torch.tensor([0]), torch.tensor([1])]
+            for settings in ({"leave_one_out": True}, {"curvature": "ggn"},
+                             {"solver": msif.ConjugateGradient(preconditioner=msif.LowRank(10), shares=(0.3,)),
+                              "damping": 1.0}):
+                msif.ImplicitInfluence(**settings).fit(pipeline).score(new[:5])
+            msif.removal_effects(pipeline, new[:5], groups, progress=False)
+            for stage in stages:
+                stage.recipe = msif.SGD(lr=0.1, epochs=2)
+            msif.UnrolledInfluence().fit(pipeline.fit(progress=False), progress=False).score(new[:5], progress=False)
+        print("torch._dynamo" in sys.modules)
+    """
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert run.stdout.strip() == "False", run.stderr
 
 
 class Normed(nn.Module):

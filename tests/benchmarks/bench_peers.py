@@ -102,7 +102,7 @@ def usage(pid: int) -> tuple[float, float]:
         times = pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13]
     except OSError:  # it has just ended
         return 0.0, 0.0
-    memory = next((int(line.split()[1]) / 1e6 for line in lines if line.startswith("VmRSS")), 0.0)
+    memory = next((int(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith("VmRSS")), 0.0)
     return memory, sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
 
 

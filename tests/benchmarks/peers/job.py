@@ -124,7 +124,7 @@ def status(key: str) -> float:
     """A memory figure of this process in MB: ``VmRSS`` now, ``VmHWM`` at most."""
     for line in pathlib.Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key):
-            return int(line.split()[1]) / 1024
+            return int(line.split()[1]) * 1024 / 1e6
     return float("nan")
 
 
