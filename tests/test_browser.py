@@ -305,9 +305,35 @@ def test_case_changes_the_examples_there_and_back(explorer):
     assert error_of(root) == ""
 
 
+def click_picture(page, picture) -> None:
+    """Where the picture is, whatever lies over it."""
+    picture.scroll_into_view_if_needed()
+    box = picture.bounding_box()
+    page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+
+
+def test_a_click_on_a_picture_picks_the_query(explorer):
+    root = explorer("influence")
+    film = root.locator(".msif-cards", has=root.page.locator(".msif-query-image"))
+    for place in (3, 0, 7):
+        click_picture(root.page, film.locator("img").nth(place))
+        film.locator(".msif-query-image", has_text=f"query {place} ✓").wait_for()
+        assert root.locator(".msif-view img").first.get_attribute("alt") == film.locator("img").nth(
+            place
+        ).get_attribute("alt")
+    assert error_of(root) == ""
+
+
 def test_image_is_clicked_removed_and_retrained(explorer, report):
     root = explorer("influence")
-    root.locator(".msif-example:visible").first.click()
+    harmful = root.locator(".msif-cards", has=root.page.locator(".msif-example")).last
+    click_picture(root.page, harmful.locator("img").nth(1))
+    chosen = harmful.locator(".msif-example").nth(1)
+    root.locator(".msif-answer", has_text="not retrained yet").wait_for()
+    assert (
+        chosen.inner_text().endswith("✓")
+        and chosen.inner_text().removesuffix(" ✓") in root.locator(".msif-answer").inner_text()
+    )
     root.locator(".msif-answer", has_text="not retrained yet").wait_for()
     start = time.perf_counter()
     root.locator(".msif-retrain").click()

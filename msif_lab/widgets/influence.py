@@ -273,7 +273,7 @@ class InfluenceExplorer(Explorer):
 
     def _show_example(self) -> None:
         if self.example is None:
-            self.answer.value = "Choose an example by its button to see what its removal does to every query."
+            self.answer.value = "Click an example to see what its removal does to every query."
             self.plot.value, self.retrain.disabled = "", True
             return
         self.retrain.disabled = self.job is not None and self.job.running
@@ -320,7 +320,7 @@ class InfluenceExplorer(Explorer):
 
     def _remove(self) -> None:
         if self.example is None:
-            raise ValueError("choose an example first, by the button below its picture")
+            raise ValueError("choose an example first, by its picture or the button below")
         key = self.case, self.stage, self.scores.target, self.example
         stage, example, target = self.stage, self.example, self.target or self.scores.target
 

@@ -15,6 +15,12 @@ from ..data import Examples
 DRAWING = threading.RLock()  # matplotlib is not made for two threads, and an answer may come from another one
 
 CARD_WIDTH = 92  # pixels of a picture's column, and of the button below it with its margins
+# A button reaches over its picture, up to the edge of their box: a click on the picture is one on the button.
+CLICKABLE = (
+    ".msif-cards{position:relative;overflow:auto hidden}.msif-cards>.widget-hbox{overflow:visible}"
+    ".msif-card.jupyter-button{position:relative;overflow:visible}"
+    ".msif-card::before{content:'';position:absolute;bottom:100%;left:-2px;right:-2px;height:1000px;cursor:pointer}"
+)
 CARD = "display:inline-block;text-align:center;vertical-align:top;line-height:1.35"
 
 
@@ -176,7 +182,7 @@ def table(caption: str, rows, head=()) -> str:
 
 
 class Cards:
-    """A row of pictures, a button below each that chooses it; the buttons are reached by Tab.
+    """A row of pictures, each chosen by a click on it or on the button below, which Tab reaches.
 
     The pictures are one HTML widget, because a slider waits for every widget that changes.
 
@@ -197,7 +203,11 @@ class Cards:
             explorer._control("Button", name, "", lambda i=i: choose(self.places[i]), layout=width)
             for i in range(count)
         ]
-        self.box = ipywidgets.VBox([self.pictures, ipywidgets.HBox(self.buttons)])
+        for button in self.buttons:
+            button.add_class("msif-card")
+        style = ipywidgets.HTML(f"<style>{CLICKABLE}</style>", layout={"display": "none"})
+        self.box = ipywidgets.VBox([style, self.pictures, ipywidgets.HBox(self.buttons)])
+        self.box.add_class("msif-cards")
 
     def __len__(self) -> int:
         return len(self.buttons)
