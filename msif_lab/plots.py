@@ -26,9 +26,14 @@ HELPFUL, HARMFUL, NEUTRAL = "#0173b2", "#c05600", "#707070"
 
 
 def use_style() -> None:
-    """Seaborn's colourblind palette without its pale colours, readable sizes, 100 dpi; once at a notebook's top."""
+    """Seaborn's colourblind palette without its pale colours, readable sizes, 100 dpi; once at a notebook's top.
+
+    In JupyterLab figures also get the alt text in their cell's metadata (``"alt"``): by itself it shows none.
+    """
     import matplotlib.pyplot as plt
     import seaborn
+
+    from .widgets.pictures import describe_figures
 
     # Its yellow, pale blue, pink, light orange and tan have less than 3 : 1 on white: thin lines of them get lost.
     palette = [seaborn.color_palette("colorblind")[i] for i in (0, 3, 2, 4, 7)]
@@ -38,6 +43,7 @@ def use_style() -> None:
          "axes.spines.right": False, "figure.facecolor": "white", "savefig.facecolor": "white",
          "savefig.transparent": False, "figure.constrained_layout.use": True}
     )  # fmt: skip
+    describe_figures()
 
 
 def pipeline_diagram(pipeline: Pipeline, ax=None):

@@ -94,7 +94,7 @@ def test_flaws_are_found(opened):
         assert "ZeroDivisionError" in error
         assert others[:2] == ["the page says 'model not found'", "1 code cells did not run"]
         assert others[2].startswith("a formula is cut off in the cell 'One")
-        assert others[3:] == ["1 pictures are empty"]
+        assert others[3:] == ["1 pictures have no alt text", "1 pictures are empty"]
         assert skipped_levels(student.page.locator(".jp-Notebook")) == ["Three"]
         flawed = student.page.locator("#flawed")
         ratios = {text: ratio for ratio, text in flawed.evaluate(lab.CONTRASTS)}
