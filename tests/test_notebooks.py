@@ -13,7 +13,6 @@ from pathlib import Path
 
 import nbformat
 import pytest
-import torch
 from nbclient.exceptions import CellExecutionError
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from notebook_rules import MAX_BYTES, exercise_cells, index_problems, relative_links, structure_problems
@@ -22,8 +21,7 @@ from PIL import Image
 from msif_lab.exercises import EXERCISES
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
-# Bytes; Binder guarantees 1 GB and kills at 2. A PyTorch with CUDA, which Binder has not, loads 300 MB more.
-MAX_MEMORY = 1.2e9 + (0.3e9 if torch.version.cuda else 0)
+MAX_MEMORY = 1.2e9  # bytes; Binder guarantees 1 GB and kills at 2
 
 
 def script(name: str):

@@ -1,5 +1,7 @@
 """Pictures and sliders: what they show, and that they say what is wrong with their input."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import random_examples, random_model, random_pipeline, random_queries
@@ -16,6 +18,25 @@ def no_windows():
     plt.switch_backend("agg")
     yield
     plt.close("all")
+
+
+def test_figures_have_the_alt_texts_that_jupyterlab_sends_with_the_cell(monkeypatch):
+    from IPython.core.formatters import DisplayFormatter
+
+    parent = {"header": {"msg_id": "first run"}, "metadata": {"alt": ['two <bars> & a "line"', "a circle"]}}
+    shell = SimpleNamespace(get_parent=lambda: parent, display_formatter=DisplayFormatter())
+    monkeypatch.setattr("IPython.get_ipython", lambda: shell)
+    before = dict(matplotlib.rcParams)
+    plots.use_style()
+    matplotlib.rcParams.update(before)
+    figure, formatter = plt.figure(), shell.display_formatter.formatters["text/html"]
+    said = [formatter(figure) for _ in range(3)]
+    assert 'alt="two &lt;bars&gt; &amp; a &quot;line&quot;"' in said[0] and 'alt="a circle"' in said[1]
+    assert said[2] is None  # more figures than texts
+    parent["header"], parent["metadata"] = {"msg_id": "second run"}, {"alt": "a circle"}
+    assert formatter(figure) == said[1]
+    parent["header"], parent["metadata"] = {"msg_id": "a cell without alt"}, {}
+    assert formatter(figure) is None and formatter("no figure") is None
 
 
 def texts(ax):

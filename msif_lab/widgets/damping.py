@@ -36,7 +36,17 @@ class AlphaDampingExplorer(Explorer):
 
     Raises:
         ValueError, TypeError: another kind of pipeline, effects of other queries, inputs that are no pictures.
-    """
+
+    >>> import msif_lab as msif
+    >>> from msif_lab import widgets
+    >>> train, test = msif.load_digits()
+    >>> queries = test.select(range(4, 10), n=12)
+    >>> pre = msif.Stage("pre", msif.mlp(64, hidden=(4,), classes=4), train.select(range(4), n=80), weight_decay=0.1)
+    >>> new = train.select(range(4, 10), n=60)
+    >>> fine = msif.Stage("fine", msif.mlp(64, hidden=(4,), classes=6), new, weight_decay=0.1, link=msif.Proximal(0.1))
+    >>> pipeline = msif.Pipeline([pre, fine]).fit(progress=False)
+    >>> widgets.AlphaDampingExplorer(pipeline, queries, curvature="ggn")  # in a notebook: sliders and pictures
+    AlphaDampingExplorer: 12 queries, 80 examples, 50 α from 0.0001 to ∞, 30 dampings"""
 
     kind = "damping-explorer"
 

@@ -37,7 +37,20 @@ class InfluenceExplorer(Explorer):
 
     Raises:
         ValueError, TypeError: scores of other queries, examples or cases; inputs that are no pictures.
-    """
+
+    >>> import msif_lab as msif
+    >>> from msif_lab import widgets
+    >>> train, test = msif.load_digits()
+    >>> queries = test.select(range(4, 10), n=12)
+    >>> pre = msif.Stage("pre", msif.mlp(64, hidden=(4,), classes=4), train.select(range(4), n=80), weight_decay=0.1)
+    >>> new = train.select(range(4, 10), n=60)
+    >>> fine = msif.Stage("fine", msif.mlp(64, hidden=(4,), classes=6), new, weight_decay=0.1, link=msif.Frozen())
+    >>> pipeline = msif.Pipeline([pre, fine]).fit(progress=False)
+    >>> scores = msif.ImplicitInfluence(curvature="ggn").fit(pipeline).score(queries)
+    >>> explorer = widgets.InfluenceExplorer(pipeline, scores, queries)
+    >>> explorer  # in a notebook: controls and pictures
+    InfluenceExplorer: 12 queries, examples of ['pre']
+    >>> figure = explorer.pick(query=3).static()[0]"""
 
     kind = "influence"
 
@@ -169,11 +182,8 @@ class InfluenceExplorer(Explorer):
             continuous_update=False,
             layout={"width": "98%"},
         )
-        choices = [
-            control
-            for control, options in ((self.case_control, cases), (self.method_control, methods))
-            if len(options) > 1
-        ]
+        several = (self.case_control, cases), (self.method_control, methods)
+        choices = [control for control, options in several if len(options) > 1]
         choices += [self.stage_control] if len(stages) > 1 else []
         self.film = Cards(self, 8, "query-image", self._pick_query)
         self.view = self._html("view")
