@@ -288,11 +288,11 @@ class ImplicitInfluence:
         return Influence(values, scored.data.ids, queries.ids, scored.name, target_name(target), repr(self))
 
     def _side_by_side(self, first: int) -> int:
-        """How many queries are solved at once: a solver holds about eight vectors of each, the stages two."""
+        """How many queries are solved at once: a solver holds some vectors of each, mostly eight, the stages two."""
         sizes = [self._pipeline.objective(k).layout.size for k in range(first, len(self._full))]
-        cuda = self._full[-1].is_cuda
-        room = 2 * working_bytes(self._full[-1].device) if cuda else SOLVING_BYTES
-        return max(1, room // (10 * max(sizes) * self._full[-1].element_size()))
+        room = 2 * working_bytes(self._full[-1].device) if self._full[-1].is_cuda else SOLVING_BYTES
+        held = 2 + getattr(self.solver, "vectors", 8)
+        return max(1, room // (held * max(sizes) * self._full[-1].element_size()))
 
     def _solve(self, queries: Examples, function, first: int, reports: list) -> tuple[Tensor, Tensor | None]:
         """From queries back to stage ``first``: ∇q by what it trains, ``(Q, P)``, where it is still needed, and H⁻¹∇q

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .curvature import Operator
 from .errors import IndefiniteCurvatureError
-from .nested import basis, check_shares, levels, split
+from .nested import KEPT, basis, check_shares, levels, split
 from .solvers import WAYS_OUT, Prepared, Settings, SolveReport, check_columns, ratio, verified
 
 __all__ = ["MINRES", "ConjugateGradient"]
@@ -83,6 +83,11 @@ class ConjugateGradient(Settings):
         if self.preconditioner is not None and not hasattr(self.preconditioner, "prepare"):
             raise TypeError(f"preconditioner={self.preconditioner!r} must be LowRank(), EKFAC() or Jacobi()")
 
+    @property
+    def vectors(self) -> int:
+        """How many vectors a solve holds for each right-hand side."""
+        return 8 + (2 * KEPT * (len(self.shares) + 1) if self.shares else 0)
+
     def prepare(self, operator: Operator) -> "Preconditioned":
         """Make the preconditioner, once for all solves."""
         made = None if self.preconditioner is None else self.preconditioner.prepare(operator)
@@ -139,8 +144,8 @@ class Preconditioned:
             x[:, some[part]] = answer * norm[some[part]]
             relative[some[part]] = residual.norm(dim=0)
             iterations = max(iterations, rounds)
-        held = (6 + (16 * len(solver.shares) + 16 if solver.shares else 0)) * min(width, len(some))
-        held = held * b.shape[0] * b.element_size() + getattr(self.made, "bytes", 0)
+        held = (solver.vectors - 2) * min(width, len(some)) * b.shape[0] * b.element_size()
+        held += getattr(self.made, "bytes", 0)
         way_out = "raise max_iter, add damping, use a preconditioner, or loosen tol"
         return x, solver.report(iterations, relative, smallest, products, held, start, way_out)
 

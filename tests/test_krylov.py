@@ -102,6 +102,7 @@ def test_nested_solves_spare_products_and_count_what_they_spend(mislabelled, mon
     spent.clear()
     x, report = msif.ConjugateGradient(tol=1e-4, shares=(0.1, 0.3)).solve(a, b)
     assert sum(spent) <= report.products < sum(spent) + 1 and report.products <= 0.85 * plain
+    assert report.bytes == (6 + 3 * 2 * 8) * 460 * 6 * 8  # eight directions and their products a column and level
     true = (a.dense() @ x - b).norm(dim=0) / b.norm(dim=0)
     assert float(true.max()) <= 1e-4 and torch.allclose(report.residuals, true, rtol=1e-3)
 
