@@ -13,6 +13,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 from nbclient.exceptions import CellExecutionError
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from notebook_rules import MAX_BYTES, exercise_cells, index_problems, relative_links, structure_problems
@@ -21,7 +22,9 @@ from PIL import Image
 from msif_lab.exercises import EXERCISES
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
-MAX_MEMORY = 1.2e9  # bytes; Binder guarantees 1 GB and kills at 2
+# Bytes; Binder guarantees 1 GB and kills at 2. A PyTorch with CUDA, which Binder has not, loads 250 MB more; the
+# lessons stay below 1.2 GB with it as well, the largest by so little that the machine's threads decide.
+MAX_MEMORY = 1.2e9 + (0.1e9 if torch.version.cuda else 0)
 
 
 def script(name: str):
