@@ -187,7 +187,7 @@ class Student:
         self.page.wait_for_function(ran, arg=[prompt, before])
 
     def problems(self) -> list[str]:
-        """Errors in outputs, dead widgets, cells that did not run, formulas cut off, empty pictures and silent ones."""
+        """Errors in outputs, dead widgets, cells that did not run, formulas cut off, empty pictures."""
         page = self.page
         shown = page.locator('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.stderr"]')
         found = shown.filter(has_text="Traceback (most recent call last)").all_inner_texts()
@@ -197,12 +197,14 @@ class Student:
         found += [f"{idle} code cells did not run"] if idle else []
         empty = "all => all.filter(i => !i.naturalWidth && !i.src.startsWith('https:')).length"  # badges need a network
         dead = page.locator(".jp-Notebook img").evaluate_all(empty)
-        nothing = "all => all.filter(i => ['', 'Image'].includes(i.alt)).length"  # JupyterLab writes "Image" for none
-        silent = page.locator(".jp-OutputArea img").evaluate_all(nothing)
         cut = page.locator(".jp-RenderedMarkdown mjx-container").evaluate_all(CUT)
         found += [f"a formula is cut off in the cell {start!r}" for start in cut]
-        found += [f"{silent} pictures have no alt text"] if silent else []
         return found + ([f"{dead} pictures are empty"] if dead else []) + self.console
+
+    def silent(self) -> int:
+        """How many pictures in outputs have no alt text; JupyterLab itself writes "Image" where there is none."""
+        nothing = "all => all.filter(i => ['', 'Image'].includes(i.alt)).length"
+        return self.page.locator(".jp-OutputArea img").evaluate_all(nothing)
 
     def screenshot(self, label: str):
         """The whole notebook, from its first cell to its last."""
