@@ -73,13 +73,7 @@ class Operator:
         return (matrix + matrix.T).div_(2)
 
     def _dense(self) -> Tensor:
-        size = self.shape[0]
-        matrix = torch.empty(size, size, dtype=self.dtype, device=self.device)
-        for columns in torch.arange(size, device=self.device).split(256):  # a whole identity costs three more matrices
-            unit = torch.zeros(size, len(columns), dtype=self.dtype, device=self.device)
-            unit[columns, columns - columns[0]] = 1
-            matrix[:, columns] = self @ unit
-        return matrix
+        return self @ torch.eye(self.shape[0], dtype=self.dtype, device=self.device)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.shape[0]} × {self.shape[1]}, {self.dtype}, {self.device})"
