@@ -184,7 +184,10 @@ VEHICLES_SIZES = CIFAR_SIZES | {"large": replace(CIFAR_SIZES["large"], lr=0.03)}
 
 
 def _drawn(load, root, first, second, sizes: Sizes, data_seed: int, dtype=torch.float32):
-    """Of the classes ``first`` the pretraining examples, of ``second`` those of finetuning, and the test examples."""
+    """Of the classes ``first`` the pretraining examples, of ``second`` those of finetuning, and the test examples.
+
+    The same that `_transfer` selects, but before all the others are made floats.
+    """
     parts = (first, sizes.pretraining), (second, sizes.finetuning)
     (train, _), new = (load(root, classes=c, pool=2, dtype=dtype, n=n, seed=data_seed) for c, n in parts)
     return train, new

@@ -288,10 +288,10 @@ class ImplicitInfluence:
         return Influence(values, scored.data.ids, queries.ids, scored.name, target_name(target), repr(self))
 
     def _side_by_side(self, first: int) -> int:
-        """How many queries are solved at once: a solver holds some vectors of each, mostly eight, the stages two."""
+        """How many queries are solved at once: a solver holds some vectors of each, mostly six, and four are around."""
         sizes = [self._pipeline.objective(k).layout.size for k in range(first, len(self._full))]
         room = 2 * working_bytes(self._full[-1].device) if self._full[-1].is_cuda else SOLVING_BYTES
-        held = 2 + getattr(self.solver, "vectors", 8)
+        held = 4 + getattr(self.solver, "vectors", 6)
         return max(1, room // (held * max(sizes) * self._full[-1].element_size()))
 
     def _solve(self, queries: Examples, function, first: int, reports: list) -> tuple[Tensor, Tensor | None]:

@@ -86,7 +86,7 @@ class ConjugateGradient(Settings):
     @property
     def vectors(self) -> int:
         """How many vectors a solve holds for each right-hand side."""
-        return 8 + (2 * KEPT * (len(self.shares) + 1) if self.shares else 0)
+        return 6 + (2 * KEPT * (len(self.shares) + 1) if self.shares else 0)
 
     def prepare(self, operator: Operator) -> "Preconditioned":
         """Make the preconditioner, once for all solves."""
@@ -144,7 +144,7 @@ class Preconditioned:
             x[:, some[part]] = answer * norm[some[part]]
             relative[some[part]] = residual.norm(dim=0)
             iterations = max(iterations, rounds)
-        held = (solver.vectors - 2) * min(width, len(some)) * b.shape[0] * b.element_size()
+        held = solver.vectors * min(width, len(some)) * b.shape[0] * b.element_size()
         held += getattr(self.made, "bytes", 0)
         way_out = "raise max_iter, add damping, use a preconditioner, or loosen tol"
         return x, solver.report(iterations, relative, smallest, products, held, start, way_out)

@@ -37,16 +37,13 @@ class CleaningExplorer(Explorer):
         ValueError, TypeError: scores or masks of other examples, NaN, inputs that are no pictures.
 
     >>> import msif_lab as msif
-    >>> from msif_lab import widgets
-    >>> train, test = msif.load_digits()
-    >>> queries = test.select(range(4, 10), n=12)
-    >>> pre = msif.Stage("pre", msif.mlp(64, hidden=(4,), classes=4), train.select(range(4), n=80), weight_decay=0.1)
-    >>> new = train.select(range(4, 10), n=60)
-    >>> fine = msif.Stage("fine", msif.mlp(64, hidden=(4,), classes=6), new, weight_decay=0.1, link=msif.Frozen())
-    >>> pipeline = msif.Pipeline([pre, fine]).fit(progress=False)
-    >>> scores = msif.ImplicitInfluence(curvature="ggn").fit(pipeline).score(queries)
+    >>> from msif_lab import experiments, widgets
+    >>> experiment = experiments.digits(msif.Frozen(), pretraining=80, finetuning=60, queries=12)
+    >>> pipeline, queries = experiment.pipeline.fit(progress=False), experiment.queries
+    >>> scores = msif.UnrolledInfluence().fit(pipeline, progress=False).score(queries, progress=False)
     >>> widgets.CleaningExplorer(pipeline, scores, queries, corrupted=[3, 17])  # in a notebook: a threshold, pictures
-    CleaningExplorer: 80 examples, 2 known to be corrupted, rankings ['scores']"""
+    CleaningExplorer: 80 examples, 2 known to be corrupted, rankings ['scores']
+    """
 
     kind = "cleaning"
 

@@ -46,7 +46,8 @@ class AlphaDampingExplorer(Explorer):
     >>> fine = msif.Stage("fine", msif.mlp(64, hidden=(4,), classes=6), new, weight_decay=0.1, link=msif.Proximal(0.1))
     >>> pipeline = msif.Pipeline([pre, fine]).fit(progress=False)
     >>> widgets.AlphaDampingExplorer(pipeline, queries, curvature="ggn")  # in a notebook: sliders and pictures
-    AlphaDampingExplorer: 12 queries, 80 examples, 50 α from 0.0001 to ∞, 30 dampings"""
+    AlphaDampingExplorer: 12 queries, 80 examples, 50 α from 0.0001 to ∞, 30 dampings
+    """
 
     kind = "damping-explorer"
 

@@ -39,18 +39,15 @@ class InfluenceExplorer(Explorer):
         ValueError, TypeError: scores of other queries, examples or cases; inputs that are no pictures.
 
     >>> import msif_lab as msif
-    >>> from msif_lab import widgets
-    >>> train, test = msif.load_digits()
-    >>> queries = test.select(range(4, 10), n=12)
-    >>> pre = msif.Stage("pre", msif.mlp(64, hidden=(4,), classes=4), train.select(range(4), n=80), weight_decay=0.1)
-    >>> new = train.select(range(4, 10), n=60)
-    >>> fine = msif.Stage("fine", msif.mlp(64, hidden=(4,), classes=6), new, weight_decay=0.1, link=msif.Frozen())
-    >>> pipeline = msif.Pipeline([pre, fine]).fit(progress=False)
-    >>> scores = msif.ImplicitInfluence(curvature="ggn").fit(pipeline).score(queries)
+    >>> from msif_lab import experiments, widgets
+    >>> experiment = experiments.digits(msif.Frozen(), pretraining=80, finetuning=60, queries=12)
+    >>> pipeline, queries = experiment.pipeline.fit(progress=False), experiment.queries
+    >>> scores = msif.UnrolledInfluence().fit(pipeline, progress=False).score(queries, progress=False)
     >>> explorer = widgets.InfluenceExplorer(pipeline, scores, queries)
     >>> explorer  # in a notebook: controls and pictures
-    InfluenceExplorer: 12 queries, examples of ['pre']
-    >>> figure = explorer.pick(query=3).static()[0]"""
+    InfluenceExplorer: 12 queries, examples of ['pretrain']
+    >>> figure = explorer.pick(query=3).static()[0]
+    """
 
     kind = "influence"
 

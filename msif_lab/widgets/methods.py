@@ -33,17 +33,14 @@ class MethodComparison(Explorer):
         ValueError, TypeError: fewer than two methods, other queries or examples, inputs that are no pictures.
 
     >>> import msif_lab as msif
-    >>> from msif_lab import widgets
-    >>> train, test = msif.load_digits()
-    >>> queries = test.select(range(4, 10), n=12)
-    >>> pre = msif.Stage("pre", msif.mlp(64, hidden=(4,), classes=4), train.select(range(4), n=80), weight_decay=0.1)
-    >>> new = train.select(range(4, 10), n=60)
-    >>> fine = msif.Stage("fine", msif.mlp(64, hidden=(4,), classes=6), new, weight_decay=0.1, link=msif.Frozen())
-    >>> pipeline = msif.Pipeline([pre, fine]).fit(progress=False)
-    >>> scores = msif.ImplicitInfluence(curvature="ggn").fit(pipeline).score(queries)
-    >>> scores = {"implicit": scores, "loss": msif.Loss().fit(pipeline).score(queries)}
+    >>> from msif_lab import experiments, widgets
+    >>> experiment = experiments.digits(msif.Frozen(), pretraining=80, finetuning=60, queries=12)
+    >>> pipeline, queries = experiment.pipeline.fit(progress=False), experiment.queries
+    >>> scores = msif.UnrolledInfluence().fit(pipeline, progress=False).score(queries, progress=False)
+    >>> scores = {"unrolled": scores, "loss": msif.Loss().fit(pipeline).score(queries)}
     >>> widgets.MethodComparison(pipeline, scores, queries)  # in a notebook: a scatter linked with pictures
-    MethodComparison: 12 queries, 80 examples, methods ['implicit', 'loss']"""
+    MethodComparison: 12 queries, 80 examples, methods ['unrolled', 'loss']
+    """
 
     kind = "methods"
 
