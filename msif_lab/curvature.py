@@ -115,9 +115,13 @@ class DataCurvature(Operator):
         o, count = self.objective, len(self.objective.data)
         width = self._width(o.bytes_per_example() * max(1, min(64, count) // 16), vectors.shape[1])
         for part, sum_ in zip(vectors.split(width, 1), result.split(width, 1), strict=True):
-            for rows, x, y in self._chunks(max(3, part.shape[1])):
+            for rows, x, y in self._chunks(self._copies(part.shape[1])):
                 sum_ += self._chunk(part, x, y, self.weights[rows] / count)
         return result
+
+    def _copies(self, columns: int) -> int:
+        """How many activation sets so many columns cost an example."""
+        return max(3, columns)
 
     def dense_multiplications(self, examples: int) -> float:
         """What making the dense matrix from so many examples takes if not by products; inf if it is by products."""
@@ -134,14 +138,20 @@ class Hessian(DataCurvature):
     fast float64 convolutions only forwards, so there it is forward over reverse.
     """
 
+    def _forward(self, columns: int) -> bool:
+        float64_convolutions = any(len(s) > 2 for s in self.objective.layout.shapes.values())
+        return self.dtype == torch.float64 and float64_convolutions and columns > 2
+
+    def _copies(self, columns):
+        return super()._copies(columns) * (2 if self._forward(columns) else 1)  # tangents of both passes
+
     def _chunk(self, vectors, x, y, weights):
         o = self.objective
 
         def risk(theta):
             return (weights * o.losses(self._full(theta), x, y)).sum()
 
-        float64_convolutions = self.dtype == torch.float64 and any(len(s) > 2 for s in o.layout.shapes.values())
-        if float64_convolutions and vectors.shape[1] > 2:
+        if self._forward(vectors.shape[1]):
             return vmap(lambda v: jvp(grad(risk), (self.theta,), (v,))[1], in_dims=1, out_dims=1)(vectors)
         with torch.enable_grad():
             theta = self.theta.detach().requires_grad_()

@@ -122,14 +122,15 @@ def test_working_memory(monkeypatch):
         working_bytes(cpu)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", ["hessian", "ggn"])
 @pytest.mark.parametrize("columns", [1, 2, 5, 20])
-def test_a_chunk_takes_about_the_working_memory_however_many_columns(kind, columns):
-    x = torch.randn(400, 1, 28, 28, generator=torch.Generator().manual_seed(0))
-    net = msif.convnet((1, 28, 28), (8, 16), 16, classes=4)
-    stage = msif.Stage("images", net, msif.Examples(x, torch.arange(400) % 4, classes=range(4)))
+def test_a_chunk_takes_about_the_working_memory_however_many_columns(kind, columns, dtype):
+    x = torch.randn(160, 1, 28, 28, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    net = msif.convnet((1, 28, 28), (8, 16), 16, classes=4).to(dtype)
+    stage = msif.Stage("images", net, msif.Examples(x, torch.arange(160) % 4, classes=range(4)))
     operator = msif.Pipeline([stage]).adopt().curvature(0, kind)
-    vectors = torch.ones(operator.shape[0], columns)
+    vectors = torch.ones(operator.shape[0], columns, dtype=dtype)
     operator @ vectors  # what is made only once
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         operator @ vectors
