@@ -13,7 +13,6 @@ from pathlib import Path
 
 import nbformat
 import pytest
-import torch
 from nbclient.exceptions import CellExecutionError
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from notebook_rules import MAX_BYTES, exercise_cells, index_problems, relative_links, structure_problems
@@ -22,9 +21,8 @@ from PIL import Image
 from msif_lab.exercises import EXERCISES
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
-# Bytes; Binder guarantees 1 GB and kills at 2. A PyTorch with CUDA, which Binder has not, loads 300 MB more;
-# with it all lessons but 04, which has taken 1,204 MB with two threads, stay below 1.2 GB too.
-MAX_MEMORY = 1.2e9 + (0.1e9 if torch.version.cuda else 0)
+# Bytes; Binder guarantees 1 GB and kills at 2. With a CUDA build of PyTorch too, which loads 300 MB more.
+MAX_MEMORY = 1.2e9
 
 
 def script(name: str):
