@@ -14,6 +14,7 @@ from torch.func import grad, jacrev, vmap
 
 from .derivatives import (
     example_products,
+    forward_is_cheaper,
     gradient_transpose,
     jvp,
     own_products,
@@ -134,16 +135,15 @@ class DataCurvature(Operator):
 class Hessian(DataCurvature):
     """``∇²F``: exact second derivatives, by differentiating ``∇F`` once more.
 
-    Reverse over reverse: the gradient's graph is made once a chunk and all columns go back through it. PyTorch has
-    fast float64 convolutions only forwards, so there it is forward over reverse.
+    Reverse over reverse: the gradient's graph is made once a chunk and all columns go back through it; or forward over
+    reverse, where `forward_is_cheaper`.
     """
 
     def _forward(self, columns: int) -> bool:
-        float64_convolutions = any(len(s) > 2 for s in self.objective.layout.shapes.values())
-        return self.dtype == torch.float64 and float64_convolutions and columns > 2
+        return columns > 2 and forward_is_cheaper(self.objective, self.dtype)
 
     def _copies(self, columns):
-        return super()._copies(columns) * (2 if self._forward(columns) else 1)  # tangents of both passes
+        return 2 * columns if self._forward(columns) else super()._copies(columns)  # tangents of both passes
 
     def _chunk(self, vectors, x, y, weights):
         o = self.objective

@@ -205,6 +205,12 @@ def cross_products(
     return result
 
 
+def forward_is_cheaper(o: Objective, dtype: torch.dtype) -> bool:
+    """Whether many directions go faster forward over reverse: PyTorch has fast float64 convolutions forwards only, and
+    everywhere else reverse mode is cheaper (bench_unrolled.py)."""
+    return dtype == torch.float64 and any(len(shape) > 2 for shape in o.layout.shapes.values())
+
+
 TRANSPOSE_FIXED, TRANSPOSE_PER_QUERY = 4, 5  # activation sets one example costs below
 
 
@@ -238,8 +244,7 @@ def gradient_transpose(
         cotangents = o.own.put(cotangents.new_zeros(len(cotangents), len(full)), cotangents)
     products, scores = torch.zeros_like(cotangents), []
     weights = full.new_ones(len(batch)) if weights is None else weights
-    # PyTorch has fast float64 convolutions forwards only; everywhere else reverse mode is cheaper (bench_unrolled.py).
-    forward = full.dtype == torch.float64 and any(len(shape) > 2 for shape in o.layout.shapes.values())
+    forward = forward_is_cheaper(o, full.dtype)
     start = 0
     for _, x, y in o.chunks(copies=TRANSPOSE_FIXED + TRANSPOSE_PER_QUERY * len(cotangents), rows=batch, memory=memory):
 

@@ -298,30 +298,32 @@ ARRIVED = """([e, members]) => {
 }"""
 
 
-def show_queries(root, group: str) -> None:
-    """Choose from the list, and wait until all of the view says so."""
+def show_queries(root, group: str) -> list[int]:
+    """Choose from the list, and wait until all of the view says so; returns the group."""
     labels = msif.load_digits()[1].select(classes=range(4, 10), n=30).y.tolist()  # the queries of SETUP
     members = [q for q, y in enumerate(labels) if group in ("all", f"label {y + 4}")]
     groups = root.locator(".msif-queries select")
     options = [" ".join(text.split()) for text in groups.locator("option").all_text_contents()]  # no-break spaces
     groups.select_option(index=options.index(f"{group} ({len(members)})"))
     wait_for(root, ARRIVED, members)
+    return members
+
+
+def wait_for_query(root, query: int, members: list[int]) -> None:
+    """Until it is the one that is marked in the row of ``members``, and the one in view."""
+    film_of(root).locator(".msif-query-image", has_text=f"query {query} ✓").wait_for()
+    wait_for(root, ARRIVED, members)
 
 
 def test_query_is_picked_by_list_and_by_picture(explorer):
     root = explorer("influence")
-    show_queries(root, "label 7")
-    shown, other = sorted(film_of(root).locator(".msif-query-image:visible").all(), key=marked, reverse=True)[:2]
-    assert marked(shown) and not marked(other)
-    name = other.inner_text()
-    other.click()
-    root.locator(".msif-view", has_text=name).first.wait_for()
+    sevens = show_queries(root, "label 7")
+    shown = film_of(root).locator(".msif-query-image", has_text="✓").inner_text()
+    other = next(q for q in sevens if shown != f"query {q} ✓")
+    film_of(root).get_by_text(f"query {other}", exact=True).click()
+    wait_for_query(root, other, sevens)
     show_queries(root, "all")
     assert error_of(root) == ""
-
-
-def marked(button) -> bool:
-    return button.inner_text().endswith("✓")
 
 
 def test_case_changes_the_examples_there_and_back(explorer):
@@ -343,14 +345,12 @@ def click_picture(page, picture) -> None:
 
 def test_a_click_on_a_picture_picks_the_query(explorer):
     root = explorer("influence")
-    show_queries(root, "all")
+    queries = show_queries(root, "all")
     root.locator(".msif-query").get_by_role("slider").press("Home")
-    film = film_of(root)
-    film.locator(".msif-query-image", has_text="query 0 ✓").wait_for()
+    wait_for_query(root, 0, queries)
     for place in (3, 0, 7):
-        click_picture(root.page, film.locator("img").nth(place))
-        film.locator(".msif-query-image", has_text=f"query {place} ✓").wait_for()
-        wait_for(root, ARRIVED, list(range(30)))
+        click_picture(root.page, film_of(root).locator("img").nth(place))
+        wait_for_query(root, place, queries)
     assert error_of(root) == ""
 
 

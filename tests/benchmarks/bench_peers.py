@@ -17,7 +17,7 @@ max |s − s*| / max |s*| and the median over queries of Pearson's r. The enviro
 a .pth file.
 
 The reference covers D's and M's first queries only (it solves them one column at a time). Whether an approximation is
-as good as another's is asked of all 20: their r to the scores of our fastest solver, which the reference has checked.
+as good as another's is asked of all 20, "r all": to the scores of our fastest solver, which the reference has checked.
 """
 
 import argparse
@@ -218,7 +218,7 @@ def main(args) -> None:
         )
         columns = ("epochs", "seconds", "first", "MB", "added", "max err", "r", "")
         print(form.format("job", "library", "variant", *columns), flush=True)
-        done, found = [], []
+        found = []  # the scores of the rows that are done
         for peer in args.peers:
             if peer in NOT_RUN:
                 print(form.format(name, peer, "-", *"-------", NOT_RUN[peer]))
@@ -243,13 +243,13 @@ def main(args) -> None:
                 error, r = (float("nan"),) * 2 if truth is None else agreement(scores, truth)
                 epochs = facts["seconds"] / facts["epoch"]
                 rows.append(row | facts | {"epochs": epochs, "error": error, "r": r})
-                done, found = [*done, rows[-1]], [*found, scores]
+                found.append(scores)
                 cells = [f"{epochs:.1f}", f"{facts['seconds']:.2f}", f"{facts['first']:.1f}"]
                 cells += [f"{facts['peak']:.0f}", f"{facts['added']:.0f}"]
                 drift = "" if 0.8 < facts["drift"] < 1.25 else f"[epochs drifted ×{facts['drift']:.2f}] "
                 print(form.format(name, peer, variant, *cells, f"{error:.1e}", f"{r:.4f}", drift + facts["note"]))
                 sys.stdout.flush()
-        compare_all_queries(done, found)
+        compare_all_queries([r for r in rows if r["job"] == name and "failed" not in r], found)
     print("\n" + "\n".join(verdicts(rows)))
     if args.out:
         args.out.write_text(json.dumps(rows, indent=1))
