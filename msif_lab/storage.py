@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import sys
 import tempfile
 import types
@@ -15,7 +16,10 @@ from safetensors.torch import save as to_bytes
 
 from .errors import MemoryBudgetError, SavedFileError
 
-FORMAT = 1
+FORMAT = 2
+# Format 1 (version 0.1.0) named losses by the file they then lived in.
+_FORMER_NAMES = re.compile(r"\bmsif_lab\.objective\.(?=(?:cross_entropy|mean_squared_error|next_token_loss)\b)")
+_PACKAGE = __name__.partition(".")[0]
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -57,8 +61,8 @@ def digest(*tensors: torch.Tensor) -> str:
 def describe(thing, seen: tuple = ()) -> str:
     """Text that tells settings apart and is the same in every process, so it holds no addresses.
 
-    Importable functions go by name, others by name and content: code, defaults and what they close over;
-    objects by class and attributes, tensors by digest.
+    Importable functions go by name, ours by their public one, which stays when code moves; other functions by
+    name and content: code, defaults and what they close over; objects by class and attributes, tensors by digest.
     """
     if id(thing) in seen:
         return "..."
@@ -80,7 +84,9 @@ def describe(thing, seen: tuple = ()) -> str:
             sys.modules.get(thing.__module__),
         )
         if place is thing:
-            return f"{thing.__module__}.{thing.__qualname__}"
+            package = thing.__module__.partition(".")[0]
+            public = getattr(sys.modules[package], thing.__qualname__, None) is thing and package == _PACKAGE
+            return f"{package if public else thing.__module__}.{thing.__qualname__}"
         closed = [cell.cell_contents for cell in thing.__closure__ or ()]
         content = describe([thing.__code__, thing.__defaults__, thing.__kwdefaults__, closed], seen)
         return f"{thing.__name__}#{hashlib.sha256(content.encode()).hexdigest()[:12]}"
@@ -158,7 +164,7 @@ def read_tensors(path: str | os.PathLike, kind: str) -> tuple[dict[str, torch.Te
         raise SavedFileError(f"{str(path)!r} was not written by msif_lab; load foreign weights into the model yourself")
     if metadata.get("sha256") != _content_digest(tensors, header):
         raise SavedFileError(f"{str(path)!r} was changed after it was written (checksum differs); save it again")
-    facts = json.loads(header)
+    facts = json.loads(_FORMER_NAMES.sub("msif_lab.", header))
     if facts["format"] > FORMAT:
         raise SavedFileError(f"{str(path)!r} has format {facts['format']}, this msif_lab reads up to {FORMAT}; update")
     if facts["kind"] != kind:

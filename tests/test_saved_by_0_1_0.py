@@ -1,0 +1,147 @@
+"""Files that version 0.1.0 wrote still load, with the numbers it wrote.
+
+`saved_by_0_1_0` was made there, by ``save(FOLDER)``; nothing here writes into it.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import msif_lab as msif
+
+FOLDER = Path(__file__).parent / "saved_by_0_1_0"
+SUBSETS = [[0], [3], [1, 5]]
+
+
+def numbers(count, width, seed):
+    """Sixteenths from a linear congruence: no generator, no rounding, the same bits everywhere."""
+    return ((torch.arange(count * width) * 7 + 13 * seed) % 17).double().reshape(count, width) / 16
+
+
+def labelled(count, seed):
+    return msif.Examples(numbers(count, 3, seed), torch.arange(count) * 5 % 3, 100 * seed + torch.arange(count))
+
+
+def measured(count, seed):
+    return msif.Examples(numbers(count, 3, seed), numbers(count, 2, seed + 1), 100 * seed + torch.arange(count))
+
+
+def written(count, seed):
+    tokens = (torch.arange(count * 4) * 3 + seed) % 5
+    return msif.Examples(tokens.reshape(count, 4), tokens.reshape(count, 4), 100 * seed + torch.arange(count))
+
+
+def language_model():
+    return msif.EmbeddingHead(nn.Embedding(5, 3), nn.Linear(3, 5)).double()
+
+
+def proximal():
+    """Cross-entropy at an optimum."""
+    nets = [msif.mlp(3, hidden=(2,), classes=3).double() for _ in range(2)]
+    first = msif.Stage("pretrain", nets[0], labelled(12, 1), weight_decay=1e-1)
+    last = msif.Stage("finetune", nets[1], labelled(9, 2), weight_decay=1e-1, link=msif.Proximal(0.5))
+    return msif.Pipeline([first, last]), labelled(4, 3)
+
+
+def warm_start():
+    """Squared error, stopped early."""
+    recipe = msif.SGD(lr=0.1, epochs=3, batch_size=4, schedule="linear", warmup=2)
+    nets = [msif.mlp(3, hidden=(2,), classes=2).double() for _ in range(2)]
+    settings = {"loss": msif.mean_squared_error, "recipe": recipe, "weight_decay": 1e-2}
+    first = msif.Stage("pretrain", nets[0], measured(12, 1), **settings)
+    last = msif.Stage("finetune", nets[1], measured(8, 2), link=msif.WarmStart(), **settings)
+    return msif.Pipeline([first, last]), measured(4, 3)
+
+
+def frozen():
+    """Next tokens, Adam."""
+    settings = {"loss": msif.next_token_loss, "recipe": msif.Adam(lr=0.05, epochs=2, batch_size=4)}
+    first = msif.Stage("pretrain", language_model(), written(8, 1), **settings)
+    last = msif.Stage("finetune", language_model(), written(8, 2), link=msif.Frozen(), **settings)
+    return msif.Pipeline([first, last]), written(3, 3)
+
+
+PIPELINES = {"proximal": proximal, "warm_start": warm_start, "frozen": frozen}
+
+
+def attributor(name):
+    return msif.ImplicitInfluence() if name == "proximal" else msif.UnrolledInfluence()
+
+
+def removals(pipeline, queries, store):
+    return msif.removal_effects(pipeline, queries, SUBSETS, protocol="same-seed", store=store, progress=False)
+
+
+def save(folder):
+    for name, build in PIPELINES.items():
+        pipeline, queries = build()
+        pipeline.fit(progress=False).save(folder / f"{name}.pipeline.safetensors")
+        scores = attributor(name).fit(pipeline).score(queries)
+        scores.save(folder / f"{name}.scores.safetensors")
+        effects = removals(pipeline, queries, folder / f"{name}.store.safetensors")
+        effects.save(folder / f"{name}.effects.safetensors")
+        told = {
+            "queries": pipeline.evaluate(queries).tolist(),
+            "scores": scores.values.tolist(),
+            "effects": effects.values.tolist(),
+        }
+        (folder / f"{name}.json").write_text(json.dumps(told))
+
+
+@pytest.fixture(params=PIPELINES)
+def saved(request, tmp_path):
+    """A pipeline loaded from a copy of its file, its queries, what 0.1.0 told, and where its other files lie."""
+    for file in FOLDER.glob(f"{request.param}.*"):
+        shutil.copy(file, tmp_path)
+    pipeline, queries = PIPELINES[request.param]()
+    pipeline.load(tmp_path / f"{request.param}.pipeline.safetensors")
+    told = json.loads((tmp_path / f"{request.param}.json").read_text())
+    return request.param, pipeline, queries, {n: torch.tensor(told[n], dtype=torch.float64) for n in told}, tmp_path
+
+
+def same(one, other):
+    return torch.allclose(one, other, rtol=1e-9, atol=1e-12)  # recomputed, perhaps on another processor
+
+
+def test_pipeline(saved):
+    name, pipeline, queries, told, _ = saved
+    assert same(pipeline.evaluate(queries), told["queries"])
+    assert same(attributor(name).fit(pipeline).score(queries).values, told["scores"])
+
+
+def test_scores(saved):
+    name, _, queries, told, folder = saved
+    scores = msif.Influence.load(folder / f"{name}.scores.safetensors")
+    assert torch.equal(scores.values, told["scores"])
+    assert torch.equal(scores.query_ids, queries.ids) and scores.stage == "pretrain" and scores.target == "loss"
+
+
+def test_effects(saved):
+    name, _, _, told, folder = saved
+    effects = msif.Effects.load(folder / f"{name}.effects.safetensors")
+    assert torch.equal(effects.values, told["effects"]) and effects.subsets == SUBSETS
+
+
+def test_store(saved, monkeypatch):
+    """All removals are taken from the store; nothing is trained again."""
+    name, pipeline, queries, told, folder = saved
+    monkeypatch.setattr(msif.Pipeline, "retrain", None)
+    assert same(removals(pipeline, queries, folder / f"{name}.store.safetensors").values, told["effects"])
+
+
+def test_store_of_another_call_is_still_refused(saved):
+    name, pipeline, queries, _, folder = saved
+    with pytest.raises(msif.SavedFileError, match="another pipeline, queries or subsets"):
+        removals(pipeline, queries[:2], folder / f"{name}.store.safetensors")
+
+
+def test_pipeline_with_another_loss_is_still_refused(tmp_path):
+    shutil.copy(FOLDER / "warm_start.pipeline.safetensors", tmp_path)
+    pipeline, _ = warm_start()
+    pipeline.stages[0].loss = lambda outputs, targets: msif.mean_squared_error(outputs, targets) * 2
+    with pytest.raises(msif.SavedFileError, match="loss"):
+        pipeline.load(tmp_path / "warm_start.pipeline.safetensors")
