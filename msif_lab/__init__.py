@@ -16,7 +16,7 @@ from .baselines import (
     all_baselines,
 )
 from .comparison import Agreement, agreement, compare_methods, method_table, noise_ceiling
-from .curvature import GGN, Hessian, Operator
+from .curvature import GGN, Hessian
 from .data import Examples, load_digits
 from .datasets import load_cifar10, load_mnist
 from .derivatives import example_products, per_example_gradients
@@ -40,6 +40,7 @@ from .lissa import LiSSA
 from .lowrank import Jacobi, LowRank
 from .models import EmbeddingHead, convnet, mlp, softmax_regression
 from .objective import cross_entropy, mean_squared_error, next_token_loss
+from .operators import Operator
 from .pipeline import Pipeline, Retrained
 from .plan import Plan, StagePlan, plan
 from .precision import reduced_precision

@@ -79,12 +79,6 @@ class Agreement:
         caption = f"<caption>{queries} queries × {removals} removals</caption>"
         return f"<table style='white-space: nowrap'>{caption}{head}{body}</table>"
 
-    def plot(self, ax=None):
-        """Predicted against actual, one colour per query; see `plots.agreement_scatter`."""
-        from . import plots
-
-        return plots.agreement_scatter(self, ax=ax)
-
 
 def agreement(scores: Influence, effects: Effects, *, resamples: int = 2000, seed: int = 0) -> Agreement:
     """Hold predicted removal effects against actual ones, query by query.

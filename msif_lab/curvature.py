@@ -12,29 +12,15 @@ import torch
 from torch import Tensor
 from torch.func import grad, jacrev, vmap
 
-from .derivatives import (
-    example_products,
-    forward_is_cheaper,
-    gradient_transpose,
-    jvp,
-    own_products,
-    per_example_gradients,
-    pull_back,
-    push_forward,
-)
+from .derivatives import forward_is_cheaper, jvp, pull_back, push_forward
 from .layers import Layer, find_layers, trace
-from .objective import Objective, working_bytes
-from .operators import Operator, Shifted
+from .memory import working_bytes
+from .objective import Objective
+from .operators import Operator
 
 __all__ = [
     "GGN",
     "Hessian",
-    "Operator",
-    "Shifted",
-    "example_products",
-    "gradient_transpose",
-    "own_products",
-    "per_example_gradients",
 ]
 
 

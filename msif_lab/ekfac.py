@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .curvature import DataCurvature, Operator
+from .curvature import DataCurvature
 from .errors import UnsupportedModelError
 from .lowrank import Approximation, parts
 from .objective import cross_entropy, mean_squared_error
+from .operators import Operator
 from .solvers import Settings
 
 __all__ = ["EKFAC"]

@@ -13,13 +13,14 @@ from .checks import ask
 from .data import Examples
 from .derivatives import cross_products, example_products, own_products, per_example_gradients, product_chunks
 from .errors import ConvergenceWarning, IndefiniteCurvatureError
-from .objective import target_name, working_bytes
+from .memory import require_memory, working_bytes
+from .objective import target_name
 from .pipeline import Pipeline
 from .plan import Plan, plan
 from .ranking import Ranking, TopInfluence, rank_stream
 from .solvers import Exact, SolveReport
 from .stages import Stage, WarmStart
-from .storage import read_tensors, require_memory, write_tensors
+from .storage import read_tensors, write_tensors
 
 __all__ = ["ImplicitInfluence", "Influence", "Ranking"]
 

@@ -7,11 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .curvature import DataCurvature, Operator, Shifted
+from .curvature import DataCurvature
 from .data import Examples
 from .derivatives import per_example_gradients
+from .memory import parse_bytes, require_memory
+from .operators import Operator, Shifted
 from .solvers import Settings, SolveReport, check_columns, relative_residuals
-from .storage import parse_bytes, require_memory
 
 __all__ = ["Jacobi", "LowRank"]
 

@@ -6,7 +6,6 @@ previous stage's ``c`` (α = 0 without a proximal link). Many weightings at once
 """
 
 import itertools
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,31 +15,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from .data import Examples
-from .storage import parse_bytes
+from .memory import working_bytes
 
 __all__ = ["cross_entropy", "mean_squared_error", "next_token_loss"]
-
-WORKING_BYTES: int | None = None  # set it, or MSIF_WORKING_BYTES="2GB" in the environment: then chunks take just that
-
-
-def working_bytes(device: torch.device, example: int = 0) -> int:
-    """What one chunk of activations may take.
-
-    On a CPU 32 MB (less pays for Python, more misses the caches, and Binder guarantees 1 GB in all), and where one
-    example is large, up to 256 MB for 16 of them. On a GPU an eighth of its memory, if that much is free: smaller
-    chunks would leave it waiting for Python.
-
-    Args:
-        device: where the work is done.
-        example: bytes that one example takes.
-    """
-    if own := WORKING_BYTES or os.environ.get("MSIF_WORKING_BYTES"):
-        return parse_bytes(own, "MSIF_WORKING_BYTES") if isinstance(own, str) else own
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return min(total // 8, free // 2)
-    return max(32 * 10**6, min(16 * example, 256 * 10**6))
 
 
 @contextmanager

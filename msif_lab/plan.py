@@ -14,10 +14,9 @@ from .derivatives import cheapest_products, example_products, per_example_gradie
 from .errors import ConvergenceWarning, IndefiniteCurvatureError
 from .krylov import ConjugateGradient
 from .lowrank import LowRank
-from .objective import working_bytes
+from .memory import parse_bytes, working_bytes
 from .pipeline import Pipeline
 from .solvers import Exact
-from .storage import parse_bytes
 
 __all__ = ["Plan", "StagePlan", "plan"]
 

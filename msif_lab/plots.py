@@ -7,6 +7,7 @@ import torch
 
 from .comparison import CEILING, STATISTICS, Agreement
 from .data import Examples
+from .figures import describe_figures
 from .influence import Influence
 from .pipeline import Pipeline
 from .stages import Frozen, WarmStart
@@ -32,8 +33,6 @@ def use_style() -> None:
     """
     import matplotlib.pyplot as plt
     import seaborn
-
-    from .widgets.pictures import describe_figures
 
     # Its yellow, pale blue, pink, light orange and tan have less than 3 : 1 on white: thin lines of them get lost.
     palette = [seaborn.color_palette("colorblind")[i] for i in (0, 3, 2, 4, 7)]

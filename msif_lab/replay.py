@@ -12,9 +12,9 @@ from torch import Tensor
 from .derivatives import TRANSPOSE_FIXED as FIXED
 from .derivatives import TRANSPOSE_PER_QUERY as PER_QUERY
 from .errors import MemoryBudgetError
+from .memory import require_memory
 from .objective import Lanes
 from .pipeline import Pipeline
-from .storage import require_memory
 from .training import MiniBatch
 
 __all__ = ["Trajectory", "UnrolledPlan"]

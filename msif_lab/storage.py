@@ -14,38 +14,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 
-from .errors import MemoryBudgetError, SavedFileError
+from .errors import SavedFileError
 
 FORMAT = 2
 # Format 1 (version 0.1.0) named losses by the file they then lived in.
 _FORMER_NAMES = re.compile(r"\bmsif_lab\.objective\.(?=(?:cross_entropy|mean_squared_error|next_token_loss)\b)")
 _PACKAGE = __name__.partition(".")[0]
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-
-
-def parse_bytes(size: str | int | float, name: str = "memory") -> int:
-    """Number of bytes in a size such as ``"1GB"``, ``"250 MB"`` or ``10**9``.
-
-    >>> parse_bytes("1.5GB")
-    1500000000
-    """
-    if isinstance(size, (int, float)) and not isinstance(size, bool) and size > 0:
-        return int(size)
-    if isinstance(size, str):
-        text = size.strip().upper()
-        for unit in sorted(_UNITS, key=len, reverse=True):
-            number = text.removesuffix(unit).strip()
-            if text.endswith(unit) and number.replace(".", "", 1).isdigit():
-                return int(float(number) * _UNITS[unit])
-    raise ValueError(f"{name}={size!r} is not a size; write it like '500MB' or '1GB', or as a number of bytes")
-
-
-def require_memory(needed: int, budget: int, what: str, way_out: str) -> None:
-    """Raise `MemoryBudgetError` before the work when ``needed`` bytes exceed ``budget``."""
-    if needed > budget:
-        raise MemoryBudgetError(
-            f"{what} needs about {needed / 1e6:,.0f} MB, the budget is {budget / 1e6:,.0f} MB; {way_out}"
-        )
 
 
 def digest(*tensors: torch.Tensor) -> str:

@@ -22,10 +22,10 @@ from .data import Examples
 from .derivatives import gradient_transpose, own_products, per_example_gradients
 from .errors import UnsmoothTrainingWarning
 from .influence import Influence, require_unchanged
+from .memory import parse_bytes
 from .objective import target_name
 from .pipeline import Pipeline, Retrained
 from .replay import Trajectory, UnrolledPlan, even_bounds, make_plan, require_run, require_same_end, seconds
-from .storage import parse_bytes
 from .training import progress_bar
 
 __all__ = ["UnrolledInfluence"]

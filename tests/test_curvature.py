@@ -9,7 +9,7 @@ from torch.func import functional_call, jacrev, vmap
 from torch.nn import functional
 
 import msif_lab as msif
-from msif_lab import objective
+from msif_lab import memory
 from msif_lab.curvature import own_products
 from msif_lab.objective import Lanes
 
@@ -303,7 +303,7 @@ class Step(int):
 
 
 def chunk_by(monkeypatch, rows):
-    monkeypatch.setattr(objective, "WORKING_BYTES", Step(rows))  # an override is exact
+    monkeypatch.setattr(memory, "WORKING_BYTES", Step(rows))  # an override is exact
 
 
 def everything(pipeline, queries, corrected):

@@ -10,10 +10,11 @@ from conftest import random_pipeline, random_queries
 from torch import nn
 
 import msif_lab as msif
-from msif_lab import influence, objective
+from msif_lab import influence, memory
 from msif_lab.derivatives import cross_products
 from msif_lab.layers import Scale, find_layers
-from msif_lab.objective import Objective, Places, working_bytes
+from msif_lab.memory import working_bytes
+from msif_lab.objective import Objective, Places
 
 F64 = torch.float64
 
@@ -114,7 +115,7 @@ def test_working_memory(monkeypatch):
     assert working_bytes(torch.device("cuda")) == 3 * 10**9  # half of what is left
     monkeypatch.setenv("MSIF_WORKING_BYTES", "2GB")
     assert working_bytes(cpu) == 2 * 10**9
-    monkeypatch.setattr(objective, "WORKING_BYTES", 123)
+    monkeypatch.setattr(memory, "WORKING_BYTES", 123)
     assert working_bytes(cpu, 10**9) == 123
     monkeypatch.undo()
     monkeypatch.setenv("MSIF_WORKING_BYTES", "much")

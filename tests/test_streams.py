@@ -6,7 +6,7 @@ import torch
 from conftest import random_examples, random_model
 
 import msif_lab as msif
-from msif_lab import objective
+from msif_lab import memory
 
 F64 = torch.float64
 
@@ -55,7 +55,7 @@ def test_inputs_are_read_chunk_by_chunk_and_never_kept(monkeypatch):
     o = lazy.objective(0)
     v = torch.zeros(o.size, 2, dtype=F64)
     msif.example_products(o, lazy.trained()[0], v, mode="layers")  # looks at the model first, with a few examples
-    monkeypatch.setattr(objective, "WORKING_BYTES", 1)  # one example a chunk
+    monkeypatch.setattr(memory, "WORKING_BYTES", 1)  # one example a chunk
     before, most, x = dataset.calls, 0, o.data.x
     read = type(x).__getitem__
 
@@ -136,7 +136,7 @@ def test_random_augmentation_is_refused():
 def test_top_is_the_ends_of_the_full_ranking(rows, target, monkeypatch):
     held, lazy, _, queries = pair()
     full = msif.ImplicitInfluence(curvature="ggn").fit(held).score(queries, target=target)
-    monkeypatch.setattr(objective, "WORKING_BYTES", rows * 10**3)
+    monkeypatch.setattr(memory, "WORKING_BYTES", rows * 10**3)
     top = msif.ImplicitInfluence(curvature="ggn").fit(lazy).score(queries, target=target, top=5)
     for which in ("helpful", "harmful"):
         expected, actual = getattr(full, which)(5), getattr(top, which)()

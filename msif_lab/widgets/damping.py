@@ -8,13 +8,14 @@ import torch
 from .. import plots
 from ..comparison import agreement, row_correlations, row_ranks
 from ..data import Examples
+from ..figures import img
 from ..influence import Influence
 from ..pipeline import Pipeline
 from ..sweep import AlphaSweep
 from ..validation import Effects
 from .frame import Explorer
 from .given import one_pipeline, quoted
-from .pictures import Gallery, Plot, img, open_axes, signed, table
+from .pictures import Gallery, Plot, open_axes, signed, table
 
 __all__ = ["AlphaDampingExplorer"]
 

@@ -7,9 +7,9 @@ import threading
 import traceback
 from collections.abc import Callable, Sequence
 
+from ..figures import figure_png
 from ..pipeline import Pipeline
 from .background import Job
-from .pictures import figure_png
 
 __all__ = ["WIDE", "Explorer", "need_choice"]
 

@@ -7,12 +7,13 @@ import torch
 
 from .. import plots
 from ..data import Examples
+from ..figures import img
 from ..influence import Influence
 from ..pipeline import Pipeline
 from ..validation import removal_effects
 from .frame import Explorer, need_choice
 from .given import pipelines, predicted_class, quoted, score_table
-from .pictures import Cards, Gallery, Plot, effects_axes, img, signed, table
+from .pictures import Cards, Gallery, Plot, effects_axes, signed, table
 
 __all__ = ["InfluenceExplorer"]
 

@@ -8,11 +8,12 @@ import torch
 from .. import plots
 from ..comparison import row_correlations, row_ranks
 from ..data import Examples
+from ..figures import img
 from ..influence import Influence
 from ..pipeline import Pipeline
 from .frame import Explorer
 from .given import check_scores, one_pipeline, quoted
-from .pictures import Cards, Gallery, Plot, img, open_axes, signed, table
+from .pictures import Cards, Gallery, Plot, open_axes, signed, table
 
 __all__ = ["MethodComparison"]
 

@@ -1,18 +1,15 @@
 """Pictures as text: `<img>` with its bytes and its alt text, which a slider can exchange in milliseconds."""
 
-import base64
 import functools
 import html
 import io
-import threading
 
 import numpy
 import torch
 
 from .. import plots
 from ..data import Examples
-
-DRAWING = threading.RLock()  # matplotlib is not made for two threads, and an answer may come from another one
+from ..figures import DRAWING, img
 
 CARD_WIDTH = 92  # pixels of a picture's column, and of the button below it with its margins
 # A button reaches over its picture, up to the edge of their box: a click on the picture is one on the button.
@@ -22,16 +19,6 @@ CLICKABLE = (
     ".msif-card::before{content:'';position:absolute;bottom:100%;left:-2px;right:-2px;height:1000px;cursor:pointer}"
 )
 CARD = "display:inline-block;text-align:center;vertical-align:top;line-height:1.35"
-
-
-def data_uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
-
-
-def img(png: bytes, alt: str, width: int | None = None) -> str:
-    """An image element; ``alt`` says in words what it shows."""
-    size = f"display:block;width:{width}px;image-rendering:pixelated;" if width else "max-width:100%;"
-    return f'<img src="{data_uri(png)}" alt="{html.escape(alt, quote=True)}" style="{size}background:white">'
 
 
 def image_png(image: torch.Tensor) -> bytes:
@@ -153,41 +140,6 @@ def effects_axes(figure):
     (truth,) = ax.plot([], [], "x", ms=5, color=plots.HARMFUL)
     ax.set_xlabel("query (dotted: the one in view)", fontsize=9)
     return ax, guess, truth
-
-
-def figure_png(figure) -> bytes:
-    """Any figure as notebooks show it."""
-    buffer = io.BytesIO()
-    with DRAWING:
-        figure.savefig(buffer, format="png")
-    return buffer.getvalue()
-
-
-def describe_figures() -> None:
-    """From now on JupyterLab shows figures with the alt text of their cell's metadata: ``"alt"``, one or a list.
-
-    It tells the kernel that metadata, but gives a PNG's `<img>` no alt text (Jupyter's enhancement proposal 120); so
-    a figure goes out as HTML too, which it prefers. Elsewhere, and for cells without alt texts, nothing changes.
-    """
-    from IPython import get_ipython
-    from matplotlib.figure import FigureBase
-
-    shell = get_ipython()
-    if not hasattr(shell, "get_parent"):  # no kernel
-        return
-    cell, shown = None, 0
-
-    def described(figure) -> str | None:
-        nonlocal cell, shown
-        parent = shell.get_parent()
-        alts = parent.get("metadata", {}).get("alt", [])
-        alts = [alts] if isinstance(alts, str) else alts
-        run = parent.get("header", {}).get("msg_id")
-        cell, shown = run, shown + 1 if run == cell else 1
-        return img(figure_png(figure), alts[shown - 1]) if shown <= len(alts) else None
-
-    # For the base class, since whoever chooses the inline backend forgets all formatters of `Figure`.
-    shell.display_formatter.formatters["text/html"].for_type(FigureBase, described)
 
 
 def signed(value: float, digits: int = 4) -> str:

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Sequence
 
+from ..figures import figure_png, img
 from .frame import Explorer
 from .given import quoted
-from .pictures import figure_png, img
 
 __all__ = ["FigureSlider"]
 

@@ -28,7 +28,7 @@ from torch import nn
 from torch.nn.functional import avg_pool2d, cross_entropy
 
 import msif_lab as msif
-from msif_lab import curvature, objective
+from msif_lab import curvature, memory, objective
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "peers"))
 from job import status
@@ -335,7 +335,7 @@ def main(args) -> None:
         torch.set_num_threads(args.threads)
     set_precision("float32")
     cuda = args.device.startswith("cuda")
-    objective.WORKING_BYTES = args.working  # None: the library's own choice for the device
+    memory.WORKING_BYTES = args.working  # None: the library's own choice for the device
     warnings.simplefilter("ignore", msif.ConvergenceWarning)  # a few epochs of SGD are no optimum; residuals are shown
     device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} thread(s)"
     print(f"{device}, torch {torch.__version__}, size {args.size}", flush=True)

@@ -1,0 +1,57 @@
+"""How much memory work may take: sizes in words, a budget checked before the work, and the size of one chunk."""
+
+import os
+
+import torch
+
+from .errors import MemoryBudgetError
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def parse_bytes(size: str | int | float, name: str = "memory") -> int:
+    """Number of bytes in a size such as ``"1GB"``, ``"250 MB"`` or ``10**9``.
+
+    >>> parse_bytes("1.5GB")
+    1500000000
+    """
+    if isinstance(size, (int, float)) and not isinstance(size, bool) and size > 0:
+        return int(size)
+    if isinstance(size, str):
+        text = size.strip().upper()
+        for unit in sorted(_UNITS, key=len, reverse=True):
+            number = text.removesuffix(unit).strip()
+            if text.endswith(unit) and number.replace(".", "", 1).isdigit():
+                return int(float(number) * _UNITS[unit])
+    raise ValueError(f"{name}={size!r} is not a size; write it like '500MB' or '1GB', or as a number of bytes")
+
+
+def require_memory(needed: int, budget: int, what: str, way_out: str) -> None:
+    """Raise `MemoryBudgetError` before the work when ``needed`` bytes exceed ``budget``."""
+    if needed > budget:
+        raise MemoryBudgetError(
+            f"{what} needs about {needed / 1e6:,.0f} MB, the budget is {budget / 1e6:,.0f} MB; {way_out}"
+        )
+
+
+WORKING_BYTES: int | None = None  # set it, or MSIF_WORKING_BYTES="2GB" in the environment: then chunks take just that
+
+
+def working_bytes(device: torch.device, example: int = 0) -> int:
+    """What one chunk of activations may take.
+
+    On a CPU 32 MB (less pays for Python, more misses the caches, and Binder guarantees 1 GB in all), and where one
+    example is large, up to 256 MB for 16 of them. On a GPU an eighth of its memory, if that much is free: smaller
+    chunks would leave it waiting for Python.
+
+    Args:
+        device: where the work is done.
+        example: bytes that one example takes.
+    """
+    if own := WORKING_BYTES or os.environ.get("MSIF_WORKING_BYTES"):
+        return parse_bytes(own, "MSIF_WORKING_BYTES") if isinstance(own, str) else own
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return min(total // 8, free // 2)
+    return max(32 * 10**6, min(16 * example, 256 * 10**6))
