@@ -17,8 +17,8 @@ from .baselines import (
 )
 from .comparison import Agreement, agreement, compare_methods, method_table, noise_ceiling
 from .curvature import GGN, Hessian
-from .data import Examples, load_digits
-from .datasets import load_cifar10, load_mnist
+from .data.datasets import load_cifar10, load_digits, load_mnist
+from .data.examples import Examples
 from .derivatives import example_products, per_example_gradients
 from .ekfac import EKFAC
 from .errors import (

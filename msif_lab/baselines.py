@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .checks import ask
-from .data import Examples
+from .data.examples import Examples
 from .derivatives import example_products, per_example_gradients
 from .influence import Influence, require_unchanged
 from .objective import target_name

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .data import Examples
+from .data.examples import Examples
 from .errors import UnsupportedModelError
 from .objective import Objective, cross_entropy, exact_convolutions, target_function
 

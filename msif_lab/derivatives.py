@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, func
 from torch.func import grad, vmap
 
-from .data import Examples
+from .data.examples import Examples
 from .layers import find_layers, trace
 from .objective import Objective
 

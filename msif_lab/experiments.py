@@ -11,8 +11,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from .data import Examples, load_digits
-from .datasets import load_cifar10, load_mnist
+from .data.datasets import load_cifar10, load_digits, load_mnist
+from .data.examples import Examples
 from .lbfgs import LBFGS
 from .models import EmbeddingHead, convnet, mlp, softmax_regression
 from .pipeline import Pipeline

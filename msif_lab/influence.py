@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .checks import ask
-from .data import Examples
+from .data.examples import Examples
 from .derivatives import cross_products, example_products, own_products, per_example_gradients, product_chunks
 from .errors import ConvergenceWarning, IndefiniteCurvatureError
 from .memory import require_memory, working_bytes

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .curvature import DataCurvature
-from .data import Examples
+from .data.examples import Examples
 from .derivatives import per_example_gradients
 from .memory import parse_bytes, require_memory
 from .operators import Operator, Shifted

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from .data import Examples
+from .data.examples import Examples
 from .memory import working_bytes
 
 __all__ = ["cross_entropy", "mean_squared_error", "next_token_loss"]

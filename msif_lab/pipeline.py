@@ -9,7 +9,7 @@ from torch.func import vmap
 
 from .checks import ask, check_examples, check_layers
 from .curvature import DataCurvature, curvature
-from .data import Examples
+from .data.examples import Examples
 from .errors import SavedFileError
 from .objective import Lanes, Layout, Objective
 from .stages import Prepared, Stage, check_buffers

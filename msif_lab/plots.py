@@ -6,7 +6,7 @@ import math
 import torch
 
 from .comparison import CEILING, STATISTICS, Agreement
-from .data import Examples
+from .data.examples import Examples
 from .figures import describe_figures
 from .influence import Influence
 from .pipeline import Pipeline

@@ -8,7 +8,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from .data import Examples
+from .data.examples import Examples
 from .lbfgs import LBFGS
 from .objective import Lanes, Layout, Objective, cross_entropy
 

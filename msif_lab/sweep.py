@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .checks import ask
-from .data import Examples
+from .data.examples import Examples
 from .derivatives import per_example_gradients
 from .errors import IndefiniteCurvatureError
 from .influence import Influence

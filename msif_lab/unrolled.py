@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .checks import ask
-from .data import Examples
+from .data.examples import Examples
 from .derivatives import gradient_transpose, own_products, per_example_gradients
 from .errors import UnsmoothTrainingWarning
 from .influence import Influence, require_unchanged

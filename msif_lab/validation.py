@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .checks import ask
-from .data import Examples
+from .data.examples import Examples
 from .errors import ConvergenceWarning, SavedFileError
 from .objective import target_name
 from .pipeline import Pipeline

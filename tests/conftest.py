@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import msif_lab as msif
-from msif_lab import sources
+from msif_lab.data import sources
 
 torch.set_num_threads(1)  # these problems are tiny, and two threads on a busy machine cost five times more
 

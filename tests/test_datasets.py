@@ -23,7 +23,7 @@ import pytest
 import torch
 
 import msif_lab as msif
-from msif_lab import datasets, formats, sources
+from msif_lab.data import datasets, formats, sources
 
 REAL = {"mnist": datasets._MNIST, "cifar10": datasets._CIFAR10}
 LOAD = {"mnist": msif.load_mnist, "cifar10": msif.load_cifar10}
@@ -704,7 +704,7 @@ def test_a_user_without_a_home_has_a_cache(place, monkeypatch):
 IN_A_PROCESS = """
 import sys; sys.path.insert(0, {tests!r})
 import time, warnings, test_datasets as t
-from msif_lab import datasets, sources
+from msif_lab.data import datasets, sources
 datasets._CIFAR10, arrays = t.tiny("cifar10")
 sources.urllib.request.urlopen = lambda *a, **k: (_ for _ in ()).throw(OSError("offline"))
 warnings.simplefilter("error")
@@ -736,7 +736,7 @@ def test_two_processes_at_once_share_one_cache(place, monkeypatch):
 
 MEMORY = """
 import re, sys, hashlib, dataclasses, resource, numpy
-from msif_lab import datasets
+from msif_lab.data import datasets
 real, folder = datasets._CIFAR10, sys.argv[1]
 arrays = [numpy.load(f"{folder}/{name}", mmap_mode="r") for name in real.files]
 digests = tuple(hashlib.sha256(a).hexdigest() for a in arrays)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ..checks import ask
-from ..data import Examples
+from ..data.examples import Examples
 from ..influence import Influence
 from ..pipeline import Pipeline
 

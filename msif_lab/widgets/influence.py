@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from .. import plots
-from ..data import Examples
+from ..data.examples import Examples
 from ..figures import img
 from ..influence import Influence
 from ..pipeline import Pipeline

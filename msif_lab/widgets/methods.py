@@ -7,7 +7,7 @@ import torch
 
 from .. import plots
 from ..comparison import row_correlations, row_ranks
-from ..data import Examples
+from ..data.examples import Examples
 from ..figures import img
 from ..influence import Influence
 from ..pipeline import Pipeline

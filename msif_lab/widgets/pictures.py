@@ -8,7 +8,7 @@ import numpy
 import torch
 
 from .. import plots
-from ..data import Examples
+from ..data.examples import Examples
 from ..figures import DRAWING, img
 
 CARD_WIDTH = 92  # pixels of a picture's column, and of the button below it with its margins

@@ -1,4 +1,4 @@
-"""Labelled examples that keep their identity, and the real data sets of the lessons."""
+"""`Examples`: labelled data that keep their identity, in memory or read when needed."""
 
 import numbers
 import operator
@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from .storage import digest
+from ..storage import digest
 
-__all__ = ["Examples", "Inputs", "load_digits"]
+__all__ = ["Examples", "Inputs"]
 
 
 class Inputs:
@@ -285,28 +285,3 @@ class Examples:
         head, row = ("".join(f"<t{k}>{c[i]}</t{k}>" for c in cells) for i, k in ((0, "h"), (1, "d")))
         shape = " × ".join(map(str, self.x.shape[1:]))
         return f"<table><caption>{len(self)} examples, {shape}</caption><tr>{head}</tr><tr>{row}</tr></table>"
-
-
-def load_digits(dtype: torch.dtype | None = None) -> tuple[Examples, Examples]:
-    """Real handwritten digits that ship with scikit-learn: 1,797 images of 8 × 8, no download.
-
-    Optical Recognition of Handwritten Digits (Alpaydin & Kaynak, UCI, 1998), its 17 grey levels scaled to
-    [0, 1]; split once and for all into 1,201 training and 596 test images, stratified by digit.
-
-    Args:
-        dtype: floating dtype of the images; default ``torch.get_default_dtype()``.
-
-    Returns:
-        ``(train, test)``; ``x`` is ``(N, 1, 8, 8)``, ids are positions in scikit-learn's order.
-    """
-    from sklearn.datasets import load_digits as bundled
-
-    raw = bundled()
-    x = torch.as_tensor(raw.images, dtype=dtype or torch.get_default_dtype())[:, None] / 16
-    digits = Examples(x, torch.as_tensor(raw.target, dtype=torch.int64))
-    test = torch.zeros(len(digits), dtype=torch.bool)
-    generator = torch.Generator().manual_seed(0)
-    for label in range(10):
-        members = (digits.y == label).nonzero().flatten()
-        test[members[torch.randperm(len(members), generator=generator)[: len(members) // 3]]] = True
-    return digits[~test], digits[test]

@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from .errors import DataUnavailableError
+from ..errors import DataUnavailableError
+from ..storage import write_bytes
 from .formats import UNREADABLE, DataSet, read_own, verified
-from .storage import write_bytes
 
 log = logging.getLogger("msif_lab")
 PLACES = (".", "msif_lab", "MNIST/raw", "raw", "cifar-10-batches-bin", "cifar-10-batches-py")  # where copies keep files

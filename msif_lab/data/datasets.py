@@ -1,4 +1,4 @@
-"""MNIST and CIFAR-10 as `Examples`, with only the wanted classes converted to floats."""
+"""The real data sets of the lessons as `Examples`: bundled digits, MNIST and CIFAR-10."""
 
 import math
 import mmap
@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch.nn.functional import avg_pool2d
 
-from .data import Examples
+from .examples import Examples
 from .formats import BATCHES, DataSet, read_binary, read_idx, read_python, read_sprites
 from .sources import raw_arrays
 
-__all__ = ["load_cifar10", "load_mnist"]
+__all__ = ["load_cifar10", "load_digits", "load_mnist"]
 
 BLOCK = 250  # images converted at a time
 
@@ -201,3 +201,28 @@ def _examples(data: DataSet, images, labels, classes, n, seed, pool: int, dtype:
         if isinstance(images.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
             images.base.madvise(mmap.MADV_DONTNEED)  # a mapped file's pages count as memory until they are let go
     return Examples(x, kept.y, kept.ids, classes=kept.classes)
+
+
+def load_digits(dtype: torch.dtype | None = None) -> tuple[Examples, Examples]:
+    """Real handwritten digits that ship with scikit-learn: 1,797 images of 8 × 8, no download.
+
+    Optical Recognition of Handwritten Digits (Alpaydin & Kaynak, UCI, 1998), its 17 grey levels scaled to
+    [0, 1]; split once and for all into 1,201 training and 596 test images, stratified by digit.
+
+    Args:
+        dtype: floating dtype of the images; default ``torch.get_default_dtype()``.
+
+    Returns:
+        ``(train, test)``; ``x`` is ``(N, 1, 8, 8)``, ids are positions in scikit-learn's order.
+    """
+    from sklearn.datasets import load_digits as bundled
+
+    raw = bundled()
+    x = torch.as_tensor(raw.images, dtype=dtype or torch.get_default_dtype())[:, None] / 16
+    digits = Examples(x, torch.as_tensor(raw.target, dtype=torch.int64))
+    test = torch.zeros(len(digits), dtype=torch.bool)
+    generator = torch.Generator().manual_seed(0)
+    for label in range(10):
+        members = (digits.y == label).nonzero().flatten()
+        test[members[torch.randperm(len(members), generator=generator)[: len(members) // 3]]] = True
+    return digits[~test], digits[test]
