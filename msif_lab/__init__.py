@@ -38,8 +38,8 @@ from .krylov import MINRES, ConjugateGradient
 from .lbfgs import LBFGS
 from .lissa import LiSSA
 from .lowrank import Jacobi, LowRank
-from .models import EmbeddingHead, convnet, mlp, softmax_regression
-from .objective import cross_entropy, mean_squared_error, next_token_loss
+from .objective.losses import cross_entropy, mean_squared_error, next_token_loss
+from .objective.models import EmbeddingHead, convnet, mlp, softmax_regression
 from .operators import Operator
 from .pipeline import Pipeline, Retrained
 from .plan import Plan, StagePlan, plan

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .checks import ask
 from .data.examples import Examples
 from .derivatives import example_products, per_example_gradients
 from .influence import Influence, require_unchanged
-from .objective import target_name
+from .objective.checks import ask
+from .objective.losses import target_name
 from .pipeline import Pipeline
 from .replay import Trajectory, even_bounds, require_run, require_same_end
 from .solvers import Exact

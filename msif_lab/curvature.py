@@ -15,7 +15,7 @@ from torch.func import grad, jacrev, vmap
 from .derivatives import forward_is_cheaper, jvp, pull_back, push_forward
 from .layers import Layer, find_layers, trace
 from .memory import working_bytes
-from .objective import Objective
+from .objective.objective import Objective
 from .operators import Operator
 
 __all__ = [

@@ -10,7 +10,7 @@ from torch.func import grad, vmap
 
 from .data.examples import Examples
 from .layers import find_layers, trace
-from .objective import Objective
+from .objective.objective import Objective
 
 __all__ = ["example_products", "gradient_transpose", "own_products", "per_example_gradients", "product_chunks"]
 

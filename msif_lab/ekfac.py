@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .curvature import DataCurvature
 from .errors import UnsupportedModelError
 from .lowrank import Approximation, parts
-from .objective import cross_entropy, mean_squared_error
+from .objective.losses import cross_entropy, mean_squared_error
 from .operators import Operator
 from .solvers import Settings
 

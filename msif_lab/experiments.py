@@ -14,7 +14,7 @@ from torch import nn
 from .data.datasets import load_cifar10, load_digits, load_mnist
 from .data.examples import Examples
 from .lbfgs import LBFGS
-from .models import EmbeddingHead, convnet, mlp, softmax_regression
+from .objective.models import EmbeddingHead, convnet, mlp, softmax_regression
 from .pipeline import Pipeline
 from .stages import Frozen, Link, Proximal, Stage, WarmStart
 from .training import SGD

@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .checks import ask
 from .data.examples import Examples
 from .derivatives import cross_products, example_products, own_products, per_example_gradients, product_chunks
 from .errors import ConvergenceWarning, IndefiniteCurvatureError
 from .memory import require_memory, working_bytes
-from .objective import target_name
+from .objective.checks import ask
+from .objective.losses import target_name
 from .pipeline import Pipeline
 from .plan import Plan, plan
 from .ranking import Ranking, TopInfluence, rank_stream

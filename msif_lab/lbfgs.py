@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .curvature import Hessian
-from .objective import Lanes
+from .objective.objective import Lanes
 from .training import FitReport, check_finite, noise_floor, progress_bar
 
 __all__ = ["LBFGS"]

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from .checks import ask, check_examples, check_layers
 from .curvature import DataCurvature, curvature
 from .data.examples import Examples
 from .errors import SavedFileError
-from .objective import Lanes, Layout, Objective
+from .objective.checks import ask, check_examples, check_layers
+from .objective.layout import Layout
+from .objective.objective import Lanes, Objective
 from .stages import Prepared, Stage, check_buffers
 from .storage import describe, digest, read_tensors, write_tensors
 from .training import FitReport

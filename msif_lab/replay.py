@@ -13,7 +13,7 @@ from .derivatives import TRANSPOSE_FIXED as FIXED
 from .derivatives import TRANSPOSE_PER_QUERY as PER_QUERY
 from .errors import MemoryBudgetError
 from .memory import require_memory
-from .objective import Lanes
+from .objective.objective import Lanes
 from .pipeline import Pipeline
 from .training import MiniBatch
 

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from .data.examples import Examples
 from .lbfgs import LBFGS
-from .objective import Lanes, Layout, Objective, cross_entropy
+from .objective.layout import Layout
+from .objective.losses import cross_entropy
+from .objective.objective import Lanes, Objective
 
 __all__ = ["Frozen", "Proximal", "Stage", "WarmStart"]
 

@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from .checks import ask
 from .data.examples import Examples
 from .derivatives import per_example_gradients
 from .errors import IndefiniteCurvatureError
 from .influence import Influence
-from .objective import target_name
+from .objective.checks import ask
+from .objective.losses import target_name
 from .pipeline import Pipeline
 from .solvers import Exact, Spectrum, schur_complement
 from .stages import Proximal

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .errors import NotConvergedError
-from .objective import Lanes
+from .objective.objective import Lanes
 
 __all__ = ["SGD", "Adam", "AdamW", "FitReport"]
 

@@ -17,13 +17,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .checks import ask
 from .data.examples import Examples
 from .derivatives import gradient_transpose, own_products, per_example_gradients
 from .errors import UnsmoothTrainingWarning
 from .influence import Influence, require_unchanged
 from .memory import parse_bytes
-from .objective import target_name
+from .objective.checks import ask
+from .objective.losses import target_name
 from .pipeline import Pipeline, Retrained
 from .replay import Trajectory, UnrolledPlan, even_bounds, make_plan, require_run, require_same_end, seconds
 from .training import progress_bar

@@ -9,10 +9,10 @@ import numpy
 import torch
 from torch import Tensor
 
-from .checks import ask
 from .data.examples import Examples
 from .errors import ConvergenceWarning, SavedFileError
-from .objective import target_name
+from .objective.checks import ask
+from .objective.losses import target_name
 from .pipeline import Pipeline
 from .storage import check_writable, describe, digest, read_tensors, write_tensors
 from .training import progress_bar

@@ -11,7 +11,7 @@ from torch.nn import functional
 import msif_lab as msif
 from msif_lab import memory
 from msif_lab.curvature import own_products
-from msif_lab.objective import Lanes
+from msif_lab.objective.objective import Lanes
 
 F64 = torch.float64
 LINKS = {"frozen": msif.Frozen(), "proximal": msif.Proximal(0.3)}

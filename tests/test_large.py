@@ -14,7 +14,8 @@ from msif_lab import influence, memory
 from msif_lab.derivatives import cross_products
 from msif_lab.layers import Scale, find_layers
 from msif_lab.memory import working_bytes
-from msif_lab.objective import Objective, Places
+from msif_lab.objective.layout import Places
+from msif_lab.objective.objective import Objective
 
 F64 = torch.float64
 

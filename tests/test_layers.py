@@ -9,7 +9,7 @@ from torch.func import functional_call, jacrev, vmap
 
 import msif_lab as msif
 from msif_lab.layers import find_layers, trace
-from msif_lab.objective import Objective
+from msif_lab.objective.objective import Objective
 
 F64 = torch.float64
 

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import torch
 
-from ..checks import ask
 from ..data.examples import Examples
 from ..influence import Influence
+from ..objective.checks import ask
 from ..pipeline import Pipeline
 
 __all__ = ["Given", "check_scores", "one_pipeline", "pipelines", "predicted_class", "quoted", "score_table"]

@@ -5,9 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .data.examples import Examples
-from .errors import UnsupportedModelError
-from .objective import Objective, cross_entropy, exact_convolutions, target_function
+from ..data.examples import Examples
+from ..errors import UnsupportedModelError
+from .losses import cross_entropy, target_function
+from .objective import Objective, exact_convolutions
 
 __all__ = ["ask", "check_examples", "check_layers"]
 

@@ -5,19 +5,17 @@ Letters as in the lessons: ``θ`` the ``P`` parameters a stage trains, ``w`` the
 previous stage's ``c`` (α = 0 without a proximal link). Many weightings at once are *lanes*, ``(R, P)``.
 """
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call, vmap
 
-from .data.examples import Examples
-from .memory import working_bytes
-
-__all__ = ["cross_entropy", "mean_squared_error", "next_token_loss"]
+from ..data.examples import Examples
+from ..memory import working_bytes
+from .layout import Layout, Places
 
 
 @contextmanager
@@ -30,151 +28,6 @@ def exact_convolutions() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.allow_tf32 = before
-
-
-def _negative_log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
-    """``log Σ_c exp z_c − z_y`` in elementwise steps: under forward mode and over lanes, where PyTorch's own
-    cross_entropy falls back to Python decompositions, this is several times faster."""
-    largest = logits.detach().amax(-1, keepdim=True)
-    correct = torch.arange(logits.shape[-1], device=logits.device) == labels[..., None]
-    picked = logits.where(correct, 0.0).sum(-1).where(correct.any(-1), torch.nan)  # no output for the label: no number
-    return (logits - largest).exp().sum(-1).log() + largest[..., 0] - picked
-
-
-def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihood of each label in nats: logits ``(B, C)``, labels ``(B,)`` → ``(B,)``.
-
-    >>> cross_entropy(torch.zeros(1, 2), torch.tensor([0]))
-    tensor([0.6931])
-    """
-    return _negative_log_likelihood(outputs, targets)
-
-
-def mean_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Squared error of each example averaged over its outputs: ``(B, ...)``, ``(B, ...)`` → ``(B,)``.
-
-    >>> mean_squared_error(torch.tensor([[1.0, 3.0]]), torch.tensor([[1.0, 1.0]]))
-    tensor([2.])
-    """
-    if outputs.shape != targets.shape and outputs.shape[0] == outputs.numel() == targets.numel():
-        outputs = outputs.reshape(targets.shape)  # a single output, with or without its own dimension
-    if outputs.shape != targets.shape:
-        raise ValueError(f"outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)} must have equal shapes")
-    return ((outputs - targets) ** 2).reshape(len(outputs), -1).mean(1)
-
-
-def next_token_loss(outputs: Tensor, tokens: Tensor) -> Tensor:
-    """Mean negative log-likelihood of each next token, in nats: ``(B, T, V)``, ``(B, T)`` → ``(B,)``.
-
-    >>> next_token_loss(torch.zeros(1, 3, 2), torch.tensor([[0, 1, 0]]))
-    tensor([0.6931])
-    """
-    return _negative_log_likelihood(outputs[:, :-1], tokens[:, 1:]).mean(1)
-
-
-def _margin(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Log-odds of the correct class: z_y − log Σ_{c≠y} exp z_c = −log(exp(loss) − 1)."""
-    correct = torch.arange(outputs.shape[-1], device=outputs.device) == targets[..., None]
-    others = outputs.masked_fill(correct, -torch.inf)
-    return (outputs * correct).sum(-1) - others.logsumexp(-1)
-
-
-def _single_output(outputs: Tensor, targets: Tensor) -> Tensor:
-    if outputs[0].numel() != 1:
-        raise ValueError(
-            f"target='output' needs one output per example, the model gives {tuple(outputs.shape[1:])}; "
-            "use target='loss', 'margin' or a function of (outputs, targets)"
-        )
-    return outputs.reshape(len(outputs))
-
-
-def target_function(target: str | Callable, loss: Callable) -> Callable[[Tensor, Tensor], Tensor]:
-    """The quantity q asked about, as ``(outputs, targets) -> (B,)``."""
-    named = {"loss": loss, "margin": _margin, "output": _single_output}
-    if callable(target):
-        return target
-    if target not in named:
-        raise ValueError(f"target={target!r} must be one of {sorted(named)} or a function (outputs, targets) -> (B,)")
-    return named[target]
-
-
-class Places:
-    """Positions in a flat vector as a few spans: a table of millions of them would take twice what it points to."""
-
-    def __init__(self, spans: Sequence[range]):
-        self.spans: list[range] = []
-        for span in spans:
-            if self.spans and self.spans[-1].stop == span.start:
-                span = range(self.spans.pop().start, span.stop)
-            self.spans.append(span)
-        self.size = sum(len(span) for span in self.spans)
-
-    def _parts(self, flat: Tensor) -> list[Tensor]:
-        return [flat[..., span.start : span.stop] for span in self.spans]
-
-    def take(self, flat: Tensor) -> Tensor:
-        """What lies there: ``(..., D)`` → ``(..., S)``; not a copy where it is one span."""
-        parts = self._parts(flat)
-        return parts[0] if len(parts) == 1 else torch.cat([flat[..., :0], *parts], -1)
-
-    def put(self, flat: Tensor, values: Tensor) -> Tensor:
-        """Write ``values`` (..., S) there, into ``flat`` (..., D) itself, which comes back."""
-        for part, value in zip(self._parts(flat), values.split([len(span) for span in self.spans], -1), strict=True):
-            part.copy_(value)
-        return flat
-
-    def add(self, flat: Tensor, values: Tensor | float) -> Tensor:
-        """Add ``values`` there in ``flat`` itself, which comes back."""
-        whole = isinstance(values, float)
-        values = itertools.repeat(values) if whole else values.split([len(span) for span in self.spans], -1)
-        for part, value in zip(self._parts(flat), values, strict=not whole):
-            part += value
-        return flat
-
-    def table(self, device: torch.device) -> Tensor:
-        """The positions one by one, int64 ``(S,)``."""
-        return torch.cat([torch.arange(0), *(torch.arange(span.start, span.stop) for span in self.spans)]).to(device)
-
-
-def target_name(target: str | Callable) -> str:
-    """How results name their target."""
-    return target if isinstance(target, str) else getattr(target, "__name__", "custom")
-
-
-class Layout:
-    """Where each named parameter of a module lies in one flat vector of ``D`` numbers.
-
-    Raises:
-        ValueError: no parameters, or parameters of several dtypes or devices.
-    """
-
-    def __init__(self, model: nn.Module, where: str):
-        parameters = dict(model.named_parameters())
-        kinds = {(p.dtype, str(p.device)) for p in parameters.values()}
-        if len(kinds) != 1:
-            found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds)) or "none at all"
-            raise ValueError(f"{where}: the model's parameters must share one dtype and device; found {found}")
-        self.shapes = {name: p.shape for name, p in parameters.items()}
-        self.trainable = [name for name, p in parameters.items() if p.requires_grad]
-        starts = torch.tensor([0, *(p.numel() for p in parameters.values())]).cumsum(0).tolist()
-        self.spans = {name: range(a, b) for name, a, b in zip(self.shapes, starts, starts[1:], strict=False)}
-        self.size = starts[-1]
-
-    def places(self, names: Sequence[str]) -> Places:
-        """Where the named parameters lie, in the order of ``names``."""
-        return Places([self.spans[name] for name in names])
-
-    def flatten(self, model: nn.Module) -> Tensor:
-        """The module's parameters as a new flat vector ``(D,)``."""
-        return torch.cat([p.detach().reshape(-1) for p in dict(model.named_parameters()).values()]).clone()
-
-    def named(self, flat: Tensor) -> dict[str, Tensor]:
-        """Views of a flat vector ``(..., D)`` under their names and shapes."""
-        parts = flat.split([len(span) for span in self.spans.values()], dim=-1)
-        return {
-            name: part.reshape(*flat.shape[:-1], *shape)
-            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
-        }
 
 
 class Objective:

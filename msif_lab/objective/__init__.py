@@ -1,0 +1,26 @@
+"""A stage as a pure function of flat parameters: layout, losses, small models, checks made up front."""
+
+from .checks import ask, check_examples, check_layers
+from .layout import Layout, Places
+from .losses import cross_entropy, mean_squared_error, next_token_loss, target_function, target_name
+from .models import EmbeddingHead, convnet, mlp, softmax_regression
+from .objective import Lanes, Objective
+
+__all__ = [
+    "EmbeddingHead",
+    "Lanes",
+    "Layout",
+    "Objective",
+    "Places",
+    "ask",
+    "check_examples",
+    "check_layers",
+    "convnet",
+    "cross_entropy",
+    "mean_squared_error",
+    "mlp",
+    "next_token_loss",
+    "softmax_regression",
+    "target_function",
+    "target_name",
+]
