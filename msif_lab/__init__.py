@@ -16,10 +16,11 @@ from .baselines import (
     all_baselines,
 )
 from .comparison import Agreement, agreement, compare_methods, method_table, noise_ceiling
-from .curvature import GGN, Hessian
+from .curvature.derivatives import example_products, per_example_gradients
+from .curvature.matrices import GGN, Hessian
+from .curvature.operators import Operator
 from .data.datasets import load_cifar10, load_digits, load_mnist
 from .data.examples import Examples
-from .derivatives import example_products, per_example_gradients
 from .ekfac import EKFAC
 from .errors import (
     ConvergenceWarning,
@@ -40,7 +41,6 @@ from .lissa import LiSSA
 from .lowrank import Jacobi, LowRank
 from .objective.losses import cross_entropy, mean_squared_error, next_token_loss
 from .objective.models import EmbeddingHead, convnet, mlp, softmax_regression
-from .operators import Operator
 from .pipeline import Pipeline, Retrained
 from .plan import Plan, StagePlan, plan
 from .precision import reduced_precision

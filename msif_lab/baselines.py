@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from .curvature.derivatives import example_products, per_example_gradients
 from .data.examples import Examples
-from .derivatives import example_products, per_example_gradients
 from .influence import Influence, require_unchanged
 from .objective.checks import ask
 from .objective.losses import target_name

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .curvature import DataCurvature
+from .curvature.matrices import DataCurvature
+from .curvature.operators import Operator
 from .errors import UnsupportedModelError
 from .lowrank import Approximation, parts
 from .objective.losses import cross_entropy, mean_squared_error
-from .operators import Operator
 from .solvers import Settings
 
 __all__ = ["EKFAC"]

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .curvature.derivatives import cross_products, example_products, own_products, per_example_gradients, product_chunks
 from .data.examples import Examples
-from .derivatives import cross_products, example_products, own_products, per_example_gradients, product_chunks
 from .errors import ConvergenceWarning, IndefiniteCurvatureError
 from .memory import require_memory, working_bytes
 from .objective.checks import ask

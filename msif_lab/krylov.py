@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .curvature.operators import Operator
 from .errors import IndefiniteCurvatureError
 from .nested import KEPT, basis, check_shares, levels, split
-from .operators import Operator
 from .solvers import WAYS_OUT, Prepared, Settings, SolveReport, check_columns, ratio, verified
 
 __all__ = ["MINRES", "ConjugateGradient"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .curvature import Hessian
+from .curvature.matrices import Hessian
 from .objective.objective import Lanes
 from .training import FitReport, check_finite, noise_floor, progress_bar
 

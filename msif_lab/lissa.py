@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .curvature import DataCurvature
+from .curvature.matrices import DataCurvature
+from .curvature.operators import Operator, Shifted
 from .errors import IndefiniteCurvatureError, NotConvergedError
-from .operators import Operator, Shifted
 from .solvers import WAYS_OUT, Prepared, Settings, SolveReport, check_columns, ratio, relative_residuals
 
 __all__ = ["LiSSA"]

@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .curvature import DataCurvature
+from .curvature.derivatives import per_example_gradients
+from .curvature.matrices import DataCurvature
+from .curvature.operators import Operator, Shifted
 from .data.examples import Examples
-from .derivatives import per_example_gradients
 from .memory import parse_bytes, require_memory
-from .operators import Operator, Shifted
 from .solvers import Settings, SolveReport, check_columns, relative_residuals
 
 __all__ = ["Jacobi", "LowRank"]

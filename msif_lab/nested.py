@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .curvature import DataCurvature
-from .operators import Operator, Shifted
+from .curvature.matrices import DataCurvature
+from .curvature.operators import Operator, Shifted
 
 __all__: list[str] = []
 

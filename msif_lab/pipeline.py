@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from .curvature import DataCurvature, curvature
+from .curvature.matrices import DataCurvature, curvature
 from .data.examples import Examples
 from .errors import SavedFileError
 from .objective.checks import ask, check_examples, check_layers

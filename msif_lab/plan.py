@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .curvature import DataCurvature, curvature
-from .derivatives import cheapest_products, example_products, per_example_gradients
+from .curvature.derivatives import cheapest_products, example_products, per_example_gradients
+from .curvature.matrices import DataCurvature, curvature
 from .errors import ConvergenceWarning, IndefiniteCurvatureError
 from .krylov import ConjugateGradient
 from .lowrank import LowRank

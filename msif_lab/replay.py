@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .derivatives import TRANSPOSE_FIXED as FIXED
-from .derivatives import TRANSPOSE_PER_QUERY as PER_QUERY
+from .curvature.derivatives import TRANSPOSE_FIXED as FIXED
+from .curvature.derivatives import TRANSPOSE_PER_QUERY as PER_QUERY
 from .errors import MemoryBudgetError
 from .memory import require_memory
 from .objective.objective import Lanes

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
+from .curvature.operators import Operator, Shifted
 from .errors import ConvergenceWarning, IndefiniteCurvatureError, NotConvergedError
 from .memory import parse_bytes
-from .operators import Operator, Shifted
 
 __all__ = ["Exact", "SolveReport", "Spectrum", "schur_complement"]
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from .curvature.derivatives import per_example_gradients
 from .data.examples import Examples
-from .derivatives import per_example_gradients
 from .errors import IndefiniteCurvatureError
 from .influence import Influence
 from .objective.checks import ask

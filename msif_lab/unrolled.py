@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .curvature.derivatives import gradient_transpose, own_products, per_example_gradients
 from .data.examples import Examples
-from .derivatives import gradient_transpose, own_products, per_example_gradients
 from .errors import UnsmoothTrainingWarning
 from .influence import Influence, require_unchanged
 from .memory import parse_bytes

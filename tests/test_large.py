@@ -11,8 +11,8 @@ from torch import nn
 
 import msif_lab as msif
 from msif_lab import influence, memory
-from msif_lab.derivatives import cross_products
-from msif_lab.layers import Scale, find_layers
+from msif_lab.curvature.derivatives import cross_products
+from msif_lab.curvature.layers import Scale, find_layers
 from msif_lab.memory import working_bytes
 from msif_lab.objective.layout import Places
 from msif_lab.objective.objective import Objective

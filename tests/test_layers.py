@@ -8,7 +8,7 @@ from torch import nn
 from torch.func import functional_call, jacrev, vmap
 
 import msif_lab as msif
-from msif_lab.layers import find_layers, trace
+from msif_lab.curvature.layers import find_layers, trace
 from msif_lab.objective.objective import Objective
 
 F64 = torch.float64
@@ -177,7 +177,7 @@ def test_single_precision_agrees_with_double():
 
 def test_a_linear_model_has_its_gauss_newton_matrix_as_hessian():
     """Told by its outputs, not by its name; one tanh and it is told apart."""
-    from msif_lab.curvature import _is_linear
+    from msif_lab.curvature.matrices import _is_linear
 
     data = msif.Examples(draw(12, 5), torch.arange(12) % 3)
     for model, linear in (

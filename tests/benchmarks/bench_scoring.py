@@ -15,7 +15,7 @@ import numpy
 import torch
 
 import msif_lab as msif
-from msif_lab.derivatives import cheapest_products
+from msif_lab.curvature.derivatives import cheapest_products
 
 MOST = {"GGN": 1.2, "Hessian": 1.6}  # epochs a column, 20 columns
 FORWARDS, EPOCHS, SLOPE = 3.0, 3.0, 1.1  # one query; 20 queries; log-log in N and Q

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .objective.objective import Objective, exact_convolutions
+from ..objective.objective import Objective, exact_convolutions
 
 __all__ = ["Layer", "Trace", "find_layers", "trace"]
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .memory import parse_bytes, require_memory
+from ..memory import parse_bytes, require_memory
 
 __all__ = ["Operator", "Shifted"]
 

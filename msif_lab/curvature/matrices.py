@@ -12,16 +12,13 @@ import torch
 from torch import Tensor
 from torch.func import grad, jacrev, vmap
 
+from ..memory import working_bytes
+from ..objective.objective import Objective
 from .derivatives import forward_is_cheaper, jvp, pull_back, push_forward
 from .layers import Layer, find_layers, trace
-from .memory import working_bytes
-from .objective.objective import Objective
 from .operators import Operator
 
-__all__ = [
-    "GGN",
-    "Hessian",
-]
+__all__ = ["GGN", "Hessian"]
 
 
 class DataCurvature(Operator):

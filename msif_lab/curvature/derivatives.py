@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, func
 from torch.func import grad, vmap
 
-from .data.examples import Examples
+from ..data.examples import Examples
+from ..objective.objective import Objective
 from .layers import find_layers, trace
-from .objective.objective import Objective
 
 __all__ = ["example_products", "gradient_transpose", "own_products", "per_example_gradients", "product_chunks"]
 
