@@ -36,18 +36,18 @@ from .errors import (
 from .exercises import check
 from .influence import ImplicitInfluence, Influence
 from .krylov import MINRES, ConjugateGradient
-from .lbfgs import LBFGS
 from .lissa import LiSSA
 from .lowrank import Jacobi, LowRank
 from .objective.losses import cross_entropy, mean_squared_error, next_token_loss
 from .objective.models import EmbeddingHead, convnet, mlp, softmax_regression
-from .pipeline import Pipeline, Retrained
+from .pipeline.lbfgs import LBFGS
+from .pipeline.pipeline import Pipeline, Retrained
+from .pipeline.recipes import SGD, Adam, AdamW, FitReport
+from .pipeline.stages import Frozen, Proximal, Stage, WarmStart
 from .plan import Plan, StagePlan, plan
 from .precision import reduced_precision
 from .ranking import Ranking, TopInfluence
 from .solvers import Exact, SolveReport, Spectrum, schur_complement
-from .stages import Frozen, Proximal, Stage, WarmStart
-from .training import SGD, Adam, AdamW, FitReport
 from .unrolled import UnrolledInfluence
 from .validation import Effects, random_removals, removal_effects
 

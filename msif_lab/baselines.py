@@ -17,7 +17,7 @@ from .data.examples import Examples
 from .influence import Influence, require_unchanged
 from .objective.checks import ask
 from .objective.losses import target_name
-from .pipeline import Pipeline
+from .pipeline.pipeline import Pipeline
 from .replay import Trajectory, even_bounds, require_run, require_same_end
 from .solvers import Exact
 

@@ -13,11 +13,11 @@ from torch import nn
 
 from .data.datasets import load_cifar10, load_digits, load_mnist
 from .data.examples import Examples
-from .lbfgs import LBFGS
 from .objective.models import EmbeddingHead, convnet, mlp, softmax_regression
-from .pipeline import Pipeline
-from .stages import Frozen, Link, Proximal, Stage, WarmStart
-from .training import SGD
+from .pipeline.lbfgs import LBFGS
+from .pipeline.pipeline import Pipeline
+from .pipeline.recipes import SGD
+from .pipeline.stages import Frozen, Link, Proximal, Stage, WarmStart
 
 __all__ = [
     "SETTINGS",

@@ -15,11 +15,11 @@ from .errors import ConvergenceWarning, IndefiniteCurvatureError
 from .memory import require_memory, working_bytes
 from .objective.checks import ask
 from .objective.losses import target_name
-from .pipeline import Pipeline
+from .pipeline.pipeline import Pipeline
+from .pipeline.stages import Stage, WarmStart
 from .plan import Plan, plan
 from .ranking import Ranking, TopInfluence, rank_stream
 from .solvers import Exact, SolveReport
-from .stages import Stage, WarmStart
 from .storage import read_tensors, write_tensors
 
 __all__ = ["ImplicitInfluence", "Influence", "Ranking"]

@@ -15,7 +15,7 @@ from .errors import ConvergenceWarning, IndefiniteCurvatureError
 from .krylov import ConjugateGradient
 from .lowrank import LowRank
 from .memory import parse_bytes, working_bytes
-from .pipeline import Pipeline
+from .pipeline.pipeline import Pipeline
 from .solvers import Exact
 
 __all__ = ["Plan", "StagePlan", "plan"]

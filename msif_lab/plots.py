@@ -9,8 +9,8 @@ from .comparison import CEILING, STATISTICS, Agreement
 from .data.examples import Examples
 from .figures import describe_figures
 from .influence import Influence
-from .pipeline import Pipeline
-from .stages import Frozen, WarmStart
+from .pipeline.pipeline import Pipeline
+from .pipeline.stages import Frozen, WarmStart
 
 __all__ = [
     "agreement_scatter",

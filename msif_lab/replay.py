@@ -14,8 +14,8 @@ from .curvature.derivatives import TRANSPOSE_PER_QUERY as PER_QUERY
 from .errors import MemoryBudgetError
 from .memory import require_memory
 from .objective.objective import Lanes
-from .pipeline import Pipeline
-from .training import MiniBatch
+from .pipeline.pipeline import Pipeline
+from .pipeline.recipes import MiniBatch
 
 __all__ = ["Trajectory", "UnrolledPlan"]
 

@@ -18,11 +18,11 @@ from .comparison import compare_methods, noise_ceiling
 from .errors import ConvergenceWarning
 from .experiments import AT_OPTIMUM, LINKS, SETTINGS, Experiment
 from .influence import ImplicitInfluence, Influence
-from .pipeline import Pipeline
+from .pipeline.pipeline import Pipeline
+from .pipeline.recipes import SGD
+from .pipeline.stages import Proximal, WarmStart
 from .solvers import Exact
-from .stages import Proximal, WarmStart
 from .storage import digest, write_bytes
-from .training import SGD
 from .unrolled import UnrolledInfluence
 from .validation import Effects, random_removals, removal_effects
 

@@ -9,9 +9,9 @@ from .errors import IndefiniteCurvatureError
 from .influence import Influence
 from .objective.checks import ask
 from .objective.losses import target_name
-from .pipeline import Pipeline
+from .pipeline.pipeline import Pipeline
+from .pipeline.stages import Proximal
 from .solvers import Exact, Spectrum, schur_complement
-from .stages import Proximal
 
 __all__ = ["AlphaSweep"]
 

@@ -24,9 +24,9 @@ from .influence import Influence, require_unchanged
 from .memory import parse_bytes
 from .objective.checks import ask
 from .objective.losses import target_name
-from .pipeline import Pipeline, Retrained
+from .pipeline.pipeline import Pipeline, Retrained
+from .pipeline.recipes import progress_bar
 from .replay import Trajectory, UnrolledPlan, even_bounds, make_plan, require_run, require_same_end, seconds
-from .training import progress_bar
 
 __all__ = ["UnrolledInfluence"]
 

@@ -13,9 +13,9 @@ from .data.examples import Examples
 from .errors import ConvergenceWarning, SavedFileError
 from .objective.checks import ask
 from .objective.losses import target_name
-from .pipeline import Pipeline
+from .pipeline.pipeline import Pipeline
+from .pipeline.recipes import progress_bar
 from .storage import check_writable, describe, digest, read_tensors, write_tensors
-from .training import progress_bar
 
 __all__ = ["Effects", "random_removals", "removal_effects"]
 

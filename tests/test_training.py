@@ -11,7 +11,7 @@ from conftest import random_examples, random_pipeline, random_queries
 from torch.nn import functional
 
 import msif_lab as msif
-from msif_lab.lbfgs import strong_wolfe
+from msif_lab.pipeline.lbfgs import strong_wolfe
 
 F64 = torch.float64
 LINKS = {"frozen": msif.Frozen(), "proximal": msif.Proximal(0.3)}

@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from ..pipeline import Pipeline
+from ..pipeline.pipeline import Pipeline
 
 __all__ = ["Job", "Stopped", "stoppable_copy"]
 

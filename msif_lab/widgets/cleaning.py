@@ -9,7 +9,7 @@ from .. import plots
 from ..data.examples import Examples
 from ..figures import img
 from ..influence import Influence
-from ..pipeline import Pipeline
+from ..pipeline.pipeline import Pipeline
 from ..ranking import detection
 from ..validation import default_protocol
 from .frame import Explorer

@@ -10,7 +10,7 @@ from ..comparison import agreement, row_correlations, row_ranks
 from ..data.examples import Examples
 from ..figures import img
 from ..influence import Influence
-from ..pipeline import Pipeline
+from ..pipeline.pipeline import Pipeline
 from ..sweep import AlphaSweep
 from ..validation import Effects
 from .frame import Explorer

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from ..figures import figure_png
-from ..pipeline import Pipeline
+from ..pipeline.pipeline import Pipeline
 from .background import Job
 
 __all__ = ["WIDE", "Explorer", "need_choice"]

@@ -9,7 +9,7 @@ import torch
 from ..data.examples import Examples
 from ..influence import Influence
 from ..objective.checks import ask
-from ..pipeline import Pipeline
+from ..pipeline.pipeline import Pipeline
 
 __all__ = ["Given", "check_scores", "one_pipeline", "pipelines", "predicted_class", "quoted", "score_table"]
 

@@ -9,7 +9,7 @@ from .. import plots
 from ..data.examples import Examples
 from ..figures import img
 from ..influence import Influence
-from ..pipeline import Pipeline
+from ..pipeline.pipeline import Pipeline
 from ..validation import removal_effects
 from .frame import Explorer, need_choice
 from .given import pipelines, predicted_class, quoted, score_table

@@ -10,7 +10,7 @@ from ..comparison import row_correlations, row_ranks
 from ..data.examples import Examples
 from ..figures import img
 from ..influence import Influence
-from ..pipeline import Pipeline
+from ..pipeline.pipeline import Pipeline
 from .frame import Explorer
 from .given import check_scores, one_pipeline, quoted
 from .pictures import Cards, Gallery, Plot, open_axes, signed, table

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .curvature.matrices import Hessian
-from .objective.objective import Lanes
-from .training import FitReport, check_finite, noise_floor, progress_bar
+from ..curvature.matrices import Hessian
+from ..objective.objective import Lanes
+from .recipes import FitReport, check_finite, noise_floor, progress_bar
 
 __all__ = ["LBFGS"]
 

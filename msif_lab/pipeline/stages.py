@@ -8,11 +8,11 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from .data.examples import Examples
+from ..data.examples import Examples
+from ..objective.layout import Layout
+from ..objective.losses import cross_entropy
+from ..objective.objective import Lanes, Objective
 from .lbfgs import LBFGS
-from .objective.layout import Layout
-from .objective.losses import cross_entropy
-from .objective.objective import Lanes, Objective
 
 __all__ = ["Frozen", "Proximal", "Stage", "WarmStart"]
 

@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from .curvature.matrices import DataCurvature, curvature
-from .data.examples import Examples
-from .errors import SavedFileError
-from .objective.checks import ask, check_examples, check_layers
-from .objective.layout import Layout
-from .objective.objective import Lanes, Objective
+from ..curvature.matrices import DataCurvature, curvature
+from ..data.examples import Examples
+from ..errors import SavedFileError
+from ..objective.checks import ask, check_examples, check_layers
+from ..objective.layout import Layout
+from ..objective.objective import Lanes, Objective
+from ..storage import describe, digest, read_tensors, write_tensors
+from .recipes import FitReport
 from .stages import Prepared, Stage, check_buffers
-from .storage import describe, digest, read_tensors, write_tensors
-from .training import FitReport
 
 __all__ = ["Pipeline", "Retrained"]
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .errors import NotConvergedError
-from .objective.objective import Lanes
+from ..errors import NotConvergedError
+from ..objective.objective import Lanes
 
-__all__ = ["SGD", "Adam", "AdamW", "FitReport"]
+__all__ = ["Adam", "AdamW", "FitReport", "SGD"]
 
 
 @dataclass

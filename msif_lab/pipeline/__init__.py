@@ -1,0 +1,22 @@
+"""Stages in a row: how each is trained, what it takes over, and the pipeline that fits and retrains them."""
+
+from .lbfgs import LBFGS
+from .pipeline import Pipeline, Retrained
+from .recipes import SGD, Adam, AdamW, FitReport, MiniBatch
+from .stages import Frozen, Link, Proximal, Stage, WarmStart
+
+__all__ = [
+    "LBFGS",
+    "SGD",
+    "Adam",
+    "AdamW",
+    "FitReport",
+    "Frozen",
+    "Link",
+    "MiniBatch",
+    "Pipeline",
+    "Proximal",
+    "Retrained",
+    "Stage",
+    "WarmStart",
+]
