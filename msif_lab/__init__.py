@@ -21,7 +21,6 @@ from .curvature.matrices import GGN, Hessian
 from .curvature.operators import Operator
 from .data.datasets import load_cifar10, load_digits, load_mnist
 from .data.examples import Examples
-from .ekfac import EKFAC
 from .errors import (
     ConvergenceWarning,
     DataUnavailableError,
@@ -35,9 +34,6 @@ from .errors import (
 )
 from .exercises import check
 from .influence import ImplicitInfluence, Influence
-from .krylov import MINRES, ConjugateGradient
-from .lissa import LiSSA
-from .lowrank import Jacobi, LowRank
 from .objective.losses import cross_entropy, mean_squared_error, next_token_loss
 from .objective.models import EmbeddingHead, convnet, mlp, softmax_regression
 from .pipeline.lbfgs import LBFGS
@@ -47,7 +43,13 @@ from .pipeline.stages import Frozen, Proximal, Stage, WarmStart
 from .plan import Plan, StagePlan, plan
 from .precision import reduced_precision
 from .ranking import Ranking, TopInfluence
-from .solvers import Exact, SolveReport, Spectrum, schur_complement
+from .solvers.conjugate_gradient import ConjugateGradient
+from .solvers.ekfac import EKFAC
+from .solvers.exact import Exact, Spectrum, schur_complement
+from .solvers.lissa import LiSSA
+from .solvers.lowrank import Jacobi, LowRank
+from .solvers.minres import MINRES
+from .solvers.report import SolveReport
 from .unrolled import UnrolledInfluence
 from .validation import Effects, random_removals, removal_effects
 

@@ -19,7 +19,7 @@ from .objective.checks import ask
 from .objective.losses import target_name
 from .pipeline.pipeline import Pipeline
 from .replay import Trajectory, even_bounds, require_run, require_same_end
-from .solvers import Exact
+from .solvers.exact import Exact
 
 __all__ = [
     "Entropy",

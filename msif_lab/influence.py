@@ -19,7 +19,8 @@ from .pipeline.pipeline import Pipeline
 from .pipeline.stages import Stage, WarmStart
 from .plan import Plan, plan
 from .ranking import Ranking, TopInfluence, rank_stream
-from .solvers import Exact, SolveReport
+from .solvers.exact import Exact
+from .solvers.report import SolveReport
 from .storage import read_tensors, write_tensors
 
 __all__ = ["ImplicitInfluence", "Influence", "Ranking"]

@@ -12,11 +12,11 @@ from torch import Tensor
 from .curvature.derivatives import cheapest_products, example_products, per_example_gradients
 from .curvature.matrices import DataCurvature, curvature
 from .errors import ConvergenceWarning, IndefiniteCurvatureError
-from .krylov import ConjugateGradient
-from .lowrank import LowRank
 from .memory import parse_bytes, working_bytes
 from .pipeline.pipeline import Pipeline
-from .solvers import Exact
+from .solvers.conjugate_gradient import ConjugateGradient
+from .solvers.exact import Exact
+from .solvers.lowrank import LowRank
 
 __all__ = ["Plan", "StagePlan", "plan"]
 

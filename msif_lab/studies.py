@@ -21,7 +21,7 @@ from .influence import ImplicitInfluence, Influence
 from .pipeline.pipeline import Pipeline
 from .pipeline.recipes import SGD
 from .pipeline.stages import Proximal, WarmStart
-from .solvers import Exact
+from .solvers.exact import Exact
 from .storage import digest, write_bytes
 from .unrolled import UnrolledInfluence
 from .validation import Effects, random_removals, removal_effects

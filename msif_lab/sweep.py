@@ -11,7 +11,7 @@ from .objective.checks import ask
 from .objective.losses import target_name
 from .pipeline.pipeline import Pipeline
 from .pipeline.stages import Proximal
-from .solvers import Exact, Spectrum, schur_complement
+from .solvers.exact import Exact, Spectrum, schur_complement
 
 __all__ = ["AlphaSweep"]
 

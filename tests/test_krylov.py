@@ -108,7 +108,7 @@ def test_nested_solves_spare_products_and_count_what_they_spend(mislabelled, mon
 
 
 def test_a_share_may_be_indefinite_but_not_the_whole(mislabelled):
-    from msif_lab.nested import split
+    from msif_lab.solvers.nested import split
 
     spectrum = torch.linalg.eigvalsh(mislabelled.dense())
     a, solver = mislabelled + (0.002 - float(spectrum[0])), msif.ConjugateGradient(1e-6, 200, shares=(0.3,))

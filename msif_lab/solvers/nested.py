@@ -13,10 +13,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .curvature.matrices import DataCurvature
-from .curvature.operators import Operator, Shifted
-
-__all__: list[str] = []
+from ..curvature.matrices import DataCurvature
+from ..curvature.operators import Operator, Shifted
 
 ROUGH, INNER = 0.04, 10  # of a solve on a share: relative residual times √share, most iterations
 KEPT = 8  # directions kept for each right-hand side

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .curvature.matrices import DataCurvature
-from .curvature.operators import Operator, Shifted
-from .errors import IndefiniteCurvatureError, NotConvergedError
-from .solvers import WAYS_OUT, Prepared, Settings, SolveReport, check_columns, ratio, relative_residuals
+from ..curvature.matrices import DataCurvature
+from ..curvature.operators import Operator, Shifted
+from ..errors import IndefiniteCurvatureError, NotConvergedError
+from .report import WAYS_OUT, Prepared, Settings, SolveReport, check_columns, ratio, relative_residuals
 
 __all__ = ["LiSSA"]
 

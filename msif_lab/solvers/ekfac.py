@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .curvature.matrices import DataCurvature
-from .curvature.operators import Operator
-from .errors import UnsupportedModelError
-from .lowrank import Approximation, parts
-from .objective.losses import cross_entropy, mean_squared_error
-from .solvers import Settings
+from ..curvature.matrices import DataCurvature
+from ..curvature.operators import Operator
+from ..errors import UnsupportedModelError
+from ..objective.losses import cross_entropy, mean_squared_error
+from .approximation import Approximation, parts
+from .report import Settings
 
 __all__ = ["EKFAC"]
 
