@@ -3,18 +3,6 @@
 Multi-stage influence functions (Chen et al., NeurIPS 2020, arXiv 2007.09081), held against real retraining.
 """
 
-from .baselines import (
-    Entropy,
-    GradientDot,
-    GradientNorm,
-    Loss,
-    Margin,
-    Random,
-    RepresentationSimilarity,
-    SingleStage,
-    TracIn,
-    all_baselines,
-)
 from .comparison import Agreement, agreement, compare_methods, method_table, noise_ceiling
 from .curvature.derivatives import example_products, per_example_gradients
 from .curvature.matrices import GGN, Hessian
@@ -33,16 +21,29 @@ from .errors import (
     UnsupportedModelError,
 )
 from .exercises import check
-from .influence import ImplicitInfluence, Influence
+from .influence.baselines import (
+    Entropy,
+    GradientDot,
+    GradientNorm,
+    Loss,
+    Margin,
+    Random,
+    RepresentationSimilarity,
+    SingleStage,
+    TracIn,
+    all_baselines,
+)
+from .influence.cost import Plan, StagePlan, plan
+from .influence.implicit import ImplicitInfluence
+from .influence.precision import reduced_precision
+from .influence.result import Influence, Ranking, TopInfluence
+from .influence.unrolled import UnrolledInfluence
 from .objective.losses import cross_entropy, mean_squared_error, next_token_loss
 from .objective.models import EmbeddingHead, convnet, mlp, softmax_regression
 from .pipeline.lbfgs import LBFGS
 from .pipeline.pipeline import Pipeline, Retrained
 from .pipeline.recipes import SGD, Adam, AdamW, FitReport
 from .pipeline.stages import Frozen, Proximal, Stage, WarmStart
-from .plan import Plan, StagePlan, plan
-from .precision import reduced_precision
-from .ranking import Ranking, TopInfluence
 from .solvers.conjugate_gradient import ConjugateGradient
 from .solvers.ekfac import EKFAC
 from .solvers.exact import Exact, Spectrum, schur_complement
@@ -50,7 +51,6 @@ from .solvers.lissa import LiSSA
 from .solvers.lowrank import Jacobi, LowRank
 from .solvers.minres import MINRES
 from .solvers.report import SolveReport
-from .unrolled import UnrolledInfluence
 from .validation import Effects, random_removals, removal_effects
 
 __version__ = "0.1.0"

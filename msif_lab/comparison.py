@@ -8,7 +8,7 @@ from itertools import permutations
 import numpy
 import torch
 
-from .influence import Influence
+from .influence.result import Influence
 from .validation import Effects
 
 __all__ = ["Agreement", "agreement", "compare_methods", "method_table", "noise_ceiling"]

@@ -8,7 +8,7 @@ import torch
 from .comparison import CEILING, STATISTICS, Agreement
 from .data.examples import Examples
 from .figures import describe_figures
-from .influence import Influence
+from .influence.result import Influence
 from .pipeline.pipeline import Pipeline
 from .pipeline.stages import Frozen, WarmStart
 

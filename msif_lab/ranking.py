@@ -1,85 +1,9 @@
 """Who comes first: rankings of examples, and the two ends of rankings too long to keep."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-__all__ = ["Ranking", "TopInfluence", "detection", "rank_stream"]
-
-
-class Ranking(NamedTuple):
-    """The first k examples of each query, ``(Q, k)`` each: scores, positions in the stage's data, and ids."""
-
-    values: Tensor
-    positions: Tensor
-    ids: Tensor
-
-
-@dataclass
-class TopInfluence:
-    """The k lowest and k highest scores of each query: what `ImplicitInfluence.score` gives with ``top=k``.
-
-    Attributes:
-        lowest, highest: `Ranking` ``(Q, k)`` each, the extreme first.
-        query_ids: identities of the queries ``(Q,)``.
-        examples: N, how many were scored.
-        stage, target, method: as in `Influence`.
-    """
-
-    lowest: Ranking
-    highest: Ranking
-    query_ids: Tensor
-    examples: int
-    stage: str = ""
-    target: str = "loss"
-    method: str = ""
-
-    def __len__(self) -> int:
-        return len(self.query_ids)
-
-    def _first(self, ranking: Ranking, k: int | None) -> Ranking:
-        most = ranking.values.shape[1]
-        if k is not None and not 1 <= k <= most:
-            raise ValueError(f"k={k} must be between 1 and the {most} that were kept; score with top={k}")
-        return Ranking(*(part[:, :k] for part in ranking))
-
-    def helpful(self, k: int | None = None) -> Ranking:
-        """Each query's k most helpful examples, all kept ones by default; see `Influence.helpful`."""
-        return self._first(self.highest if self.target == "margin" else self.lowest, k)
-
-    def harmful(self, k: int | None = None) -> Ranking:
-        """Each query's k most harmful examples, all kept ones by default; see `Influence.harmful`."""
-        return self._first(self.lowest if self.target == "margin" else self.highest, k)
-
-    def __repr__(self) -> str:
-        k = self.lowest.values.shape[1]
-        return (
-            f"TopInfluence({len(self)} queries × {k} most helpful and {k} most harmful of {self.examples} examples of "
-            f"{self.stage!r} on {self.target}; {self.method})"
-        )
-
-
-def rank_stream(chunks: Iterable[tuple[slice, Tensor]], k: int, ids: Tensor) -> tuple[Ranking, Ranking]:
-    """Lowest and highest k of each row of ``(Q, N)`` values that come as ``(positions, (Q, B))``; holds 4k a row.
-
-    Raises:
-        ValueError: NaN or inf among them.
-    """
-    kept: dict[bool, tuple[Tensor, Tensor]] = {}
-    for rows, values in chunks:
-        if not bool(torch.isfinite(values).all()):
-            query, place = (~torch.isfinite(values)).nonzero()[0].tolist()
-            raise ValueError(f"the score of query {query} and example {rows.start + place} is NaN or inf; check data")
-        here = torch.arange(rows.start, rows.stop, device=values.device).expand(len(values), -1)
-        for largest in (False, True):
-            before = kept.get(largest, (values[:, :0], here[:, :0]))
-            both = torch.cat([before[0], values], 1), torch.cat([before[1], here], 1)
-            best, order = both[0].topk(min(k, both[0].shape[1]), dim=1, largest=largest)
-            kept[largest] = best, both[1].gather(1, order)
-    return tuple(Ranking(*kept[largest], ids[kept[largest][1].cpu()]) for largest in (False, True))
+__all__ = ["detection"]
 
 
 def detection(order: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:

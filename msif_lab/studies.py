@@ -13,17 +13,18 @@ from pathlib import Path
 
 import joblib
 
-from .baselines import all_baselines
 from .comparison import compare_methods, noise_ceiling
 from .errors import ConvergenceWarning
 from .experiments import AT_OPTIMUM, LINKS, SETTINGS, Experiment
-from .influence import ImplicitInfluence, Influence
+from .influence.baselines import all_baselines
+from .influence.implicit import ImplicitInfluence
+from .influence.result import Influence
+from .influence.unrolled import UnrolledInfluence
 from .pipeline.pipeline import Pipeline
 from .pipeline.recipes import SGD
 from .pipeline.stages import Proximal, WarmStart
 from .solvers.exact import Exact
 from .storage import digest, write_bytes
-from .unrolled import UnrolledInfluence
 from .validation import Effects, random_removals, removal_effects
 
 __all__ = ["run", "study"]

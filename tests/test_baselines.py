@@ -5,7 +5,7 @@ import torch
 from torch.func import functional_call
 
 import msif_lab as msif
-from msif_lab.baselines import Baseline
+from msif_lab.influence.baselines import Baseline
 
 LINKS = {"frozen": msif.Frozen(), "warm": msif.WarmStart(), "proximal": msif.Proximal(0.1)}
 

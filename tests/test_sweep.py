@@ -8,8 +8,8 @@ from scipy import stats
 
 import msif_lab as msif
 from msif_lab.comparison import row_correlations, row_ranks
+from msif_lab.influence.sweep import AlphaSweep
 from msif_lab.ranking import detection
-from msif_lab.sweep import AlphaSweep
 
 
 @pytest.mark.parametrize("kind", ["hessian", "ggn"])

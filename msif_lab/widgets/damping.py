@@ -9,9 +9,9 @@ from .. import plots
 from ..comparison import agreement, row_correlations, row_ranks
 from ..data.examples import Examples
 from ..figures import img
-from ..influence import Influence
+from ..influence.result import Influence
+from ..influence.sweep import AlphaSweep
 from ..pipeline.pipeline import Pipeline
-from ..sweep import AlphaSweep
 from ..validation import Effects
 from .frame import Explorer
 from .given import one_pipeline, quoted

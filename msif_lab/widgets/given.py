@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ..data.examples import Examples
-from ..influence import Influence
+from ..influence.result import Influence
 from ..objective.checks import ask
 from ..pipeline.pipeline import Pipeline
 

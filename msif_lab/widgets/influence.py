@@ -8,7 +8,7 @@ import torch
 from .. import plots
 from ..data.examples import Examples
 from ..figures import img
-from ..influence import Influence
+from ..influence.result import Influence
 from ..pipeline.pipeline import Pipeline
 from ..validation import removal_effects
 from .frame import Explorer, need_choice

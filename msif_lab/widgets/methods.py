@@ -9,7 +9,7 @@ from .. import plots
 from ..comparison import row_correlations, row_ranks
 from ..data.examples import Examples
 from ..figures import img
-from ..influence import Influence
+from ..influence.result import Influence
 from ..pipeline.pipeline import Pipeline
 from .frame import Explorer
 from .given import check_scores, one_pipeline, quoted

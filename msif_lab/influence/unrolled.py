@@ -12,28 +12,30 @@ The reverse goes through the last stage first, then over each link into the stag
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from .curvature.derivatives import gradient_transpose, own_products, per_example_gradients
-from .data.examples import Examples
-from .errors import UnsmoothTrainingWarning
-from .influence import Influence, require_unchanged
-from .memory import parse_bytes
-from .objective.checks import ask
-from .objective.losses import target_name
-from .pipeline.pipeline import Pipeline, Retrained
-from .pipeline.recipes import progress_bar
-from .replay import Trajectory, UnrolledPlan, even_bounds, make_plan, require_run, require_same_end, seconds
+from ..curvature.derivatives import gradient_transpose, own_products, per_example_gradients
+from ..data.examples import Examples
+from ..errors import UnsmoothTrainingWarning
+from ..memory import parse_bytes
+from ..objective.checks import ask
+from ..objective.losses import target_name
+from ..pipeline.pipeline import Pipeline, Retrained
+from ..pipeline.recipes import progress_bar
+from .cost import UnrolledPlan, make_plan, seconds
+from .implicit import require_unchanged
+from .replay import Trajectory, even_bounds, require_run, require_same_end
+from .result import Influence
+from .run_check import NONLINEARITY, RunCheck
 
 __all__ = ["UnrolledInfluence"]
 
 
 CHUNK_BYTES = 150 * 10**6  # of derivatives at once; more only misses the caches
 GROWTH = 30.0  # of the adjoint, backwards: runs below it had r > 0.9 on digits, runs above r = 0 (lesson 09)
-NONLINEARITY = 0.3  # 0.02 to 0.06 on those runs, above 0.6 where r was below 0.5
 
 
 class UnrolledInfluence:
@@ -342,38 +344,3 @@ class UnrolledInfluence:
                 stacklevel=2,
             )
         return report
-
-
-@dataclass(frozen=True)
-class RunCheck:
-    """What `UnrolledInfluence.check` found for n examples.
-
-    Attributes:
-        examples: their positions ``(n,)``.
-        steps: changes h of weight that were tried.
-        errors: ``(H, n)`` relative distance of central differences from the scores, over queries: a V over h,
-            truncation on the right, rounding on the left.
-        nonlinearity: ``(n,)`` ``‖q(2) + q(0) − 2 q(1)‖ / ‖q(2) − q(0)‖`` over the weight of the example, 0 for a
-            linear response.
-        predicted, actual: ``(Q, n)`` change of q on removal.
-    """
-
-    examples: Tensor
-    steps: tuple[float, ...]
-    errors: Tensor
-    nonlinearity: Tensor
-    predicted: Tensor
-    actual: Tensor
-
-    @property
-    def error(self) -> float:
-        """The worst example's error at its best step."""
-        return float(self.errors.amin(0).max())
-
-    def __repr__(self) -> str:
-        lines = [f"{len(self.examples)} examples: derivative within {self.error:.1e} of central differences"]
-        lines += [
-            f"  example {int(i)}: best error {float(e):.1e}, nonlinearity of removal {float(b):.2f}"
-            for i, e, b in zip(self.examples, self.errors.amin(0), self.nonlinearity, strict=True)
-        ]
-        return "\n".join(lines)

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .curvature.derivatives import example_products, per_example_gradients
-from .data.examples import Examples
-from .influence import Influence, require_unchanged
-from .objective.checks import ask
-from .objective.losses import target_name
-from .pipeline.pipeline import Pipeline
+from ..curvature.derivatives import example_products, per_example_gradients
+from ..data.examples import Examples
+from ..objective.checks import ask
+from ..objective.losses import target_name
+from ..pipeline.pipeline import Pipeline
+from ..solvers.exact import Exact
+from .implicit import require_unchanged
 from .replay import Trajectory, even_bounds, require_run, require_same_end
-from .solvers.exact import Exact
+from .result import Influence
 
 __all__ = [
     "Entropy",

@@ -3,15 +3,15 @@
 import torch
 from torch import Tensor
 
-from .curvature.derivatives import per_example_gradients
-from .data.examples import Examples
-from .errors import IndefiniteCurvatureError
-from .influence import Influence
-from .objective.checks import ask
-from .objective.losses import target_name
-from .pipeline.pipeline import Pipeline
-from .pipeline.stages import Proximal
-from .solvers.exact import Exact, Spectrum, schur_complement
+from ..curvature.derivatives import per_example_gradients
+from ..data.examples import Examples
+from ..errors import IndefiniteCurvatureError
+from ..objective.checks import ask
+from ..objective.losses import target_name
+from ..pipeline.pipeline import Pipeline
+from ..pipeline.stages import Proximal
+from ..solvers.exact import Exact, Spectrum, schur_complement
+from .result import Influence
 
 __all__ = ["AlphaSweep"]
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from .pipeline.pipeline import Pipeline
+from ..pipeline.pipeline import Pipeline
 
 __all__ = ["reduced_precision"]
 

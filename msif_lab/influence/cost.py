@@ -1,24 +1,27 @@
-"""What a long call will cost, found by a short probe, and the solver that follows from it."""
+"""What implicit and unrolled influence will cost, found by short probes before the work."""
 
 import copy
 import math
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .curvature.derivatives import cheapest_products, example_products, per_example_gradients
-from .curvature.matrices import DataCurvature, curvature
-from .errors import ConvergenceWarning, IndefiniteCurvatureError
-from .memory import parse_bytes, working_bytes
-from .pipeline.pipeline import Pipeline
-from .solvers.conjugate_gradient import ConjugateGradient
-from .solvers.exact import Exact
-from .solvers.lowrank import LowRank
+from ..curvature.derivatives import TRANSPOSE_FIXED as FIXED
+from ..curvature.derivatives import TRANSPOSE_PER_QUERY as PER_QUERY
+from ..curvature.derivatives import cheapest_products, example_products, per_example_gradients
+from ..curvature.matrices import DataCurvature, curvature
+from ..errors import ConvergenceWarning, IndefiniteCurvatureError, MemoryBudgetError
+from ..memory import parse_bytes, require_memory, working_bytes
+from ..pipeline.pipeline import Pipeline
+from ..solvers.conjugate_gradient import ConjugateGradient
+from ..solvers.exact import Exact
+from ..solvers.lowrank import LowRank
 
-__all__ = ["Plan", "StagePlan", "plan"]
+__all__ = ["Plan", "StagePlan", "UnrolledPlan", "plan"]
 
 PROBE = 128  # examples
 STEPS = 60  # of the probe's conjugate gradients
@@ -212,3 +215,127 @@ def _seconds(work) -> float:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return min(times)
+
+
+@dataclass(frozen=True)
+class UnrolledPlan:
+    """What unrolling a pipeline takes, before it is done; prints as a table.
+
+    Attributes:
+        steps: per stage, T.
+        segments: per stage, into how many stretches its run is cut; 1 keeps every step.
+        stored: bytes of the checkpoints and of the longest stretch between two.
+        swept: bytes of the adjoints and of one mini-batch's derivatives during a sweep.
+        budget: bytes allowed.
+        queries, part: Q, and how many of them one sweep carries.
+        seconds: estimates for fit and for score, from one measured step of each stage; NaN if not measured.
+    """
+
+    steps: dict[str, int]
+    segments: dict[str, int]
+    stored: int
+    swept: int
+    budget: int
+    queries: int
+    part: int
+    seconds: tuple[float, float] = (math.nan, math.nan)
+
+    @property
+    def sweeps(self) -> int:
+        return -(-self.queries // self.part)
+
+    def __repr__(self) -> str:
+        used = f"{(self.stored + self.swept) / 1e6:,.1f} of {self.budget / 1e6:,.1f} MB"
+        lines = [f"{self.queries} queries, {self.part} a sweep, {self.sweeps} sweep(s); {used}"]
+        for name, count in self.segments.items():
+            how = "every step kept" if count == 1 else f"{count} checkpoints, recomputed once a sweep"
+            lines.append(f"  {name}: {self.steps[name]} steps, {how}")
+        if not math.isnan(self.seconds[0]):
+            lines.append("  estimated: {:.1f} s to fit, {:.1f} s to score".format(*self.seconds))
+        return "\n".join(lines)
+
+
+def make_plan(
+    pipeline: Pipeline, queries: int, memory: int, segments: int | None = None, runs: int = 1
+) -> UnrolledPlan:
+    """Half of the budget for the states of so many runs, a quarter each for adjoints and for one batch's derivatives.
+
+    Raises:
+        ValueError: no queries.
+        MemoryBudgetError: not even a single query and √T checkpoints fit.
+    """
+    if queries < 1:
+        raise ValueError(f"queries={queries} must be at least 1")
+    steps, segments, stored = _segments(pipeline, memory, segments, runs)
+    quarter, adjoint, example = memory // 4, 0, 0
+    for k in range(len(pipeline.stages)):
+        o = pipeline.objective(k)
+        # θ̄, the optimiser's share, ḡ, the product, and their temporaries
+        adjoint = max(adjoint, 12 * o.layout.size * pipeline.initial(k).element_size())
+        example = max(example, o.bytes_per_example())
+    together = min(16, *(len(s.data) for s in pipeline.stages), quarter // (example * (FIXED + PER_QUERY)))
+    if quarter < adjoint or together < 1:
+        needed = 4 * max(adjoint, example * (FIXED + PER_QUERY))
+        raise MemoryBudgetError(
+            f"sweeping with a single query needs a budget of about {needed / 1e6:,.1f} MB, memory= gives "
+            f"{memory / 1e6:,.1f} MB; give more"
+        )
+    part = min(queries, quarter // adjoint, (quarter // (example * together) - FIXED) // PER_QUERY)
+    return UnrolledPlan(steps, segments, stored * runs, part * adjoint + quarter, memory, queries, part)
+
+
+def _segments(pipeline: Pipeline, memory: int, segments: int | None, runs: int):
+    """Steps and segments per stage, and the bytes of one run's states, for ``runs`` of them in half the memory.
+
+    Keeps every step where that fits; else √T checkpoints a stage, which with one recomputation is the least
+    memory: checkpoints and the stretch between two are then equally large.
+
+    Raises:
+        MemoryBudgetError: not even that fits.
+    """
+    steps, checkpoint, record = {}, {}, {}
+    for k, stage in enumerate(pipeline.stages):
+        lanes = pipeline.fresh_lanes(k, pipeline.initial(k - 1)[None] if k else None)
+        theta = lanes.objective.own.take(lanes.base)
+        walk = list(stage.recipe.steps(len(stage.data)))
+        state = stage.recipe.start(theta)
+        _, _, saved = stage.recipe.advance(lanes, theta, state, 0, *walk[0])
+        steps[stage.name] = len(walk)
+        checkpoint[stage.name] = _bytes(theta, *state)
+        record[stage.name] = _bytes(theta, *saved)
+
+    def needed(counts):
+        if all(c == 1 for c in counts.values()):
+            return sum(steps[n] * record[n] for n in steps)
+        kept = [steps[n] * record[n] for n in steps if counts[n] == 1]
+        stretch = [-(-steps[n] // c) * record[n] for n, c in counts.items() if c > 1]
+        return sum(kept) + sum(c * checkpoint[n] for n, c in counts.items()) + max(stretch)
+
+    every = dict.fromkeys(steps, 1)
+    root = {n: max(2, math.ceil(math.sqrt(t * record[n] / checkpoint[n]))) for n, t in steps.items()}
+    chosen = {n: min(segments, t) for n, t in steps.items()} if segments else every
+    if not segments and needed(every) * runs > memory // 2:
+        chosen = {n: min(c, steps[n]) for n, c in root.items()}
+    require_memory(
+        2 * needed(chosen) * runs,
+        memory,
+        f"replaying {runs} × {sum(steps.values())} steps from {sum(chosen.values())} checkpoints and sweeping back",
+        "give more memory=" + ("" if not segments else ", or leave segments= to the plan"),
+    )
+    return steps, chosen, needed(chosen)
+
+
+def _bytes(*tensors: Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def seconds(function: Callable, *args, **kwargs) -> float:
+    """Wall-clock time of the faster of two calls after one to warm up."""
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        function(*args, **kwargs)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])

@@ -1,0 +1,48 @@
+"""Scores of training examples on queries: every method that makes them, what it costs, and its result."""
+
+from .baselines import (
+    Baseline,
+    Entropy,
+    GradientDot,
+    GradientNorm,
+    Loss,
+    Margin,
+    Random,
+    RepresentationSimilarity,
+    SingleStage,
+    TracIn,
+    all_baselines,
+)
+from .cost import Plan, StagePlan, UnrolledPlan, plan
+from .implicit import ImplicitInfluence
+from .precision import reduced_precision
+from .result import Influence, Ranking, TopInfluence
+from .run_check import RunCheck
+from .sweep import AlphaSweep
+from .unrolled import UnrolledInfluence
+
+__all__ = [
+    "AlphaSweep",
+    "Baseline",
+    "Entropy",
+    "GradientDot",
+    "GradientNorm",
+    "ImplicitInfluence",
+    "Influence",
+    "Loss",
+    "Margin",
+    "Plan",
+    "Random",
+    "Ranking",
+    "RepresentationSimilarity",
+    "RunCheck",
+    "SingleStage",
+    "StagePlan",
+    "TopInfluence",
+    "TracIn",
+    "UnrolledInfluence",
+    "UnrolledPlan",
+    "all_baselines",
+    "plan",
+    "reduced_precision",
+]

@@ -1,0 +1,104 @@
+"""A stage's run, replayed from checkpoints: exact states of every step without keeping every step."""
+
+import itertools
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..objective.objective import Lanes
+from ..pipeline.pipeline import Pipeline
+from ..pipeline.recipes import MiniBatch
+
+__all__ = ["Trajectory"]
+
+
+@dataclass
+class Trajectory:
+    """One stage's run as `Pipeline.fit` did it, kept at checkpoints; what lies between is computed again on demand.
+
+    Attributes:
+        recipe, lanes: what is run, on one lane or several.
+        bounds: first step of each segment, and T. A single segment keeps every step instead,
+        keep: unless this is False.
+        steps: batch and rate of each of the T steps.
+        final: all parameters after the run ``(R, D)``.
+    """
+
+    recipe: MiniBatch
+    lanes: Lanes
+    bounds: list[int]
+    keep: bool = True
+    steps: list[tuple[Tensor, float]] = field(init=False)
+    final: Tensor = field(init=False)
+
+    def run(self, bar=None) -> "Trajectory":
+        """The whole stage once."""
+        self.steps = list(self.recipe.steps(len(self.lanes.objective.data)))
+        theta = self.lanes.objective.own.take(self.lanes.base)
+        state = self.recipe.start(theta)
+        self._checkpoints, self._kept = [], None
+        for segment in range(len(self.bounds) - 1):
+            self._checkpoints.append((theta, state))
+            records, theta, state = self._walk(segment, keep=self.keep and len(self.bounds) == 2, bar=bar)
+            self._kept = records or None
+        self.final = self.lanes.full(theta)
+        return self
+
+    def segment(self, index: int) -> list[tuple[Tensor, tuple]]:
+        """``(θ (R, P) before the step, what the recipe saved in it)`` of each step of a segment."""
+        return list(self._kept) if self._kept else self._walk(index, keep=True)[0]
+
+    def ends(self) -> list[tuple[Tensor, float]]:
+        """All parameters ``(R, D)`` at the end of each segment, and the sum of the learning rates in it."""
+        rates = [sum(rate for _, rate in self.steps[a:b]) for a, b in itertools.pairwise(self.bounds)]
+        fulls = [self.lanes.full(theta) for theta, _ in self._checkpoints[1:]] + [self.final]
+        return list(zip(fulls, rates, strict=True))
+
+    def _walk(self, segment: int, keep: bool, bar=None):
+        theta, state = self._checkpoints[segment]
+        records = []
+        for step in range(*self.bounds[segment : segment + 2]):
+            before = theta
+            theta, state, saved = self.recipe.advance(self.lanes, theta, state, step, *self.steps[step])
+            if keep:
+                records.append((before, saved))
+            if bar is not None:
+                bar.update()
+        return records, theta, state
+
+
+def even_bounds(steps: int, segments: int) -> list[int]:
+    """Cut ``range(steps)`` into stretches of equal length, give or take one."""
+    segments = min(segments, steps)
+    return [round(i * steps / segments) for i in range(segments + 1)]
+
+
+def require_run(pipeline: Pipeline) -> None:
+    """Refuse pipelines whose training cannot be replayed and run backwards, with the way out."""
+    if not isinstance(pipeline, Pipeline):
+        raise TypeError(f"pipeline must be a msif_lab.Pipeline, not {type(pipeline).__name__}")
+    for stage in pipeline.stages:
+        if not isinstance(stage.recipe, MiniBatch):
+            raise ValueError(
+                f"stage {stage.name!r} was trained by {type(stage.recipe).__name__}, whose steps cannot be run "
+                "backwards here; train it with recipe=SGD(...) or Adam(...), or use ImplicitInfluence, made for optima"
+            )
+    pipeline.trained()
+    if pipeline.reports is None:
+        raise ValueError(
+            "the pipeline's weights were adopted, so there is no run to differentiate; train with pipeline.fit() and a "
+            "recipe such as SGD(...), or use ImplicitInfluence, which needs only the final weights"
+        )
+    pipeline.require_repeatable()
+
+
+def require_same_end(name: str, ours: Tensor, trained: Tensor) -> None:
+    """Refuse a replay that does not end where training did."""
+    apart = float((ours - trained).norm() / trained.norm().clamp(min=1e-30))
+    if not apart <= torch.finfo(trained.dtype).eps ** 0.5:
+        raise ValueError(
+            f"stage {name!r}: replaying its training ends {apart:.1e} (relative) away from the trained weights, so the "
+            "run is not deterministic: a loss or model that draws random numbers or counts its calls, or GPU kernels "
+            "that add in changing order (torch.use_deterministic_algorithms(True) before fit())"
+        )
