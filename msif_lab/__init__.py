@@ -3,7 +3,6 @@
 Multi-stage influence functions (Chen et al., NeurIPS 2020, arXiv 2007.09081), held against real retraining.
 """
 
-from .comparison import Agreement, agreement, compare_methods, method_table, noise_ceiling
 from .curvature.derivatives import example_products, per_example_gradients
 from .curvature.matrices import GGN, Hessian
 from .curvature.operators import Operator
@@ -20,6 +19,8 @@ from .errors import (
     UnsmoothTrainingWarning,
     UnsupportedModelError,
 )
+from .evaluation.comparison import Agreement, agreement, compare_methods, method_table, noise_ceiling
+from .evaluation.removals import Effects, random_removals, removal_effects
 from .exercises import check
 from .influence.baselines import (
     Entropy,
@@ -51,7 +52,6 @@ from .solvers.lissa import LiSSA
 from .solvers.lowrank import Jacobi, LowRank
 from .solvers.minres import MINRES
 from .solvers.report import SolveReport
-from .validation import Effects, random_removals, removal_effects
 
 __version__ = "0.1.0"
 

@@ -5,8 +5,8 @@ import math
 
 import torch
 
-from .comparison import CEILING, STATISTICS, Agreement
 from .data.examples import Examples
+from .evaluation.comparison import CEILING, STATISTICS, Agreement
 from .figures import describe_figures
 from .influence.result import Influence
 from .pipeline.pipeline import Pipeline

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import joblib
 
-from .comparison import compare_methods, noise_ceiling
 from .errors import ConvergenceWarning
+from .evaluation.comparison import compare_methods, noise_ceiling
+from .evaluation.removals import Effects, random_removals, removal_effects
 from .experiments import AT_OPTIMUM, LINKS, SETTINGS, Experiment
 from .influence.baselines import all_baselines
 from .influence.implicit import ImplicitInfluence
@@ -25,7 +26,6 @@ from .pipeline.recipes import SGD
 from .pipeline.stages import Proximal, WarmStart
 from .solvers.exact import Exact
 from .storage import digest, write_bytes
-from .validation import Effects, random_removals, removal_effects
 
 __all__ = ["run", "study"]
 

@@ -7,9 +7,8 @@ from conftest import random_pipeline, random_queries
 from scipy import stats
 
 import msif_lab as msif
-from msif_lab.comparison import row_correlations, row_ranks
+from msif_lab.evaluation.comparison import detection, row_correlations, row_ranks
 from msif_lab.influence.sweep import AlphaSweep
-from msif_lab.ranking import detection
 
 
 @pytest.mark.parametrize("kind", ["hessian", "ggn"])

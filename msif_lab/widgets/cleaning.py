@@ -7,11 +7,11 @@ import torch
 
 from .. import plots
 from ..data.examples import Examples
+from ..evaluation.comparison import detection
+from ..evaluation.removals import default_protocol
 from ..figures import img
 from ..influence.result import Influence
 from ..pipeline.pipeline import Pipeline
-from ..ranking import detection
-from ..validation import default_protocol
 from .frame import Explorer
 from .given import check_scores, one_pipeline, quoted
 from .pictures import Cards, Gallery, Plot, open_axes, signed, table

@@ -6,13 +6,13 @@ import numpy
 import torch
 
 from .. import plots
-from ..comparison import agreement, row_correlations, row_ranks
 from ..data.examples import Examples
+from ..evaluation.comparison import agreement, row_correlations, row_ranks
+from ..evaluation.removals import Effects
 from ..figures import img
 from ..influence.result import Influence
 from ..influence.sweep import AlphaSweep
 from ..pipeline.pipeline import Pipeline
-from ..validation import Effects
 from .frame import Explorer
 from .given import one_pipeline, quoted
 from .pictures import Gallery, Plot, open_axes, signed, table

@@ -7,10 +7,10 @@ import torch
 
 from .. import plots
 from ..data.examples import Examples
+from ..evaluation.removals import removal_effects
 from ..figures import img
 from ..influence.result import Influence
 from ..pipeline.pipeline import Pipeline
-from ..validation import removal_effects
 from .frame import Explorer, need_choice
 from .given import pipelines, predicted_class, quoted, score_table
 from .pictures import Cards, Gallery, Plot, effects_axes, signed, table

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 import torch
 
 from .. import plots
-from ..comparison import row_correlations, row_ranks
 from ..data.examples import Examples
+from ..evaluation.comparison import row_correlations, row_ranks
 from ..figures import img
 from ..influence.result import Influence
 from ..pipeline.pipeline import Pipeline

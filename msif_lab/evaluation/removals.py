@@ -9,13 +9,13 @@ import numpy
 import torch
 from torch import Tensor
 
-from .data.examples import Examples
-from .errors import ConvergenceWarning, SavedFileError
-from .objective.checks import ask
-from .objective.losses import target_name
-from .pipeline.pipeline import Pipeline
-from .pipeline.recipes import progress_bar
-from .storage import check_writable, describe, digest, read_tensors, write_tensors
+from ..data.examples import Examples
+from ..errors import ConvergenceWarning, SavedFileError
+from ..objective.checks import ask
+from ..objective.losses import target_name
+from ..pipeline.pipeline import Pipeline
+from ..pipeline.recipes import progress_bar
+from ..storage import check_writable, describe, digest, read_tensors, write_tensors
 
 __all__ = ["Effects", "random_removals", "removal_effects"]
 
