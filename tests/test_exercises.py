@@ -9,7 +9,7 @@ import torch
 
 import msif_lab as msif
 from msif_lab.exercises import EXERCISES
-from msif_lab.marking import Exercise
+from msif_lab.exercises.marking import Exercise
 
 NAN, INF = math.nan, math.inf
 USUAL = ("sign", "factor m", "factor 1/m", "factor 2", "factor 1/2")

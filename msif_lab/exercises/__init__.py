@@ -5,7 +5,6 @@ One module a lesson. How to get the right answer is written once, folded, in the
 
 import inspect
 
-from ..marking import Verdict
 from . import (
     lesson_00,
     lesson_01,
@@ -18,6 +17,7 @@ from . import (
     lesson_09,
     lesson_11,
 )
+from .marking import Verdict
 
 __all__ = ["EXERCISES", "check"]
 

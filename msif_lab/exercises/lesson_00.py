@@ -2,7 +2,7 @@
 
 from torch.nn.functional import cosine_similarity
 
-from ..marking import Exercise
+from .marking import Exercise
 
 
 def _mean_r(predicted, actual) -> float:

@@ -3,7 +3,7 @@
 from torch import eye
 from torch.linalg import solve
 
-from ..marking import Exercise
+from .marking import Exercise
 
 
 def _curvature(X, lam):

@@ -2,7 +2,7 @@
 
 from torch import linalg
 
-from ..marking import Exercise
+from .marking import Exercise
 
 
 def _schur(given):

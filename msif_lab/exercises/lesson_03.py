@@ -2,7 +2,7 @@
 
 from torch import diag, eye, linalg, zeros
 
-from ..marking import Exercise
+from .marking import Exercise
 
 
 def _pulled(H_G, W, alpha, everywhere: bool = False):

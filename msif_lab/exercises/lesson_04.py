@@ -2,7 +2,7 @@
 
 from torch import diag, outer
 
-from ..marking import Exercise
+from .marking import Exercise
 
 EXERCISES = {
     "04-1": Exercise(

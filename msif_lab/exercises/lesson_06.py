@@ -3,7 +3,7 @@
 from torch import einsum
 from torch.nn.functional import normalize as _unit
 
-from ..marking import Exercise
+from .marking import Exercise
 
 
 def _centred(rows):

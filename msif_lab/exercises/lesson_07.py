@@ -2,7 +2,7 @@
 
 from torch.nn.functional import normalize as _unit
 
-from ..marking import Exercise
+from .marking import Exercise
 
 
 def _centred(rows):

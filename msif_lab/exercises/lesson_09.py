@@ -1,6 +1,6 @@
 """Exercises of lesson 09."""
 
-from ..marking import Exercise
+from .marking import Exercise
 
 EXERCISES = {
     "09-1": Exercise(

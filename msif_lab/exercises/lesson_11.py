@@ -1,6 +1,6 @@
 """Exercises of lesson 11."""
 
-from ..marking import Exercise
+from .marking import Exercise
 
 
 def _share(order, truth, k):
