@@ -3,11 +3,8 @@
 Multi-stage influence functions (Chen et al., NeurIPS 2020, arXiv 2007.09081), held against real retraining.
 """
 
-from .curvature.derivatives import example_products, per_example_gradients
-from .curvature.matrices import GGN, Hessian
-from .curvature.operators import Operator
-from .data.datasets import load_cifar10, load_digits, load_mnist
-from .data.examples import Examples
+from .curvature import GGN, Hessian, Operator, example_products, per_example_gradients
+from .data import Examples, load_cifar10, load_digits, load_mnist
 from .errors import (
     ConvergenceWarning,
     DataUnavailableError,
@@ -19,39 +16,72 @@ from .errors import (
     UnsmoothTrainingWarning,
     UnsupportedModelError,
 )
-from .evaluation.comparison import Agreement, agreement, compare_methods, method_table, noise_ceiling
-from .evaluation.removals import Effects, random_removals, removal_effects
+from .evaluation import (
+    Agreement,
+    Effects,
+    agreement,
+    compare_methods,
+    method_table,
+    noise_ceiling,
+    random_removals,
+    removal_effects,
+)
 from .exercises import check
-from .influence.baselines import (
+from .influence import (
     Entropy,
     GradientDot,
     GradientNorm,
+    ImplicitInfluence,
+    Influence,
     Loss,
     Margin,
+    Plan,
     Random,
+    Ranking,
     RepresentationSimilarity,
     SingleStage,
+    StagePlan,
+    TopInfluence,
     TracIn,
+    UnrolledInfluence,
     all_baselines,
+    plan,
+    reduced_precision,
 )
-from .influence.cost import Plan, StagePlan, plan
-from .influence.implicit import ImplicitInfluence
-from .influence.precision import reduced_precision
-from .influence.result import Influence, Ranking, TopInfluence
-from .influence.unrolled import UnrolledInfluence
-from .objective.losses import cross_entropy, mean_squared_error, next_token_loss
-from .objective.models import EmbeddingHead, convnet, mlp, softmax_regression
-from .pipeline.lbfgs import LBFGS
-from .pipeline.pipeline import Pipeline, Retrained
-from .pipeline.recipes import SGD, Adam, AdamW, FitReport
-from .pipeline.stages import Frozen, Proximal, Stage, WarmStart
-from .solvers.conjugate_gradient import ConjugateGradient
-from .solvers.ekfac import EKFAC
-from .solvers.exact import Exact, Spectrum, schur_complement
-from .solvers.lissa import LiSSA
-from .solvers.lowrank import Jacobi, LowRank
-from .solvers.minres import MINRES
-from .solvers.report import SolveReport
+from .objective import (
+    EmbeddingHead,
+    convnet,
+    cross_entropy,
+    mean_squared_error,
+    mlp,
+    next_token_loss,
+    softmax_regression,
+)
+from .pipeline import (
+    LBFGS,
+    SGD,
+    Adam,
+    AdamW,
+    FitReport,
+    Frozen,
+    Pipeline,
+    Proximal,
+    Retrained,
+    Stage,
+    WarmStart,
+)
+from .solvers import (
+    EKFAC,
+    MINRES,
+    ConjugateGradient,
+    Exact,
+    Jacobi,
+    LiSSA,
+    LowRank,
+    SolveReport,
+    Spectrum,
+    schur_complement,
+)
 
 __version__ = "0.1.0"
 

@@ -6,7 +6,7 @@ import torch
 from scipy import stats
 
 import msif_lab as msif
-from msif_lab import comparison
+from msif_lab.evaluation import comparison
 
 RNG = numpy.random.default_rng
 

@@ -10,9 +10,10 @@ from conftest import random_pipeline, random_queries
 from torch import nn
 
 import msif_lab as msif
-from msif_lab import influence, memory
+from msif_lab import memory
 from msif_lab.curvature.derivatives import cross_products
 from msif_lab.curvature.layers import Scale, find_layers
+from msif_lab.influence import implicit
 from msif_lab.memory import working_bytes
 from msif_lab.objective.layout import Places
 from msif_lab.objective.objective import Objective
@@ -77,7 +78,7 @@ def test_nothing_is_pulled_back_to_what_nobody_trained(monkeypatch):
     pipeline = msif.Pipeline(pipeline.stages).fit(progress=False)
     assert pipeline.prepared(1).frozen == [first]
     assert first not in pipeline.prepared(1).live
-    monkeypatch.setattr(influence, "cross_products", lambda *_: pytest.fail("worked for nothing"))
+    monkeypatch.setattr(implicit, "cross_products", lambda *_: pytest.fail("worked for nothing"))
     scores = msif.ImplicitInfluence(curvature="ggn").fit(pipeline).score(random_queries(pipeline))
     assert float(scores.values.abs().max()) > 0
 
@@ -90,7 +91,7 @@ def test_queries_in_groups_score_the_same(link, monkeypatch):
         attributor = msif.ImplicitInfluence(msif.ConjugateGradient(1e-12), curvature="ggn", **settings).fit(pipeline)
         expected, report = attributor.score(queries).values, attributor.report_["stage0"]
         size = max(pipeline.objective(k).layout.size for k in (0, 1))
-        monkeypatch.setattr(influence, "SOLVING_BYTES", 3 * 10 * size * 8)
+        monkeypatch.setattr(implicit, "SOLVING_BYTES", 3 * 10 * size * 8)
         assert attributor._side_by_side(0) == 3
         close(attributor.score(queries).values, expected)
         grouped = attributor.report_["stage0"]
@@ -99,7 +100,7 @@ def test_queries_in_groups_score_the_same(link, monkeypatch):
         assert bool(grouped.converged.all())
         monkeypatch.undo()
     top = attributor = msif.ImplicitInfluence(curvature="ggn").fit(pipeline)
-    monkeypatch.setattr(influence, "SOLVING_BYTES", 1)
+    monkeypatch.setattr(implicit, "SOLVING_BYTES", 1)
     close(top.score(queries, top=2).lowest.values, attributor.score(queries).values.sort(1).values[:, :2])
 
 

@@ -7,7 +7,8 @@ import torch
 from conftest import random_examples, random_model, random_pipeline, random_queries
 
 import msif_lab as msif
-from msif_lab import marking, plots, widgets
+from msif_lab import plots, widgets
+from msif_lab.exercises import marking
 
 matplotlib = pytest.importorskip("matplotlib")
 plt = pytest.importorskip("matplotlib.pyplot")

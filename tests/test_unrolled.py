@@ -11,7 +11,7 @@ from conftest import digits_pipeline, random_pipeline, random_queries
 from torch.func import vjp
 
 import msif_lab as msif
-from msif_lab import unrolled as module
+from msif_lab.influence import unrolled as module
 
 F64 = torch.float64
 RECIPES = {  # 24, 20 and 16 examples in batches of 7: the last one is partial

@@ -9,7 +9,7 @@ from conftest import digits_pipeline, random_pipeline, random_queries
 from scipy import stats
 
 import msif_lab as msif
-from msif_lab import comparison
+from msif_lab.evaluation import comparison
 
 F64 = torch.float64
 LINKS = {"frozen": msif.Frozen(), "proximal": msif.Proximal(0.3)}
