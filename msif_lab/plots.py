@@ -60,7 +60,7 @@ def pipeline_diagram(pipeline: Pipeline, ax=None):
     ax.set(xlim=(-0.05, total + 0.05), ylim=(0, 1))
     ax.axis("off")
     for k, stage in enumerate(pipeline.stages):
-        o, p = pipeline.objective(k), pipeline.prepared(k)
+        o, p = pipeline.objective(k), pipeline.functional(k)
         lines = [_examples(stage.data), f"trains {_count(o.size)} of {_count(o.layout.size)}", "parameters"]
         left = k * (width + gap)
         _box(ax, left, width, stage.name, lines, HELPFUL)

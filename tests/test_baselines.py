@@ -123,7 +123,7 @@ def test_tracin_of_the_last_stage_asks_its_own_checkpoints(pair):
     scores = tracin.score(queries, stage="second").values
     expected = torch.zeros_like(scores)
     o = pipeline.objective(1)
-    names = o.trained
+    names = o.trained_names
     for full, rate in tracin._states[1]:
         model = net(2)
         model.load_state_dict(o.layout.named(full))

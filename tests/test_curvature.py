@@ -37,12 +37,12 @@ class Oracle:
         shapes = {name: p.shape for name, p in o.model.named_parameters()}
         parts = full.split([shape.numel() for shape in shapes.values()])
         self.values = {name: part.view(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
-        self.theta = torch.cat([self.values[name].reshape(-1) for name in o.trained])
-        self.shared = torch.cat([torch.full((shapes[name].numel(),), "head" not in name) for name in o.trained])
+        self.theta = torch.cat([self.values[name].reshape(-1) for name in o.trained_names])
+        self.shared = torch.cat([torch.full((shapes[name].numel(),), "head" not in name) for name in o.trained_names])
 
     def outputs(self, theta, x):
         values, start = dict(self.values), 0
-        for name in self.o.trained:
+        for name in self.o.trained_names:
             size = values[name].numel()
             values[name] = theta[start : start + size].view(values[name].shape)
             start += size
@@ -134,7 +134,7 @@ def test_every_parameter_without_penalty():
 
     expected = torch.autograd.functional.hessian(risk, full)
     close(msif.Hessian(o, full, every=True).dense(), expected)
-    own = o.rows
+    own = o.trained_positions
     close(msif.Hessian(o, full, ridge=False).dense(), expected[own][:, own])
 
 
@@ -311,7 +311,7 @@ def everything(pipeline, queries, corrected):
     pipeline.adopt()  # forgets the curvature operators made so far
     o, full = pipeline.objective(0), pipeline.trained()[0]
     vectors, weights = draw(o.size, 9), draw(3, len(o.data)).abs()
-    batch, point = torch.tensor([5, 1, 9, 22, 17, 3, 8, 2]), full[o.rows].repeat(3, 1) + 0.1
+    batch, point = torch.tensor([5, 1, 9, 22, 17, 3, 8, 2]), full[o.trained_positions].repeat(3, 1) + 0.1
     one, three = Lanes(o, full[None], None, weights[:1]), Lanes(o, full.repeat(3, 1), None, weights)
     found = {
         "gradient": one.value_and_grad(point[:1])[1],
@@ -398,7 +398,7 @@ def test_parameters_without_gradient_stay_out():
     data = random_examples(20, (1, 4, 4), 3, False, seed=1)
     o = msif.Pipeline([msif.Stage("only", model, data, weight_decay=0.1)]).objective(0)
     full = o.layout.flatten(model)
-    assert o.trained == ["embedding.1.weight", "head.weight", "head.bias"]
+    assert o.trained_names == ["embedding.1.weight", "head.weight", "head.bias"]
     oracle = Oracle(o, full)
     close(msif.Hessian(o, full).dense(), oracle.hessian())
     close(msif.GGN(o, full).dense(), oracle.ggn())

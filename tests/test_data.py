@@ -282,7 +282,7 @@ def test_a_resnet_with_a_new_head_shares_everything_else():
     x, y = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 0, 1])
     link = msif.Frozen(shared=lambda name: not name.startswith("fc."))
     stages = [msif.Stage("one", first, msif.Examples(x, y)), msif.Stage("two", second, msif.Examples(x, y), link=link)]
-    prepared = msif.Pipeline(stages).prepared(1)
+    prepared = msif.Pipeline(stages).functional(1)
     names = [name for name, _ in second.named_parameters()]
     assert prepared.frozen == [n for n in names if n not in ("fc.weight", "fc.bias")] and prepared.coupled == []
     assert prepared.objective.trained == ["fc.weight", "fc.bias"] and prepared.objective.size == 2 * 512 + 2

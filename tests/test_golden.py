@@ -107,13 +107,16 @@ def test_schur_bridge_between_the_cases():
     queries, full = random_queries(proximal), msif.ImplicitInfluence().fit(proximal)
     o, point = proximal.objective(1), proximal.trained()[1]
     gradients = torch.cat([g for _, g in per_example_gradients(o, point, queries, every=True)])
-    solution, _ = full._prepared[1].solve(gradients[:, o.rows].T)
-    p = proximal.prepared(1)
+    solution, _ = full._prepared[1].solve(gradients[:, o.trained_positions].T)
+    p = proximal.functional(1)
     cotangent_full = p.there["coupled"].take(full._pull_back(1, gradients, solution.T))
 
     hessian = proximal.curvature(1).dense()
-    hessian[o.coupled, o.coupled] -= 2 * alpha
-    shared, own = o.coupled, torch.tensor([i for i in range(o.size) if i not in set(o.coupled.tolist())])
+    hessian[o.coupled_positions, o.coupled_positions] -= 2 * alpha
+    shared, own = (
+        o.coupled_positions,
+        torch.tensor([i for i in range(o.size) if i not in set(o.coupled_positions.tolist())]),
+    )
     g_wt, g_tt = hessian[shared][:, own], hessian[own][:, own]
     cotangent_frozen = gradients[:, shared].T - g_wt @ torch.linalg.solve(g_tt, gradients[:, own].T)
     schur = msif.schur_complement(hessian, shared)

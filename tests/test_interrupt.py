@@ -201,7 +201,7 @@ def test_a_failed_save_or_load_changes_nothing(fitted, tmp_path, monkeypatch):
     (tmp_path / "cut").write_bytes(content[:-9])
     with pytest.raises(msif.SavedFileError):
         fitted.load(tmp_path / "cut")
-    monkeypatch.setattr("msif_lab.pipeline.pipeline.read_tensors", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("msif_lab.pipeline.saved.read_tensors", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         fitted.load(tmp_path / "p")
     assert differences(before, photograph(fitted)) == []

@@ -49,20 +49,20 @@ def test_places_are_positions():
 def test_a_frozen_stage_is_differentiated_by_its_head_alone(kind):
     """Every derivative by T through θ alone, against the rows T of the derivative by all D parameters."""
     pipeline = random_pipeline(kind, link=msif.Frozen(), fit=False)
-    p, o = pipeline.prepared(1), pipeline.objective(1)
+    p, o = pipeline.functional(1), pipeline.objective(1)
     full, v = o.layout.flatten(o.model) + 0.3 * draw(o.layout.size), draw(o.size, 4)
-    padded = torch.zeros(o.layout.size, 4, dtype=F64).index_copy(0, o.rows, v)
+    padded = torch.zeros(o.layout.size, 4, dtype=F64).index_copy(0, o.trained_positions, v)
     for operator in (msif.Hessian, msif.GGN):
-        close(operator(o, full, ridge=False) @ v, (operator(o, full, every=True) @ padded)[o.rows])
+        close(operator(o, full, ridge=False) @ v, (operator(o, full, every=True) @ padded)[o.trained_positions])
     every = torch.cat([g for _, g in msif.per_example_gradients(o, full, every=True)])
-    close(torch.cat([g for _, g in msif.per_example_gradients(o, full)]), every[:, o.rows])
+    close(torch.cat([g for _, g in msif.per_example_gradients(o, full)]), every[:, o.trained_positions])
     for mode in ("forward", "gradients", "layers"):
-        close(msif.example_products(o, full, v, mode=mode), (every[:, o.rows] @ v).T)
+        close(msif.example_products(o, full, v, mode=mode), (every[:, o.trained_positions] @ v).T)
     weights = draw(len(o.data), seed=2).abs()
     mixed = msif.Hessian(o, full, weights, every=True) @ padded
     close(cross_products(o, full, p.frozen, v.T, weights), p.here["frozen"].take(mixed.T))
     leaf = full.clone().requires_grad_()
-    named = o.parameters(leaf[o.rows], leaf)
+    named = o.parameters(leaf[o.trained_positions], leaf)
     backbone = torch.autograd.grad(o.losses(named, o.data.x, o.data.y).sum(), leaf)[0]
     assert float(p.here["frozen"].take(backbone).abs().max()) == 0
 
@@ -76,8 +76,8 @@ def test_nothing_is_pulled_back_to_what_nobody_trained(monkeypatch):
     state = {first: pipeline.stages[0].model.get_parameter(first).detach()}
     pipeline.stages[1].model.load_state_dict(state, strict=False)
     pipeline = msif.Pipeline(pipeline.stages).fit(progress=False)
-    assert pipeline.prepared(1).frozen == [first]
-    assert first not in pipeline.prepared(1).live
+    assert pipeline.functional(1).frozen == [first]
+    assert first not in pipeline.functional(1).live
     monkeypatch.setattr(implicit, "cross_products", lambda *_: pytest.fail("worked for nothing"))
     scores = msif.ImplicitInfluence(curvature="ggn").fit(pipeline).score(random_queries(pipeline))
     assert float(scores.values.abs().max()) > 0

@@ -127,7 +127,7 @@ def test_factors_are_the_jacobian(name):
     expected = jacobians(o, full)  # (B, C, P)
     seen = trace(o, full, o.data.x, layers)
     s, v, u = seen.jacobians(), draw(o.size, 4), draw(9, 4, expected.shape[1], seed=3)
-    assert torch.allclose(seen.rows(s, o.size), expected, rtol=0, atol=1e-12)
+    assert torch.allclose(seen.jacobian(s, o.size), expected, rtol=0, atol=1e-12)
     assert torch.allclose(seen.push(s, v), torch.einsum("bcp,pk->bkc", expected, v), rtol=0, atol=1e-12)
     pulled = torch.zeros_like(v)
     seen.pull(s, u, pulled)

@@ -57,7 +57,7 @@ def test_diagram_says_what_is_handed_over():
     shown = texts(plots.pipeline_diagram(random_pipeline(link=msif.Proximal(0.3), fit=False)))
     assert "W: 4×16 + 4\n68 shared" in shown and "all 78" in shown and "24 examples of 0–2" in shown
     deep = random_pipeline("cnn", link=msif.Frozen(), fit=False)
-    assert f"W: 4 blocks\n{deep.prepared(1).here['frozen'].size} shared" in texts(plots.pipeline_diagram(deep))
+    assert f"W: 4 blocks\n{deep.functional(1).here['frozen'].size} shared" in texts(plots.pipeline_diagram(deep))
     some = msif.Frozen(shared=["embedding.1.weight"])
     assert "W: 4×16\n64 shared" in texts(plots.pipeline_diagram(random_pipeline(link=some, fit=False)))
 

@@ -182,7 +182,7 @@ def test_forgotten_hessian_fails(monkeypatch):
 @pytest.mark.parametrize("link", ["frozen", "proximal"])
 def test_forgotten_path_across_the_link_fails(monkeypatch, link):
     pipeline = trained(link=link)
-    prepared = pipeline.prepared(1)
+    prepared = pipeline.functional(1)
     original = module.gradient_transpose
 
     def without_mixed(o, full, batch, cotangents, *args):

@@ -72,7 +72,7 @@ def per_example_gradients(
         rows: only these positions.
     """
     o, function, layers = objective, function or objective.loss, find_layers(objective, every)
-    theta = full if every else o.own.take(full)
+    theta = full if every else o.trained.take(full)
 
     def value(theta, x, y):
         return function(o.outputs(theta if every else o.parameters(theta, full), x[None]), y[None])[0]
@@ -83,8 +83,8 @@ def per_example_gradients(
         if layers is None:
             yield part, vmap(grad(value), in_dims=(None, 0, 0))(theta, x, y)
         else:
-            seen = trace(o, full, x, layers)
-            yield part, seen.rows(seen.told(function, y), len(theta))[:, 0]
+            traced = trace(o, full, x, layers)
+            yield part, traced.jacobian(traced.output_gradients(function, y), len(theta))[:, 0]
 
 
 def example_products(
@@ -130,10 +130,10 @@ def product_chunks(
     elif mode == "layers":
         most = max(layer.bytes(vectors.shape[1], vectors.element_size()) for layer in layers)
         for rows, x, y in o.chunks(examples, copies=2 + 2 * most // o.bytes_per_example()):
-            seen = trace(o, full, x, layers)
-            yield rows, seen.along(seen.told(o.loss, y), vectors).T
+            traced = trace(o, full, x, layers)
+            yield rows, traced.along(traced.output_gradients(o.loss, y), vectors).T
     else:
-        theta = o.own.take(full)
+        theta = o.trained.take(full)
         for rows, x, y in o.chunks(examples, copies=3):
             at = functools.partial(lambda x, y, t: o.losses(o.parameters(t, full), x, y), x, y)
             slopes = [jvp(at, (theta,), (v,))[1] for v in vectors.T]
@@ -158,7 +158,7 @@ def own_products(kind: str, objective: Objective, full: Tensor, x: Tensor, y: Te
     """
     o = objective
     with torch.enable_grad():
-        theta = o.own.take(full).repeat(len(x), 1).requires_grad_()  # a copy each, to meet a vector of its own
+        theta = o.trained.take(full).repeat(len(x), 1).requires_grad_()  # a copy each, to meet a vector of its own
         z = vmap(lambda t, x: o.outputs(o.parameters(t, full), x[None])[0])(theta, x)
         if kind == "hessian":
             (gradient,) = torch.autograd.grad(o.loss(z, y).sum(), theta, create_graph=True)
@@ -187,7 +187,7 @@ def cross_products(
     Returns:
         ``(Q, |W|)``, in the order of ``names``.
     """
-    named, theta = o.layout.named(full), o.own.take(full)
+    named, theta = o.layout.named(full), o.trained.take(full)
     result = vectors.new_zeros(len(vectors), sum(len(o.layout.spans[name]) for name in names))
     parts = result.split([len(o.layout.spans[name]) for name in names], 1)
     for rows, x, y in o.chunks(copies=2):
@@ -239,9 +239,9 @@ def gradient_transpose(
     Returns:
         ``(Q, P or D)`` products, the penalty's left out, and ``(Q, |B|)`` scores.
     """
-    point = full if every else o.own.take(full)
+    point = full if every else o.trained.take(full)
     if every:
-        cotangents = o.own.put(cotangents.new_zeros(len(cotangents), len(full)), cotangents)
+        cotangents = o.trained.put(cotangents.new_zeros(len(cotangents), len(full)), cotangents)
     products, scores = torch.zeros_like(cotangents), []
     weights = full.new_ones(len(batch)) if weights is None else weights
     forward = forward_is_cheaper(o, full.dtype)

@@ -1,4 +1,4 @@
-"""Derivatives of networks of `Linear`, `Conv2d` and norm layers from what each layer sees and what it is told.
+"""Derivatives of networks of `Linear`, `Conv2d` and norm layers from each layer's inputs and output gradients.
 
 A layer ``z = W a + b`` has ``∂q/∂W = Σ_l s_l a_lᵀ`` with ``a`` its inputs at L positions and ``s = ∂q/∂z``. So one
 forward and one backward pass that forms no weight gradient give, for every example at once, ``∇q·v = Σ_l s_lᵀ V a_l``
@@ -49,7 +49,7 @@ class Layer:
         """Whether it is a `Linear` called at one place."""
         return isinstance(self.module, nn.Linear) and len(self.size) == 1
 
-    def sees(self, x: Tensor) -> Tensor:
+    def inputs(self, x: Tensor) -> Tensor:
         """``a``, of what the module was called with."""
         return x
 
@@ -94,7 +94,7 @@ class Layer:
     def _how(self) -> dict:
         return {key: getattr(self.module, key) for key in ("stride", "padding", "dilation")}
 
-    def inputs(self, a: Tensor) -> Tensor:
+    def patches(self, a: Tensor) -> Tensor:
         """What the weights multiply: ``(B, L, J)``, J numbers at L positions."""
         if not self.conv:
             return a.reshape(len(a), -1, a.shape[-1])
@@ -128,7 +128,7 @@ class Layer:
                 product = torch.nn.grad.conv2d_weight(a, kernels, s_maps, **self._how())
             else:
                 flat = s.permute(1, 2, 0, 3) if self.conv else s.permute(1, 3, 0, 2)  # (K, out, B, L)
-                product = flat.reshape(width * out, -1) @ self.inputs(a).reshape(-1, self.module.weight[0].numel())
+                product = flat.reshape(width * out, -1) @ self.patches(a).reshape(-1, self.module.weight[0].numel())
             result[self.spans[0]] += product.reshape(width, -1).T
         if self.bias is not None:
             result[self.spans[-1]] += (s.sum((0, 3)) if self.conv else s.sum((0, 2))).T
@@ -144,7 +144,7 @@ class Layer:
         s = s.unflatten(2, (out, -1) if self.conv else (-1, out))
         s = s if self.conv else s.transpose(2, 3)  # (B, C, out, L)
         if self.weight is not None:
-            parts.append((s @ self.inputs(a)[:, None]).flatten(2))
+            parts.append((s @ self.patches(a)[:, None]).flatten(2))
         if self.bias is not None:
             parts.append(s.sum(3))
         return parts
@@ -153,7 +153,7 @@ class Layer:
 class Scale(Layer):
     """A norm layer that knows its statistics: ``z_c = γ_c a_c + β_c`` at L positions, ``a`` its normalised inputs."""
 
-    def sees(self, x: Tensor) -> Tensor:
+    def inputs(self, x: Tensor) -> Tensor:
         m = self.module
         if isinstance(m, nn.GroupNorm):
             a = nn.functional.group_norm(x, m.num_groups, eps=m.eps)
@@ -191,7 +191,7 @@ class Trace:
     a: list[Tensor]
     z: list[Tensor]
 
-    def told(self, function: Callable, y: Tensor) -> list[Tensor]:
+    def output_gradients(self, function: Callable, y: Tensor) -> list[Tensor]:
         """``∂ function(outputs, y)_i / ∂z`` of each layer for one number per example: ``(B, 1, n)`` each."""
         with torch.enable_grad():
             values = function(self.outputs, y)
@@ -207,23 +207,23 @@ class Trace:
     def push(self, s: Sequence[Tensor], vectors: Tensor) -> Tensor:
         """``J v``: ``vectors`` (P, K) → ``(B, K, C)``."""
         parts = zip(self.layers, self.a, s, strict=True)
-        return sum(layer.push(a, vectors) @ told.transpose(1, 2) for layer, a, told in parts)
+        return sum(layer.push(a, vectors) @ s.transpose(1, 2) for layer, a, s in parts)
 
     def along(self, s: Sequence[Tensor], vectors: Tensor) -> Tensor:
-        """``∇q_iᵀ v`` for what the layers were `told` of q: ``vectors`` (P, K) → ``(B, K)``, no gradient kept."""
+        """``∇q_iᵀ v`` from the layers' `output_gradients` of q: ``vectors`` (P, K) → ``(B, K)``, no gradient kept."""
         parts = zip(self.layers, self.a, s, strict=True)
-        return sum(layer.along(a, told, vectors) for layer, a, told in parts)
+        return sum(layer.along(a, s, vectors) for layer, a, s in parts)
 
     def pull(self, s: Sequence[Tensor], cotangents: Tensor, result: Tensor) -> None:
         """Add ``Σ_i J_iᵀ u_i`` of ``cotangents`` (B, K, C) to ``result`` (P, K)."""
-        for layer, a, told in zip(self.layers, self.a, s, strict=True):
-            layer.pull(a, cotangents @ told, result)
+        for layer, a, gradients in zip(self.layers, self.a, s, strict=True):
+            layer.pull(a, cotangents @ gradients, result)
 
-    def rows(self, s: Sequence[Tensor], size: int) -> Tensor:
+    def jacobian(self, s: Sequence[Tensor], size: int) -> Tensor:
         """``J`` itself: ``(B, C, P)``."""
         result = s[0].new_empty(*s[0].shape[:2], size)
-        for layer, a, told in zip(self.layers, self.a, s, strict=True):
-            layer.outer(a, told, result)
+        for layer, a, gradients in zip(self.layers, self.a, s, strict=True):
+            layer.outer(a, gradients, result)
         return result
 
 
@@ -236,14 +236,16 @@ def find_layers(o: Objective, every: bool = False) -> list[Layer] | None:
         o: the stage.
         every: all D parameters instead of the trained P.
     """
-    if every not in o.layers:
+
+    def find() -> list[Layer] | None:
         found = _list(o, every)
-        o.layers[every] = found if found and _agrees(o, found, every) else None
-    return o.layers[every]
+        return found if found and _agrees(o, found, every) else None
+
+    return o.once(("layers", every), find)
 
 
 def _list(o: Objective, every: bool) -> list[Layer] | None:
-    names = list(o.layout.shapes) if every else o.trained
+    names = list(o.layout.shapes) if every else o.trained_names
     starts, spans = 0, {}
     for name in names:
         spans[name] = range(starts, starts + len(o.layout.spans[name]))
@@ -264,8 +266,8 @@ def _list(o: Objective, every: bool) -> list[Layer] | None:
 
 
 def trace(o: Objective, full: Tensor, x: Tensor, layers: list[Layer]) -> Trace | None:
-    """Run the model at all its parameters ``full`` (D,) on a chunk and keep what its layers see; the user's module
-    is as before. None where a layer is not called exactly once with the whole chunk."""
+    """Run the model at all its parameters ``full`` (D,) on a chunk and keep its layers' inputs and outputs; the user's
+    module is as before. None where a layer is not called exactly once with the whole chunk."""
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {layer.name: [] for layer in layers}
     full = full.detach()
     inplace = any(getattr(module, "inplace", False) for module in o.model.modules())
@@ -273,7 +275,7 @@ def trace(o: Objective, full: Tensor, x: Tensor, layers: list[Layer]) -> Trace |
     def keep(layer):
         def hook(module, given, z):
             z = z if z.requires_grad else z.detach().requires_grad_()
-            seen[layer.name].append((layer.sees(given[0].detach()), z))
+            seen[layer.name].append((layer.inputs(given[0].detach()), z))
             return z.clone() if inplace else z
 
         return hook
@@ -291,7 +293,7 @@ def trace(o: Objective, full: Tensor, x: Tensor, layers: list[Layer]) -> Trace |
 
 
 def _agrees(o: Objective, layers: list[Layer], every: bool) -> bool:
-    """Whether the layers see all there is: a weight also used elsewhere, twice, or behind a hook does not show."""
+    """Whether the layers account for all of the gradient: a weight used elsewhere, twice, or behind a hook does not."""
     full = o.layout.flatten(o.model)
     generator = torch.Generator().manual_seed(0)
     full = full + 0.1 * torch.randn(len(full), generator=generator, dtype=full.dtype).to(full.device)
@@ -304,13 +306,13 @@ def _agrees(o: Objective, layers: list[Layer], every: bool) -> bool:
         for layer, z in zip(layers, found.z, strict=True):
             layer.size = tuple(z.shape[1:])
         like = torch.randn(found.outputs.shape, generator=generator, dtype=full.dtype).to(full.device)
-        told = found.told(lambda z, y: (z * y).flatten(1).sum(1), like)
-        ours = found.rows(told, o.layout.size if every else o.size)[:, 0].sum(0)
+        gradients = found.output_gradients(lambda z, y: (z * y).flatten(1).sum(1), like)
+        ours = found.jacobian(gradients, o.layout.size if every else o.size)[:, 0].sum(0)
         with torch.enable_grad(), exact_convolutions():
             leaf = full.requires_grad_()
             (theirs,) = torch.autograd.grad((o.outputs(leaf, x) * like).sum(), leaf)
     except (RuntimeError, IndexError, ValueError):
         return False  # whatever the model does there, torch.func knows how
-    theirs = theirs if every else o.own.take(theirs)
+    theirs = theirs if every else o.trained.take(theirs)
     close = 1e-3 if full.dtype != torch.float64 else 1e-9
     return bool((ours - theirs).norm() <= close * theirs.norm())

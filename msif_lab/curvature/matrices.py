@@ -46,7 +46,7 @@ class DataCurvature(Operator):
             if tensor is not None and tensor.shape != (size,):
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected ({size},)")
         self.objective, self.full, self.every = objective, full, every
-        self.theta = full if every else objective.own.take(full)
+        self.theta = full if every else objective.trained.take(full)
         self.weights = full.new_ones(len(objective.data)) if weights is None else weights
         self.ridge = objective.ridge if ridge and not every else None
         self.rows: Tensor | None = None  # only these examples
@@ -197,18 +197,21 @@ class GGN(DataCurvature):
         for part, added in zip(vectors.split(width, 1), result.split(width, 1), strict=True):
             copies = 2 + (numbers + 2 * most * part.shape[1]) * element // o.bytes_per_example()
             for rows, x, y in self._chunks(copies):
-                seen = trace(o, self.full, x, layers)
-                s = seen.jacobians()
-                bend = self.bend(seen.outputs, y, self.weights[rows])
-                seen.pull(s, seen.push(s, part) @ bend, added)
+                traced = trace(o, self.full, x, layers)
+                s = traced.jacobians()
+                bend = self.bend(traced.outputs, y, self.weights[rows])
+                traced.pull(s, traced.push(s, part) @ bend, added)
         return result
 
     def _outputs(self) -> int:
         """C, how many numbers the model gives for an example."""
-        if self.objective.outputs_ is None:
+        o = self.objective
+
+        def count() -> int:
             with torch.no_grad():
-                self.objective.outputs_ = self.objective.outputs(self.full, self.objective.data.x[[0]]).numel()
-        return self.objective.outputs_
+                return o.outputs(self.full, o.data.x[[0]]).numel()
+
+        return o.once("outputs", count)
 
     def _chunk(self, vectors, x, y, weights):
         def model(theta):
@@ -248,8 +251,8 @@ class GGN(DataCurvature):
     def _jacobian(self, x: Tensor, layers: list[Layer] | None) -> tuple[Tensor, Tensor]:
         """Outputs ``(B, ...)`` and J ``(B, C, P)``."""
         if layers:
-            seen = trace(self.objective, self.full, x, layers)
-            return seen.outputs, seen.rows(seen.jacobians(), self.shape[0])
+            traced = trace(self.objective, self.full, x, layers)
+            return traced.outputs, traced.jacobian(traced.jacobians(), self.shape[0])
 
         def outputs(theta, x):
             return self.objective.outputs(self._full(theta), x[None]).reshape(-1)
@@ -263,11 +266,12 @@ class GGN(DataCurvature):
         of the layers' inputs, 2C times less work than the product of Jacobians."""
         o, size = self.objective, self.shape[0]
         for rows, x, y in self._chunks(2 + 4 * size // o.bytes_per_example()):
-            seen = trace(o, self.full, x, layers)
-            told, bend = seen.jacobians(), self.bend(seen.outputs, y, self.weights[rows])
-            a = [layer.ones(a) for layer, a in zip(layers, seen.a, strict=True)]  # (B, J): inputs, and 1 for the bias
+            traced = trace(o, self.full, x, layers)
+            s = traced.jacobians()
+            bend = self.bend(traced.outputs, y, self.weights[rows])
+            a = [layer.ones(a) for layer, a in zip(layers, traced.a, strict=True)]  # (B, J): inputs, and 1 for the bias
             for i, j in itertools.combinations_with_replacement(range(len(layers)), 2):
-                between = told[i].transpose(1, 2) @ bend @ told[j]  # (B, out, out')
+                between = s[i].transpose(1, 2) @ bend @ s[j]  # (B, out, out')
                 for unit in range(between.shape[1]):
                     first = unit if i == j else 0  # what is left follows by symmetry
                     block = a[i].T @ (between[:, unit, first:, None] * a[j][:, None]).flatten(1)

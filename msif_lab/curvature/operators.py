@@ -33,10 +33,14 @@ class Operator:
         product = self._product(columns) if columns.shape[1] else torch.zeros_like(columns)
         return product[:, 0] if vectors.ndim == 1 else product
 
+    def unshifted(self) -> "tuple[Operator, Tensor | float]":
+        """``(base, shift)`` with ``A = base + diag(shift)``; work done on the base can be reused for other shifts."""
+        return self, 0.0
+
     def __add__(self, other: "Operator | Tensor | float") -> "Operator":
         if isinstance(other, Operator):
             return _Sum(self, other)
-        base, shift = (self.base, self.shift) if isinstance(self, Shifted) else (self, 0.0)
+        base, shift = self.unshifted()
         if isinstance(other, Tensor) and other.ndim and other.shape != (self.shape[0],):
             raise ValueError(f"cannot add {tuple(other.shape)} to an operator of shape {self.shape}: a number or (P,)")
         if not isinstance(other, (int, float, Tensor)):
@@ -80,11 +84,14 @@ class Operator:
 
 
 class Shifted(Operator):
-    """``base + diag(shift)``; solvers look inside to reuse the work done on ``base``."""
+    """``base + diag(shift)``."""
 
     def __init__(self, base: Operator, shift: Tensor | float):
         super().__init__(base.shape[0], base.dtype, base.device)
         self.base, self.shift = base, torch.as_tensor(shift, dtype=base.dtype, device=base.device)
+
+    def unshifted(self) -> tuple[Operator, Tensor | float]:
+        return self.base, self.shift
 
     def _product(self, vectors: Tensor) -> Tensor:
         return self.base @ vectors + (self.shift[:, None] if self.shift.ndim else self.shift) * vectors

@@ -84,12 +84,12 @@ class Baseline:
         parts = per_example_gradients(o, self._full[-1], queries, function, every=True)
         cotangent = torch.cat([g for _, g in parts])
         for j in range(len(self._full) - 1, k, -1):
-            p = self._pipeline.prepared(j)
+            p = self._pipeline.functional(j)
             before = cotangent.new_zeros(len(cotangent), self._pipeline.objective(j - 1).layout.size)
             for how in ("coupled", "frozen"):
                 p.there[how].put(before, p.here[how].take(cotangent))
             cotangent = before
-        return self._pipeline.objective(k).own.take(cotangent)
+        return self._pipeline.objective(k).trained.take(cotangent)
 
 
 class _PerExample(Baseline):

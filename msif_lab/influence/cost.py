@@ -1,6 +1,5 @@
 """What implicit and unrolled influence will cost, found by short probes before the work."""
 
-import copy
 import math
 import time
 import warnings
@@ -131,8 +130,7 @@ def plan(
 
 def _plan_stage(pipeline, k: int, full: Tensor, queries: int, memory: int, kind: str, damping: float) -> StagePlan:
     o, size = pipeline.objective(k), pipeline.objective(k).size
-    few = copy.copy(o)
-    few.data = o.data[:: max(1, len(o.data) // PROBE)] if len(o.data) > PROBE else o.data
+    few = o.on(o.data[:: max(1, len(o.data) // PROBE)] if len(o.data) > PROBE else o.data)
     operator, more = curvature(kind, few, full), len(o.data) / len(few.data)
     block = torch.cat([g for _, g in per_example_gradients(few, full, rows=torch.arange(min(queries, len(few.data))))])
     column = _seconds(lambda: operator @ block.T) * more / len(block)
@@ -296,7 +294,7 @@ def _segments(pipeline: Pipeline, memory: int, segments: int | None, runs: int):
     steps, checkpoint, record = {}, {}, {}
     for k, stage in enumerate(pipeline.stages):
         lanes = pipeline.fresh_lanes(k, pipeline.initial(k - 1)[None] if k else None)
-        theta = lanes.objective.own.take(lanes.base)
+        theta = lanes.objective.trained.take(lanes.base)
         walk = list(stage.recipe.steps(len(stage.data)))
         state = stage.recipe.start(theta)
         _, _, saved = stage.recipe.advance(lanes, theta, state, 0, *walk[0])

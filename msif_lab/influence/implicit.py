@@ -195,7 +195,7 @@ class ImplicitInfluence:
         for rows, gradients in per_example_gradients(o, self._full[last], queries, function, every=True):
             cotangent[rows] = gradients
         for k in range(last, first - 1, -1):
-            right = self._pipeline.objective(k).own.take(cotangent)
+            right = self._pipeline.objective(k).trained.take(cotangent)
             solution, report[self._pipeline.stages[k].name] = self._prepared[k].solve(right.T)
             if k > first:
                 cotangent = self._pull_back(k, cotangent, solution.T)
@@ -204,10 +204,10 @@ class ImplicitInfluence:
 
     def _pull_back(self, k: int, cotangent: Tensor, solution: Tensor) -> Tensor:
         """From ∇q by stage k's parameters (Q, D) and v = H⁻¹∇q (Q, P) to ∇q by the previous stage's (Q, D')."""
-        p, o, full = self._pipeline.prepared(k), self._pipeline.objective(k), self._full[k]
+        p, o, full = self._pipeline.functional(k), self._pipeline.objective(k), self._full[k]
         before = cotangent.new_zeros(len(cotangent), self._pipeline.objective(k - 1).layout.size)
         if p.coupled:
-            p.there["coupled"].put(before, 2 * o.alpha * o.held.take(solution))  # proximal: 2α v_S
+            p.there["coupled"].put(before, 2 * o.alpha * o.coupled.take(solution))  # proximal: 2α v_S
         if names := [n for n in p.frozen if n in p.live]:  # frozen: a_W − G_WT v, of the W that a stage before trains
             here, there = o.layout.places(names), self._pipeline.objective(k - 1).layout.places(names)
             there.put(before, here.take(cotangent) - cross_products(o, full, names, solution))

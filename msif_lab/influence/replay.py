@@ -35,7 +35,7 @@ class Trajectory:
     def run(self, bar=None) -> "Trajectory":
         """The whole stage once."""
         self.steps = list(self.recipe.steps(len(self.lanes.objective.data)))
-        theta = self.lanes.objective.own.take(self.lanes.base)
+        theta = self.lanes.objective.trained.take(self.lanes.base)
         state = self.recipe.start(theta)
         self._checkpoints, self._kept = [], None
         for segment in range(len(self.bounds) - 1):

@@ -80,7 +80,7 @@ class AlphaSweep:
         self._about = (first.data.ids, queries.ids, pipeline.stages[0].name, target_name(target))
 
         matrix = exact.dense(pipeline.curvature(1, curvature)).clone()
-        keep = last.coupled
+        keep = last.coupled_positions
         matrix[keep, keep] -= 2 * last.alpha
         rest = torch.ones(len(matrix), dtype=torch.bool, device=matrix.device)
         rest[keep] = False
@@ -96,8 +96,10 @@ class AlphaSweep:
         spectrum = exact.spectrum(pipeline.curvature(0, curvature))
         self.pretraining = spectrum.values
         across = schur.vectors.new_zeros(len(keep), first.layout.size)
-        pipeline.prepared(1).there["coupled"].put(across, schur.vectors.T)
-        self._across = first.own.take(across) @ spectrum.vectors  # from one set of eigenvectors to the other, (S, P)
+        pipeline.functional(1).there["coupled"].put(across, schur.vectors.T)
+        self._across = (
+            first.trained.take(across) @ spectrum.vectors
+        )  # from one set of eigenvectors to the other, (S, P)
         gradients = torch.cat([g for _, g in per_example_gradients(first, full[0])])
         self._examples = gradients @ spectrum.vectors  # ∇f_i in the pretraining eigenvectors, (N, P)
 

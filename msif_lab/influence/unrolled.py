@@ -115,10 +115,10 @@ class UnrolledInfluence:
         fit, sweep = 0.0, 0.0
         for k, stage in enumerate(pipeline.stages):
             o, lanes = pipeline.objective(k), pipeline.fresh_lanes(k, pipeline.initial(k - 1)[None] if k else None)
-            theta, full = o.own.take(lanes.base), lanes.base[0]
+            theta, full = o.trained.take(lanes.base), lanes.base[0]
             batch, rate = next(iter(stage.recipe.steps(len(stage.data))))
             cotangents = torch.ones_like(theta).expand(plan.part, -1)
-            every = bool(k and pipeline.prepared(k).frozen)
+            every = bool(k and pipeline.functional(k).frozen)
             forward = seconds(stage.recipe.advance, lanes, theta, stage.recipe.start(theta), 0, batch, rate)
             room = min(self.memory // 4, CHUNK_BYTES)
             back = seconds(gradient_transpose, o, full, batch, cotangents, every=every, memory=room)
@@ -242,12 +242,12 @@ class UnrolledInfluence:
     def _stage(self, k: int, run: Trajectory, cotangent: Tensor, first: int, norms: Tensor, bar):
         """Backwards through stage k: from ∇q by its final parameters ``(Q, D)`` to ∇q by those of the stage before
         ``(Q, D')``, and the scores of its own examples ``(Q, m)``."""
-        p, recipe, base = self._pipeline.prepared(k), run.recipe, run.lanes.base[0]
+        p, recipe, base = self._pipeline.functional(k), run.recipe, run.lanes.base[0]
         o, decay = p.objective, recipe.decay(run.lanes)
         every, ridge = k > first and bool(p.frozen), o.ridge - decay  # the penalty's curvature as ∇L_B has it
         scores = cotangent.new_zeros(len(cotangent), len(o.data))
-        theta_bar, frozen_bar = o.own.take(cotangent), p.here["frozen"].take(cotangent)
-        centre_bar = cotangent.new_zeros(len(cotangent), o.held.size)
+        theta_bar, frozen_bar = o.trained.take(cotangent), p.here["frozen"].take(cotangent)
+        centre_bar = cotangent.new_zeros(len(cotangent), o.coupled.size)
         state_bar = recipe.start(theta_bar)  # zeros: q does not ask for the optimiser's memory
         norms[-1] += theta_bar.norm(dim=1).sum()
         probes, signs = self._at[k] if self.leave_one_out and k == first else (None, None)
@@ -270,9 +270,9 @@ class UnrolledInfluence:
                         scores[:, part] -= g_bar @ bent.T / len(batch)
                 if every:  # what is frozen shapes every step's gradient
                     frozen_bar = frozen_bar + p.here["frozen"].take(product)
-                    product = o.own.take(product)
+                    product = o.trained.take(product)
                 theta_bar = theta_bar + product + ridge * g_bar
-                centre_bar -= 2 * o.alpha * o.held.take(g_bar)  # the gradient holds 2α (θ_S − c)
+                centre_bar -= 2 * o.alpha * o.coupled.take(g_bar)  # the gradient holds 2α (θ_S − c)
                 norms[step] += theta_bar.norm(dim=1).sum()
                 bar.update()
         if not bool(torch.isfinite(theta_bar).all()):
@@ -283,7 +283,7 @@ class UnrolledInfluence:
         if k == 0:
             return theta_bar, scores
         before = cotangent.new_zeros(len(cotangent), self._pipeline.objective(k - 1).layout.size)
-        p.there["coupled"].put(before, o.held.take(theta_bar) + centre_bar)  # where the run starts, what holds it
+        p.there["coupled"].put(before, o.coupled.take(theta_bar) + centre_bar)  # where the run starts, what holds it
         p.there["frozen"].put(before, frozen_bar)
         return before, scores
 

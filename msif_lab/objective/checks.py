@@ -46,18 +46,17 @@ def check_examples(objective: Objective, examples: Examples, name: str) -> None:
         )
     few = torch.unique(torch.tensor([0, len(examples) // 2, len(examples) - 1]))
     x, y = examples.x[few], examples.y[few]
-    full, buffers = o.layout.flatten(o.model), {n: b.clone() for n, b in o.buffers.items()}
+    full, probe = o.layout.flatten(o.model), o.on(o.data)
     try:
         with torch.no_grad(), exact_convolutions():
-            outputs, again = o.outputs(full, x), o.outputs(full, x)
-            alone = torch.cat([o.outputs(full, x[i : i + 1]) for i in range(len(x))])
+            outputs, again = probe.outputs(full, x), probe.outputs(full, x)
+            alone = torch.cat([probe.outputs(full, x[i : i + 1]) for i in range(len(x))])
     except (RuntimeError, IndexError, TypeError, ValueError, AssertionError) as error:
         raise ValueError(
             f"{name}.x of shape {tuple(examples.x.shape)} does not fit the model of {o.where}: {error}"
         ) from error
-    for buffer, before in buffers.items():
-        if not torch.equal(before, o.buffers[buffer]):
-            o.buffers = buffers
+    for buffer, before in o.buffers.items():
+        if not torch.equal(before, probe.buffers[buffer]):
             raise UnsupportedModelError(
                 f"{o.where}: calling the model writes into its buffer {buffer!r}, so it is no fixed function; call "
                 "model.eval() first, or replace that layer"

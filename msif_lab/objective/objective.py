@@ -5,7 +5,8 @@ Letters as in the lessons: ``θ`` the ``P`` parameters a stage trains, ``w`` the
 previous stage's ``c`` (α = 0 without a proximal link). Many weightings at once are *lanes*, ``(R, P)``.
 """
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -47,40 +48,51 @@ class Objective:
         self.model, self.data, self.loss, self.where = model, data, loss, where
         self.layout = Layout(model, where)
         self.weight_decay, self.alpha = float(weight_decay), float(alpha)
-        self.trained = list(self.layout.trainable if trained is None else trained)
-        self.own, self.device = self.layout.places(self.trained), data.x.device  # where θ lies among all D
+        self.trained_names = list(self.layout.trainable if trained is None else trained)
+        self.trained, self.device = self.layout.places(self.trained_names), data.x.device  # where θ lies among all D
         trained_spans = {}
-        for name in self.trained:
+        for name in self.trained_names:
             start = sum(len(span) for span in trained_spans.values())
             trained_spans[name] = range(start, start + len(self.layout.spans[name]))
-        self.held = Places([trained_spans[n] for n in shared])  # where the coupled S lie in θ
-        self._all = self.trained == list(self.layout.shapes)
+        self.coupled = Places([trained_spans[n] for n in shared])  # where the coupled S lie in θ
+        self._all = self.trained_names == list(self.layout.shapes)
         # Constants of the function; copies, so that a module that writes into them cannot change itself.
         self.buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
-        self._bytes = None
-        self.outputs_: int | None = None  # C, numbers the model gives for one example
-        self.layers: dict[bool, list | None] = {}  # `layers.find_layers`, once
+        self._found: dict = {}  # what was measured once, see `once`
+
+    def once(self, name: Hashable, measure: Callable[[], object]):
+        """What ``measure()`` gave the first time it was asked for under this name: a fact about model and loss."""
+        if name not in self._found:
+            self._found[name] = measure()
+        return self._found[name]
+
+    def on(self, data: Examples) -> "Objective":
+        """The same function of other examples, with buffers of its own; what is known of the model is shared."""
+        other = copy.copy(self)
+        other.data = data
+        other.buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
+        return other
 
     @property
     def size(self) -> int:
         """P, how many numbers are trained."""
-        return self.own.size
+        return self.trained.size
 
     @property
-    def rows(self) -> Tensor:
-        """Positions of θ among all D, one by one ``(P,)``; `own` has them as spans."""
-        return self.own.table(self.device)
+    def trained_positions(self) -> Tensor:
+        """Positions of θ among all D, one by one ``(P,)``; `trained` has them as spans."""
+        return self.trained.table(self.device)
 
     @property
-    def coupled(self) -> Tensor:
-        """Positions of the coupled S in θ, one by one; `held` has them as spans."""
-        return self.held.table(self.device)
+    def coupled_positions(self) -> Tensor:
+        """Positions of the coupled S in θ, one by one; `coupled` has them as spans."""
+        return self.coupled.table(self.device)
 
     @property
     def ridge(self) -> Tensor:
         """Curvature of the penalty, ``(P,)``: λ everywhere plus 2α on the coupled part."""
         diagonal = torch.full((self.size,), self.weight_decay, dtype=self.dtype, device=self.device)
-        return self.held.add(diagonal, 2.0 * self.alpha)
+        return self.coupled.add(diagonal, 2.0 * self.alpha)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -88,14 +100,16 @@ class Objective:
 
     def join(self, theta: Tensor, base: Tensor) -> Tensor:
         """All D parameters: ``theta`` (P,) in its places, the rest from ``base`` (D,)."""
-        return theta if self._all else self.own.put(base.clone(), theta)
+        return theta if self._all else self.trained.put(base.clone(), theta)
 
     def parameters(self, theta: Tensor, base: Tensor) -> dict[str, Tensor]:
         """All parameters by name: ``theta`` (P,) in its places, the rest constants from ``base`` (D,), so that no
         derivative by them is formed on the way."""
         named = {} if self._all else self.layout.named(base.detach())
-        parts = theta.split([len(self.layout.spans[name]) for name in self.trained])
-        return named | {n: part.reshape(self.layout.shapes[n]) for n, part in zip(self.trained, parts, strict=True)}
+        parts = theta.split([len(self.layout.spans[name]) for name in self.trained_names])
+        return named | {
+            n: part.reshape(self.layout.shapes[n]) for n, part in zip(self.trained_names, parts, strict=True)
+        }
 
     def outputs(self, full: Tensor | dict[str, Tensor], x: Tensor) -> Tensor:
         """Model outputs ``(B, ...)`` at all parameters, ``full`` (D,) or by name."""
@@ -108,24 +122,23 @@ class Objective:
 
     def bytes_per_example(self) -> int:
         """Measured memory that one example's backward pass keeps, in bytes."""
-        if self._bytes is None:
-            kept = {}
+        return self.once("bytes", self._measure_bytes)
 
-            def count(n):
-                sizes = []
+    def _measure_bytes(self) -> int:
+        def kept(count: int) -> int:
+            sizes = []
 
-                def pack(tensor):
-                    sizes.append(tensor.numel() * tensor.element_size())
-                    return tensor
+            def pack(tensor):
+                sizes.append(tensor.numel() * tensor.element_size())
+                return tensor
 
-                full = self.layout.flatten(self.model).requires_grad_()
-                with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-                    self.losses(full, self.data.x[[0] * n], self.data.y[[0] * n]).sum()
-                kept[n] = sum(sizes)
+            full = self.layout.flatten(self.model).requires_grad_()
+            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+                self.losses(full, self.data.x[[0] * count], self.data.y[[0] * count]).sum()
+            return sum(sizes)
 
-            count(1), count(3)
-            self._bytes = max((kept[3] - kept[1]) // 2, self.data.x[0].numel() * self.data.x.element_size(), 64)
-        return self._bytes
+        one, three = kept(1), kept(3)
+        return max((three - one) // 2, self.data.x[0].numel() * self.data.x.element_size(), 64)
 
     def chunks(
         self,
@@ -177,7 +190,7 @@ class Lanes:
 
     def full(self, theta: Tensor) -> Tensor:
         """All parameters of each lane, ``(R, D)``."""
-        return self.objective.own.put(self.base.clone(), theta)
+        return self.objective.trained.put(self.base.clone(), theta)
 
     def value_and_grad(self, theta: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """F ``(R,)`` and ∇F ``(R, P)`` at ``theta`` (R, P), over all data or the mini-batch ``rows``."""
@@ -202,7 +215,7 @@ class Lanes:
         o = self.objective
         value, gradient = o.weight_decay / 2 * (theta**2).sum(1), o.weight_decay * theta
         if self.centre is not None and o.alpha:
-            apart = o.held.take(theta) - self.centre
+            apart = o.coupled.take(theta) - self.centre
             value = value + o.alpha * (apart**2).sum(1)
-            gradient = o.held.add(gradient, 2 * o.alpha * apart)
+            gradient = o.coupled.add(gradient, 2 * o.alpha * apart)
         return value, gradient

@@ -9,13 +9,12 @@ from torch.func import vmap
 
 from ..curvature.matrices import DataCurvature, curvature
 from ..data.examples import Examples
-from ..errors import SavedFileError
 from ..objective.checks import ask, check_examples, check_layers
 from ..objective.layout import Layout
 from ..objective.objective import Lanes, Objective
-from ..storage import describe, digest, read_tensors, write_tensors
+from . import saved
 from .recipes import FitReport
-from .stages import Prepared, Stage, check_buffers
+from .stages import FunctionalStage, Stage, check_buffers
 
 __all__ = ["Pipeline", "Retrained"]
 
@@ -56,11 +55,11 @@ class Pipeline:
 
     def _prepare(self) -> None:
         """Make every stage functional as it is now: settings, data and buffers."""
-        prepared: list[Prepared] = []
+        functional: list[FunctionalStage] = []
         for stage in self.stages:
-            prepared.append(Prepared(stage, prepared[-1] if prepared else None))
-            check_examples(prepared[-1].objective, stage.data, f"stage {stage.name!r} data")
-        self._prepared = prepared
+            functional.append(FunctionalStage(stage, functional[-1] if functional else None))
+            check_examples(functional[-1].objective, stage.data, f"stage {stage.name!r} data")
+        self._functional = functional
 
     def index(self, stage: int | str) -> int:
         """Position of a stage given by name or (negative) index."""
@@ -93,9 +92,9 @@ class Pipeline:
             ValueError: a frozen parameter differs from the previous stage's, or NaN or inf in the weights.
         """
         self._prepare()
-        present = [p.objective.layout.flatten(s.model) for p, s in zip(self._prepared, self.stages, strict=True)]
+        present = [p.objective.layout.flatten(s.model) for p, s in zip(self._functional, self.stages, strict=True)]
         for k, (stage, full) in enumerate(zip(self.stages, present, strict=True)):
-            p = self._prepared[k]
+            p = self._functional[k]
             if k and not torch.equal(p.here["frozen"].take(full), p.there["frozen"].take(present[k - 1])):
                 raise ValueError(
                     f"stage {stage.name!r}: frozen parameters {p.frozen} differ from those of stage "
@@ -109,11 +108,11 @@ class Pipeline:
     def _run(self, weights, starts, warm: bool, progress: bool) -> tuple[list[Tensor], list[FitReport]]:
         """Every stage of every lane; ``starts`` (R, D) per stage, trained shared parts restart from W* unless warm."""
         done, reports, previous = [], [], None
-        for p, stage, start, weight in zip(self._prepared, self.stages, starts, weights, strict=True):
+        for p, stage, start, weight in zip(self._functional, self.stages, starts, weights, strict=True):
             lanes = p.lanes(start, previous, weight)
             if not warm:
                 lanes = p.start(lanes)
-            theta, report = stage.recipe.run(lanes, p.objective.own.take(lanes.base), progress=progress)
+            theta, report = stage.recipe.run(lanes, p.objective.trained.take(lanes.base), progress=progress)
             previous = lanes.full(theta)
             done.append(previous)
             reports.append(report)
@@ -134,11 +133,11 @@ class Pipeline:
 
     def fresh_lanes(self, stage: int, previous: Tensor | None) -> Lanes:
         """A stage as `fit` starts it, all weights one; ``previous`` (1, D') are the stage before's final parameters."""
-        p = self._prepared[stage]
+        p = self._functional[stage]
         return p.start(p.lanes(self._initial[stage][None], previous, None))
 
     def _write(self, fulls: Sequence[Tensor]) -> None:
-        named = [p.objective.layout.named(full) for p, full in zip(self._prepared, fulls, strict=True)]
+        named = [p.objective.layout.named(full) for p, full in zip(self._functional, fulls, strict=True)]
         pairs = [(q, new[n]) for s, new in zip(self.stages, named, strict=True) for n, q in s.model.named_parameters()]
         old = [q.detach().clone() for q, _ in pairs]
         with torch.no_grad():
@@ -177,7 +176,7 @@ class Pipeline:
             raise ValueError(
                 "the pipeline is not trained: call pipeline.fit(), or pipeline.adopt() after your own training"
             )
-        for stage, p, full in zip(self.stages, self._prepared, self._trained, strict=True):
+        for stage, p, full in zip(self.stages, self._functional, self._trained, strict=True):
             check_layers(stage.model, f"stage {stage.name!r}")
             for name, buffer in stage.model.named_buffers():
                 if not torch.equal(buffer, p.objective.buffers[name]):
@@ -192,24 +191,24 @@ class Pipeline:
 
     def objective(self, stage: int | str) -> Objective:
         """The stage's F as a pure function."""
-        return self._prepared[self.index(stage)].objective
+        return self._functional[self.index(stage)].objective
 
-    def prepared(self, stage: int) -> Prepared:
+    def functional(self, stage: int) -> FunctionalStage:
         """The stage's objective and its ties to the previous stage."""
-        return self._prepared[stage]
+        return self._functional[stage]
 
     def curvature(self, stage: int | str, kind: str = "hessian") -> DataCurvature:
         """Curvature operator of a stage at the trained parameters, penalty included; kept until they change."""
         k, trained = self.index(stage), self.trained()
         if (k, kind) not in self._curvatures:
-            self._curvatures[k, kind] = curvature(kind, self._prepared[k].objective, trained[k])
+            self._curvatures[k, kind] = curvature(kind, self._functional[k].objective, trained[k])
         return self._curvatures[k, kind]
 
     def gradient(self, stage: int | str) -> Tensor:
         """∇F of a stage at the trained parameters, ``(P,)``; zero at an optimum."""
         k, trained = self.index(stage), self.trained()
-        lanes = self._prepared[k].lanes(trained[k][None], trained[k - 1][None] if k else None, None)
-        return lanes.value_and_grad(self._prepared[k].objective.own.take(trained[k])[None])[1][0]
+        lanes = self._functional[k].lanes(trained[k][None], trained[k - 1][None] if k else None, None)
+        return lanes.value_and_grad(self._functional[k].objective.trained.take(trained[k])[None])[1][0]
 
     def evaluate(self, queries: Examples, target: str | Callable = "loss") -> Tensor:
         """The quantity q of each query at the trained parameters, ``(Q,)``, in nats for losses."""
@@ -287,37 +286,14 @@ class Pipeline:
 
     def facts(self) -> dict:
         """What makes this pipeline this one, JSON-able: names, shapes, settings, and digests of the data."""
-        return {
-            "stages": [
-                {
-                    "name": s.name,
-                    "parameters": {n: list(shape) for n, shape in p.objective.layout.shapes.items()},
-                    "weight_decay": float(s.weight_decay),
-                    "loss": describe(s.loss),
-                    "model": str(s.model),
-                    "buffer": digest(*s.model.buffers()),
-                    "link": None if s.link is None else [type(s.link).__name__, p.objective.alpha, p.coupled, p.frozen],
-                    "recipe": describe(s.recipe),
-                    "data": s.data.digest(),
-                }
-                for s, p in zip(self.stages, self._prepared, strict=True)
-            ]
-        }
+        return saved.facts(self.stages, self._functional)
 
     def save(self, path) -> None:
         """Write initial and trained weights and a description to one safetensors file, all or nothing."""
-        tensors = {f"{k}.trained": t for k, t in enumerate(self.trained())}
+        trained = self.trained()
         if self._changed():
             raise ValueError(f"{'; '.join(self._changed())} changed since fit(); call fit() or adopt() before save()")
-        tensors |= {f"{k}.initial": t for k, t in enumerate(self._initial)}
-        for k, report in enumerate(self.reports or []):
-            tensors |= {f"{k}.{n}": getattr(report, n) for n in ("value", "gradient_norm", "converged")}
-        write_tensors(
-            path,
-            "pipeline",
-            tensors,
-            self.facts() | {"iterations": [r.iterations for r in self.reports or []]},
-        )
+        saved.write(path, self.facts(), self._initial, trained, self.reports or [])
 
     def load(self, path) -> "Pipeline":
         """Take the weights of a saved pipeline of the same stages; models are written only if all is well.
@@ -325,40 +301,15 @@ class Pipeline:
         Raises:
             SavedFileError: cut off, changed or foreign file, or one of other stages, data or settings.
         """
-        tensors, facts = read_tensors(path, "pipeline")
-        ours = self.facts()["stages"]
-        if len(ours) != len(facts["stages"]):
-            raise SavedFileError(f"{str(path)!r} holds {len(facts['stages'])} stages, this pipeline has {len(ours)}")
-        differ = [
-            f"stage {mine['name']!r}: {key} is {saved[key]!r} in the file, {mine[key]!r} here"
-            for mine, saved in zip(ours, facts["stages"], strict=True)
-            for key in mine
-            if mine[key] != saved[key]
-        ]
-        kinds = [
-            f"stage {s.name!r}: weights are {tensors[f'{k}.trained'].dtype} in the file, {i.dtype} here (pipeline.to)"
-            for k, (s, i) in enumerate(zip(self.stages, self._initial, strict=True))
-            if tensors[f"{k}.trained"].dtype != i.dtype
-        ]
-        if differ or kinds:
-            raise SavedFileError(f"{str(path)!r} was saved from another pipeline:\n" + "\n".join(differ + kinds))
-        count = range(len(self.stages))
-        self._initial = [tensors[f"{k}.initial"].to(self._initial[k].device) for k in count]
-        self._write([tensors[f"{k}.trained"].to(self._initial[k].device) for k in count])
-        self.reports = [
-            FitReport(
-                ours[k]["recipe"],
-                n,
-                *(tensors[f"{k}.{f}"] for f in ("value", "gradient_norm", "converged")),
-                0.0,
-            )
-            for k, n in enumerate(facts["iterations"])
-        ] or None
+        initial, trained, reports = saved.read(path, self.facts(), self._initial)
+        self._write(trained)
+        self._initial = initial
+        self.reports = reports or None
         return self
 
     def __repr__(self) -> str:
         lines = []
-        for s, p in zip(self.stages, self._prepared, strict=True):
+        for s, p in zip(self.stages, self._functional, strict=True):
             link = "" if s.link is None else f", {type(s.link).__name__}({p.objective.alpha or ''})"
             lines.append(
                 f"  {s.name}: {p.objective.size} of {p.objective.layout.size} parameters trained on "

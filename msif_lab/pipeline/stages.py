@@ -138,10 +138,10 @@ class Stage:
         return [f"stage {self.name!r}: {p}" for p in problems]
 
 
-class Prepared:
+class FunctionalStage:
     """A stage made functional: its objective and how its parameters hang on the previous stage's."""
 
-    def __init__(self, stage: Stage, before: "Prepared | None"):
+    def __init__(self, stage: Stage, before: "FunctionalStage | None"):
         where = f"stage {stage.name!r}"
         layout = Layout(stage.model, where)
         for name, parameter in stage.model.named_parameters():

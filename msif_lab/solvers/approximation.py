@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..curvature.matrices import DataCurvature
-from ..curvature.operators import Operator, Shifted
+from ..curvature.operators import Operator
 from .report import Settings, SolveReport, check_columns, relative_residuals
 
 
@@ -26,7 +26,7 @@ class Parts(NamedTuple):
 
 def parts(operator: Operator) -> Parts:
     """Look inside an operator for its known diagonal."""
-    base, shift = (operator.base, operator.shift) if isinstance(operator, Shifted) else (operator, None)
+    base, shift = operator.unshifted()
     ridge = base.ridge if isinstance(base, DataCurvature) else None
     diagonal = torch.zeros(base.shape[0], dtype=base.dtype, device=base.device)
     for known in (ridge, shift):

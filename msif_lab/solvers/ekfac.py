@@ -103,8 +103,8 @@ class Kronecker(Approximation):
                 f"{o.where}: EKFAC knows cross_entropy and mean_squared_error over equally weighted examples, not "
                 f"{getattr(o.loss, '__name__', o.loss)}: use LowRank() or ConjugateGradient()"
             )
-        _require_known_layers(o.model, o.trained)
-        self.shapes = [o.layout.shapes[name] for name in o.trained]
+        _require_known_layers(o.model, o.trained_names)
+        self.shapes = [o.layout.shapes[name] for name in o.trained_names]
         sizes = [shape.numel() for shape in self.shapes]
         shifts = [part.unique() for part in p.diagonal.split(sizes)]
         if any(len(s) > 1 for s in shifts):
@@ -116,7 +116,7 @@ class Kronecker(Approximation):
         parameters = dict(model.named_parameters())
         for name, value in o.layout.named(base.full).items():
             parameters[name].data.copy_(value)
-            parameters[name].requires_grad_(name in o.trained)
+            parameters[name].requires_grad_(name in o.trained_names)
         batch = solver.batch_size
         data = [(o.data.x[i : i + batch], o.data.y[i : i + batch]) for i in range(0, len(o.data), batch)]
         kinds = curvlinops.FisherType
@@ -124,14 +124,14 @@ class Kronecker(Approximation):
             matrix = curvlinops.EKFACLinearOperator(
                 model,
                 losses[o.loss],
-                [parameters[name] for name in o.trained],
+                [parameters[name] for name in o.trained_names],
                 data,
                 check_deterministic=False,
                 seed=solver.seed,
                 fisher_type=kinds.TYPE2 if solver.samples is None else kinds.MC,
                 mc_samples=solver.samples or 1,
                 num_data=len(o.data),
-                separate_weight_and_bias=self._apart(o.trained),
+                separate_weight_and_bias=self._apart(o.trained_names),
             )
             # One inverse for each different shift: 2α of a proximal link lies on the shared parameters only.
             self.inverses = {

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..curvature.operators import Operator, Shifted
+from ..curvature.operators import Operator
 from ..errors import ConvergenceWarning, IndefiniteCurvatureError
 from ..memory import parse_bytes
 from .report import WAYS_OUT, SolveReport, check_columns, ratio
@@ -81,20 +81,22 @@ class Exact:
 
     def dense(self, operator: Operator) -> Tensor:
         """The operator's matrix, made once."""
-        base = operator.base if isinstance(operator, Shifted) else operator
+        base, shift = operator.unshifted()
         if base not in self._dense:
             self._dense[base] = base.dense(self.memory)
         if base is operator:
             return self._dense[base]
-        return self._dense[base] + torch.diag(operator.shift.expand(base.shape[0]))
+        return self._dense[base] + torch.diag(shift.expand(base.shape[0]))
 
     def spectrum(self, operator: Operator) -> Spectrum:
         """Eigendecomposition, made once per curvature; a uniform shift only moves the eigenvalues."""
-        base = operator.base if isinstance(operator, Shifted) and operator.shift.ndim == 0 else operator
+        base, shift = operator.unshifted()
+        if base is not operator and shift.ndim:  # a shift that is not uniform turns the eigenvectors
+            base = operator
         if base not in self._spectra:
             self._spectra[base] = Spectrum(*torch.linalg.eigh(self.dense(base)))
         spectrum = self._spectra[base]
-        return spectrum if base is operator else Spectrum(spectrum.values + operator.shift, spectrum.vectors)
+        return spectrum if base is operator else Spectrum(spectrum.values + shift, spectrum.vectors)
 
     def prepare(self, operator: Operator) -> "Factorised":
         """Factorise once; the result solves any number of right-hand sides.

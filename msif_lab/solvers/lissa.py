@@ -1,6 +1,5 @@
 """LiSSA: the Neumann series of the inverse, with a scale that fits the matrix and divergence caught."""
 
-import copy
 import time
 from dataclasses import dataclass
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..curvature.matrices import DataCurvature
-from ..curvature.operators import Operator, Shifted
+from ..curvature.operators import Operator
 from ..errors import IndefiniteCurvatureError, NotConvergedError
 from .report import WAYS_OUT, Prepared, Settings, SolveReport, check_columns, ratio, relative_residuals
 
@@ -111,7 +110,7 @@ class LiSSA(Settings):
         return x, iterations, smallest, products
 
     def _stochastic(self, operator: Operator, b: Tensor, scale: float, relative: Tensor, places: Tensor):
-        base = operator.base if isinstance(operator, Shifted) else operator
+        base, _ = operator.unshifted()
         if not isinstance(base, DataCurvature):
             raise ValueError(f"batch_size={self.batch_size}: {base!r} has no examples; leave batch_size out")
         total = len(base.objective.data)
@@ -148,10 +147,10 @@ class LiSSA(Settings):
 
 def on_examples(operator: Operator, rows: Tensor) -> Operator:
     """The same curvature estimated on some of the examples: their mean, the same penalty and damping."""
-    if isinstance(operator, Shifted):
-        return on_examples(operator.base, rows) + operator.shift
-    objective = copy.copy(operator.objective)  # shares model, buffers and measured sizes
-    objective.data = objective.data[rows.tolist()]
-    made = type(operator)(objective, operator.full, operator.weights[rows], ridge=False, every=operator.every)
-    made.ridge = operator.ridge
+    base, shift = operator.unshifted()
+    if base is not operator:
+        return on_examples(base, rows) + shift
+    objective = base.objective.on(base.objective.data[rows.tolist()])
+    made = type(base)(objective, base.full, base.weights[rows], ridge=False, every=base.every)
+    made.ridge = base.ridge
     return made

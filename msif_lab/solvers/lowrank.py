@@ -135,7 +135,7 @@ class Woodbury(Approximation):
 
     def __init__(self, solver: LowRank, operator: Operator, rows: Tensor, diagonal: Tensor, products: int = 0):
         super().__init__(solver, operator)
-        self.rows, self.diagonal, self.products = rows, diagonal, products
+        self.root, self.diagonal, self.products = rows, diagonal, products
         gram = (rows / diagonal) @ rows.T
         gram.diagonal().add_(1.0)
         self.factor = torch.linalg.cholesky(gram)
@@ -143,8 +143,8 @@ class Woodbury(Approximation):
 
     def apply(self, columns: Tensor) -> Tensor:
         scaled = columns / self.diagonal[:, None]
-        inner = torch.cholesky_solve(self.rows @ scaled, self.factor)
-        return scaled - (self.rows.T @ inner) / self.diagonal[:, None]
+        inner = torch.cholesky_solve(self.root @ scaled, self.factor)
+        return scaled - (self.root.T @ inner) / self.diagonal[:, None]
 
 
 @dataclass(frozen=True, repr=False)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..curvature.matrices import DataCurvature
-from ..curvature.operators import Operator, Shifted
+from ..curvature.operators import Operator
 
 ROUGH, INNER = 0.04, 10  # of a solve on a share: relative residual times √share, most iterations
 KEPT = 8  # directions kept for each right-hand side
@@ -42,7 +42,7 @@ def basis(columns: Tensor) -> tuple[Tensor, Tensor]:
 
 def split(operator: Operator, shares: tuple[float, ...]) -> tuple[Tensor, list[DataCurvature]]:
     """The known diagonal, and the examples' curvature in parts, the most important first."""
-    base, shift = (operator.base, operator.shift) if isinstance(operator, Shifted) else (operator, 0.0)
+    base, shift = operator.unshifted()
     if not isinstance(base, DataCurvature):
         raise ValueError(f"{base!r} has no examples to take shares={shares} of: leave shares=()")
     diagonal = torch.zeros_like(base.theta) + shift + (0.0 if base.ridge is None else base.ridge)
