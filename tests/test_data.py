@@ -285,7 +285,7 @@ def test_a_resnet_with_a_new_head_shares_everything_else():
     prepared = msif.Pipeline(stages).functional(1)
     names = [name for name, _ in second.named_parameters()]
     assert prepared.frozen == [n for n in names if n not in ("fc.weight", "fc.bias")] and prepared.coupled == []
-    assert prepared.objective.trained == ["fc.weight", "fc.bias"] and prepared.objective.size == 2 * 512 + 2
+    assert prepared.objective.trained_names == ["fc.weight", "fc.bias"] and prepared.objective.size == 2 * 512 + 2
 
 
 def test_a_resnet_in_train_mode_is_refused_with_the_layer():

@@ -11,7 +11,7 @@ from conftest import digits_pipeline, random_pipeline, random_queries
 from torch.func import vjp
 
 import msif_lab as msif
-from msif_lab.influence import unrolled as module
+from msif_lab.influence import adjoint, unrolled
 
 F64 = torch.float64
 RECIPES = {  # 24, 20 and 16 examples in batches of 7: the last one is partial
@@ -168,13 +168,13 @@ def test_forgotten_momentum_fails(monkeypatch):
 
 
 def test_forgotten_hessian_fails(monkeypatch):
-    original = module.gradient_transpose
+    original = adjoint.gradient_transpose
 
     def first_order(*args, **kwargs):
         product, scores = original(*args, **kwargs)
         return 0 * product, scores
 
-    monkeypatch.setattr(module, "gradient_transpose", first_order)
+    monkeypatch.setattr(adjoint, "gradient_transpose", first_order)
     pipeline = trained()
     assert worst_error(pipeline, random_queries(pipeline), stages=[0]) > 1e-2
 
@@ -183,7 +183,7 @@ def test_forgotten_hessian_fails(monkeypatch):
 def test_forgotten_path_across_the_link_fails(monkeypatch, link):
     pipeline = trained(link=link)
     prepared = pipeline.functional(1)
-    original = module.gradient_transpose
+    original = adjoint.gradient_transpose
 
     def without_mixed(o, full, batch, cotangents, *args):
         product, scores = original(o, full, batch, cotangents, *args)
@@ -191,10 +191,10 @@ def test_forgotten_path_across_the_link_fails(monkeypatch, link):
             prepared.here["frozen"].put(product, torch.zeros(prepared.here["frozen"].size).to(product))
         return product, scores
 
-    monkeypatch.setattr(module, "gradient_transpose", without_mixed)
+    monkeypatch.setattr(adjoint, "gradient_transpose", without_mixed)
     if link == "proximal":  # as if the centre of the penalty did not move with W*
         monkeypatch.setattr(prepared.objective, "alpha", 0.0)
-        monkeypatch.setattr(module, "require_same_end", lambda *_: None)
+        monkeypatch.setattr(unrolled, "require_same_end", lambda *_: None)
     queries = random_queries(pipeline)
     scores = msif.UnrolledInfluence().fit(pipeline).score(queries).values[:, [0, 3]]
     monkeypatch.undo()

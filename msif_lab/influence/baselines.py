@@ -18,7 +18,6 @@ from ..objective.checks import ask
 from ..objective.losses import target_name
 from ..pipeline.pipeline import Pipeline
 from ..solvers.exact import Exact
-from .implicit import require_unchanged
 from .replay import Trajectory, even_bounds, require_run, require_same_end
 from .result import Influence
 
@@ -66,7 +65,7 @@ class Baseline:
         if not hasattr(self, "_pipeline"):
             raise ValueError("call fit(pipeline) before score(queries)")
         k = self._pipeline.index(stage)
-        require_unchanged(self._pipeline, self._full)
+        self._pipeline.require_unchanged(self._full)
         function = ask(self._pipeline.objective(-1), queries, target)
         values = self._values(k, queries, function)
         scored = self._pipeline.stages[k]

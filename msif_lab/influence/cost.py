@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..curvature.derivatives import TRANSPOSE_FIXED as FIXED
 from ..curvature.derivatives import TRANSPOSE_PER_QUERY as PER_QUERY
-from ..curvature.derivatives import cheapest_products, example_products, per_example_gradients
+from ..curvature.derivatives import cheapest_products, example_products, gradient_transpose, per_example_gradients
 from ..curvature.matrices import DataCurvature, curvature
 from ..errors import ConvergenceWarning, IndefiniteCurvatureError, MemoryBudgetError
 from ..memory import parse_bytes, require_memory, working_bytes
@@ -19,6 +19,7 @@ from ..pipeline.pipeline import Pipeline
 from ..solvers.conjugate_gradient import ConjugateGradient
 from ..solvers.exact import Exact
 from ..solvers.lowrank import LowRank
+from .adjoint import CHUNK_BYTES
 
 __all__ = ["Plan", "StagePlan", "UnrolledPlan", "plan"]
 
@@ -133,12 +134,12 @@ def _plan_stage(pipeline, k: int, full: Tensor, queries: int, memory: int, kind:
     few = o.on(o.data[:: max(1, len(o.data) // PROBE)] if len(o.data) > PROBE else o.data)
     operator, more = curvature(kind, few, full), len(o.data) / len(few.data)
     block = torch.cat([g for _, g in per_example_gradients(few, full, rows=torch.arange(min(queries, len(few.data))))])
-    column = _seconds(lambda: operator @ block.T) * more / len(block)
+    column = seconds(lambda: operator @ block.T) * more / len(block)
     shifted = operator + damping if damping else operator
     solver = _iterative(o, size, damping, memory, full.element_size())
     products, note = _products(shifted, _scaled(solver, more), block.T)
     products = round(products * queries / len(block))
-    scoring = _seconds(lambda: example_products(few, full, block.T)) * more * queries / len(block)
+    scoring = seconds(lambda: example_products(few, full, block.T)) * more * queries / len(block)
     if cheapest_products(o, queries) == "gradients":
         scoring *= len(block) / queries  # once for all queries
     item = full.element_size()
@@ -200,19 +201,8 @@ def _dense_seconds(operator: DataCurvature, column: float, examples: int) -> flo
     """Making the matrix and factorising it, from the machine's rate of multiplication."""
     size = operator.shape[0]
     a = torch.ones(512, 512, dtype=operator.dtype, device=operator.device)
-    rate = 512**3 / _seconds(lambda: a @ a)
+    rate = 512**3 / seconds(lambda: a @ a)
     return min(size * column, operator.dense_multiplications(examples) / rate) + size**3 / 3 / rate
-
-
-def _seconds(work) -> float:
-    times = []
-    for _ in range(2):  # the first one warms up
-        start = time.perf_counter()
-        work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 @dataclass(frozen=True)
@@ -327,13 +317,37 @@ def _bytes(*tensors: Tensor) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def seconds(function: Callable, *args, **kwargs) -> float:
-    """Wall-clock time of the faster of two calls after one to warm up."""
+def timed(plan: UnrolledPlan, pipeline: Pipeline, memory: int, fits: int) -> UnrolledPlan:
+    """The plan with its seconds, from one measured step of each stage, there and back; ``fits``: runs to be replayed."""
+    fit = sweep = 0.0
+    for k, stage in enumerate(pipeline.stages):
+        o, recipe = pipeline.objective(k), stage.recipe
+        lanes = pipeline.fresh_lanes(k, pipeline.initial(k - 1)[None] if k else None)
+        theta = o.trained.take(lanes.base)
+        batch, rate = next(iter(recipe.steps(len(stage.data))))
+        cotangents = torch.ones_like(theta).expand(plan.part, -1)
+        every, room = bool(k and pipeline.functional(k).frozen), min(memory // 4, CHUNK_BYTES)
+
+        def forward(r=recipe, lanes=lanes, theta=theta, batch=batch, rate=rate):
+            r.advance(lanes, theta, r.start(theta), 0, batch, rate)
+
+        def backward(o=o, full=lanes.base[0], batch=batch, bars=cotangents, every=every, room=room):
+            gradient_transpose(o, full, batch, bars, every=every, memory=room)
+
+        there, back = seconds(forward), seconds(backward)
+        replay = there * (plan.segments[stage.name] > 1)
+        fit += there * plan.steps[stage.name]
+        sweep += (back + replay) * plan.steps[stage.name]
+    return replace(plan, seconds=(fit, sweep * plan.sweeps + fit * (fits - 1)))
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Wall-clock time of the faster of two calls; the first one warms up."""
     times = []
-    for _ in range(3):
+    for _ in range(2):
         start = time.perf_counter()
-        function(*args, **kwargs)
+        work()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return min(times[1:])
+    return min(times)

@@ -10,13 +10,12 @@ from torch import Tensor
 from ..curvature.derivatives import (
     cross_products,
     example_products,
-    own_products,
     per_example_gradients,
     product_chunks,
 )
 from ..data.examples import Examples
 from ..errors import ConvergenceWarning, IndefiniteCurvatureError
-from ..memory import require_memory, working_bytes
+from ..memory import working_bytes
 from ..objective.checks import ask
 from ..objective.losses import target_name
 from ..pipeline.pipeline import Pipeline
@@ -24,23 +23,12 @@ from ..pipeline.stages import Stage, WarmStart
 from ..solvers.exact import Exact
 from ..solvers.report import SolveReport
 from .cost import Plan, plan
+from .leave_one_out import removal_steps
 from .result import Influence, TopInfluence, rank_stream
 
 __all__ = ["ImplicitInfluence"]
 
 SOLVING_BYTES = 2 * 10**9  # what queries solved side by side may take on a CPU
-SHIFT_BYTES = 512 * 10**6  # what leave_one_out may keep
-HELD_UP = 100.0  # times the plain step along ∇f_i; in ridge regression that is a leverage of 0.99
-
-
-def require_unchanged(pipeline: Pipeline, full: Sequence[Tensor]) -> None:
-    """Raise when the trained parameters are no longer those ``full`` that an attributor was fitted to."""
-    for stage, then, now in zip(pipeline.stages, full, pipeline.trained(), strict=True):
-        if then.dtype != now.dtype or then.device != now.device or not torch.equal(then, now):
-            raise ValueError(
-                f"stage {stage.name!r} changed since fit: {then.dtype} on {then.device} then, {now.dtype} on "
-                f"{now.device} now, or other weights; call fit(pipeline) again"
-            )
 
 
 class ImplicitInfluence:
@@ -105,7 +93,7 @@ class ImplicitInfluence:
         if not isinstance(pipeline, Pipeline):
             raise TypeError(f"pipeline must be a msif_lab.Pipeline, not {type(pipeline).__name__}")
         trained = pipeline.trained()
-        self._pipeline, self._full, self._shifts = pipeline, [t.clone() for t in trained], {}
+        self._pipeline, self._full, self._steps = pipeline, [t.clone() for t in trained], {}
         self._prepared = []
         for stage in pipeline.stages:
             _refuse_warm_start(stage)
@@ -162,7 +150,7 @@ class ImplicitInfluence:
             raise ValueError("call fit(pipeline) before score(queries)")
         first = self._pipeline.index(stage)
         last = len(self._pipeline.stages) - 1
-        require_unchanged(self._pipeline, self._full)
+        self._pipeline.require_unchanged(self._full)
         o = self._pipeline.objective(last)
         function = ask(o, queries, target)
         groups, reports = torch.arange(len(queries)).split(self._side_by_side(first)), []
@@ -218,60 +206,10 @@ class ImplicitInfluence:
         o, full = self._pipeline.objective(k), self._full[k]
         if not self.leave_one_out:
             return -example_products(o, full, solution) / len(o.data)
-        if k not in self._shifts:
-            self._shifts[k] = self._leave_one_out_shifts(k)
-        return -cotangent @ self._shifts[k].T
-
-    def _leave_one_out_shifts(self, k: int) -> Tensor:
-        """Each example's Newton step of leaving it out, ``(H − h_i/m)⁻¹ ∇f_i / m``, ``(N, P)``.
-
-        Conjugate gradients on all N systems side by side, preconditioned by H⁻¹: ``h_i`` has few directions
-        that matter, so a handful of steps do, and ``H p`` follows from the recursion (``H H⁻¹ r = r``).
-        """
-        o, full = self._pipeline.objective(k), self._full[k]
-        size = o.size * len(o.data) * full.element_size()
-        require_memory(size, SHIFT_BYTES, "leave_one_out=True", "score without it, or a smaller model or data set")
-        shifts, failed = [], []
-        few = max(1, working_bytes(o.device) // (24 * o.size * full.element_size()))  # about 24 (B, P) at once
-        parts = torch.arange(len(o.data), device=full.device).split(few)
-        for rows, gradients in (chunk for part in parts for chunk in per_example_gradients(o, full, rows=part)):
-            x, y, b = o.data.x[rows], o.data.y[rows], gradients / len(o.data)
-            shift, residual, p, h_p = torch.zeros_like(b), b.clone(), torch.zeros_like(b), torch.zeros_like(b)
-            before = b.new_full((len(b),), torch.inf)
-            alive, good = b.norm(dim=1) > 0, torch.ones(len(b), dtype=torch.bool, device=b.device)
-            first = None
-            for _ in range(50):
-                if not bool(alive.any()):
-                    break
-                z = self._prepared[k].solve(residual.T)[0].T
-                first = z if first is None else first  # H⁻¹ ∇f_i / m, the step without the correction
-                square = (residual * z).sum(1)
-                beta = torch.where(alive, square / before, torch.zeros_like(square))[:, None]
-                p, h_p = z + beta * p, residual + beta * h_p
-                a_p = h_p - own_products(self.curvature, o, full, x, y, p) / len(o.data)
-                curvature = (p * a_p).sum(1)
-                good &= ~alive | (curvature > 0)
-                alive = alive & good
-                step = torch.where(alive, square / curvature, torch.zeros_like(square))[:, None]
-                shift, residual, before = shift + step * p, residual - step * a_p, square
-                tolerance = 1e-11 if b.dtype == torch.float64 else 1e-5
-                alive = alive & (residual.norm(dim=1) > tolerance * b.norm(dim=1))
-            good &= ~alive
-            if first is not None:  # a flat direction that only this example holds: the quadratic picture ends there
-                good &= (b * shift).sum(1) <= HELD_UP * (b * first).sum(1)
-            if not bool(good.all()):  # no nearby minimum without these; the derivative is what is left
-                shift[~good] = self._prepared[k].solve(b[~good].T)[0].T
-                failed += o.data.ids[rows.cpu()][~good.cpu()].tolist()
-            shifts.append(shift)
-        if failed:
-            warnings.warn(
-                f"{o.where}: without examples {failed[:10]} ({len(failed)} in all) the curvature H − h_i/m is not "
-                "positive definite, or hardly, so there may be no nearby minimum; their scores are not corrected. "
-                "Use curvature='ggn' or more weight decay",
-                ConvergenceWarning,
-                stacklevel=4,
-            )
-        return torch.cat(shifts)
+        if k not in self._steps:
+            solver = self._prepared[k]
+            self._steps[k] = removal_steps(self.curvature, o, full, lambda columns: solver.solve(columns)[0])
+        return -cotangent @ self._steps[k].T
 
 
 def _together(reports: Sequence[SolveReport]) -> SolveReport:

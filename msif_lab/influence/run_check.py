@@ -1,10 +1,18 @@
 """Whether a derivative of the run predicts removals: scores beside reruns under changed weights."""
 
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-NONLINEARITY = 0.3  # 0.02 to 0.06 on those runs, above 0.6 where r was below 0.5
+from ..data.examples import Examples
+from ..errors import UnsmoothTrainingWarning
+from ..pipeline.pipeline import Pipeline
+
+NONLINEARITY = 0.3  # 0.02 to 0.06 on runs with r > 0.9, above 0.6 on those with r < 0.5 (lesson 09)
+STEPS = {torch.float64: (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6), torch.float32: (0.3, 0.1, 0.03, 0.01)}
 
 
 @dataclass(frozen=True)
@@ -40,3 +48,66 @@ class RunCheck:
             for i, e, b in zip(self.examples, self.errors.amin(0), self.nonlinearity, strict=True)
         ]
         return "\n".join(lines)
+
+    def warn(self, stacklevel: int) -> None:
+        """Warn where removing an example and doubling it do not have opposite effects."""
+        nonlinearity = float(self.nonlinearity.median())
+        if nonlinearity > NONLINEARITY:
+            warnings.warn(
+                f"removing an example and doubling it differ by {nonlinearity:.0%} of their effect (median of "
+                f"{len(self.examples)}): this run is too unsmooth for derivatives to predict removals. Smaller or "
+                "decaying learning rates, warm-up, smooth activations (tanh, SiLU) and larger batches help",
+                UnsmoothTrainingWarning,
+                stacklevel=stacklevel,
+            )
+
+
+def check_run(
+    pipeline: Pipeline,
+    derivative: Callable[[], Tensor],
+    n: int,
+    queries: Examples,
+    k: int,
+    steps: Sequence[float] | None,
+    seed: int,
+) -> RunCheck:
+    """Derivatives by n random examples of stage k beside reruns of all stages.
+
+    Args:
+        pipeline: what is rerun.
+        derivative: ``∂q/∂w`` of all the stage's examples ``(Q, m)``, asked for once n is known to be right.
+        n, queries, steps, seed: as in `UnrolledInfluence.check`.
+    """
+    m, dtype = len(pipeline.stages[k].data), pipeline.objective(k).dtype
+    if not isinstance(n, int) or not 1 <= n <= m:
+        raise ValueError(f"n={n!r} must be between 1 and the number of examples, {m}")
+    steps = tuple(steps or STEPS.get(dtype, STEPS[torch.float32]))
+    examples = torch.randperm(m, generator=torch.Generator().manual_seed(seed))[:n]
+    scores = derivative()[:, examples]
+    up, down = _both_ways(pipeline, queries, k, examples, (*steps, 1.0))  # (Q, H + 1, n)
+    widths = 2 * torch.tensor(steps, dtype=up.dtype, device=up.device)[:, None]
+    differences = (up - down)[:, :-1] / widths
+    size = scores.norm(dim=0).clamp(min=1e-30)
+    now, doubled, removed = pipeline.evaluate(queries)[:, None], up[:, -1], down[:, -1]
+    bend = (doubled + removed - 2 * now).norm(dim=0) / (doubled - removed).norm(dim=0).clamp(min=1e-30)
+    return RunCheck(
+        examples,
+        steps,
+        errors=((differences - scores[:, None]).norm(dim=0) / size).cpu(),
+        nonlinearity=bend.cpu(),
+        predicted=-scores.cpu(),
+        actual=(removed - now).cpu(),
+    )
+
+
+def _both_ways(
+    pipeline: Pipeline, queries: Examples, k: int, examples: Tensor, steps: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """q after reruns with weight ``1 + h`` and ``1 − h`` of one example at a time, ``(Q, H, n)`` each."""
+    m, n = len(pipeline.stages[k].data), len(examples)
+    weights = torch.ones(len(steps), 2, n, m, dtype=torch.float64)
+    for row, h in enumerate(steps):
+        for column, i in enumerate(examples):
+            weights[row, :, column, i] = torch.tensor([1 + h, 1 - h], dtype=torch.float64)
+    q = pipeline.retrain({k: weights.reshape(-1, m)}, progress=False).evaluate(queries)
+    return q.reshape(len(q), len(steps), 2, n).unbind(2)

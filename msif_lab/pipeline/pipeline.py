@@ -127,6 +127,15 @@ class Pipeline:
         if changed := self._changed():
             raise ValueError(f"{'; '.join(changed)} changed since fit(), so this is another run; call fit() again")
 
+    def require_unchanged(self, full: Sequence[Tensor]) -> None:
+        """Raise `ValueError` where the trained parameters are no longer those ``full`` that a method was fitted to."""
+        for stage, then, now in zip(self.stages, full, self.trained(), strict=True):
+            if then.dtype != now.dtype or then.device != now.device or not torch.equal(then, now):
+                raise ValueError(
+                    f"stage {stage.name!r} changed since fit: {then.dtype} on {then.device} then, {now.dtype} on "
+                    f"{now.device} now, or other weights; call fit(pipeline) again"
+                )
+
     def initial(self, stage: int) -> Tensor:
         """All parameters ``(D,)`` of a stage before training, nothing taken over yet."""
         return self._initial[stage]

@@ -1,0 +1,151 @@
+"""One stage backwards: from ∂q/∂ its final parameters to ∂q/∂ those of the stage before, scores collected on the way.
+
+A bar means ∂q/∂. One step of gradient descent with momentum, and its reverse, are
+
+    v ← μ v + ∇L_B(θ; w)        v̄ ← v̄ − η θ̄,    ḡ = v̄
+    θ ← θ − η v                 score_i += ∇f_i·ḡ / |B|   for i in B
+                                θ̄ ← θ̄ + ∇²L_B ḡ,   v̄ ← μ v̄
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..curvature.derivatives import gradient_transpose, own_products
+from ..pipeline.stages import FunctionalStage
+from .replay import Trajectory
+
+CHUNK_BYTES = 150 * 10**6  # of derivatives at once; more only misses the caches
+
+
+@dataclass
+class Probes:
+    """Pairs of runs of a stage with all weights changed a little at random, ``w̄ ± h z`` for random signs z.
+
+    ``∂θ/∂w_i ≈ (1/R) Σ_r z_ri (θ⁺_r − θ⁻_r) / 2h``: what the other examples add cancels on average.
+
+    Attributes:
+        run: the 2R runs, first all ``+``, then all ``−``.
+        signs: ``z / h``, ``(R, m)``.
+    """
+
+    run: Trajectory
+    signs: Tensor
+
+    def responses(self, theta: Tensor, examples: Tensor) -> Tensor:
+        """``∂θ/∂w_i`` of some examples ``(B, P)`` at a step where the runs have parameters ``theta`` (2R, P)."""
+        plus, minus = theta.chunk(2)
+        return self.signs[:, examples].T @ (plus - minus) / (2 * len(self.signs))
+
+
+class Adjoint:
+    """The derivatives of Q queries while they travel backwards through one stage's run.
+
+    Args:
+        functional: the stage.
+        run: its replayed run, of one lane.
+        cotangent: ∂q/∂ all its final parameters ``(Q, D)``.
+        onwards: whether a stage before it will be asked for.
+        memory: bytes, a quarter of which one mini-batch's derivatives may take.
+        probes: for the leave-one-out correction.
+
+    Attributes:
+        scores: of the stage's own examples so far, ``(Q, m)``.
+        theta_bar, state_bar: ∂q/∂ what is trained ``(Q, P)`` and the optimiser's memory, which starts as zeros: q
+            does not ask for it.
+        frozen_bar, centre_bar: ∂q/∂ what the stage took over and keeps, and the values that its penalty holds to.
+    """
+
+    def __init__(
+        self,
+        functional: FunctionalStage,
+        run: Trajectory,
+        cotangent: Tensor,
+        *,
+        onwards: bool,
+        memory: int,
+        probes: Probes | None = None,
+    ):
+        self.functional, self.run, self.probes, self.memory = functional, run, probes, memory
+        self.objective = o = functional.objective
+        self.base = run.lanes.base[0]
+        self.decay = run.recipe.decay(run.lanes)
+        self.ridge = o.ridge - self.decay  # the penalty's curvature as ∇L_B has it
+        self.through_frozen = onwards and bool(functional.frozen)
+        self.scores = cotangent.new_zeros(len(cotangent), len(o.data))
+        self.theta_bar = o.trained.take(cotangent)
+        self.frozen_bar = functional.here["frozen"].take(cotangent)
+        self.centre_bar = cotangent.new_zeros(len(cotangent), o.coupled.size)
+        self.state_bar = run.recipe.start(self.theta_bar)
+
+    def size(self) -> Tensor:
+        """``Σ_q ‖θ̄_q‖``."""
+        return self.theta_bar.norm(dim=1).sum()
+
+    def sweep(self, norms: Tensor, bar) -> None:
+        """Backwards through all T steps; adds `size` before each step, and at the end, to ``norms`` (T + 1,).
+
+        Raises:
+            ValueError: the adjoint overflows.
+        """
+        norms[-1] += self.size()
+        for segment in reversed(range(len(self.run.bounds) - 1)):
+            records = self.run.segment(segment)
+            probed = self.probes.run.segment(segment) if self.probes else []
+            for step in reversed(range(*self.run.bounds[segment : segment + 2])):
+                theta, saved = records.pop()
+                g_bar = self._step(step, theta[0], saved)
+                if self.probes:
+                    self._correct(step, theta[0], probed.pop()[0], g_bar)
+                norms[step] += self.size()
+                bar.update()
+        if not bool(torch.isfinite(self.theta_bar).all()):
+            raise ValueError(
+                f"{self.objective.where}: the adjoint overflows, so the run amplifies the smallest change without bound "
+                "and no derivative describes it; lower the learning rate or train fewer steps"
+            )
+
+    def _batch(self, step: int) -> Tensor:
+        return self.run.steps[step][0].to(self.base.device)
+
+    def _step(self, step: int, theta: Tensor, saved: tuple) -> Tensor:
+        """One step backwards, from θ (P,) before it and what the recipe saved in it; returns ḡ = ∂q/∂∇L_B ``(Q, P)``."""
+        o, batch, rate = self.objective, self._batch(step), self.run.steps[step][1]
+        g_bar, self.theta_bar, self.state_bar = self.run.recipe.pull_back(
+            self.theta_bar, self.state_bar, saved, step, rate, self.decay
+        )
+        product, own = gradient_transpose(
+            o,
+            o.join(theta, self.base),
+            batch,
+            g_bar,
+            self.run.lanes.weights[0, batch],
+            self.through_frozen,
+            min(self.memory // 4, CHUNK_BYTES),
+        )
+        self.scores[:, batch] += own
+        if self.through_frozen:  # what is frozen shapes every step's gradient
+            self.frozen_bar = self.frozen_bar + self.functional.here["frozen"].take(product)
+            product = o.trained.take(product)
+        self.theta_bar = self.theta_bar + product + self.ridge * g_bar
+        self.centre_bar -= 2 * o.alpha * o.coupled.take(g_bar)  # the gradient holds 2α (θ_S − c)
+        return g_bar
+
+    def _correct(self, step: int, theta: Tensor, probed: Tensor, g_bar: Tensor) -> None:
+        """Without example i its own curvature leaves the step too: ``score_i −= ḡᵀ h_i ∂θ/∂w_i / |B|``."""
+        o, batch = self.objective, self._batch(step)
+        full, row = o.join(theta, self.base), theta.numel() * theta.element_size()
+        for part in batch.split(max(1, self.memory // 4 // (8 * row))):
+            responses = self.probes.responses(probed, part)
+            bent = own_products("hessian", o, full, o.data.x[part], o.data.y[part], responses)
+            self.scores[:, part] -= g_bar @ bent.T / len(batch)
+
+    def before(self, size: int) -> Tensor:
+        """∂q/∂ the final parameters of the stage before, ``(Q, D')`` with D' = ``size``."""
+        there = self.functional.there
+        cotangent = self.theta_bar.new_zeros(len(self.theta_bar), size)
+        start_bar = self.objective.coupled.take(self.theta_bar)  # the run starts where the stage before ended
+        there["coupled"].put(cotangent, start_bar + self.centre_bar)
+        there["frozen"].put(cotangent, self.frozen_bar)
+        return cotangent
