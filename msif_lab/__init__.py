@@ -1,6 +1,7 @@
 """msif_lab: which pretraining examples made this finetuned prediction good or bad?
 
-Multi-stage influence functions (Chen et al., NeurIPS 2020, arXiv 2007.09081), held against real retraining.
+Multi-stage influence functions (Chen et al., NeurIPS 2020, arXiv 2007.09081), held against real
+retraining.
 """
 
 from .curvature import GGN, Hessian, Operator, example_products, per_example_gradients

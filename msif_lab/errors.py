@@ -14,7 +14,9 @@ __all__ = [
 
 
 class MsifError(Exception):
-    """Base of the errors that msif_lab defines; wrong arguments raise ``ValueError`` / ``TypeError``."""
+    """Base of the errors that msif_lab defines; wrong arguments raise ``ValueError`` /
+    ``TypeError``.
+    """
 
 
 class NotConvergedError(MsifError):
@@ -54,4 +56,6 @@ class ConvergenceWarning(UserWarning):
 
 
 class UnsmoothTrainingWarning(UserWarning):
-    """A training run reacts so unevenly to example weights that its derivative will not predict removals."""
+    """A training run reacts so unevenly to example weights that its derivative will not predict
+    removals.
+    """

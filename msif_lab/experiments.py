@@ -33,7 +33,10 @@ __all__ = [
 
 LINKS = {"frozen": Frozen(), "warm start": WarmStart(), "proximal": Proximal(0.05)}
 NETS = {"tanh": {"activation": nn.Tanh}, "silu": {"activation": nn.SiLU, "norm_groups": 4}}
-ANIMALS, VEHICLES = ("bird", "cat", "deer", "dog", "frog", "horse"), ("airplane", "automobile", "ship", "truck")
+ANIMALS, VEHICLES = (
+    ("bird", "cat", "deer", "dog", "frog", "horse"),
+    ("airplane", "automobile", "ship", "truck"),
+)
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,8 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything: examples, passes, and the recipe's numbers; each a keyword of every builder.
+    """How much of everything: examples, passes, and the recipe's numbers; each a keyword of every
+    builder.
 
     Attributes:
         pretraining, finetuning: examples of the two stages.
@@ -90,13 +94,17 @@ class Sizes:
             raise ValueError(f"size={size!r} must be one of {sorted(sizes)}")
         unknown = set(changes) - set(cls.__dataclass_fields__)
         if unknown:
-            raise TypeError(f"unknown setting {sorted(unknown)}; known are {sorted(cls.__dataclass_fields__)}")
+            raise TypeError(
+                f"unknown setting {sorted(unknown)}; known are {sorted(cls.__dataclass_fields__)}"
+            )
         return replace(sizes[size], **changes)
 
 
 @contextmanager
 def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Initial weights drawn in this precision, so that a setting is the same whatever the user's default is."""
+    """Initial weights drawn in this precision, so that a setting is the same whatever the user's
+    default is.
+    """
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -131,12 +139,27 @@ def _transfer(
         with _default_dtype(data.x.dtype):
             net = model(classes=len(data.classes), seed=seed, zero_head=k == 1)
         some = data.select(n=n, seed=data_seed)
-        stages.append(Stage(name, net, some, weight_decay=sizes.weight_decay, recipe=recipe, link=link if k else None))
+        stages.append(
+            Stage(
+                name,
+                net,
+                some,
+                weight_decay=sizes.weight_decay,
+                recipe=recipe,
+                link=link if k else None,
+            )
+        )
     return Experiment(title, Pipeline(stages), test.select(n=sizes.queries, seed=data_seed), test)
 
 
 def digits(
-    link: Link, *, size: str = "live", seed: int = 0, data_seed: int = 0, net: str = "tanh", **changes
+    link: Link,
+    *,
+    size: str = "live",
+    seed: int = 0,
+    data_seed: int = 0,
+    net: str = "tanh",
+    **changes,
 ) -> Experiment:
     """Bundled 8 × 8 digits, 0–3 → 4–9, a small MLP in float64; no download.
 
@@ -153,12 +176,18 @@ def digits(
     """
     train, test = load_digits(dtype=torch.float64)
     new = tuple(half.select(range(4, 10)) for half in (train, test))
-    sizes = Sizes.of(size, {"live": Sizes(400, 200, epochs=(8, 8)), "large": Sizes(400, 200, epochs=(8, 8))}, changes)
+    sizes = Sizes.of(
+        size,
+        {"live": Sizes(400, 200, epochs=(8, 8)), "large": Sizes(400, 200, epochs=(8, 8))},
+        changes,
+    )
 
     def model(**settings):
         return mlp(64, hidden=(16,), activation=_net(net)["activation"], **settings)
 
-    return _transfer("digits 0–3 → 4–9", train.select(range(4)), new, model, link, seed, data_seed, sizes)
+    return _transfer(
+        "digits 0–3 → 4–9", train.select(range(4)), new, model, link, seed, data_seed, sizes
+    )
 
 
 def _net(name: str) -> dict:
@@ -177,84 +206,161 @@ MNIST_SIZES = {
 }
 CIFAR_SIZES = {
     "live": Sizes(600, 300, lr=0.05, epochs=(6, 6)),
-    "large": Sizes(2000, 600, lr=0.02, epochs=(6, 8), batch_size=(100, 50), channels=(8, 16), width=32),
+    "large": Sizes(
+        2000, 600, lr=0.02, epochs=(6, 8), batch_size=(100, 50), channels=(8, 16), width=32
+    ),
 }
-# The rate both had before bird/frog was calmed (one of its seeds bent too much); the results file was made with it.
+# The rate both had before bird/frog was calmed (one of its seeds bent too much); the results file
+# was made with it.
 VEHICLES_SIZES = CIFAR_SIZES | {"large": replace(CIFAR_SIZES["large"], lr=0.03)}
 
 
 def _drawn(load, root, first, second, sizes: Sizes, data_seed: int, dtype=torch.float32):
-    """Of the classes ``first`` the pretraining examples, of ``second`` those of finetuning, and the test examples.
+    """Of the classes ``first`` the pretraining examples, of ``second`` those of finetuning, and the
+    test examples.
 
     The same that `_transfer` selects, but before all the others are made floats.
     """
     parts = (first, sizes.pretraining), (second, sizes.finetuning)
-    (train, _), new = (load(root, classes=c, pool=2, dtype=dtype, n=n, seed=data_seed) for c, n in parts)
+    (train, _), new = (
+        load(root, classes=c, pool=2, dtype=dtype, n=n, seed=data_seed) for c, n in parts
+    )
     return train, new
 
 
 def mnist(
-    link: Link, *, size: str = "live", seed: int = 0, data_seed: int = 0, net: str = "tanh", root=None, **changes
+    link: Link,
+    *,
+    size: str = "live",
+    seed: int = 0,
+    data_seed: int = 0,
+    net: str = "tanh",
+    root=None,
+    **changes,
 ) -> Experiment:
-    """MNIST 0–3 → 4–9 at 14 × 14 pixels: the paper's four pretraining classes, the other six to finetune.
+    """MNIST 0–3 → 4–9 at 14 × 14 pixels: the paper's four pretraining classes, the other six to
+    finetune.
 
     Arguments as in `digits`; ``root`` as in `load_mnist`.
     """
     sizes = Sizes.of(size, MNIST_SIZES, changes)
     train, new = _drawn(load_mnist, root, range(4), range(4, 10), sizes, data_seed)
-    return _transfer("MNIST 0–3 → 4–9", train, new, _conv((1, 14, 14), net, sizes), link, seed, data_seed, sizes)
+    return _transfer(
+        "MNIST 0–3 → 4–9", train, new, _conv((1, 14, 14), net, sizes), link, seed, data_seed, sizes
+    )
 
 
 def mnist_to_digits(
-    link: Link, *, size: str = "live", seed: int = 0, data_seed: int = 0, net: str = "tanh", root=None, **changes
+    link: Link,
+    *,
+    size: str = "live",
+    seed: int = 0,
+    data_seed: int = 0,
+    net: str = "tanh",
+    root=None,
+    **changes,
 ) -> Experiment:
-    """A real shift: all ten MNIST digits → the ten of the bundled set, other hands and another scanner, enlarged
-    from 8 × 8 to 14 × 14 pixels. Arguments as in `mnist`."""
+    """A real shift: all ten MNIST digits → the ten of the bundled set, other hands and another
+    scanner, enlarged from 8 × 8 to 14 × 14 pixels. Arguments as in `mnist`.
+    """
     sizes = Sizes.of(size, MNIST_SIZES, changes)
     train, _ = load_mnist(root, pool=2, dtype=torch.float32, n=sizes.pretraining, seed=data_seed)
     halves = load_digits(dtype=torch.float32)
     large = [nn.functional.interpolate(half.x, size=(14, 14), mode="bilinear") for half in halves]
-    new = tuple(Examples(x, half.y, half.ids, classes=half.classes) for x, half in zip(large, halves, strict=True))
-    return _transfer("MNIST → other digits", train, new, _conv((1, 14, 14), net, sizes), link, seed, data_seed, sizes)
+    new = tuple(
+        Examples(x, half.y, half.ids, classes=half.classes)
+        for x, half in zip(large, halves, strict=True)
+    )
+    return _transfer(
+        "MNIST → other digits",
+        train,
+        new,
+        _conv((1, 14, 14), net, sizes),
+        link,
+        seed,
+        data_seed,
+        sizes,
+    )
 
 
-def _cifar(title, first, second, known, link, size, seed, data_seed, net, root, changes) -> Experiment:
+def _cifar(
+    title, first, second, known, link, size, seed, data_seed, net, root, changes
+) -> Experiment:
     sizes = Sizes.of(size, known, changes)
     train, new = _drawn(load_cifar10, root, first, second, sizes, data_seed)
-    return _transfer(title, train, new, _conv((3, 16, 16), net, sizes), link, seed, data_seed, sizes)
+    return _transfer(
+        title, train, new, _conv((3, 16, 16), net, sizes), link, seed, data_seed, sizes
+    )
 
 
 def cifar(
-    link: Link, *, size: str = "live", seed: int = 0, data_seed: int = 0, net: str = "tanh", root=None, **changes
+    link: Link,
+    *,
+    size: str = "live",
+    seed: int = 0,
+    data_seed: int = 0,
+    net: str = "tanh",
+    root=None,
+    **changes,
 ) -> Experiment:
-    """CIFAR-10 bird / frog → automobile / deer at 16 × 16 pixels: the paper's two pretraining classes.
+    """CIFAR-10 bird / frog → automobile / deer at 16 × 16 pixels: the paper's two pretraining
+    classes.
 
     Arguments as in `mnist`.
     """
-    title, first, second = "CIFAR-10 bird/frog → automobile/deer", ("bird", "frog"), ("automobile", "deer")
-    return _cifar(title, first, second, CIFAR_SIZES, link, size, seed, data_seed, net, root, changes)
+    title, first, second = (
+        "CIFAR-10 bird/frog → automobile/deer",
+        ("bird", "frog"),
+        ("automobile", "deer"),
+    )
+    return _cifar(
+        title, first, second, CIFAR_SIZES, link, size, seed, data_seed, net, root, changes
+    )
 
 
 def cifar_vehicles(
-    link: Link, *, size: str = "live", seed: int = 0, data_seed: int = 0, net: str = "tanh", root=None, **changes
+    link: Link,
+    *,
+    size: str = "live",
+    seed: int = 0,
+    data_seed: int = 0,
+    net: str = "tanh",
+    root=None,
+    **changes,
 ) -> Experiment:
-    """A harder, natural transfer: the six animals of CIFAR-10 → its four vehicles. Arguments as in `mnist`."""
+    """A harder, natural transfer: the six animals of CIFAR-10 → its four vehicles. Arguments as in
+    `mnist`.
+    """
     title = "CIFAR-10 animals → vehicles"
-    return _cifar(title, ANIMALS, VEHICLES, VEHICLES_SIZES, link, size, seed, data_seed, net, root, changes)
+    return _cifar(
+        title, ANIMALS, VEHICLES, VEHICLES_SIZES, link, size, seed, data_seed, net, root, changes
+    )
 
 
 def mnist_at_optimum(
-    link: Link, *, size: str = "live", seed: int = 0, data_seed: int = 0, net: str = "tanh", root=None, **changes
+    link: Link,
+    *,
+    size: str = "live",
+    seed: int = 0,
+    data_seed: int = 0,
+    net: str = "tanh",
+    root=None,
+    **changes,
 ) -> Experiment:
-    """MNIST 0–3 → 4–9 with both stages trained to a stationary point, where the paper's formula is exact.
+    """MNIST 0–3 → 4–9 with both stages trained to a stationary point, where the paper's formula is
+    exact.
 
     Args:
         link: `Frozen()` or `Proximal(alpha)`.
-        net: ``"softmax"``, a softmax regression whose four logits are the features of finetuning; ``"tanh"``, one
-            hidden layer of 8; ``"conv"``, the convolutional net of `mnist`.
-        size, seed, data_seed, root, changes: as in `mnist`; learning rate, epochs and batches mean nothing here.
+        net: ``"softmax"``, a softmax regression whose four logits are the features of finetuning;
+            ``"tanh"``, one hidden layer of 8; ``"conv"``, the convolutional net of `mnist`.
+        size, seed, data_seed, root, changes: as in `mnist`; learning rate, epochs and batches mean
+            nothing here.
     """
-    known = {"live": Sizes(600, 300, weight_decay=1e-2), "large": Sizes(600, 300, weight_decay=1e-2)}
+    known = {
+        "live": Sizes(600, 300, weight_decay=1e-2),
+        "large": Sizes(600, 300, weight_decay=1e-2),
+    }
     sizes = Sizes.of(size, known, changes)
     conv = _conv((1, 14, 14), "tanh", sizes)
     nets = {"softmax": _logits, "tanh": partial(mlp, 196, hidden=(8,)), "conv": conv}
@@ -271,7 +377,11 @@ def mnist_at_optimum(
 def _logits(classes: int, seed: int, zero_head: bool) -> nn.Module:
     """Stage one: softmax regression with 4 classes. Stage two: another one on its logits."""
     linear = softmax_regression(196, 4, seed=seed)
-    head = softmax_regression(4, classes, seed=seed, zero_head=True).head if zero_head else nn.Identity()
+    head = (
+        softmax_regression(4, classes, seed=seed, zero_head=True).head
+        if zero_head
+        else nn.Identity()
+    )
     return EmbeddingHead(nn.Sequential(linear.embedding, linear.head), head)
 
 
@@ -282,5 +392,7 @@ SETTINGS = {
     "cifar": cifar,
     "cifar_vehicles": cifar_vehicles,
 }
-AT_OPTIMUM = {f"mnist_{net}": partial(mnist_at_optimum, net=net) for net in ("softmax", "tanh", "conv")}
+AT_OPTIMUM = {
+    f"mnist_{net}": partial(mnist_at_optimum, net=net) for net in ("softmax", "tanh", "conv")
+}
 SETTINGS |= AT_OPTIMUM

@@ -5,7 +5,8 @@ import html
 import io
 import threading
 
-DRAWING = threading.RLock()  # matplotlib is not made for two threads, and an answer may come from another one
+# matplotlib is not made for two threads, and an answer may come from another one
+DRAWING = threading.RLock()
 
 
 def data_uri(png: bytes) -> str:
@@ -14,7 +15,9 @@ def data_uri(png: bytes) -> str:
 
 def img(png: bytes, alt: str, width: int | None = None) -> str:
     """An image element; ``alt`` says in words what it shows."""
-    size = f"display:block;width:{width}px;image-rendering:pixelated;" if width else "max-width:100%;"
+    size = (
+        f"display:block;width:{width}px;image-rendering:pixelated;" if width else "max-width:100%;"
+    )
     return f'<img src="{data_uri(png)}" alt="{html.escape(alt, quote=True)}" style="{size}background:white">'
 
 
@@ -27,10 +30,12 @@ def figure_png(figure) -> bytes:
 
 
 def describe_figures() -> None:
-    """From now on JupyterLab shows figures with the alt text of their cell's metadata: ``"alt"``, one or a list.
+    """From now on JupyterLab shows figures with the alt text of their cell's metadata: ``"alt"``,
+    one or a list.
 
-    It tells the kernel that metadata, but gives a PNG's `<img>` no alt text (Jupyter's enhancement proposal 120); so
-    a figure goes out as HTML too, which it prefers. Elsewhere, and for cells without alt texts, nothing changes.
+    It tells the kernel that metadata, but gives a PNG's `<img>` no alt text (Jupyter's enhancement
+    proposal 120); so a figure goes out as HTML too, which it prefers. Elsewhere, and for cells
+    without alt texts, nothing changes.
     """
     from IPython import get_ipython
     from matplotlib.figure import FigureBase
@@ -49,5 +54,6 @@ def describe_figures() -> None:
         cell, shown = run, shown + 1 if run == cell else 1
         return img(figure_png(figure), alts[shown - 1]) if shown <= len(alts) else None
 
-    # For the base class, since whoever chooses the inline backend forgets all formatters of `Figure`.
+    # For the base class, since whoever chooses the inline backend forgets all formatters of
+    # `Figure`.
     shell.display_formatter.formatters["text/html"].for_type(FigureBase, described)

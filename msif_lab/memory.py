@@ -1,4 +1,6 @@
-"""How much memory work may take: sizes in words, a budget checked before the work, and the size of one chunk."""
+"""How much memory work may take: sizes in words, a budget checked before the work, and the size of
+one chunk.
+"""
 
 import os
 
@@ -23,26 +25,30 @@ def parse_bytes(size: str | int | float, name: str = "memory") -> int:
             number = text.removesuffix(unit).strip()
             if text.endswith(unit) and number.replace(".", "", 1).isdigit():
                 return int(float(number) * _UNITS[unit])
-    raise ValueError(f"{name}={size!r} is not a size; write it like '500MB' or '1GB', or as a number of bytes")
+    raise ValueError(
+        f"{name}={size!r} is not a size; write it like '500MB' or '1GB', or as a number of bytes"
+    )
 
 
 def require_memory(needed: int, budget: int, what: str, way_out: str) -> None:
     """Raise `MemoryBudgetError` before the work when ``needed`` bytes exceed ``budget``."""
     if needed > budget:
         raise MemoryBudgetError(
-            f"{what} needs about {needed / 1e6:,.0f} MB, the budget is {budget / 1e6:,.0f} MB; {way_out}"
+            f"{what} needs about {needed / 1e6:,.0f} MB, the budget is {budget / 1e6:,.0f} MB; "
+            f"{way_out}"
         )
 
 
-WORKING_BYTES: int | None = None  # set it, or MSIF_WORKING_BYTES="2GB" in the environment: then chunks take just that
+# set it, or MSIF_WORKING_BYTES="2GB" in the environment: then chunks take just that
+WORKING_BYTES: int | None = None
 
 
 def working_bytes(device: torch.device, example: int = 0) -> int:
     """What one chunk of activations may take.
 
-    On a CPU 32 MB (less pays for Python, more misses the caches, and Binder guarantees 1 GB in all), and where one
-    example is large, up to 256 MB for 16 of them. On a GPU an eighth of its memory, if that much is free: smaller
-    chunks would leave it waiting for Python.
+    On a CPU 32 MB (less pays for Python, more misses the caches, and Binder guarantees 1 GB in
+    all), and where one example is large, up to 256 MB for 16 of them. On a GPU an eighth of its
+    memory, if that much is free: smaller chunks would leave it waiting for Python.
 
     Args:
         device: where the work is done.

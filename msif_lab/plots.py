@@ -22,19 +22,23 @@ __all__ = [
     "v_curve",
 ]
 
-# Seaborn's colourblind blue; its orange and a grey darkened until they can be read as text on white (4.5 : 1).
+# Seaborn's colourblind blue; its orange and a grey darkened until they can be read as text on white
+# (4.5 : 1).
 HELPFUL, HARMFUL, NEUTRAL = "#0173b2", "#c05600", "#707070"
 
 
 def use_style() -> None:
-    """Seaborn's colourblind palette without its pale colours, readable sizes, 100 dpi; once at a notebook's top.
+    """Seaborn's colourblind palette without its pale colours, readable sizes, 100 dpi; once at a
+    notebook's top.
 
-    In JupyterLab figures also get the alt text in their cell's metadata (``"alt"``): by itself it shows none.
+    In JupyterLab figures also get the alt text in their cell's metadata (``"alt"``): by itself it
+    shows none.
     """
     import matplotlib.pyplot as plt
     import seaborn
 
-    # Its yellow, pale blue, pink, light orange and tan have less than 3 : 1 on white: thin lines of them get lost.
+    # Its yellow, pale blue, pink, light orange and tan have less than 3 : 1 on white: thin lines of
+    # them get lost.
     palette = [seaborn.color_palette("colorblind")[i] for i in (0, 3, 2, 4, 7)]
     seaborn.set_theme(context="notebook", style="ticks", palette=palette, font_scale=0.9)
     plt.rcParams.update(
@@ -46,7 +50,8 @@ def use_style() -> None:
 
 
 def pipeline_diagram(pipeline: Pipeline, ax=None):
-    """Stages as boxes, from left to right; on each arrow what is handed over, with its shapes, and how; then the query.
+    """Stages as boxes, from left to right; on each arrow what is handed over, with its shapes, and
+    how; then the query.
 
     Returns:
         the matplotlib axes.
@@ -61,14 +66,22 @@ def pipeline_diagram(pipeline: Pipeline, ax=None):
     ax.axis("off")
     for k, stage in enumerate(pipeline.stages):
         o, p = pipeline.objective(k), pipeline.functional(k)
-        lines = [_examples(stage.data), f"trains {_count(o.size)} of {_count(o.layout.size)}", "parameters"]
+        lines = [
+            _examples(stage.data),
+            f"trains {_count(o.size)} of {_count(o.layout.size)}",
+            "parameters",
+        ]
         left = k * (width + gap)
         _box(ax, left, width, stage.name, lines, HELPFUL)
         if k:
             shared = [name for name in o.layout.shapes if _holds(p.here, o.layout.spans[name])]
             size = sum(places.size for places in p.here.values())
-            how = {Frozen: "frozen", WarmStart: "start here"}.get(type(stage.link), f"held near, α = {o.alpha:g}")
-            _arrow(ax, left - gap, left, f"W: {_blocks(o.layout, shared)}\n{_count(size)} shared", how)
+            how = {Frozen: "frozen", WarmStart: "start here"}.get(
+                type(stage.link), f"held near, α = {o.alpha:g}"
+            )
+            _arrow(
+                ax, left - gap, left, f"W: {_blocks(o.layout, shared)}\n{_count(size)} shared", how
+            )
     last = pipeline.objective(count - 1).layout
     _arrow(ax, total - 0.9 - gap, total - 0.9, f"all {_count(last.size)}", "final parameters")
     _box(ax, total - 0.9, 0.9, "query", ["loss q"], HARMFUL)
@@ -92,12 +105,16 @@ def _count(n: int) -> str:
 
 
 def _examples(data: Examples) -> str:
-    """``400 examples of 0–3``, or of how many classes where naming them would be too long for a box."""
+    """``400 examples of 0–3``, or of how many classes where naming them would be too long for a
+    box.
+    """
     text = f"{len(data):,} examples"
     if not data.has_labels:
         return text
     numbers = [c for c in data.classes if isinstance(c, int)]
-    row = len(numbers) == len(data.classes) > 2 and numbers == list(range(numbers[0], numbers[-1] + 1))
+    row = len(numbers) == len(data.classes) > 2 and numbers == list(
+        range(numbers[0], numbers[-1] + 1)
+    )
     names = f"{numbers[0]}–{numbers[-1]}" if row else ", ".join(map(str, data.classes))
     said = (f"{text} of {names}", f"{text} of {len(data.classes)} classes", text)
     return next((words for words in said if len(words) <= 28), text)
@@ -106,7 +123,12 @@ def _examples(data: Examples) -> str:
 def _box(ax, left: float, width: float, title: str, lines: list[str], colour: str) -> None:
     from matplotlib.patches import FancyBboxPatch
 
-    style = {"boxstyle": "round,pad=0,rounding_size=0.08", "facecolor": "white", "edgecolor": colour, "linewidth": 1.5}
+    style = {
+        "boxstyle": "round,pad=0,rounding_size=0.08",
+        "facecolor": "white",
+        "edgecolor": colour,
+        "linewidth": 1.5,
+    }
     ax.add_patch(FancyBboxPatch((left, 0.08), width, 0.84, **style))
     ax.text(left + width / 2, 0.76, title, ha="center", va="center", fontsize=10, weight="bold")
     ax.text(left + width / 2, 0.38, "\n".join(lines), ha="center", va="center", fontsize=8.5)
@@ -125,7 +147,9 @@ def picture(image: torch.Tensor):
     return (image[0] if image.shape[0] == 1 else image.permute(1, 2, 0).clamp(0, 1)).numpy()
 
 
-def influence_grid(scores: Influence, examples: Examples, queries: Examples, query: int = 0, k: int = 5):
+def influence_grid(
+    scores: Influence, examples: Examples, queries: Examples, query: int = 0, k: int = 5
+):
     """One query with its k most helpful and k most harmful examples: picture, sign, label, id.
 
     Args:
@@ -144,7 +168,8 @@ def influence_grid(scores: Influence, examples: Examples, queries: Examples, que
         raise ValueError(f"images (N, C, H, W) are needed; examples.x is {tuple(examples.x.shape)}")
     if len(examples) != len(scores.ids) or len(queries) != len(scores):
         raise ValueError(
-            f"scores are {tuple(scores.values.shape)}, given {len(queries)} queries, {len(examples)} examples"
+            f"scores are {tuple(scores.values.shape)}, given {len(queries)} queries, "
+            f"{len(examples)} examples"
         )
     figure, axes = plt.subplots(2, k + 1, figsize=(1.12 * (k + 1), 3.3))
     for ax in axes.flat:
@@ -162,9 +187,12 @@ def influence_grid(scores: Influence, examples: Examples, queries: Examples, que
             sign = "−" if value < 0 else "+"
             ax.set_xlabel(f"{sign}{abs(value) * 1e3:.1f}", fontsize=9, labelpad=3)
             ax.spines[:].set(color=colour, linewidth=2)
-        axes[row, 1].set_ylabel(f"{word} ({'+' if word == 'harmful' else '−'})", color=colour, fontsize=9)
+        axes[row, 1].set_ylabel(
+            f"{word} ({'+' if word == 'harmful' else '−'})", color=colour, fontsize=9
+        )
     figure.supxlabel(
-        "score below each image: change in query loss per unit of weight, thousandths of a nat", fontsize=8
+        "score below each image: change in query loss per unit of weight, thousandths of a nat",
+        fontsize=8,
     )
     return figure
 
@@ -180,7 +208,9 @@ def agreement_scatter(report: Agreement, ax=None, title: str = ""):
     if ax is None:
         _, ax = plt.subplots(figsize=(4.2, 3.8))
     ax.axline((0, 0), slope=1, color=NEUTRAL, lw=1, ls="--", zorder=0)
-    ax.scatter(report.predicted.ravel(), report.actual.ravel(), s=6, alpha=0.7, color=HELPFUL, linewidths=0)
+    ax.scatter(
+        report.predicted.ravel(), report.actual.ravel(), s=6, alpha=0.7, color=HELPFUL, linewidths=0
+    )
     limit = 1.05 * max(abs(report.predicted).max(), abs(report.actual).max())
     limit = limit if math.isfinite(limit) and limit > 0 else 1.0
     ax.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", title=title)
@@ -188,16 +218,23 @@ def agreement_scatter(report: Agreement, ax=None, title: str = ""):
     ax.set_xlabel("predicted change in query loss, nats")
     ax.set_ylabel("actual change after retraining, nats")
     text = f"mean per-query r = {report.mean():.3f}\nslope = {report.mean('slope'):.2f}"
-    behind = {"boxstyle": "square,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
+    behind = {
+        "boxstyle": "square,pad=0.15",
+        "facecolor": "white",
+        "edgecolor": "none",
+        "alpha": 0.8,
+    }
     ax.text(0.02, 0.98, text, transform=ax.transAxes, va="top", fontsize=8, bbox=behind)
     return ax
 
 
 def method_intervals(table, statistics=("r", "magnitude"), removals: str | None = None):
-    """Every method's agreement with retraining: dots with their 95 % intervals, one panel a statistic.
+    """Every method's agreement with retraining: dots with their 95 % intervals, one panel a
+    statistic.
 
     Args:
-        table: of `compare_methods` (one setting and link); rows of `noise_ceiling` become a grey band.
+        table: of `compare_methods` (one setting and link); rows of `noise_ceiling` become a grey
+            band.
         statistics: panels, of those in the table.
         removals: which kind, default the first in the table.
 
@@ -209,7 +246,9 @@ def method_intervals(table, statistics=("r", "magnitude"), removals: str | None 
     removals = table["removals"].iloc[0] if removals is None else removals
     table = table[table["removals"] == removals].set_index("method")
     if table.empty or not set(statistics) <= set(table["statistic"]):
-        raise ValueError(f"the table has no rows of removals={removals!r} and statistics {tuple(statistics)}")
+        raise ValueError(
+            f"the table has no rows of removals={removals!r} and statistics {tuple(statistics)}"
+        )
     first = table[table["statistic"] == statistics[0]]
     order = first.drop(index=CEILING, errors="ignore").sort_values("mean").index
     size = (3.4 * len(statistics) + 1.2, 0.24 * len(order) + 1.1)
@@ -227,14 +266,17 @@ def method_intervals(table, statistics=("r", "magnitude"), removals: str | None 
             error = [part["mean"] - part["low"], part["high"] - part["mean"]]
             ax.errorbar(part["mean"], y, xerr=error, fmt=marker, ms=5, color=colour, lw=1.5)
         ax.set_yticks(range(len(order)), order)
-        ax.set_xlabel(STATISTICS[statistic] + (", mean over queries" if statistic != "sign" else ""))
+        ax.set_xlabel(
+            STATISTICS[statistic] + (", mean over queries" if statistic != "sign" else "")
+        )
     if CEILING in table.index:
         axes[0, -1].legend(frameon=False, fontsize=8, loc="lower right")
     return figure
 
 
 def v_curve(steps, errors, ax=None, labels=None):
-    """Relative distance of finite differences from a derivative, over the step, on logarithmic axes.
+    """Relative distance of finite differences from a derivative, over the step, on logarithmic
+    axes.
 
     Args:
         steps: H changes that were tried.
@@ -243,19 +285,28 @@ def v_curve(steps, errors, ax=None, labels=None):
         labels: names of the lines.
 
     Returns:
-        the matplotlib axes. A right derivative draws a V: truncation falls with the step, rounding rises.
+        the matplotlib axes. A right derivative draws a V: truncation falls with the step, rounding
+        rises.
     """
     import matplotlib.pyplot as plt
 
     errors = torch.as_tensor(errors).detach().cpu()
     errors = errors[:, None] if errors.ndim == 1 else errors
     if errors.shape[0] != len(steps):
-        raise ValueError(f"errors {tuple(errors.shape)} must hold one row for each of {len(steps)} steps")
+        raise ValueError(
+            f"errors {tuple(errors.shape)} must hold one row for each of {len(steps)} steps"
+        )
     if ax is None:
         _, ax = plt.subplots(figsize=(5.2, 3.2))
-    for i, (line, style) in enumerate(zip(errors.T, itertools.cycle(("o-", "s--", "^:", "D-.")), strict=False)):
+    for i, (line, style) in enumerate(
+        zip(errors.T, itertools.cycle(("o-", "s--", "^:", "D-.")), strict=False)
+    ):
         ax.loglog(
-            [float(h) for h in steps], line.clamp(min=1e-17).numpy(), style, ms=5, label=labels[i] if labels else None
+            [float(h) for h in steps],
+            line.clamp(min=1e-17).numpy(),
+            style,
+            ms=5,
+            label=labels[i] if labels else None,
         )
     ax.minorticks_off()
     ax.set_xlabel("step h in one example weight")
@@ -269,21 +320,28 @@ def filter_curves(eigenvalues, alphas, times=(), ax=None):
     """How much of a direction's pull comes through finetuning, over its curvature s.
 
     Args:
-        eigenvalues: s of the directions, ``(n,)``, drawn as ticks along the bottom; may be negative.
-        alphas: strengths α > 0, one line ``2α / (s + 2α)`` each, drawn where ``s + 2α`` is positive.
+        eigenvalues: s of the directions, ``(n,)``, drawn as ticks along the bottom; may be
+            negative.
+        alphas: strengths α > 0, one line ``2α / (s + 2α)`` each, drawn where ``s + 2α`` is
+            positive.
         times: τ = ηK of plain gradient descent, one thin line ``exp(−τ s)`` with circles each.
         ax: matplotlib axes; default new ones.
 
     Returns:
-        the matplotlib axes; s on a logarithmic axis, which is linear near 0 if an eigenvalue is not positive.
+        the matplotlib axes; s on a logarithmic axis, which is linear near 0 if an eigenvalue is not
+        positive.
     """
     import matplotlib.pyplot as plt
 
     ticks = torch.as_tensor(eigenvalues, dtype=torch.float64).detach().cpu().flatten()
-    if not len(ticks) or not bool(torch.isfinite(ticks).all()) or not min((*alphas, *times), default=1) > 0:
+    if (
+        not len(ticks)
+        or not bool(torch.isfinite(ticks).all())
+        or not min((*alphas, *times), default=1) > 0
+    ):
         raise ValueError(
-            f"eigenvalues {tuple(ticks.shape)} must be finite and at least one, alphas={list(alphas)} and "
-            f"times={list(times)} positive"
+            f"eigenvalues {tuple(ticks.shape)} must be finite and at least one, "
+            f"alphas={list(alphas)} and times={list(times)} positive"
         )
     if ax is None:
         _, ax = plt.subplots(figsize=(6.2, 3.4))
@@ -293,22 +351,53 @@ def filter_curves(eigenvalues, alphas, times=(), ax=None):
     if low > 0:
         s = torch.logspace(math.log10(low), math.log10(high), 200, dtype=torch.float64)
     else:
-        s = near * torch.linspace(math.asinh(low / near), math.asinh(high / near), 400, dtype=torch.float64).sinh()
-    for i, (alpha, style) in enumerate(zip(alphas, itertools.cycle(("-", "--", "-.", ":")), strict=False)):
+        s = (
+            near
+            * torch.linspace(
+                math.asinh(low / near), math.asinh(high / near), 400, dtype=torch.float64
+            ).sinh()
+        )
+    for i, (alpha, style) in enumerate(
+        zip(alphas, itertools.cycle(("-", "--", "-.", ":")), strict=False)
+    ):
         part = s[s + 2 * alpha > 0]
-        ax.plot(part, 2 * alpha / (part + 2 * alpha), style, color=f"C{i}", lw=2, label=f"2α/(s + 2α), α = {alpha:.3g}")
+        ax.plot(
+            part,
+            2 * alpha / (part + 2 * alpha),
+            style,
+            color=f"C{i}",
+            lw=2,
+            label=f"2α/(s + 2α), α = {alpha:.3g}",
+        )
     for i, tau in enumerate(times):
         dots = {"marker": "o", "mfc": "white", "ms": 4, "markevery": (5 * i, 20)}
-        ax.plot(s, torch.exp(-tau * s), color=f"C{i}", lw=0.9, label=f"exp(−τs), τ = {tau:.3g}", **dots)
-    ax.plot(ticks, torch.zeros_like(ticks), "|", color=NEUTRAL, ms=9, transform=ax.get_xaxis_transform(), clip_on=False)
-    shown = torch.cat([torch.ones(1), *(torch.as_tensor(line.get_ydata()) for line in ax.lines[:-1])])
+        ax.plot(
+            s, torch.exp(-tau * s), color=f"C{i}", lw=0.9, label=f"exp(−τs), τ = {tau:.3g}", **dots
+        )
+    ax.plot(
+        ticks,
+        torch.zeros_like(ticks),
+        "|",
+        color=NEUTRAL,
+        ms=9,
+        transform=ax.get_xaxis_transform(),
+        clip_on=False,
+    )
+    shown = torch.cat(
+        [torch.ones(1), *(torch.as_tensor(line.get_ydata()) for line in ax.lines[:-1])]
+    )
     ax.set_xscale(**axis)
     if low <= 0:  # matplotlib's own ticks crowd around 0
-        tens = [10.0**k for k in range(math.ceil(math.log10(near)), math.ceil(math.log10(100 * near)) + 1)]
+        tens = [
+            10.0**k
+            for k in range(math.ceil(math.log10(near)), math.ceil(math.log10(100 * near)) + 1)
+        ]
         places = [-x for x in reversed(tens) if x <= -low] + [0.0] + [x for x in tens if x <= high]
         ax.set_xticks(places, [f"{x:g}" for x in places])
         ax.minorticks_off()
-    ax.set(yscale="log", xlabel="curvature s (ticks: eigenvalues)", ylabel="share that comes through")
+    ax.set(
+        yscale="log", xlabel="curvature s (ticks: eigenvalues)", ylabel="share that comes through"
+    )
     ax.set_ylim(max(float(shown.min()) / 1.5, 1e-3), min(float(shown.max()) * 1.5, 1e2))
     if len(ax.lines) > 1:  # without curves there is nothing to name
         ax.legend(frameon=False, fontsize=8)

@@ -18,7 +18,9 @@ from .errors import SavedFileError
 
 FORMAT = 2
 # Format 1 (version 0.1.0) named losses by the file they then lived in.
-_FORMER_NAMES = re.compile(r"\bmsif_lab\.objective\.(?=(?:cross_entropy|mean_squared_error|next_token_loss)\b)")
+_FORMER_NAMES = re.compile(
+    r"\bmsif_lab\.objective\.(?=(?:cross_entropy|mean_squared_error|next_token_loss)\b)"
+)
 _PACKAGE = __name__.partition(".")[0]
 
 
@@ -28,15 +30,18 @@ def digest(*tensors: torch.Tensor) -> str:
     for tensor in tensors:
         tensor = tensor.detach().cpu().contiguous()
         sha.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+        sha.update(
+            tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+        )
     return sha.hexdigest()
 
 
 def describe(thing, seen: tuple = ()) -> str:
     """Text that tells settings apart and is the same in every process, so it holds no addresses.
 
-    Importable functions go by name, ours by their public one, which stays when code moves; other functions by
-    name and content: code, defaults and what they close over; objects by class and attributes, tensors by digest.
+    Importable functions go by name, ours by their public one, which stays when code moves; other
+    functions by name and content: code, defaults and what they close over; objects by class and
+    attributes, tensors by digest.
     """
     if id(thing) in seen:
         return "..."
@@ -50,7 +55,9 @@ def describe(thing, seen: tuple = ()) -> str:
     if isinstance(thing, functools.partial):
         return f"partial{describe([thing.func, thing.args, thing.keywords], seen)}"
     if isinstance(thing, types.CodeType):
-        return describe([thing.co_code.hex(), thing.co_names, thing.co_varnames, thing.co_consts], seen)
+        return describe(
+            [thing.co_code.hex(), thing.co_names, thing.co_varnames, thing.co_consts], seen
+        )
     if isinstance(thing, types.FunctionType):
         place = functools.reduce(
             lambda owner, name: getattr(owner, name, None),
@@ -59,7 +66,10 @@ def describe(thing, seen: tuple = ()) -> str:
         )
         if place is thing:
             package = thing.__module__.partition(".")[0]
-            public = getattr(sys.modules[package], thing.__qualname__, None) is thing and package == _PACKAGE
+            public = (
+                getattr(sys.modules[package], thing.__qualname__, None) is thing
+                and package == _PACKAGE
+            )
             return f"{package if public else thing.__module__}.{thing.__qualname__}"
         closed = [cell.cell_contents for cell in thing.__closure__ or ()]
         content = describe([thing.__code__, thing.__defaults__, thing.__kwdefaults__, closed], seen)
@@ -76,9 +86,13 @@ def check_writable(path: str | os.PathLike) -> None:
     if path.is_dir():
         raise IsADirectoryError(f"{str(path)!r} is a folder; name a file in it")
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"{str(path)!r}: the folder {str(path.parent)!r} does not exist; create it first")
+        raise FileNotFoundError(
+            f"{str(path)!r}: the folder {str(path.parent)!r} does not exist; create it first"
+        )
     if not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"{str(path)!r}: the folder {str(path.parent)!r} cannot be written to")
+        raise PermissionError(
+            f"{str(path)!r}: the folder {str(path.parent)!r} cannot be written to"
+        )
 
 
 def _content_digest(tensors: dict[str, torch.Tensor], header: str) -> str:
@@ -107,8 +121,12 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> Path:
     return path
 
 
-def write_tensors(path: str | os.PathLike, kind: str, tensors: dict[str, torch.Tensor], facts: dict) -> Path:
-    """Write named tensors and JSON-able ``facts`` as one safetensors file, with a checksum over both."""
+def write_tensors(
+    path: str | os.PathLike, kind: str, tensors: dict[str, torch.Tensor], facts: dict
+) -> Path:
+    """Write named tensors and JSON-able ``facts`` as one safetensors file, with a checksum over
+    both.
+    """
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     header = json.dumps({"kind": kind, "format": FORMAT, "facts": facts}, sort_keys=True)
     metadata = {"msif_lab": header, "sha256": _content_digest(tensors, header)}
@@ -131,16 +149,25 @@ def read_tensors(path: str | os.PathLike, kind: str) -> tuple[dict[str, torch.Te
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, ValueError) as error:
         raise SavedFileError(
-            f"{str(path)!r} is cut off or is not a safetensors file ({error}); save it again from its source"
+            f"{str(path)!r} is cut off or is not a safetensors file ({error}); save it again from "
+            "its source"
         ) from error
     header = metadata.get("msif_lab")
     if header is None:
-        raise SavedFileError(f"{str(path)!r} was not written by msif_lab; load foreign weights into the model yourself")
+        raise SavedFileError(
+            f"{str(path)!r} was not written by msif_lab; load foreign weights into the model "
+            "yourself"
+        )
     if metadata.get("sha256") != _content_digest(tensors, header):
-        raise SavedFileError(f"{str(path)!r} was changed after it was written (checksum differs); save it again")
+        raise SavedFileError(
+            f"{str(path)!r} was changed after it was written (checksum differs); save it again"
+        )
     facts = json.loads(_FORMER_NAMES.sub("msif_lab.", header))
     if facts["format"] > FORMAT:
-        raise SavedFileError(f"{str(path)!r} has format {facts['format']}, this msif_lab reads up to {FORMAT}; update")
+        raise SavedFileError(
+            f"{str(path)!r} has format {facts['format']}, this msif_lab reads up to {FORMAT}; "
+            "update"
+        )
     if facts["kind"] != kind:
         raise SavedFileError(f"{str(path)!r} holds a saved {facts['kind']}, not a {kind}")
     return tensors, facts["facts"]

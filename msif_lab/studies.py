@@ -1,4 +1,5 @@
-"""Every method on one setting, against real retraining over links and seeds: the tables of lessons and README.
+"""Every method on one setting, against real retraining over links and seeds: the tables of lessons
+and README.
 
     python -m msif_lab.studies mnist cifar --jobs 2 --out notebooks/results
 
@@ -38,7 +39,8 @@ REMOVALS = {"one": None, "2 %": 0.02, "10 %": 0.1}
 
 
 def implicit(experiment: Experiment, solver=None) -> Influence:
-    """The paper's formula at the weights where SGD stopped: GGN, no damping, warm starts read as proximal.
+    """The paper's formula at the weights where SGD stopped: GGN, no damping, warm starts read as
+    proximal.
 
     The curvature of a stage that is not at a minimum has no inverse to speak of but the GGN's, and
     `SGD.equivalent_alpha` is the coupling that resembles so many steps.
@@ -51,12 +53,20 @@ def implicit(experiment: Experiment, solver=None) -> Influence:
     same = not any(isinstance(s.link, WarmStart) for s in pipeline.stages)
     copy = pipeline if same else Pipeline(stages).adopt()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # not at a minimum: that is what is being shown
-        return ImplicitInfluence(solver or Exact("4GB"), curvature="ggn").fit(copy).score(experiment.queries)
+        # not at a minimum: that is what is being shown
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return (
+            ImplicitInfluence(solver or Exact("4GB"), curvature="ggn")
+            .fit(copy)
+            .score(experiment.queries)
+        )
 
 
-def scorers(experiment: Experiment, kinds: Sequence[str], progress: bool) -> Mapping[str | tuple, Callable]:
-    """By name, functions without arguments that score the fitted experiment; those that fit how it was trained.
+def scorers(
+    experiment: Experiment, kinds: Sequence[str], progress: bool
+) -> Mapping[str | tuple, Callable]:
+    """By name, functions without arguments that score the fitted experiment; those that fit how it
+    was trained.
 
     Each makes its method when it is called, so that the matrices of one are gone before the next.
     """
@@ -66,15 +76,22 @@ def scorers(experiment: Experiment, kinds: Sequence[str], progress: bool) -> Map
         for kind in (None, *kinds):
             fraction = REMOVALS.get(kind)
             if kind is None or fraction:
-                ways["unrolled" if kind is None else ("unrolled, for groups", kind)] = lambda g=fraction or 0.0: (
-                    UnrolledInfluence(group_fraction=g).fit(pipeline, progress).score(queries, progress=progress)
+                ways["unrolled" if kind is None else ("unrolled, for groups", kind)] = (
+                    lambda g=fraction or 0.0: (
+                        UnrolledInfluence(group_fraction=g)
+                        .fit(pipeline, progress)
+                        .score(queries, progress=progress)
+                    )
                 )
         ways["implicit, GGN"] = lambda: implicit(experiment, solver)
         baselines = all_baselines(solver)
     else:
         for name, settings in OPTIMUM_METHODS.items():
-            ways[name] = lambda s=settings: ImplicitInfluence(solver, **s).fit(pipeline).score(queries)
-        baselines = {n: b for n, b in all_baselines(solver).items() if n != "TracIn"}  # LBFGS leaves no run to trace
+            ways[name] = lambda s=settings: (
+                ImplicitInfluence(solver, **s).fit(pipeline).score(queries)
+            )
+        # LBFGS leaves no run to trace
+        baselines = {n: b for n, b in all_baselines(solver).items() if n != "TracIn"}
     return ways | {n: lambda b=b: b.fit(pipeline).score(queries) for n, b in baselines.items()}
 
 
@@ -98,8 +115,8 @@ def run(
         progress: show bars.
 
     Returns:
-        scores by method (``(method, kind)`` where they are for one kind of removal) and effects by kind, as
-        `compare_methods` takes them.
+        scores by method (``(method, kind)`` where they are for one kind of removal) and effects by
+        kind, as `compare_methods` takes them.
     """
     pipeline = experiment.pipeline.fit(progress)
     ways = scorers(experiment, kinds, progress)
@@ -110,9 +127,17 @@ def run(
     effects = {}
     for kind in kinds:
         groups = random_removals(m, removals, REMOVALS[kind])
-        store = None if folder is None else Path(folder) / f"{key}-{kind.replace(' %', '')}.safetensors"
-        effects[kind] = removal_effects(pipeline, experiment.queries, groups, store=store, progress=progress)
-    chosen = {n: way for n, way in ways.items() if methods is None or (n if isinstance(n, str) else n[0]) in methods}
+        store = (
+            None if folder is None else Path(folder) / f"{key}-{kind.replace(' %', '')}.safetensors"
+        )
+        effects[kind] = removal_effects(
+            pipeline, experiment.queries, groups, store=store, progress=progress
+        )
+    chosen = {
+        n: way
+        for n, way in ways.items()
+        if methods is None or (n if isinstance(n, str) else n[0]) in methods
+    }
     return {name: way() for name, way in chosen.items()}, effects
 
 
@@ -128,19 +153,22 @@ def study(
     n_jobs: int = 1,
     **changes,
 ):
-    """Every method against real retraining in one setting: links × seeds of training, pooled over seeds.
+    """Every method against real retraining in one setting: links × seeds of training, pooled over
+    seeds.
 
     Args:
         setting: a name in `experiments.SETTINGS`.
-        links: names in `experiments.LINKS`; default frozen and warm start, for stages at their optimum proximal.
-        seeds: how many seeds of initial weights and batches; data, queries and removals stay the same, so that
-            the noise ceiling compares like with like.
+        links: names in `experiments.LINKS`; default frozen and warm start, for stages at their
+            optimum proximal.
+        seeds: how many seeds of initial weights and batches; data, queries and removals stay the
+            same, so that the noise ceiling compares like with like.
         removals, kinds, folder: as in `run`.
         size, changes: as in the builders.
         n_jobs: processes, one for each link and seed.
 
     Returns:
-        the table of `compare_methods` with the noise ceiling, and for each link its title, sizes, seeds and accuracy.
+        the table of `compare_methods` with the noise ceiling, and for each link its title, sizes,
+        seeds and accuracy.
     """
     import pandas
 
@@ -148,8 +176,15 @@ def study(
 
     def one(link, seed):
         experiment = SETTINGS[setting](LINKS[link], size=size, seed=seed, **changes)
-        scores, effects = run(experiment, removals=removals, kinds=kinds, folder=folder, progress=False)
-        return scores, effects, experiment.accuracy(), [len(s.data) for s in experiment.pipeline.stages]
+        scores, effects = run(
+            experiment, removals=removals, kinds=kinds, folder=folder, progress=False
+        )
+        return (
+            scores,
+            effects,
+            experiment.accuracy(),
+            [len(s.data) for s in experiment.pipeline.stages],
+        )
 
     jobs = (joblib.delayed(one)(link, seed) for link in links for seed in range(seeds))
     done = joblib.Parallel(n_jobs)(jobs)
@@ -174,15 +209,26 @@ def study(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line: one CSV a setting."""
-    parser = argparse.ArgumentParser(prog="python -m msif_lab.studies", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m msif_lab.studies", description=__doc__.partition("\n")[0]
+    )
     parser.add_argument("settings", nargs="+", choices=sorted(SETTINGS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--removals", type=int, default=40, help="of each kind: single examples, 2 %%, 10 %%")
+    parser.add_argument(
+        "--removals", type=int, default=40, help="of each kind: single examples, 2 %%, 10 %%"
+    )
     parser.add_argument("--kinds", nargs="+", choices=list(REMOVALS), default=list(REMOVALS))
-    parser.add_argument("--links", nargs="+", choices=list(LINKS), help="default: both that suit the training")
+    parser.add_argument(
+        "--links", nargs="+", choices=list(LINKS), help="default: both that suit the training"
+    )
     parser.add_argument("--size", default="large", help="live or large")
     parser.add_argument("--jobs", type=int, default=1, help="processes; a gigabyte or two each")
-    parser.add_argument("--out", type=Path, required=True, help="folder for SETTING.csv; retrainings resume from here")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="folder for SETTING.csv; retrainings resume from here",
+    )
     given = parser.parse_args(arguments)
     for setting in given.settings:
         store = given.out / "retrainings" / setting

@@ -1,4 +1,6 @@
-"""Small real and random problems shared by the tests; everything in float64 unless a test says otherwise."""
+"""Small real and random problems shared by the tests; everything in float64 unless a test says
+otherwise.
+"""
 
 import os
 
@@ -8,7 +10,8 @@ import torch
 import msif_lab as msif
 from msif_lab.data import sources
 
-torch.set_num_threads(1)  # these problems are tiny, and two threads on a busy machine cost five times more
+# these problems are tiny, and two threads on a busy machine cost five times more
+torch.set_num_threads(1)
 
 
 def random_examples(n, shape, outputs, regression, seed):
@@ -19,7 +22,9 @@ def random_examples(n, shape, outputs, regression, seed):
         return torch.randn(*size, generator=generator, dtype=torch.float64)
 
     x = draw(n, *shape)
-    scores = x.flatten(1) @ draw(x[0].numel(), outputs) / x[0].numel() ** 0.5 + 0.3 * draw(n, outputs)
+    scores = x.flatten(1) @ draw(x[0].numel(), outputs) / x[0].numel() ** 0.5 + 0.3 * draw(
+        n, outputs
+    )
     return msif.Examples(x, torch.tanh(scores) if regression else scores.argmax(1))
 
 

@@ -1,4 +1,6 @@
-"""JupyterLab in a headless Chromium, used as a student uses it: menus, keys and clicks. For tests/test_browser.py."""
+"""JupyterLab in a headless Chromium, used as a student uses it: menus, keys and clicks. For
+tests/test_browser.py.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,22 @@ from contextlib import contextmanager
 from pathlib import Path
 
 MINUTES = 60_000  # Playwright counts milliseconds; lessons are slow on two shared cores
-SETTINGS = {  # all cells in the page, not only those in sight; no question about news on the first start
+# all cells in the page, not only those in sight; no question about news on the first start
+SETTINGS = {
     "notebook-extension/tracker": {"windowingMode": "none"},
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
 }
-BROKEN = ("model not found", "Error displaying widget", "Error creating widget", "Loading widget...")
+BROKEN = (
+    "model not found",
+    "Error displaying widget",
+    "Error creating widget",
+    "Loading widget...",
+)
 
 # A cell whose input is folded has no prompt, so the prompts are those of most cells, not of all.
-PROMPTS = "[...document.querySelectorAll('.jp-CodeCell .jp-InputArea-prompt')].map(e => e.textContent)"
+PROMPTS = (
+    "[...document.querySelectorAll('.jp-CodeCell .jp-InputArea-prompt')].map(e => e.textContent)"
+)
 DONE = f"() => {{ const p = {PROMPTS}; return p.some(t => /\\d/.test(t)) && !p.some(t => t.includes('*')) }}"
 
 # From the key to the last change of the view, its pictures decoded: what a reader waits for.
@@ -45,7 +55,8 @@ WATCH = """root => {
 }"""
 REDRAWN = "root => root.redraws.at(-1) !== null && performance.now() - root.changed > 300"
 
-# Text that a reader must tell from its background, with the contrast of WCAG 2: (L1 + 0.05) / (L2 + 0.05).
+# Text that a reader must tell from its background, with the contrast of WCAG 2: (L1 + 0.05) / (L2 +
+# 0.05).
 CONTRASTS = """root => {
   const rgba = s => { const v = s.match(/[\\d.]+/g).map(Number); return v.length < 4 ? [...v, 1] : v };
   const light = c => c.slice(0, 3).map(v => v / 255)
@@ -65,8 +76,8 @@ CONTRASTS = """root => {
   return texts;
 }"""
 
-# Everything the Tab key should reach, and what a screen reader would call it. ipywidgets leaves the label of a slider
-# unconnected (no "for"), so a label in the same control counts as its name.
+# Everything the Tab key should reach, and what a screen reader would call it. ipywidgets leaves the
+# label of a slider unconnected (no "for"), so a label in the same control counts as its name.
 CONTROLS = """root => [...root.querySelectorAll('button, input, select, textarea, [tabindex="0"]')]
   .filter(e => e.checkVisibility() && !e.disabled).map(e => ({
     what: e.getAttribute('role') || e.tagName.toLowerCase(), focusable: e.tabIndex >= 0,
@@ -78,7 +89,8 @@ CUT = """all => all.filter(m => m.querySelector('mjx-math').getBoundingClientRec
   > m.closest('.jp-RenderedMarkdown').getBoundingClientRect().right + 2)
   .map(m => m.closest('.jp-RenderedMarkdown').innerText.slice(0, 40))"""
 
-# Where Tab must stop. Returns how many; what else takes the focus (a slider's number, which can be typed) is welcome.
+# Where Tab must stop. Returns how many; what else takes the focus (a slider's number, which can be
+# typed) is welcome.
 STOPS = """root => (root.stops = [...root.querySelectorAll('button, input, select, textarea, [tabindex="0"]')]
   .filter(e => !e.disabled && e.checkVisibility({visibilityProperty: true}))).length"""
 
@@ -105,26 +117,40 @@ def browser():
 
 @contextmanager
 def server(folder: Path, tmp: Path, start: tuple[str, ...] = ()):
-    """``jupyter lab`` on ``folder`` with nobody's settings, by the command ``start``; yields ``address(path)``."""
+    """``jupyter lab`` on ``folder`` with nobody's settings, by the command ``start``; yields
+    ``address(path)``.
+    """
     for plugin, values in SETTINGS.items():
         file = tmp / f"config/lab/user-settings/@jupyterlab/{plugin}.jupyterlab-settings"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(values), encoding="utf-8")
     places = {"CONFIG": "config", "DATA": "data", "RUNTIME": "run"}
-    environment = os.environ | {f"JUPYTER_{name}_DIR": str(tmp / place) for name, place in places.items()}
+    environment = os.environ | {
+        f"JUPYTER_{name}_DIR": str(tmp / place) for name, place in places.items()
+    }
     environment |= {"IPYTHONDIR": str(tmp / "ipython"), "OMP_NUM_THREADS": "1"}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     token = secrets.token_hex(16)
-    command = [*start, sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--ServerApp.port={port}"]
+    command = [
+        *start,
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        "--no-browser",
+        "--allow-root",
+        f"--ServerApp.port={port}",
+    ]
     command += [f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={folder}"]
 
     def address(path: str) -> str:
         return f"http://127.0.0.1:{port}/{path}?token={token}"
 
     with (tmp / "server.log").open("w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
         try:
             _wait_until_up(address("api/status"), process, tmp / "server.log")
             yield address
@@ -157,7 +183,8 @@ class Student:
         page.set_default_timeout(MINUTES)
         page.goto(f"{address(f'lab/tree/{name}')}&reset")
         page.locator(".jp-Notebook .jp-Cell").first.wait_for()
-        # Before its kernel is there a notebook says idle too, and loses a Run All behind a question for a kernel.
+        # Before its kernel is there a notebook says idle too, and loses a Run All behind a question
+        # for a kernel.
         page.locator(".jp-StatusBar-TextItem", has_text="| Idle").wait_for()
 
     def menu(self, *names: str):
@@ -167,7 +194,9 @@ class Student:
             items.filter(has=self.page.get_by_text(name, exact=True)).click()
 
     def run_all(self, minutes: float = 10):
-        """Run > Run All Cells, and wait until no cell waits. Old outputs are cleared first, or they would look new."""
+        """Run > Run All Cells, and wait until no cell waits. Old outputs are cleared first, or they
+        would look new.
+        """
         self.menu("Edit", "Clear Outputs of All Cells")
         self.page.wait_for_function(f"() => !{PROMPTS}.some(t => /\\d/.test(t))")
         self.menu("Run", "Run All Cells")
@@ -187,29 +216,38 @@ class Student:
         self.page.wait_for_function(ran, arg=[prompt, before])
 
     def problems(self) -> list[str]:
-        """Errors in outputs, dead widgets, cells that did not run, formulas cut off, empty pictures."""
+        """Errors in outputs, dead widgets, cells that did not run, formulas cut off, empty
+        pictures.
+        """
         page = self.page
-        shown = page.locator('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.stderr"]')
+        shown = page.locator(
+            '.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.stderr"]'
+        )
         found = shown.filter(has_text="Traceback (most recent call last)").all_inner_texts()
         text = page.locator(".jp-Notebook").inner_text()
         found += [f"the page says {words!r}" for words in BROKEN if words in text]
         idle = page.evaluate(f"{PROMPTS}.filter(t => !/\\d/.test(t)).length")
         found += [f"{idle} code cells did not run"] if idle else []
-        empty = "all => all.filter(i => !i.naturalWidth && !i.src.startsWith('https:')).length"  # badges need a network
+        # badges need a network
+        empty = "all => all.filter(i => !i.naturalWidth && !i.src.startsWith('https:')).length"
         dead = page.locator(".jp-Notebook img").evaluate_all(empty)
         cut = page.locator(".jp-RenderedMarkdown mjx-container").evaluate_all(CUT)
         found += [f"a formula is cut off in the cell {start!r}" for start in cut]
         return found + ([f"{dead} pictures are empty"] if dead else []) + self.console
 
     def silent(self) -> int:
-        """How many pictures in outputs have no alt text; JupyterLab itself writes "Image" where there is none."""
+        """How many pictures in outputs have no alt text; JupyterLab itself writes "Image" where
+        there is none.
+        """
         nothing = "all => all.filter(i => ['', 'Image'].includes(i.alt)).length"
         return self.page.locator(".jp-OutputArea img").evaluate_all(nothing)
 
     def screenshot(self, label: str):
         """The whole notebook, from its first cell to its last."""
         page, before = self.page, self.page.viewport_size
-        height = page.locator(".jp-Notebook .jp-WindowedPanel-outer").evaluate("e => e.scrollHeight")
+        height = page.locator(".jp-Notebook .jp-WindowedPanel-outer").evaluate(
+            "e => e.scrollHeight"
+        )
         page.set_viewport_size({"width": before["width"], "height": min(height + 200, 16_000)})
         page.locator(".jp-Notebook .jp-WindowedPanel-outer").evaluate("e => e.scrollTo(0, 0)")
         self.screenshots.mkdir(parents=True, exist_ok=True)
@@ -219,6 +257,8 @@ class Student:
     def close(self):
         """Shut the kernel down and leave."""
         for session in json.load(urllib.request.urlopen(self.address("api/sessions"))):
-            request = urllib.request.Request(self.address(f"api/sessions/{session['id']}"), method="DELETE")
+            request = urllib.request.Request(
+                self.address(f"api/sessions/{session['id']}"), method="DELETE"
+            )
             urllib.request.urlopen(request).close()
         self.page.close()

@@ -16,17 +16,20 @@ from PIL import Image
 from msif_lab.exercises import EXERCISES
 
 MAX_CODE_CELLS, MAX_WORDS, MAX_LINES, MAX_BYTES = 45, 2000, 15, 600_000
-MIN_SECTIONS, MIN_EXERCISES, MIN_ALT, MAX_PIXELS = 4, 3, 40, 1000  # sections with the exercises; letters; across
+# sections with the exercises; letters; across
+MIN_SECTIONS, MIN_EXERCISES, MIN_ALT, MAX_PIXELS = 4, 3, 40, 1000
 IMAGES = ("image/png", "image/jpeg")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 BUDGET = re.compile(r"read\s+(\d+)\s*min\s*/\s*run\s+\d+\s*(s|min)\s*/\s*[\d.]+\s*(MB|GB)")
 FORBIDDEN_CODE = ("!pip", "%pip", "sys.path", "os.chdir", "NotImplementedError")
-# Unix homes and work folders, not preceded by what makes them part of a URL, a word or a closing HTML tag.
+# Unix homes and work folders, not preceded by what makes them part of a URL, a word or a closing
+# HTML tag.
 MACHINE_PATH = re.compile(r"(?<![\w.<])/(?:root|home|work|tmp|Users)\b|\bC:\\(?=[A-Z])")
 # Closed, with the code and then the reason.
 SOLUTION = re.compile(
-    r"<details>\s*<summary>Solution, and why</summary>\s*```python\n(.*?)\n```\n(.*)</details>\s*", re.DOTALL
+    r"<details>\s*<summary>Solution, and why</summary>\s*```python\n(.*?)\n```\n(.*)</details>\s*",
+    re.DOTALL,
 )
 OBJECTIVE = re.compile(r"^\* +\*\*[a-z][\w -]*\*\*.*?\((\d+) min\)[.,]?$", re.MULTILINE | re.DOTALL)
 READING = re.compile(r"\*\*Reading the (figure|picture)")
@@ -34,13 +37,17 @@ TIMING = re.compile(r"Wall time|CPU times|\d\s?(?:it/s|s/it)\b")
 
 
 def structure_problems(nb: nbformat.NotebookNode) -> list[str]:
-    """Everything that keeps a notebook from being a lesson as TEACHING.md describes it, one line each."""
+    """Everything that keeps a notebook from being a lesson as TEACHING.md describes it, one line
+    each.
+    """
     lesson = _setup(nb) + _skeleton(nb) + _exercises(nb)
     return _header(nb) + lesson + _text(nb) + _code(nb) + _figures(nb) + _outputs(nb)
 
 
 def index_problems(nb: nbformat.NotebookNode) -> list[str]:
-    """The same for the course's contents page, which teaches nothing: no objectives, exercises or recap."""
+    """The same for the course's contents page, which teaches nothing: no objectives, exercises or
+    recap.
+    """
     return _header(nb) + _text(nb) + _code(nb) + _figures(nb) + _outputs(nb)
 
 
@@ -65,7 +72,9 @@ def _setup(nb) -> list[str]:
     if len(objectives) != 1:
         problems.append(f"{len(objectives)} cells with an Objectives heading, not 1")
     if len(hidden) != 1:
-        problems.append(f"{len(hidden)} folded setup cells, not 1 (jupyter.source_hidden or hide-input)")
+        problems.append(
+            f"{len(hidden)} folded setup cells, not 1 (jupyter.source_hidden or hide-input)"
+        )
     elif code[0] != hidden[0]:
         problems.append("the setup cell is not the first code cell")
     elif objectives and not 0 < hidden[0] - objectives[0] <= 2:
@@ -88,7 +97,9 @@ def _text(nb) -> list[str]:
 
 
 def _skeleton(nb) -> list[str]:
-    """Objectives, perhaps "In a hurry", numbered sections of which the last is "Your turn", recap, references, next."""
+    """Objectives, perhaps "In a hurry", numbered sections of which the last is "Your turn", recap,
+    references, next.
+    """
     problems = []
     first = nb.cells[0].source if nb.cells else ""
     if not re.match(r"# \d\d · \S", first):
@@ -102,12 +113,16 @@ def _skeleton(nb) -> list[str]:
         if not 3 <= bullets <= 5 or bullets != len(minutes):
             problems.append("objectives are not three to five lines '* **verb** what (3 min)'")
         elif budget and sum(minutes) != int(budget[1]):
-            problems.append(f"the objectives take {sum(minutes)} min, the budget line says read {budget[1]} min")
+            problems.append(
+                f"the objectives take {sum(minutes)} min, the budget line says read {budget[1]} min"
+            )
     titles = [title for cell in nb.cells for level, title in _headings(cell) if level == 2]
     numbered = [title for title in titles if re.match(r"\d+ · ", title)]
     places = [int(title.split()[0]) for title in numbered]
     if places != list(range(1, len(places) + 1)) or len(places) < MIN_SECTIONS:
-        problems.append(f"sections are not '## 1 · ...' to '## {MIN_SECTIONS} · ...' or more: {places}")
+        problems.append(
+            f"sections are not '## 1 · ...' to '## {MIN_SECTIONS} · ...' or more: {places}"
+        )
     if not numbered or not numbered[-1].endswith("· Your turn"):
         problems.append("the last numbered section is not 'Your turn', the exercises")
     hurry = [title for title in titles if title.startswith("In a hurry?")]
@@ -117,7 +132,11 @@ def _skeleton(nb) -> list[str]:
             problems.append(f"no {word} heading")
     if sorted(titles) == sorted(wanted) and titles != wanted:
         problems.append(f"sections are out of order: {', '.join(titles)}")
-    problems += [f"'## {title}' is none of the skeleton's sections" for title in titles if title not in wanted]
+    problems += [
+        f"'## {title}' is none of the skeleton's sections"
+        for title in titles
+        if title not in wanted
+    ]
     markdown = "\n\n".join(cell.source for cell in nb.cells if cell.cell_type == "markdown")
     if "what could fool you" not in markdown.lower():
         problems.append("recap does not say what could fool you")
@@ -127,7 +146,8 @@ def _skeleton(nb) -> list[str]:
 def _code(nb) -> list[str]:
     problems = []
     code = [(i, cell) for i, cell in enumerate(nb.cells) if cell.cell_type == "code"]
-    numbered = [(i, cell) for i, cell in code if cell.source.strip()]  # Run All does not count empty cells
+    # Run All does not count empty cells
+    numbered = [(i, cell) for i, cell in code if cell.source.strip()]
     if len(numbered) > MAX_CODE_CELLS:
         problems.append(f"{len(numbered)} code cells, over {MAX_CODE_CELLS}")
     counts = [cell.execution_count for _, cell in numbered]
@@ -137,7 +157,9 @@ def _code(nb) -> list[str]:
         lines = sum(bool(line.strip()) for line in cell.source.splitlines())
         if lines > MAX_LINES and not _hidden(cell):
             problems.append(f"cell {i}: {lines} lines of code, over {MAX_LINES}")
-        problems += [f"cell {i}: forbidden {word}" for word in FORBIDDEN_CODE if word in cell.source]
+        problems += [
+            f"cell {i}: forbidden {word}" for word in FORBIDDEN_CODE if word in cell.source
+        ]
     for i, cell in enumerate(nb.cells):
         if found := MACHINE_PATH.search(cell.source):
             problems.append(f"cell {i}: absolute path {found[0]}")
@@ -150,9 +172,15 @@ def _code(nb) -> list[str]:
 
 def _exercises(nb) -> list[str]:
     found = exercise_cells(nb)
-    starts = [i for i, cell in enumerate(nb.cells) if _has_heading(cell, "your turn")] or [len(nb.cells)]
+    starts = [i for i, cell in enumerate(nb.cells) if _has_heading(cell, "your turn")] or [
+        len(nb.cells)
+    ]
     number = re.match(r"# (\d\d)\b", nb.cells[0].source if nb.cells else "")
-    problems = [] if len(found) >= MIN_EXERCISES else [f"{len(found)} exercises, fewer than {MIN_EXERCISES}"]
+    problems = (
+        []
+        if len(found) >= MIN_EXERCISES
+        else [f"{len(found)} exercises, fewer than {MIN_EXERCISES}"]
+    )
     for e in found:
         where = f"cell {e.index}: exercise {e.name}"
         if not number or not e.name.startswith(f"{number[1]}-"):
@@ -164,15 +192,23 @@ def _exercises(nb) -> list[str]:
         if not e.stubs:
             problems.append(f"{where} has no line to fill in (name = ...)")
         if not e.solution:
-            problems.append(f"{where} is not followed by a folded solution with python code, and why")
+            problems.append(
+                f"{where} is not followed by a folded solution with python code, and why"
+            )
         elif missing := e.stubs.keys() - _assigned(e.solution):
             problems.append(f"{where}: the solution does not assign {', '.join(sorted(missing))}")
     first = {e.name: e.index for e in reversed(found)}
-    problems += [f"exercise {name} comes {n} times" for name, n in Counter(e.name for e in found).items() if n > 1]
+    problems += [
+        f"exercise {name} comes {n} times"
+        for name, n in Counter(e.name for e in found).items()
+        if n > 1
+    ]
     for i, cell in enumerate(nb.cells):
         asked = [_name(call) for call in _checks(cell)]
         if any(first.get(name, i + 1) > i for name in asked) or len(set(asked)) > 1:
-            problems.append(f"cell {i}: msif.check is not the last line of its cell, nor of an exercise above")
+            problems.append(
+                f"cell {i}: msif.check is not the last line of its cell, nor of an exercise above"
+            )
     return problems
 
 
@@ -197,10 +233,14 @@ def exercise_cells(nb) -> list[ExerciseCell]:
         stubs = {
             line.targets[0].id: line.lineno - 1
             for line in body
-            if isinstance(line, ast.Assign) and isinstance(line.value, ast.Constant) and line.value.value is ...
+            if isinstance(line, ast.Assign)
+            and isinstance(line.value, ast.Constant)
+            and line.value.value is ...
         }
         after = nb.cells[i + 1] if i + 1 < len(nb.cells) else None
-        shown = SOLUTION.fullmatch(after.source) if after and after.cell_type == "markdown" else None
+        shown = (
+            SOLUTION.fullmatch(after.source) if after and after.cell_type == "markdown" else None
+        )
         solution = shown[1] if shown and shown[2].strip() else ""
         given = ", ".join(ast.unparse(keyword) for keyword in call.keywords)
         found.append(ExerciseCell(i, _name(call), stubs, call.lineno - 1, given, solution))
@@ -223,7 +263,9 @@ def _name(call: ast.Call) -> str:
 
 def _assigned(code: str) -> set[str]:
     return {
-        node.id for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+        node.id
+        for node in ast.walk(ast.parse(code))
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
     }
 
 
@@ -235,17 +277,28 @@ def _figures(nb) -> list[str]:
             continue
         after = next((c.source for c in nb.cells[i + 1 :] if c.cell_type == "markdown"), "")
         if not READING.search(after):
-            problems.append(f"cell {i}: the text below the figure has no '**Reading the figure.**' in plain words")
+            problems.append(
+                f"cell {i}: the text below the figure has no '**Reading the figure.**' in plain "
+                "words"
+            )
         for picture, alt in pictures:
             if alt and len(alt) < MIN_ALT:
-                problems.append(f"cell {i}: alt text {alt!r} is shorter than {MIN_ALT} letters; say what is to be seen")
+                problems.append(
+                    f"cell {i}: alt text {alt!r} is shorter than {MIN_ALT} letters; say what is "
+                    "to be seen"
+                )
             if alt and alt == before:
                 problems.append(f"cell {i}: the same alt text as the figure before")
             before = alt
             if picture.width > MAX_PIXELS:
-                problems.append(f"cell {i}: a figure {picture.width} pixels wide, over {MAX_PIXELS}")
+                problems.append(
+                    f"cell {i}: a figure {picture.width} pixels wide, over {MAX_PIXELS}"
+                )
             if "A" in picture.getbands() and picture.getchannel("A").getextrema()[0] < 255:
-                problems.append(f"cell {i}: a transparent figure, black on black in a dark theme; plots.use_style()")
+                problems.append(
+                    f"cell {i}: a transparent figure, black on black in a dark theme; "
+                    "plots.use_style()"
+                )
     return problems
 
 
@@ -291,7 +344,9 @@ def _output(out) -> list[str]:
             problems.append(f"{mime} without alt text")
     if WIDGET in data:
         problems.append("widget view in the output")
-    text = out.get("text", "") + "\n".join(str(v) for mime, v in data.items() if mime.startswith("text/"))
+    text = out.get("text", "") + "\n".join(
+        str(v) for mime, v in data.items() if mime.startswith("text/")
+    )
     if re.search(r"<img(?![^>]*\balt=)", text):
         problems.append("<img> without alt text")
     text = re.sub(r"base64,[\w+/=]+", "", text)  # image bytes may spell anything
@@ -313,7 +368,8 @@ def relative_links(nb) -> list[str]:
 def _headings(cell) -> list[tuple[int, str]]:
     if cell.cell_type != "markdown":
         return []
-    source = re.sub(r"^```.*?^```", "", cell.source, flags=re.MULTILINE | re.DOTALL)  # comments in shown code
+    # comments in shown code
+    source = re.sub(r"^```.*?^```", "", cell.source, flags=re.MULTILINE | re.DOTALL)
     return [(len(m[1]), m[2]) for m in re.finditer(r"^(#{1,6}) +(.+)$", source, re.MULTILINE)]
 
 
@@ -322,7 +378,9 @@ def _has_heading(cell, word: str) -> bool:
 
 
 def _hidden(cell) -> bool:
-    folded = cell.metadata.get("jupyter", {}).get("source_hidden", False) or "hide-input" in _tags(cell)
+    folded = cell.metadata.get("jupyter", {}).get("source_hidden", False) or "hide-input" in _tags(
+        cell
+    )
     return cell.cell_type == "code" and folded
 
 
@@ -331,7 +389,9 @@ def _tags(cell) -> list[str]:
 
 
 def _words(markdown: str) -> int:
-    """Words that are read: no link targets or HTML, no previous / contents / next; a formula counts as one."""
+    """Words that are read: no link targets or HTML, no previous / contents / next; a formula counts
+    as one.
+    """
     markdown = re.sub(r"^.*\[contents\]\(index\.ipynb\).*$", "", markdown, flags=re.MULTILINE)
     markdown = re.sub(r"\$\$.*?\$\$|\$[^$\n]+\$", "formula", markdown, flags=re.DOTALL)
     markdown = re.sub(r"\]\([^)]*\)|<[^>\n]+>", " ", markdown)

@@ -1,4 +1,6 @@
-"""LowRank and EKFAC as solvers: exact where theory says so, their correlation to exact elsewhere, honest reports."""
+"""LowRank and EKFAC as solvers: exact where theory says so, their correlation to exact elsewhere,
+honest reports.
+"""
 
 import sys
 import warnings
@@ -17,10 +19,14 @@ SOLVERS = [msif.LowRank(rank=40), msif.LowRank(rank=20, method="nystrom"), msif.
 def digits_net(digits):
     """A trained net of 1,210 parameters, its damped GGN, and query gradients (P, 12)."""
     train, test = digits
-    stage = msif.Stage("digits", msif.mlp(64, hidden=(16,), classes=10).double(), train[:300], weight_decay=1e-3)
+    stage = msif.Stage(
+        "digits", msif.mlp(64, hidden=(16,), classes=10).double(), train[:300], weight_decay=1e-3
+    )
     pipeline = msif.Pipeline([stage]).fit(progress=False)
     o = pipeline.objective(0)
-    queries = torch.cat([g for _, g in msif.per_example_gradients(o, pipeline.trained()[0], test[:12])]).T
+    queries = torch.cat(
+        [g for _, g in msif.per_example_gradients(o, pipeline.trained()[0], test[:12])]
+    ).T
     return pipeline, pipeline.curvature(0, "ggn") + 1e-2, queries
 
 
@@ -28,7 +34,9 @@ def correlations(pipeline, x, exact):
     """Of the scores of each query with the exact ones."""
     o, full = pipeline.objective(0), pipeline.trained()[0]
     scores, true = (msif.example_products(o, full, v) for v in (x, exact))
-    return torch.tensor([float(torch.corrcoef(torch.stack(pair))[0, 1]) for pair in zip(scores, true, strict=True)])
+    return torch.tensor(
+        [float(torch.corrcoef(torch.stack(pair))[0, 1]) for pair in zip(scores, true, strict=True)]
+    )
 
 
 @pytest.mark.parametrize(
@@ -48,7 +56,9 @@ def test_score_correlation_to_exact(digits_net, solver, least, most):
         warnings.simplefilter("ignore", msif.ConvergenceWarning)
         found = float(correlations(pipeline, solver.prepare(a).solve(b)[0], exact).median())
         plain = float(correlations(pipeline, b, exact).median())
-    assert least <= found <= most and found > plain, f"{found:.3f}, gradient products alone {plain:.3f}"
+    assert least <= found <= most and found > plain, (
+        f"{found:.3f}, gradient products alone {plain:.3f}"
+    )
 
 
 def test_low_rank_with_every_row_is_exact(digits_net):
@@ -57,13 +67,18 @@ def test_low_rank_with_every_row_is_exact(digits_net):
     b = draw(a.shape[0], 4)
     for solver in (msif.LowRank(rank=10_000), msif.LowRank(rank=10_000, method="nystrom")):
         x, report = solver.prepare(a).solve(b)
-        assert torch.allclose(x, torch.linalg.solve(a.dense(), b), rtol=1e-6) and float(report.residuals.max()) < 1e-6
+        assert (
+            torch.allclose(x, torch.linalg.solve(a.dense(), b), rtol=1e-6)
+            and float(report.residuals.max()) < 1e-6
+        )
 
 
 def test_ekfac_is_exact_for_linear_regression():
     data = random_examples(40, (6,), 3, True, seed=5)
     model = msif.softmax_regression(6, 3).double()
-    pipeline = msif.Pipeline([msif.Stage("l", model, data, msif.mean_squared_error, 0.02)]).fit(progress=False)
+    pipeline = msif.Pipeline([msif.Stage("l", model, data, msif.mean_squared_error, 0.02)]).fit(
+        progress=False
+    )
     a, b = pipeline.curvature(0, "ggn") + 0.05, draw(21, 4)
     before = [p.clone() for p in model.parameters()]
     x, _ = msif.EKFAC(samples=None).prepare(a).solve(b)
@@ -74,15 +89,23 @@ def test_ekfac_is_exact_for_linear_regression():
 
 @pytest.mark.parametrize("link", [msif.Frozen(), msif.Proximal(0.3)], ids=["frozen", "proximal"])
 def test_ekfac_puts_the_proximal_term_where_it_belongs(link):
-    """Where penalty and proximal term rule, EK-FAC and exact agree; a wrong place for 2α would show."""
+    """Where penalty and proximal term rule, EK-FAC and exact agree; a wrong place for 2α would
+    show.
+    """
     pipeline = random_pipeline("conv", link=link)
     a = pipeline.curvature(1, "ggn") + 0.01
     exact = torch.linalg.inv(a.dense())
     approximate = msif.EKFAC(samples=None).prepare(a).apply(torch.eye(len(exact), dtype=a.dtype))
     assert torch.allclose(approximate, approximate.T, atol=1e-12)
     assert float((approximate - exact).norm() / exact.norm()) < 0.12
-    x, report = msif.ConjugateGradient(tol=1e-9, preconditioner=msif.EKFAC()).prepare(a).solve(draw(len(exact), 3))
-    assert bool(report.converged.all()) and torch.allclose(x, exact @ draw(len(exact), 3), atol=1e-6)
+    x, report = (
+        msif.ConjugateGradient(tol=1e-9, preconditioner=msif.EKFAC())
+        .prepare(a)
+        .solve(draw(len(exact), 3))
+    )
+    assert bool(report.converged.all()) and torch.allclose(
+        x, exact @ draw(len(exact), 3), atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=["lowrank", "nystrom", "ekfac"])
@@ -118,12 +141,16 @@ def test_approximations_say_what_they_cannot_do(digits_net, monkeypatch):
     with pytest.raises(msif.MemoryBudgetError, match="rank-300"):
         msif.LowRank(rank=300, memory="1MB").prepare(a)
     normed = msif.convnet((1, 4, 4), channels=(2,), width=4, classes=3, norm_groups=1).double()
-    stage = msif.Stage("normed", normed, random_examples(20, (1, 4, 4), 3, False, seed=1), weight_decay=0.1)
+    stage = msif.Stage(
+        "normed", normed, random_examples(20, (1, 4, 4), 3, False, seed=1), weight_decay=0.1
+    )
     o = msif.Pipeline([stage]).objective(0)
     with pytest.raises(msif.UnsupportedModelError, match=r"weight \(GroupNorm\)"):
         msif.EKFAC().prepare(msif.GGN(o, o.layout.flatten(normed)))
     with pytest.raises(ValueError, match="per parameter tensor"):
-        msif.EKFAC().prepare(pipeline.curvature(0, "ggn") + torch.linspace(0.1, 1, a.shape[0], dtype=a.dtype))
+        msif.EKFAC().prepare(
+            pipeline.curvature(0, "ggn") + torch.linspace(0.1, 1, a.shape[0], dtype=a.dtype)
+        )
     for bad in ({"rank": 0}, {"method": "lanczos"}, {"tol": 0.0}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             msif.LowRank(**bad)

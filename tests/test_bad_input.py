@@ -1,4 +1,6 @@
-"""Wrong input: the error names the argument, what was found and the way out, and nothing is left half done."""
+"""Wrong input: the error names the argument, what was found and the way out, and nothing is left
+half done.
+"""
 
 import copy
 import functools
@@ -33,7 +35,9 @@ def refused(error, says):
 
 def table(names, *rows):
     """Parametrise by rows ``(value, says)``, with a mark if need be; what is said names the test."""
-    return pytest.mark.parametrize(names, [pytest.param(*r[:2], id=r[1], marks=r[2:]) for r in rows])
+    return pytest.mark.parametrize(
+        names, [pytest.param(*r[:2], id=r[1], marks=r[2:]) for r in rows]
+    )
 
 
 def net(classes=3, seed=0, **settings):
@@ -75,13 +79,17 @@ def unchanged(*modules):
     before = [copy.deepcopy(m.state_dict()) for m in modules]
     yield
     for module, state in zip(modules, before, strict=True):
-        changed = [n for n, value in module.state_dict().items() if not torch.equal(state[n], value)]
+        changed = [
+            n for n, value in module.state_dict().items() if not torch.equal(state[n], value)
+        ]
         assert not changed, f"{changed} changed"
 
 
 @pytest.fixture(scope="module")
 def fitted():
-    """A proximal pipeline at its optimum, 83 and 78 parameters, 24 and 20 examples; tests only read it."""
+    """A proximal pipeline at its optimum, 83 and 78 parameters, 24 and 20 examples; tests only read
+    it.
+    """
     return random_pipeline(link=msif.Proximal(0.3))
 
 
@@ -95,7 +103,8 @@ def attributor(fitted):
     return msif.ImplicitInfluence().fit(fitted)
 
 
-# --- data -------------------------------------------------------------------------------------------
+# --- data
+# -------------------------------------------------------------------------------------------
 
 
 @table(
@@ -147,7 +156,9 @@ def test_labels_of_any_integer_dtype_train_alike(dtype):
         lambda: len(examples().select(n=numpy.int64(3))) == 3,
         lambda: msif.Proximal(numpy.float32(0.5)).alpha == 0.5,
         lambda: build(weight_decay=numpy.float32(0.5)).objective(0).weight_decay == 0.5,
-        lambda: len(msif.Influence(torch.eye(3), torch.arange(3), torch.arange(3))[numpy.int64(1)]) == 1,
+        lambda: (
+            len(msif.Influence(torch.eye(3), torch.arange(3), torch.arange(3))[numpy.int64(1)]) == 1
+        ),
     ],
     ids=["n", "alpha", "weight_decay", "query"],
 )
@@ -155,7 +166,8 @@ def test_numbers_may_come_from_numpy(use):
     assert use()
 
 
-# --- one stage --------------------------------------------------------------------------------------
+# --- one stage
+# --------------------------------------------------------------------------------------
 
 
 def mixes(z, y):
@@ -180,29 +192,56 @@ class Picky(nn.Linear):
 
 @table(
     ("use", "says"),
-    (lambda: build(data=examples(X[:, :2])), "data.x of shape (6, 2) | does not fit the model | 'only'"),
-    (lambda: build(data=examples((X * 9).long())), "data.x of shape (6, 3) | does not fit the model | 'only'"),
+    (
+        lambda: build(data=examples(X[:, :2])),
+        "data.x of shape (6, 2) | does not fit the model | 'only'",
+    ),
+    (
+        lambda: build(data=examples((X * 9).long())),
+        "data.x of shape (6, 3) | does not fit the model | 'only'",
+    ),
     (lambda: build(Picky(3, 3)), "data.x of shape (6, 3) | 'only' | images, please"),
     (lambda: build(data=examples((X * 9).byte())), "data.x is uint8 | / 255"),
     (lambda: build(net(2)), "data.y holds the label 2 | 'only' | outputs (2,) | 0 .. 1 | select()"),
-    (lambda: build(data=examples(y=X)), "data.y (6, 3) torch.float32 | cross_entropy needs integer labels"),
-    (lambda: build(data=examples(y=X[:, 0])), "data.y (6,) torch.float32 | cross_entropy needs integer labels"),
+    (
+        lambda: build(data=examples(y=X)),
+        "data.y (6, 3) torch.float32 | cross_entropy needs integer labels",
+    ),
+    (
+        lambda: build(data=examples(y=X[:, 0])),
+        "data.y (6,) torch.float32 | cross_entropy needs integer labels",
+    ),
     (
         lambda: build(data=examples(X.double())),
         "data.x is torch.float64 | 'only' is torch.float32 | .to(torch.float32)",
     ),
-    (lambda: build(net().double()), "data.x is torch.float32 | 'only' is torch.float64 | .to(torch.float64)"),
+    (
+        lambda: build(net().double()),
+        "data.x is torch.float32 | 'only' is torch.float64 | .to(torch.float64)",
+    ),
     (lambda: mse(X.double()), "data.y is torch.float64 | torch.float32 | .to("),
     (lambda: mse(X[:, :2]), "(3, 3) | (3, 2) | equal shapes"),
-    (lambda: build(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3).double())), "only | one dtype | float32 | float64"),
-    (lambda: build(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3, device="meta"))), "only | device | on cpu | on meta"),
+    (
+        lambda: build(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3).double())),
+        "only | one dtype | float32 | float64",
+    ),
+    (
+        lambda: build(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3, device="meta"))),
+        "only | device | on cpu | on meta",
+    ),
     (lambda: build(net().to("meta")), "data.x is on cpu | 'only' on meta | .to()"),
-    (lambda: build(nn.Embedding(3, 3), examples(Y.to("meta"))), "data.x is on meta | 'only' on cpu | .to()"),
+    (
+        lambda: build(nn.Embedding(3, 3), examples(Y.to("meta"))),
+        "data.x is on meta | 'only' on cpu | .to()",
+    ),
     (lambda: build(nn.Flatten()), "only | parameters | none at all"),
     (lambda: build(net().requires_grad_(False)), "'only' | nothing is left to train | unfreeze"),
     (lambda: build(with_bias(NAN)), "'only' | head.bias | NaN or inf"),
     (lambda: build(with_bias(INF)), "'only' | head.bias | NaN or inf"),
-    (lambda: build(loss=functional.cross_entropy), "'only' | loss(outputs, targets) gives () | one per example (3,)"),
+    (
+        lambda: build(loss=functional.cross_entropy),
+        "'only' | loss(outputs, targets) gives () | one per example (3,)",
+    ),
     (lambda: build(loss=lambda z, y: z @ y), "'only' | loss(outputs, targets) fails on | data"),
     (lambda: build(loss=mixes), "'only' | loss | one per example"),
     (lambda: build(loss="mse"), "'only' | loss='mse' | (outputs, targets) -> (B,)"),
@@ -221,10 +260,17 @@ def test_a_stage_refuses(use, says):
     ("use", "says"),
     (lambda: msif.cross_entropy(torch.zeros(1, 2), torch.tensor([2])), "cross-entropy"),
     (lambda: msif.next_token_loss(torch.zeros(1, 3, 2), torch.tensor([[0, 1, 2]])), "next token"),
-    (lambda: build(net(2), loss=lambda z, y: 2 * msif.cross_entropy(z, y)).fit().reports[0].value, "own loss"),
+    (
+        lambda: (
+            build(net(2), loss=lambda z, y: 2 * msif.cross_entropy(z, y)).fit().reports[0].value
+        ),
+        "own loss",
+    ),
 )
 def test_a_label_without_an_output_never_gives_a_number(use, says):
-    """Where the label cannot be checked beforehand, in a user's own loss, NaN or an error must come."""
+    """Where the label cannot be checked beforehand, in a user's own loss, NaN or an error must
+    come.
+    """
     try:
         value = use()
     except (ValueError, IndexError, RuntimeError, msif.NotConvergedError):
@@ -261,10 +307,22 @@ def running():
 
 @table(
     ("model", "says"),
-    (normalised(lambda _: nn.Dropout(0.1)), "'only' | layer '1' (Dropout) | train mode | model.eval()"),
-    (normalised(lambda _: nn.AlphaDropout(0.1)), "'only' | layer '1' (AlphaDropout) | train mode | model.eval()"),
-    (normalised(), "'only' | layer '1' (BatchNorm1d) | batch statistics | model.eval() | GroupNorm"),
-    (normalised(track_running_stats=False).eval(), "'only' | layer '1' (BatchNorm1d) | batch statistics | GroupNorm"),
+    (
+        normalised(lambda _: nn.Dropout(0.1)),
+        "'only' | layer '1' (Dropout) | train mode | model.eval()",
+    ),
+    (
+        normalised(lambda _: nn.AlphaDropout(0.1)),
+        "'only' | layer '1' (AlphaDropout) | train mode | model.eval()",
+    ),
+    (
+        normalised(),
+        "'only' | layer '1' (BatchNorm1d) | batch statistics | model.eval() | GroupNorm",
+    ),
+    (
+        normalised(track_running_stats=False).eval(),
+        "'only' | layer '1' (BatchNorm1d) | batch statistics | GroupNorm",
+    ),
     (Mixes(3, 3), "'only' | outputs change | with the batch around an example | deterministic"),
     (Random(3, 3), "'only' | outputs change from call to call | deterministic | model.eval()"),
     (Counts(), "'only' | buffer | calls"),
@@ -296,17 +354,24 @@ def test_a_model_that_is_a_function_of_each_example_trains(model):
 
 
 def test_a_layer_without_forward_derivatives_works_or_is_named():
-    """PyTorch 2.14 differentiates weight_norm forwards; where one does not, its error must not be the last word."""
-    pipeline = build(nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)))).fit(progress=False)
+    """PyTorch 2.14 differentiates weight_norm forwards; where one does not, its error must not be
+    the last word.
+    """
+    pipeline = build(nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)))).fit(
+        progress=False
+    )
     try:
         with pytest.warns(msif.ConvergenceWarning):
-            scores = msif.ImplicitInfluence(curvature="ggn", damping=1.0).fit(pipeline).score(examples())
+            scores = (
+                msif.ImplicitInfluence(curvature="ggn", damping=1.0).fit(pipeline).score(examples())
+            )
         assert scores.values.any()
     except msif.UnsupportedModelError as error:
         assert "'only'" in str(error)
 
 
-# --- stages and links -------------------------------------------------------------------------------
+# --- stages and links
+# -------------------------------------------------------------------------------
 
 
 def test_every_problem_of_a_pipeline_is_reported_at_once():
@@ -323,10 +388,19 @@ def test_every_problem_of_a_pipeline_is_reported_at_once():
     (lambda: msif.Pipeline([net()]), "stages | list of msif_lab.Stage"),
     (lambda: msif.Pipeline(msif.Stage("s", net(), examples())), "list of msif_lab.Stage"),
     (lambda: build_two(None), "'two' | link=None | Frozen() | Proximal(alpha=...)"),
-    (lambda: build_two(msif.Frozen(), (m := net()), m), "'one' | 'two' | same parameter object | copy.deepcopy"),
+    (
+        lambda: build_two(msif.Frozen(), (m := net()), m),
+        "'one' | 'two' | same parameter object | copy.deepcopy",
+    ),
     (lambda: build_two(msif.Frozen(""), net()), "'two' | nothing is left to train | share fewer"),
-    (lambda: build_two(msif.Frozen(), nn.Linear(3, 3)), "'two' | no parameter is shared | both models: none"),
-    *((lambda a=a: msif.Proximal(a), f"alpha={a!r} | positive and finite") for a in (0, -1.0, NAN, INF, "1", None)),
+    (
+        lambda: build_two(msif.Frozen(), nn.Linear(3, 3)),
+        "'two' | no parameter is shared | both models: none",
+    ),
+    *(
+        (lambda a=a: msif.Proximal(a), f"alpha={a!r} | positive and finite")
+        for a in (0, -1.0, NAN, INF, "1", None)
+    ),
 )
 def test_stages_and_links_refuse(use, says):
     with refused((ValueError, TypeError), says):
@@ -340,11 +414,20 @@ def test_two_stages_with_a_common_part_are_refused():
         build_two(msif.Frozen(), one, two)
 
 
-@pytest.mark.parametrize("link", [msif.Frozen, lambda shared: msif.Proximal(0.1, shared)], ids=["frozen", "proximal"])
+@pytest.mark.parametrize(
+    "link", [msif.Frozen, lambda shared: msif.Proximal(0.1, shared)], ids=["frozen", "proximal"]
+)
 @table(
     ("shared", "says"),
-    (["embedding.1.weight", "embeding.1.bias"], "['embeding.1.bias'] | both models | 'embedding.1.bias'"),
-    ("embeding", "no parameter is shared | shared='embeding' | embedding.1.weight | a prefix, a list, or a function"),
+    (
+        ["embedding.1.weight", "embeding.1.bias"],
+        "['embeding.1.bias'] | both models | 'embedding.1.bias'",
+    ),
+    (
+        "embeding",
+        "no parameter is shared | shared='embeding' | embedding.1.weight | a prefix, a list, or "
+        "a function",
+    ),
     ([], "no parameter is shared | shared=[] | embedding.1.weight"),
     (lambda name: False, "no parameter is shared | shared=<function | embedding.1.weight"),
     (["head.bias"], "'head.bias' | (4,) here | (3,) in the previous | leave it out of shared="),
@@ -361,7 +444,8 @@ def test_buffers_that_differ_between_stages_are_refused():
         build_two(msif.Frozen(shared="0."), *models, fit=True)
 
 
-# --- training ---------------------------------------------------------------------------------------
+# --- training
+# ---------------------------------------------------------------------------------------
 
 
 @table(
@@ -423,13 +507,17 @@ def test_indefinite_curvature_names_the_smallest_eigenvalue():
     assert smallest < 0
 
 
-# --- the trained state ------------------------------------------------------------------------------
+# --- the trained state
+# ------------------------------------------------------------------------------
+
 
 ASKS = {
     "evaluate": lambda p: p.evaluate(p.stages[-1].data),
     "influence": lambda p: msif.ImplicitInfluence(curvature="ggn").fit(p),
     "retrain": lambda p: p.retrain(torch.ones(6), warm_start=True, progress=False),
-    "removals": lambda p: msif.removal_effects(p, p.stages[-1].data, [0], protocol="warm-start", progress=False),
+    "removals": lambda p: msif.removal_effects(
+        p, p.stages[-1].data, [0], protocol="warm-start", progress=False
+    ),
     "curvature": lambda p: p.curvature(0),
     "save": lambda p: p.save("never-written"),
 }
@@ -455,7 +543,10 @@ def test_weights_changed_after_fit_are_noticed(ask, stage):
 def test_train_mode_switched_on_after_fit_is_noticed(ask, stage):
     pipeline = pipeline_with_batch_norm()
     model = pipeline.stages[pipeline.index(stage)].model.train()
-    with unchanged(model), refused(msif.UnsupportedModelError, f"{stage!r} | layer '1' | model.eval()"):
+    with (
+        unchanged(model),
+        refused(msif.UnsupportedModelError, f"{stage!r} | layer '1' | model.eval()"),
+    ):
         ASKS[ask](pipeline)
 
 
@@ -467,7 +558,8 @@ def test_buffers_changed_after_fit_are_noticed():
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("weight_decay", 5.0), ("link", msif.Proximal(50.0)), ("data", examples(X.double() + 1))]
+    ("name", "value"),
+    [("weight_decay", 5.0), ("link", msif.Proximal(50.0)), ("data", examples(X.double() + 1))],
 )
 def test_a_stage_changed_after_construction_takes_effect_or_is_refused(name, value):
     pipeline = build_two(msif.Proximal(0.1), fit=True)
@@ -499,7 +591,9 @@ def test_adopted_weights_have_no_run_to_repeat():
 
 
 def test_adopt_wants_frozen_parameters_to_agree():
-    with refused(ValueError, "'two' | embedding.1.weight | 'one' | copy them over | Proximal(alpha=...)"):
+    with refused(
+        ValueError, "'two' | embedding.1.weight | 'one' | copy them over | Proximal(alpha=...)"
+    ):
         build_two(msif.Frozen()).adopt()
 
 
@@ -510,7 +604,8 @@ def test_adopt_refuses_weights_that_are_not_finite():
         pipeline.adopt()
 
 
-# --- weights, queries, targets ----------------------------------------------------------------------
+# --- weights, queries, targets
+# ----------------------------------------------------------------------
 
 
 @table(
@@ -536,15 +631,23 @@ def test_retrain_refuses_weights(fitted, weights, says):
 @table(
     ("spoil", "says"),
     (lambda q: (q.x, q.y), "queries | tuple | Examples(x, y)"),
-    (lambda q: q.to(torch.float32), "queries.x is torch.float32 | 'stage1' is torch.float64 | .to(torch.float64)"),
-    (lambda q: msif.Examples(q.x[..., :2], q.y), "queries.x of shape (5, 1, 4, 2) | does not fit | 'stage1'"),
+    (
+        lambda q: q.to(torch.float32),
+        "queries.x is torch.float32 | 'stage1' is torch.float64 | .to(torch.float64)",
+    ),
+    (
+        lambda q: msif.Examples(q.x[..., :2], q.y),
+        "queries.x of shape (5, 1, 4, 2) | does not fit | 'stage1'",
+    ),
     (lambda q: msif.Examples(q.x, q.y + 1), "queries.y holds the label 2 | 'stage1' | 0 .. 1"),
     (lambda q: msif.Examples(q.x, q.x), "queries.y | float64 | integer labels"),
 )
 def test_queries_that_do_not_fit_are_refused(fitted, attributor, queries, ask, spoil, says):
     asks = {"score": attributor.score, "evaluate": fitted.evaluate}
     with refused((ValueError, TypeError), says):
-        asks.get(ask, lambda q: msif.removal_effects(fitted, q, [0], progress=False))(spoil(queries))
+        asks.get(ask, lambda q: msif.removal_effects(fitted, q, [0], progress=False))(
+            spoil(queries)
+        )
 
 
 @pytest.mark.parametrize("wanted", [(4, 3, 5), (3, 5), (0, 1, 2)], ids=str)
@@ -571,7 +674,9 @@ def test_class_names_matter_only_where_both_have_them():
     (lambda z, y: z, "target | (B,)"),
     (lambda z, y: z.sum(), "target | (B,) | ()"),
 )
-def test_targets_that_are_no_number_per_query_are_refused(fitted, attributor, queries, target, says, ask):
+def test_targets_that_are_no_number_per_query_are_refused(
+    fitted, attributor, queries, target, says, ask
+):
     with refused(ValueError, says):
         (attributor.score if ask == "score" else fitted.evaluate)(queries, target=target)
 
@@ -594,7 +699,8 @@ def test_an_unknown_stage_is_named(fitted, attributor, queries, stage):
             ask()
 
 
-# --- attributors, operators, solvers, results -------------------------------------------------------
+# --- attributors, operators, solvers, results
+# -------------------------------------------------------
 
 
 def doubles(*shape):
@@ -612,17 +718,26 @@ def doubles(*shape):
     (lambda h: h + doubles(3), "(3,) | (83, 83) | a number or (P,)"),
     (lambda h: h + doubles(2, 2), "(2, 2) | (83, 83) | a number or (P,)"),
     (lambda h: msif.Exact().prepare(h).solve(doubles(83)), "right-hand sides | (83,) | (P, K)"),
-    (lambda h: msif.Exact().prepare(h).solve(doubles(83, 1) * NAN), "right-hand sides | (83, 1) | finite"),
+    (
+        lambda h: msif.Exact().prepare(h).solve(doubles(83, 1) * NAN),
+        "right-hand sides | (83, 1) | finite",
+    ),
     (lambda h: msif.Exact().prepare(h).solve(doubles(3, 1)), "(3, 1) | (P, K)"),
     (lambda h: msif.ConjugateGradient().solve(h, doubles(83)), "right-hand sides | (83,) | (P, K)"),
-    (lambda h: msif.ConjugateGradient().solve(h, doubles(83, 1) * NAN), "right-hand sides | (83, 1) | finite"),
+    (
+        lambda h: msif.ConjugateGradient().solve(h, doubles(83, 1) * NAN),
+        "right-hand sides | (83, 1) | finite",
+    ),
     (lambda h: msif.ConjugateGradient().solve(h, doubles(3, 1)), "(83, 83) times (3, 1)"),
     (lambda h: msif.Hessian(h.objective, h.full, doubles(1)), "weights | (1,) | (24,)"),
     (lambda h: msif.Hessian(h.objective, h.full, doubles(99)), "weights | (99,) | (24,)"),
     (lambda h: msif.GGN(h.objective, h.full[1:]), "full | (82,) | (83,)"),
     (lambda h: msif.example_products(h.objective, h.full, doubles(83)), "vectors | (83,) | (P, Q)"),
     (lambda h: msif.example_products(h.objective, h.full, doubles(3, 2)), "vectors | (3, 2) | 83"),
-    (lambda h: msif.example_products(h.objective, h.full, doubles(83, 2), mode="x"), "mode='x' | 'forward'"),
+    (
+        lambda h: msif.example_products(h.objective, h.full, doubles(83, 2), mode="x"),
+        "mode='x' | 'forward'",
+    ),
 )
 def test_operators_and_solvers_refuse(fitted, use, says):
     with refused(ValueError, says):
@@ -635,8 +750,12 @@ def test_operators_of_two_stages_cannot_be_added(fitted):
 
 
 def test_memory_is_refused_before_the_work_with_the_estimate(fitted, monkeypatch):
-    monkeypatch.setattr(msif.Hessian, "_product", lambda *_: pytest.fail("worked before it checked"))
-    with refused(msif.MemoryBudgetError, "83 × 83 | needs about | budget | ConjugateGradient | memory="):
+    monkeypatch.setattr(
+        msif.Hessian, "_product", lambda *_: pytest.fail("worked before it checked")
+    )
+    with refused(
+        msif.MemoryBudgetError, "83 × 83 | needs about | budget | ConjugateGradient | memory="
+    ):
         fitted.curvature(0).dense(memory="1KB")
 
 
@@ -695,21 +814,34 @@ def test_removals_refuse(fitted, queries, settings, says):
         msif.removal_effects(fitted, queries, **{"subsets": [0]} | settings, progress=False)
 
 
-@pytest.mark.parametrize("subsets", [torch.tensor([2, 4]), torch.tensor([2, 4]).numpy(), [torch.tensor(2), [4]]])
+@pytest.mark.parametrize(
+    "subsets", [torch.tensor([2, 4]), torch.tensor([2, 4]).numpy(), [torch.tensor(2), [4]]]
+)
 def test_removals_take_positions_as_numpy_and_torch_hand_them_over(subsets):
     pipeline = build_two(msif.Frozen(), fit=True)
     effects = msif.removal_effects(pipeline, pipeline.stages[1].data, subsets, progress=False)
     assert effects.subsets == [[2], [4]]
 
 
-# --- files ------------------------------------------------------------------------------------------
+# --- files
+# ------------------------------------------------------------------------------------------
 
-KINDS = {"pipeline": "pipeline", "influence": "influence", "effects": "effects", "store": "removals"}
+
+KINDS = {
+    "pipeline": "pipeline",
+    "influence": "influence",
+    "effects": "effects",
+    "store": "removals",
+}
 
 
-def remove(pipeline, store, queries=slice(0, 2), subsets=(0, 1, 2), protocol="warm-start", **settings):
+def remove(
+    pipeline, store, queries=slice(0, 2), subsets=(0, 1, 2), protocol="warm-start", **settings
+):
     data = pipeline.stages[-1].data[queries]
-    return msif.removal_effects(pipeline, data, subsets, protocol=protocol, store=store, progress=False, **settings)
+    return msif.removal_effects(
+        pipeline, data, subsets, protocol=protocol, store=store, progress=False, **settings
+    )
 
 
 @pytest.fixture(scope="module")
@@ -718,7 +850,9 @@ def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
     pipeline = build_two(msif.Proximal(0.1), fit=True)
     pipeline.save(folder / "pipeline")
-    msif.Influence(torch.ones(1, 2), torch.arange(2), torch.arange(1), "one").save(folder / "influence")
+    msif.Influence(torch.ones(1, 2), torch.arange(2), torch.arange(1), "one").save(
+        folder / "influence"
+    )
     remove(pipeline, folder / "store").save(folder / "effects")
     readers = {
         "pipeline": lambda path: build_two(msif.Proximal(0.1)).load(path),
@@ -758,7 +892,9 @@ def test_a_foreign_safetensors_file_is_refused(saved, tmp_path, kind):
 
 @pytest.mark.parametrize(("kind", "other"), [*itertools.permutations(KINDS, 2)])
 def test_a_file_of_another_kind_is_refused(saved, kind, other):
-    with refused(msif.SavedFileError, f"{saved[other][0]} | a saved {KINDS[other]} | {KINDS[kind]}"):
+    with refused(
+        msif.SavedFileError, f"{saved[other][0]} | a saved {KINDS[other]} | {KINDS[kind]}"
+    ):
         saved[kind][1](saved[other][0])
 
 
@@ -784,13 +920,25 @@ def test_a_missing_folder_is_named_and_nothing_is_written(tmp_path):
 
 @table(
     ("here", "says"),
-    (lambda: build_two(msif.Proximal(0.1), weight_decay=0.2), "'one' | weight_decay is 0.1 in the file, 0.2 here"),
+    (
+        lambda: build_two(msif.Proximal(0.1), weight_decay=0.2),
+        "'one' | weight_decay is 0.1 in the file, 0.2 here",
+    ),
     (lambda: build_two(msif.Proximal(0.7)), "'two' | link is | 0.1 | 0.7"),
     (lambda: build_two(msif.Frozen()), "'two' | link is | 'Proximal' | 'Frozen'"),
-    (lambda: build_two(msif.Proximal(0.1), recipe=msif.SGD(0.2)), "'one' | recipe is | lr=0.1 | lr=0.2"),
-    (lambda: build_two(msif.Proximal(0.1), loss=lambda z, y: z[:, 0]), "'one' | loss is | cross_entropy | <lambda>"),
+    (
+        lambda: build_two(msif.Proximal(0.1), recipe=msif.SGD(0.2)),
+        "'one' | recipe is | lr=0.1 | lr=0.2",
+    ),
+    (
+        lambda: build_two(msif.Proximal(0.1), loss=lambda z, y: z[:, 0]),
+        "'one' | loss is | cross_entropy | <lambda>",
+    ),
     (lambda: build_two(msif.Proximal(0.1), second=net(4)), "'two' | parameters is | [4, 4]"),
-    (lambda: build_two(msif.Proximal(0.1)).to(torch.float32), "float64 in the file | float32 here | pipeline.to"),
+    (
+        lambda: build_two(msif.Proximal(0.1)).to(torch.float32),
+        "float64 in the file | float32 here | pipeline.to",
+    ),
     (lambda: build(), "2 stages | this pipeline has 1"),
     (lambda: build_two(msif.Proximal(0.1), second=net(activation=nn.SiLU)), "'two' | SiLU"),
 )
@@ -856,7 +1004,9 @@ OTHER_REMOVALS = [
 def test_a_store_of_other_removals_is_refused(tmp_path, other):
     pipeline = build_two(msif.Proximal(0.1), fit=True)
     remove(pipeline, tmp_path / "store")
-    with refused(msif.SavedFileError, "store= | another pipeline, queries or subsets | name another file"):
+    with refused(
+        msif.SavedFileError, "store= | another pipeline, queries or subsets | name another file"
+    ):
         remove(pipeline, tmp_path / "store", **other)
 
 
@@ -898,6 +1048,8 @@ def test_a_store_of_another_target_function_is_refused(tmp_path, targets):
 @pytest.mark.parametrize("where", ["missing/store", "."])
 def test_a_store_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch, where):
     pipeline = build_two(msif.Frozen(), fit=True)
-    monkeypatch.setattr(msif.Pipeline, "retrain", lambda *_, **__: pytest.fail("worked before it checked"))
+    monkeypatch.setattr(
+        msif.Pipeline, "retrain", lambda *_, **__: pytest.fail("worked before it checked")
+    )
     with refused(OSError, str(tmp_path)):
         remove(pipeline, tmp_path / where)

@@ -1,4 +1,6 @@
-"""Baselines: each against its formula written out with plain autograd, and what they must not claim."""
+"""Baselines: each against its formula written out with plain autograd, and what they must not
+claim.
+"""
 
 import pytest
 import torch
@@ -62,24 +64,34 @@ def test_those_from_the_pretrained_model_alone(pair):
         msif.Loss(): -p[rows, y].log(),
         msif.Entropy(): torch.distributions.Categorical(p).entropy(),
         msif.Margin(): 1 - p[rows, y] + p.scatter(1, y[:, None], 0.0).max(1).values,
-        msif.GradientNorm(): torch.stack([gradient(stage.model, stage.data, i).norm() for i in range(len(y))]),
+        msif.GradientNorm(): torch.stack(
+            [gradient(stage.model, stage.data, i).norm() for i in range(len(y))]
+        ),
     }
     for baseline, values in expected.items():
         scores = baseline.fit(pipeline).score(queries)
-        torch.testing.assert_close(scores.values, values.expand(len(queries), -1), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(
+            scores.values, values.expand(len(queries), -1), rtol=1e-10, atol=1e-12
+        )
         assert not baseline.signed and scores.stage == "first" and scores.method == repr(baseline)
-        assert torch.equal(scores.ids, stage.data.ids) and torch.equal(scores.query_ids, queries.ids)
+        assert torch.equal(scores.ids, stage.data.ids) and torch.equal(
+            scores.query_ids, queries.ids
+        )
 
 
 def test_gradient_products_hold_heads_fixed(pair):
     pipeline, queries = pair
     for cosine in (False, True):
         scores = msif.GradientDot(cosine=cosine).fit(pipeline).score(queries)
-        torch.testing.assert_close(scores.values, products(pipeline, queries, cosine), rtol=1e-10, atol=1e-14)
+        torch.testing.assert_close(
+            scores.values, products(pipeline, queries, cosine), rtol=1e-10, atol=1e-14
+        )
 
 
 def test_gradient_dot_is_the_effect_of_one_small_step():
-    """The sign and the units: one step of full-batch descent of rate η is exactly η times the score, for small η."""
+    """The sign and the units: one step of full-batch descent of rate η is exactly η times the
+    score, for small η.
+    """
     data, queries, eta = blobs(12, 3, 1), blobs(3, 3, 2), 1e-6
     recipe = msif.SGD(eta, momentum=0.0, epochs=1, batch_size=12)
     pipeline = msif.Pipeline([msif.Stage("only", net(3), data, recipe=recipe)]).fit()
@@ -102,18 +114,26 @@ def test_tracin_sums_over_the_run(pair, checkpoints):
     expected, rates = torch.zeros(len(queries), len(stage.data), dtype=torch.float64), 0.0
     for t, (batch, rate) in enumerate(stage.recipe.steps(len(stage.data))):
         leaf = {n: p.clone().requires_grad_() for n, p in theta.items()}
-        loss = msif.cross_entropy(functional_call(initial, leaf, (stage.data.x[batch],)), stage.data.y[batch]).mean()
+        loss = msif.cross_entropy(
+            functional_call(initial, leaf, (stage.data.x[batch],)), stage.data.y[batch]
+        ).mean()
         loss = loss + 1e-2 / 2 * sum((p**2).sum() for p in leaf.values())
-        for (n, p), g in zip(theta.items(), torch.autograd.grad(loss, list(leaf.values())), strict=True):
+        for (n, p), g in zip(
+            theta.items(), torch.autograd.grad(loss, list(leaf.values())), strict=True
+        ):
             velocity[n] = 0.9 * velocity[n] + g
             theta[n] = p - rate * velocity[n]
         rates += rate
         if (t + 1) % (steps // checkpoints) == 0:
             initial.load_state_dict(theta)
-            f = torch.stack([gradient(initial, stage.data, i, SHARED) for i in range(len(stage.data))])
+            f = torch.stack(
+                [gradient(initial, stage.data, i, SHARED) for i in range(len(stage.data))]
+            )
             expected -= rates * q @ f.T / len(stage.data)
             rates = 0.0
-    torch.testing.assert_close(msif.TracIn(checkpoints).fit(pipeline).score(queries).values, expected)
+    torch.testing.assert_close(
+        msif.TracIn(checkpoints).fit(pipeline).score(queries).values, expected
+    )
 
 
 def test_tracin_of_the_last_stage_asks_its_own_checkpoints(pair):
@@ -139,7 +159,9 @@ def test_similarity_is_the_cosine_of_features(pair):
     with torch.no_grad():
         q, f = stage.model.embedding(queries.x), stage.model.embedding(stage.data.x)
     expected = torch.nn.functional.cosine_similarity(q[:, None], f[None], dim=2)
-    torch.testing.assert_close(msif.RepresentationSimilarity().fit(pipeline).score(queries).values, expected)
+    torch.testing.assert_close(
+        msif.RepresentationSimilarity().fit(pipeline).score(queries).values, expected
+    )
     inputs = msif.RepresentationSimilarity(layer="embedding.1").fit(pipeline).score(queries).values
     expected = torch.nn.functional.cosine_similarity(queries.x[:, None], stage.data.x[None], dim=2)
     torch.testing.assert_close(inputs, expected)
@@ -149,8 +171,14 @@ def test_similarity_is_the_cosine_of_features(pair):
 def test_single_stage_influence(pair):
     pipeline, queries = pair
     for curvature in ("hessian", "ggn"):
-        scores = msif.SingleStage(curvature=curvature, damping=0.5).fit(pipeline).score(queries).values
-        operator, o, data = pipeline.curvature(0, curvature), pipeline.objective(0), pipeline.stages[0].data
+        scores = (
+            msif.SingleStage(curvature=curvature, damping=0.5).fit(pipeline).score(queries).values
+        )
+        operator, o, data = (
+            pipeline.curvature(0, curvature),
+            pipeline.objective(0),
+            pipeline.stages[0].data,
+        )
         inverse = torch.linalg.inv(operator.dense() + 0.5 * torch.eye(o.size, dtype=torch.float64))
         q = torch.zeros(len(queries), o.size, dtype=torch.float64)
         q[:, : o.size - 15] = torch.stack(
@@ -183,7 +211,9 @@ def test_every_baseline_shares_the_interface(pair):
         for stage, n in (("first", 18), (1, 12)):
             scores = baseline.fit(pipeline).score(queries, stage=stage, target="margin")
             assert scores.values.shape == (4, n) and scores.target == "margin"
-            assert scores.values.dtype == torch.float64 and scores.method.startswith(type(baseline).__name__)
+            assert scores.values.dtype == torch.float64 and scores.method.startswith(
+                type(baseline).__name__
+            )
     signed = {name for name, b in baselines.items() if b.signed}
     assert signed == {"gradient dot", "gradient cosine", "TracIn", "single stage"}
 

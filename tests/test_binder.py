@@ -18,17 +18,25 @@ import lab
 import pytest
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Binder runs Linux; these are shell scripts")
+pytestmark = pytest.mark.skipif(
+    sys.platform == "win32", reason="Binder runs Linux; these are shell scripts"
+)
 
 
 def run(*command, cwd=ROOT, **environment) -> str:
-    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("PYTHONPATH", "VIRTUAL_ENV")
+    }
     done = subprocess.run(command, cwd=cwd, env=kept | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("repo2docker"), reason='no repo2docker; pip install -e ".[test]"')
+@pytest.mark.skipif(
+    not importlib.util.find_spec("repo2docker"), reason='no repo2docker; pip install -e ".[test]"'
+)
 def test_repo2docker_picks_our_files():
     said = run(sys.executable, "-m", "repo2docker", "--no-build", "--debug", ".")
     assert "Building conda environment for python=3.11\n" in said
@@ -36,7 +44,8 @@ def test_repo2docker_picks_our_files():
     order = [
         "COPY --chown=0:0 src/binder/environment.yml ${REPO_DIR}/binder/environment.yml",
         """bash -c 'time ${MAMBA_EXE} env update -p ${NB_PYTHON_PREFIX} --file "binder/environment.yml" && \\""",
-        "COPY --chown=0:0 src/ ${REPO_DIR}/",  # after the environment, which stays cached when only our code changes
+        # after the environment, which stays cached when only our code changes
+        "COPY --chown=0:0 src/ ${REPO_DIR}/",
         "RUN ./binder/postBuild",
         'ENV R2D_ENTRYPOINT="${REPO_DIR}/binder/start"',
     ]
@@ -44,14 +53,21 @@ def test_repo2docker_picks_our_files():
 
 
 def test_post_build_installs_the_checkout(tmp_path):
-    """In a fresh environment that sees this one's packages, as conda's are there before postBuild runs."""
-    copy = shutil.copytree(ROOT, tmp_path / "copy", ignore=shutil.ignore_patterns(".*", "*.egg-info", "__pycache__"))
+    """In a fresh environment that sees this one's packages, as conda's are there before postBuild
+    runs.
+    """
+    copy = shutil.copytree(
+        ROOT, tmp_path / "copy", ignore=shutil.ignore_patterns(".*", "*.egg-info", "__pycache__")
+    )
     venv.create(tmp_path / "fresh", with_pip=True)
     python = tmp_path / "fresh/bin/python"
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
-    # Their .pth files are not read from there, so this environment's own msif_lab cannot be found by mistake.
+    # Their .pth files are not read from there, so this environment's own msif_lab cannot be found
+    # by mistake.
     (site / "others.pth").write_text(sysconfig.get_path("purelib"))
-    find = "import importlib.util as i; print(i.find_spec('torch') is None, i.find_spec('msif_lab'))"
+    find = (
+        "import importlib.util as i; print(i.find_spec('torch') is None, i.find_spec('msif_lab'))"
+    )
     assert run(python, "-c", find, cwd=tmp_path).split() == ["False", "None"]
     run("binder/postBuild", cwd=copy, PATH=f"{python.parent}{os.pathsep}{os.environ['PATH']}")
     where = run(python, "-c", "import msif_lab; print(msif_lab.__file__)", cwd=tmp_path).strip()

@@ -1,6 +1,8 @@
-"""The lessons and explorers in a real JupyterLab: run by the menu, moved by keys and clicks, read from the page.
+"""The lessons and explorers in a real JupyterLab: run by the menu, moved by keys and clicks, read
+from the page.
 
-MSIF_EVERY_LESSON=1 runs every notebook, not only the quick ones; MSIF_SCREENSHOTS=folder keeps the pictures.
+MSIF_EVERY_LESSON=1 runs every notebook, not only the quick ones; MSIF_SCREENSHOTS=folder keeps the
+pictures.
 """
 
 from __future__ import annotations
@@ -20,10 +22,14 @@ from test_notebooks import copied, runner
 
 import msif_lab as msif
 
-pytest.importorskip("playwright.sync_api", reason='no Playwright; install it with pip install -e ".[test]"')
+pytest.importorskip(
+    "playwright.sync_api", reason='no Playwright; install it with pip install -e ".[test]"'
+)
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(lab.chromium() is None, reason="no Chromium; install it with apt-get install chromium"),
+    pytest.mark.skipif(
+        lab.chromium() is None, reason="no Chromium; install it with apt-get install chromium"
+    ),
     pytest.mark.skipif(sys.platform == "win32", reason="the server's process group is a POSIX one"),
 ]
 
@@ -45,7 +51,8 @@ def notebooks(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def chrome():
-    with lab.browser() as browser:  # closed after this file: nbclient, in others, cannot run beside it
+    # closed after this file: nbclient, in others, cannot run beside it
+    with lab.browser() as browser:
         yield browser
 
 
@@ -55,7 +62,9 @@ def opened(notebooks, chrome, tmp_path_factory):
     folder = tmp_path_factory.mktemp("server")
     with lab.server(notebooks, folder) as address:
         shots = Path(os.environ.get("MSIF_SCREENSHOTS") or folder / "screenshots")
-        yield lambda name: lab.Student(chrome.new_page(viewport={"width": 1300, "height": 1000}), address, name, shots)
+        yield lambda name: lab.Student(
+            chrome.new_page(viewport={"width": 1300, "height": 1000}), address, name, shots
+        )
 
 
 @pytest.fixture
@@ -99,8 +108,13 @@ def test_flaws_are_found(opened):
         assert skipped_levels(student.page.locator(".jp-Notebook")) == ["Three"]
         flawed = student.page.locator("#flawed")
         ratios = {text: ratio for ratio, text in flawed.evaluate(lab.CONTRASTS)}
-        assert ratios["pale"] == pytest.approx(2.85, abs=0.01) and ratios["dark"] == pytest.approx(21)
-        assert [(c["what"], c["name"]) for c in flawed.evaluate(lab.CONTROLS)] == [("button", ""), ("input", "Age")]
+        assert ratios["pale"] == pytest.approx(2.85, abs=0.01) and ratios["dark"] == pytest.approx(
+            21
+        )
+        assert [(c["what"], c["name"]) for c in flawed.evaluate(lab.CONTROLS)] == [
+            ("button", ""),
+            ("input", "Age"),
+        ]
     finally:
         student.close()
 
@@ -110,7 +124,9 @@ def test_flaws_are_found(opened):
 
 @pytest.mark.parametrize("path", RUN, ids=lambda p: p.stem)
 def test_lesson_runs_from_the_menu(path, opened, report):
-    live = sum("live-widget" in c.metadata.get("tags", []) for c in nbformat.read(path, as_version=4).cells)
+    live = sum(
+        "live-widget" in c.metadata.get("tags", []) for c in nbformat.read(path, as_version=4).cells
+    )
     student = opened(path.name)
     try:
         student.screenshot("as_committed")
@@ -145,15 +161,25 @@ def test_exported_page_shows_pictures(path, template, chrome, tmp_path):
     try:
         page.goto(html.as_uri())
         page.wait_for_load_state()
-        pictures = page.locator("body img[src^='data:']").evaluate_all("all => all.map(i => [i.naturalWidth, i.alt])")
-        figures = [o for c in nbformat.read(path, as_version=4).cells for o in c.get("outputs", []) if is_figure(o)]
+        pictures = page.locator("body img[src^='data:']").evaluate_all(
+            "all => all.map(i => [i.naturalWidth, i.alt])"
+        )
+        figures = [
+            o
+            for c in nbformat.read(path, as_version=4).cells
+            for o in c.get("outputs", [])
+            if is_figure(o)
+        ]
         assert len(pictures) >= len(figures)
         assert all(width > 0 for width, _ in pictures)
-        # JupyterLab and the template that looks like it do not pass on the alt text of a PNG output; "classic" does.
+        # JupyterLab and the template that looks like it do not pass on the alt text of a PNG
+        # output; "classic" does.
         missing = sum(not alt or alt.startswith("No description") for _, alt in pictures)
         assert missing <= (len(figures) if template == "lab" else 0)
         if template == "classic":
-            assert {out.metadata["image/png"]["alt"] for out in figures} <= {alt for _, alt in pictures}
+            assert {out.metadata["image/png"]["alt"] for out in figures} <= {
+                alt for _, alt in pictures
+            }
         text = page.locator("body").inner_text()
         assert [words for words in lab.BROKEN if words in text] == []
         # MathJax and RequireJS come from the network.
@@ -215,7 +241,9 @@ LIVE = {
 }
 CELLS = [new_code_cell(source.strip()) for source in (SETUP, DRAW, *LIVE.values(), "# room")]
 EXPLORERS = new_notebook(cells=CELLS, metadata={"kernelspec": KERNEL})
-each_explorer = pytest.mark.parametrize("kind", [kind for kind in LIVE if kind not in ("failing", "slow")])
+each_explorer = pytest.mark.parametrize(
+    "kind", [kind for kind in LIVE if kind not in ("failing", "slow")]
+)
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +282,9 @@ def test_slider_redraws(explorer, report, kind, control):
         handle.press(key)
         wait_for(root, lab.REDRAWN)
     redraws = root.evaluate("e => e.redraws")
-    report(f"{kind} {control} redraw, median ms of {len(redraws)}", round(statistics.median(redraws)))
+    report(
+        f"{kind} {control} redraw, median ms of {len(redraws)}", round(statistics.median(redraws))
+    )
     assert error_of(root) == ""
 
 
@@ -286,8 +316,8 @@ def film_of(root):
     return root.locator(".msif-cards", has=root.page.locator(".msif-query-image"))
 
 
-# The row holds a page of the members, and the view, which comes after it, the query that is marked there. A click
-# before that would be one on whatever stands there later.
+# The row holds a page of the members, and the view, which comes after it, the query that is marked
+# there. A click before that would be one on whatever stands there later.
 ARRIVED = """([e, members]) => {
   const film = [...e.querySelectorAll('.msif-cards')].find(c => c.querySelector('.msif-query-image'));
   const buttons = [...film.querySelectorAll('.msif-query-image')].filter(b => b.checkVisibility());
@@ -300,10 +330,12 @@ ARRIVED = """([e, members]) => {
 
 def show_queries(root, group: str) -> list[int]:
     """Choose from the list, and wait until all of the view says so; returns the group."""
-    labels = msif.load_digits()[1].select(classes=range(4, 10), n=30).y.tolist()  # the queries of SETUP
+    # the queries of SETUP
+    labels = msif.load_digits()[1].select(classes=range(4, 10), n=30).y.tolist()
     members = [q for q, y in enumerate(labels) if group in ("all", f"label {y + 4}")]
     groups = root.locator(".msif-queries select")
-    options = [" ".join(text.split()) for text in groups.locator("option").all_text_contents()]  # no-break spaces
+    # no-break spaces
+    options = [" ".join(text.split()) for text in groups.locator("option").all_text_contents()]
     groups.select_option(index=options.index(f"{group} ({len(members)})"))
     wait_for(root, ARRIVED, members)
     return members
@@ -365,10 +397,13 @@ def test_image_is_clicked_removed_and_retrained(explorer, report):
     start = time.perf_counter()
     root.locator(".msif-retrain").click()
     root.locator(".msif-status", has_text="done in").wait_for()
-    report("one example removed and both stages retrained, s", round(time.perf_counter() - start, 1))
+    report(
+        "one example removed and both stages retrained, s", round(time.perf_counter() - start, 1)
+    )
     predicted, actual = numbers(root.locator(".msif-answer tr", has_text="this query"))
     assert "not retrained yet" not in root.locator(".msif-answer").inner_text()
-    assert 1 / 3 < predicted / actual < 3  # one of 120 examples is a large step; the tests of influence are strict
+    # one of 120 examples is a large step; the tests of influence are strict
+    assert 1 / 3 < predicted / actual < 3
     assert "actual" in root.locator(".msif-plot img").get_attribute("alt")
     assert error_of(root) == ""
 
@@ -399,7 +434,11 @@ def test_methods_are_picked(explorer):
     before = pictures(root)
     root.locator(".msif-method-a select").select_option(label="full")
     root.locator(".msif-method-b select").select_option(label="frozen")
-    wait_for(root, "([e, old]) => [...e.querySelectorAll('img')].map(i => i.src).join() !== old", ",".join(before))
+    wait_for(
+        root,
+        "([e, old]) => [...e.querySelectorAll('img')].map(i => i.src).join() !== old",
+        ",".join(before),
+    )
     assert error_of(root) == ""
 
 
@@ -458,7 +497,11 @@ def test_text_can_be_read_in(explorers, theme):
     explorers.menu("Settings", "Theme", theme)
     page, dark = explorers.page, str(theme.endswith("Dark")).lower()
     page.wait_for_function(f"() => document.body.dataset.jpThemeLight !== '{dark}'")
-    texts = [text for root in page.locator(".msif-explorer").all() for text in root.evaluate(lab.CONTRASTS)]
+    texts = [
+        text
+        for root in page.locator(".msif-explorer").all()
+        for text in root.evaluate(lab.CONTRASTS)
+    ]
     assert len(texts) > 50
     assert sorted((round(ratio, 1), text) for ratio, text in texts if ratio < READABLE) == []
     explorers.screenshot(theme.split()[1].lower())

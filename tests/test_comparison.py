@@ -1,4 +1,6 @@
-"""Sign rate, sizes, tables over methods and seeds, noise ceiling; `agreement` itself is in test_validation.py."""
+"""Sign rate, sizes, tables over methods and seeds, noise ceiling; `agreement` itself is in
+test_validation.py.
+"""
 
 import numpy
 import pytest
@@ -16,7 +18,9 @@ def truth(values, subsets=None):
     queries, removals = values.shape
     subsets = [[i] for i in range(removals)] if subsets is None else subsets
     ids = torch.arange(queries)
-    return msif.Effects(values, subsets, torch.zeros(queries), ids, torch.zeros(removals), "s", "loss", "same-seed")
+    return msif.Effects(
+        values, subsets, torch.zeros(queries), ids, torch.zeros(removals), "s", "loss", "same-seed"
+    )
 
 
 def guess(removal_effects):
@@ -36,7 +40,9 @@ def test_sign_rate_and_sizes():
     predicted = actual.copy()
     predicted[:, :6] *= -1  # 6 of 30 signs are wrong, the sizes are right
     report = comparison.compare(predicted, actual)
-    assert report.sign == pytest.approx(numpy.full(12, 0.8)) and report.magnitude == pytest.approx(numpy.ones(12))
+    assert report.sign == pytest.approx(numpy.full(12, 0.8)) and report.magnitude == pytest.approx(
+        numpy.ones(12)
+    )
     assert report.mean("sign") == pytest.approx(0.8) and report.mean("r") < 0.8
     noisy = comparison.compare(abs(actual) + RNG(0).normal(size=actual.shape), actual)
     for q in range(12):
@@ -45,7 +51,10 @@ def test_sign_rate_and_sizes():
 
 
 def test_effects_of_zero_have_no_sign():
-    predicted, actual = numpy.array([[1.0, -1.0, 2.0, 0.0, 3.0]]), numpy.array([[2.0, 1.0, 0.0, 5.0, 1.0]])
+    predicted, actual = (
+        numpy.array([[1.0, -1.0, 2.0, 0.0, 3.0]]),
+        numpy.array([[2.0, 1.0, 0.0, 5.0, 1.0]]),
+    )
     assert comparison.compare(predicted, actual).sign == pytest.approx([2 / 3])
 
 
@@ -66,7 +75,13 @@ def test_one_table_of_methods_and_removals():
     }
     table = msif.compare_methods(scores, effects)
     assert list(table.columns) == ["removals", "method", "statistic", "mean", "low", "high"]
-    assert len(table) == 5 * (2 + 3) and set(table["statistic"]) == {"r", "rho", "slope", "sign", "magnitude"}
+    assert len(table) == 5 * (2 + 3) and set(table["statistic"]) == {
+        "r",
+        "rho",
+        "slope",
+        "sign",
+        "magnitude",
+    }
     rows = table.set_index(["removals", "method", "statistic"])
     assert rows.loc[("one", "perfect", "r")].tolist() == pytest.approx([1, 1, 1])
     assert rows.loc[("many", "perfect", "slope"), "mean"] == pytest.approx(2)
@@ -79,7 +94,9 @@ def test_one_table_of_methods_and_removals():
 def test_a_single_seed_needs_no_list_and_agrees_with_agreement():
     (actual,) = world(1)
     predicted = actual + RNG(1).normal(size=actual.shape)
-    table = msif.compare_methods({"m": guess(predicted)}, {"one": truth(actual)}).set_index("statistic")
+    table = msif.compare_methods({"m": guess(predicted)}, {"one": truth(actual)}).set_index(
+        "statistic"
+    )
     report = msif.agreement(guess(predicted), truth(actual))
     for name in ("r", "rho", "slope", "sign", "magnitude"):
         expected = [report.mean(name), *report.intervals[name]]
@@ -87,7 +104,9 @@ def test_a_single_seed_needs_no_list_and_agrees_with_agreement():
 
 
 def test_intervals_over_seeds_hold_seeds_that_differ():
-    """Two seeds that say 0 and 1: the mean of so few is not known to a hundredth, however many queries agree."""
+    """Two seeds that say 0 and 1: the mean of so few is not known to a hundredth, however many
+    queries agree.
+    """
     values = numpy.zeros((2, 50, 5))
     values[1] = 1.0
     low, high = comparison._intervals(values, 500, 0)[0]
@@ -97,7 +116,9 @@ def test_intervals_over_seeds_hold_seeds_that_differ():
 
 def test_the_noise_ceiling_is_one_without_noise_and_falls_with_it():
     for noise, low, high in ((0.0, 1.0, 1.0), (0.5, 0.7, 0.9), (10.0, -0.1, 0.1)):
-        table = msif.noise_ceiling({"one": [truth(a) for a in world(3, noise=noise)]}).set_index("statistic")
+        table = msif.noise_ceiling({"one": [truth(a) for a in world(3, noise=noise)]}).set_index(
+            "statistic"
+        )
         assert set(table["method"]) == {"another seed"}
         assert low - 1e-9 <= table.loc["r", "mean"] <= high + 1e-9
     actual = world(3, noise=0.5)
@@ -128,7 +149,15 @@ def test_random_removals():
     assert sorted(i for (i,) in singles) == list(range(10)) and singles != [[i] for i in range(10)]
     groups = msif.random_removals(50, 7, fraction=0.1)
     assert len(groups) == 7 and all(len(set(g)) == 5 and max(g) < 50 for g in groups)
-    assert msif.random_removals(50, 7, fraction=0.1) == groups != msif.random_removals(50, 7, fraction=0.1, seed=1)
-    for bad in ({"m": 10, "count": 11}, {"m": 10, "count": 3, "fraction": 0.01}, {"m": 9, "count": 1, "fraction": 1.0}):
+    assert (
+        msif.random_removals(50, 7, fraction=0.1)
+        == groups
+        != msif.random_removals(50, 7, fraction=0.1, seed=1)
+    )
+    for bad in (
+        {"m": 10, "count": 11},
+        {"m": 10, "count": 3, "fraction": 0.01},
+        {"m": 9, "count": 1, "fraction": 1.0},
+    ):
         with pytest.raises(ValueError, match="cannot be drawn"):
             msif.random_removals(**bad)

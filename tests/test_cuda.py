@@ -1,4 +1,6 @@
-"""The same numbers on a GPU as on the CPU, in float64; nothing but `pipeline.to("cuda")` changes. Skips without one."""
+"""The same numbers on a GPU as on the CPU, in float64; nothing but `pipeline.to("cuda")` changes.
+Skips without one.
+"""
 
 import importlib.util
 
@@ -18,7 +20,9 @@ SOLVERS = {
     "exact": msif.Exact(),
     "cg": msif.ConjugateGradient(tol=1e-10),
     "cg, low rank": msif.ConjugateGradient(tol=1e-10, preconditioner=msif.LowRank(rank=20)),
-    "cg, nystrom": msif.ConjugateGradient(tol=1e-10, preconditioner=msif.LowRank(rank=5, method="nystrom")),
+    "cg, nystrom": msif.ConjugateGradient(
+        tol=1e-10, preconditioner=msif.LowRank(rank=5, method="nystrom")
+    ),
     "cg, jacobi": msif.ConjugateGradient(tol=1e-10, preconditioner=msif.Jacobi(samples=4)),
     "minres": msif.MINRES(tol=1e-10),
     "lissa": msif.LiSSA(tol=1e-8, max_iter=20_000),
@@ -52,7 +56,11 @@ def test_implicit(solver, kind, link):
         pytest.skip("curvlinops is not installed")
 
     def score(pipeline, queries):
-        return msif.ImplicitInfluence(SOLVERS[solver], curvature="ggn", damping=0.1).fit(pipeline).score(queries)
+        return (
+            msif.ImplicitInfluence(SOLVERS[solver], curvature="ggn", damping=0.1)
+            .fit(pipeline)
+            .score(queries)
+        )
 
     close(both(kind, link, score), rtol=1e-4 if solver == "lissa" else 1e-6)
 
@@ -61,7 +69,11 @@ def test_implicit(solver, kind, link):
 def test_hessian_leave_one_out_and_top(kind):
     method = msif.ImplicitInfluence(leave_one_out=True)
     close(both(kind, msif.Proximal(0.3), lambda p, q: method.fit(p).score(q)))
-    tops = both(kind, msif.Proximal(0.3), lambda p, q: msif.ImplicitInfluence().fit(p).score(q, top=3).harmful().ids)
+    tops = both(
+        kind,
+        msif.Proximal(0.3),
+        lambda p, q: msif.ImplicitInfluence().fit(p).score(q, top=3).harmful().ids,
+    )
     assert torch.equal(tops[0].cpu(), tops[1].cpu())
 
 
@@ -70,12 +82,17 @@ def test_hessian_leave_one_out_and_top(kind):
 def test_unrolled_baselines_and_retraining(kind, link):
     def run(pipeline):
         stages = [
-            msif.Stage(s.name, s.model, s.data, s.loss, s.weight_decay, s.link, recipe=SGD) for s in pipeline.stages
+            msif.Stage(s.name, s.model, s.data, s.loss, s.weight_decay, s.link, recipe=SGD)
+            for s in pipeline.stages
         ]
         return msif.Pipeline(stages).fit(progress=False)
 
     def unrolled(pipeline, queries):
-        return msif.UnrolledInfluence().fit(run(pipeline), progress=False).score(queries, progress=False)
+        return (
+            msif.UnrolledInfluence()
+            .fit(run(pipeline), progress=False)
+            .score(queries, progress=False)
+        )
 
     close(both(kind, link, unrolled, fit=False))
     for name, baseline in msif.all_baselines().items():
@@ -83,6 +100,9 @@ def test_unrolled_baselines_and_retraining(kind, link):
             scored = both(kind, link, lambda p, q, b=baseline: b.fit(run(p)).score(q), fit=False)
             close(scored)
     effects = both(
-        kind, link, lambda p, q: msif.removal_effects(run(p), q, [[0], [1, 2]], progress=False).values, fit=False
+        kind,
+        link,
+        lambda p, q: msif.removal_effects(run(p), q, [[0], [1, 2]], progress=False).values,
+        fit=False,
     )
     torch.testing.assert_close(*effects, rtol=1e-6, atol=1e-9)

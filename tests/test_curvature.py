@@ -1,4 +1,6 @@
-"""Curvature products and per-example derivatives against dense oracles written without the library's operators."""
+"""Curvature products and per-example derivatives against dense oracles written without the
+library's operators.
+"""
 
 import copy
 
@@ -36,9 +38,13 @@ class Oracle:
         self.o, self.weights = o, torch.ones(len(o.data), dtype=F64) if weights is None else weights
         shapes = {name: p.shape for name, p in o.model.named_parameters()}
         parts = full.split([shape.numel() for shape in shapes.values()])
-        self.values = {name: part.view(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
+        self.values = {
+            name: part.view(shapes[name]) for name, part in zip(shapes, parts, strict=True)
+        }
         self.theta = torch.cat([self.values[name].reshape(-1) for name in o.trained_names])
-        self.shared = torch.cat([torch.full((shapes[name].numel(),), "head" not in name) for name in o.trained_names])
+        self.shared = torch.cat(
+            [torch.full((shapes[name].numel(),), "head" not in name) for name in o.trained_names]
+        )
 
     def outputs(self, theta, x):
         values, start = dict(self.values), 0
@@ -55,7 +61,9 @@ class Oracle:
         return ((z - y) ** 2).mean(1)
 
     def risk(self, theta):
-        data = (self.weights * self.losses(theta, self.o.data.x, self.o.data.y)).sum() / len(self.o.data)
+        data = (self.weights * self.losses(theta, self.o.data.x, self.o.data.y)).sum() / len(
+            self.o.data
+        )
         apart = theta[self.shared] - 1.0  # any centre: it does not matter to the curvature
         return data + self.o.weight_decay / 2 * (theta**2).sum() + self.o.alpha * (apart**2).sum()
 
@@ -65,14 +73,18 @@ class Oracle:
     def ggn(self):
         """(1/m) Σ w_i J_iᵀ Λ_i J_i with the loss's output Hessian in closed form, plus the penalty."""
         o, x, y = self.o, self.o.data.x, self.o.data.y
-        jacobians = vmap(jacrev(lambda t, xi: self.outputs(t, xi[None])[0]), (None, 0))(self.theta, x)
+        jacobians = vmap(jacrev(lambda t, xi: self.outputs(t, xi[None])[0]), (None, 0))(
+            self.theta, x
+        )
         z = self.outputs(self.theta, x)
         if y.ndim == 1:
             p = z.softmax(1)
             inner = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
         else:
             inner = 2 / y.shape[1] * torch.eye(y.shape[1], dtype=F64).expand(len(y), -1, -1)
-        matrix = torch.einsum("i,iap,iab,ibq->pq", self.weights / len(y), jacobians, inner, jacobians)
+        matrix = torch.einsum(
+            "i,iap,iab,ibq->pq", self.weights / len(y), jacobians, inner, jacobians
+        )
         penalty = o.weight_decay + 2 * o.alpha * self.shared.to(F64)
         return matrix + torch.diag(penalty)
 
@@ -91,9 +103,13 @@ def test_cross_entropy_and_its_derivatives_are_those_of_torch(scale):
     z, y = scale * draw(7, 4), torch.tensor([0, 3, 1, 1, 2, 0, 3])
     for derivative in (lambda f: f, jacrev, lambda f: jacrev(jacrev(f))):
         ours = derivative(lambda t: msif.cross_entropy(t, y))(z)
-        close(ours, derivative(lambda t: functional.cross_entropy(t, y, reduction="none"))(z), 1e-12)
+        close(
+            ours, derivative(lambda t: functional.cross_entropy(t, y, reduction="none"))(z), 1e-12
+        )
     tokens, logits = torch.tensor([[0, 3, 1], [2, 2, 0]]), scale * draw(2, 3, 4)
-    expected = functional.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none").mean(1)
+    expected = functional.cross_entropy(
+        logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none"
+    ).mean(1)
     close(msif.next_token_loss(logits, tokens), expected, 1e-12)
 
 
@@ -130,7 +146,9 @@ def test_every_parameter_without_penalty():
     o, full = objective_at_random("mlp", False, "frozen")
 
     def risk(theta):
-        return functional.cross_entropy(functional_call(o.model, o.layout.named(theta), (o.data.x,)), o.data.y)
+        return functional.cross_entropy(
+            functional_call(o.model, o.layout.named(theta), (o.data.x,)), o.data.y
+        )
 
     expected = torch.autograd.functional.hessian(risk, full)
     close(msif.Hessian(o, full, every=True).dense(), expected)
@@ -154,13 +172,19 @@ def test_linear_and_symmetric(kind, operator):
 @pytest.mark.parametrize("kind", ["mlp", "convnet"])
 def test_ggn_is_positive_semi_definite(kind, regression):
     o, full = objective_at_random(kind, regression)
-    ggn, hessian = msif.GGN(o, full, ridge=False).dense(), msif.Hessian(o, full, ridge=False).dense()
+    ggn, hessian = (
+        msif.GGN(o, full, ridge=False).dense(),
+        msif.Hessian(o, full, ridge=False).dense(),
+    )
     assert float(torch.linalg.eigvalsh(ggn)[0]) >= -1e-12
-    assert float(torch.linalg.eigvalsh(hessian)[0]) < -1e-3  # negative control: the Hessian here is not
+    # negative control: the Hessian here is not
+    assert float(torch.linalg.eigvalsh(hessian)[0]) < -1e-3
 
 
 def test_ggn_is_the_hessian_of_softmax_regression():
-    """Both against torch.func, weighted too: the operators share code here, so neither can vouch for the other."""
+    """Both against torch.func, weighted too: the operators share code here, so neither can vouch
+    for the other.
+    """
     o, full = linear_objective()
     for weights in (torch.ones(20, dtype=F64), draw(20, seed=8).abs()):
 
@@ -179,7 +203,9 @@ def test_ggn_is_the_hessian_of_softmax_regression():
 
 def linear_objective(weight_decay=1e-2):
     data = random_examples(20, (6,), 3, False, seed=5)
-    stage = msif.Stage("linear", msif.softmax_regression(6, 3).double(), data, weight_decay=weight_decay)
+    stage = msif.Stage(
+        "linear", msif.softmax_regression(6, 3).double(), data, weight_decay=weight_decay
+    )
     o = msif.Pipeline([stage]).objective(0)
     return o, draw(o.size, seed=6)
 
@@ -201,7 +227,10 @@ def test_operator_algebra():
         "2 A": (2 * a, 2 * da),
         "A 2": (a * 2, 2 * da),
         "shifts add up": ((a + 0.1) + 0.2 + diagonal, da + 0.3 * eye + torch.diag(diagonal)),
-        "all together": (0.5 * (a + 2 * b + 0.3) + diagonal, 0.5 * da + db + 0.15 * eye + torch.diag(diagonal)),
+        "all together": (
+            0.5 * (a + 2 * b + 0.3) + diagonal,
+            0.5 * da + db + 0.15 * eye + torch.diag(diagonal),
+        ),
     }
     for name, (operator, expected) in cases.items():
         assert operator.shape == (o.size, o.size), name
@@ -263,9 +292,12 @@ def test_per_example_gradients_and_products(kind, link):
     o, full = objective_at_random(kind, False, link)
     expected, vectors = gradients_one_by_one(o, full), draw(o.size, 4)
     close(torch.cat([g for _, g in msif.per_example_gradients(o, full)]), expected)
-    for mode in ("forward", "gradients", "auto"):  # forward mode never forms a gradient: the same numbers
+    # forward mode never forms a gradient: the same numbers
+    for mode in ("forward", "gradients", "auto"):
         close(msif.example_products(o, full, vectors, mode=mode), (expected @ vectors).T)
-        close(msif.example_products(o, full, vectors[:, :1], mode=mode), (expected @ vectors[:, :1]).T)
+        close(
+            msif.example_products(o, full, vectors[:, :1], mode=mode), (expected @ vectors[:, :1]).T
+        )
     with pytest.raises(ValueError, match="mode='reverse'"):
         msif.example_products(o, full, vectors, mode="reverse")
 
@@ -279,7 +311,9 @@ def test_per_example_gradients_and_products(kind, link):
 @pytest.mark.parametrize("regression", [False, True], ids=["cross-entropy", "squared-error"])
 @pytest.mark.parametrize("kind", ["hessian", "ggn"])
 def test_own_products(kind, regression):
-    """``h_i v_i`` against the dense curvature of example i alone (weight m on it, none on the others)."""
+    """``h_i v_i`` against the dense curvature of example i alone (weight m on it, none on the
+    others).
+    """
     o, full = objective_at_random("mlp", regression)
     m, examples = len(o.data), [0, 5, 11]
     vectors = draw(m, o.size)
@@ -311,7 +345,10 @@ def everything(pipeline, queries, corrected):
     pipeline.adopt()  # forgets the curvature operators made so far
     o, full = pipeline.objective(0), pipeline.trained()[0]
     vectors, weights = draw(o.size, 9), draw(3, len(o.data)).abs()
-    batch, point = torch.tensor([5, 1, 9, 22, 17, 3, 8, 2]), full[o.trained_positions].repeat(3, 1) + 0.1
+    batch, point = (
+        torch.tensor([5, 1, 9, 22, 17, 3, 8, 2]),
+        full[o.trained_positions].repeat(3, 1) + 0.1,
+    )
     one, three = Lanes(o, full[None], None, weights[:1]), Lanes(o, full.repeat(3, 1), None, weights)
     found = {
         "gradient": one.value_and_grad(point[:1])[1],
@@ -327,7 +364,9 @@ def everything(pipeline, queries, corrected):
         "queries": pipeline.evaluate(queries),
     }
     attributor = msif.ImplicitInfluence(leave_one_out=corrected).fit(pipeline)
-    return found | {f"scores of stage {k}": attributor.score(queries, stage=k).values for k in (0, 1)}
+    return found | {
+        f"scores of stage {k}": attributor.score(queries, stage=k).values for k in (0, 1)
+    }
 
 
 @pytest.mark.parametrize("link", LINKS)
@@ -380,15 +419,23 @@ def test_modules_are_never_mutated(link):
     pointers = [[p.data_ptr() for p in m.parameters()] for m in models]
     for solver in (msif.Exact(), msif.ConjugateGradient(tol=1e-9)):
         for kind in ("hessian", "ggn"):
-            attributor = msif.ImplicitInfluence(solver, curvature=kind, leave_one_out=kind == "ggn").fit(pipeline)
+            attributor = msif.ImplicitInfluence(
+                solver, curvature=kind, leave_one_out=kind == "ggn"
+            ).fit(pipeline)
             attributor.score(queries, stage=0), attributor.score(queries, stage=1)
     o, full = pipeline.objective(0), pipeline.trained()[0]
-    msif.example_products(o, full, draw(o.size, 1)), list(msif.per_example_gradients(o, full, every=True))
+    (
+        msif.example_products(o, full, draw(o.size, 1)),
+        list(msif.per_example_gradients(o, full, every=True)),
+    )
     pipeline.gradient(0), pipeline.evaluate(queries)
     for model, state, places in zip(models, before, pointers, strict=True):
         assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
         assert [p.data_ptr() for p in model.parameters()] == places
-        assert all(bool((p.grad == 7).all()) and p.requires_grad and p.grad_fn is None for p in model.parameters())
+        assert all(
+            bool((p.grad == 7).all()) and p.requires_grad and p.grad_fn is None
+            for p in model.parameters()
+        )
 
 
 def test_parameters_without_gradient_stay_out():
@@ -402,15 +449,22 @@ def test_parameters_without_gradient_stay_out():
     oracle = Oracle(o, full)
     close(msif.Hessian(o, full).dense(), oracle.hessian())
     close(msif.GGN(o, full).dense(), oracle.ggn())
-    close(torch.cat([g for _, g in msif.per_example_gradients(o, full)]), gradients_one_by_one(o, full))
+    close(
+        torch.cat([g for _, g in msif.per_example_gradients(o, full)]),
+        gradients_one_by_one(o, full),
+    )
 
 
 @pytest.mark.parametrize("kind", [msif.Hessian, msif.GGN])
 @pytest.mark.parametrize("linear", [True, False])
 def test_parts_sum_to_the_whole(kind, linear):
-    """Over any split of the examples, the penalty once; also where a linear model's Hessian is its GGN."""
+    """Over any split of the examples, the penalty once; also where a linear model's Hessian is its
+    GGN.
+    """
     net = msif.softmax_regression(6, 3) if linear else msif.mlp(6, hidden=(5,), classes=3)
-    stage = msif.Stage("part", net.double(), random_examples(20, (6,), 3, False, seed=5), weight_decay=1e-2)
+    stage = msif.Stage(
+        "part", net.double(), random_examples(20, (6,), 3, False, seed=5), weight_decay=1e-2
+    )
     o = msif.Pipeline([stage]).objective(0)
     generator = torch.Generator().manual_seed(1)
     w = torch.rand(20, generator=generator, dtype=torch.float64)
@@ -419,7 +473,13 @@ def test_parts_sum_to_the_whole(kind, linear):
     whole @ v  # what it keeps must not reach the parts
     order = whole.importance().argsort()
     parts = [whole.part(order[a:b]) for a, b in ((0, 3), (3, 11), (11, 11), (11, 20))]
-    assert torch.allclose(sum(p @ v for p in parts) + whole.ridge[:, None] * v, whole @ v, atol=1e-12)
-    assert torch.allclose(sum(p.dense() for p in parts) + torch.diag(whole.ridge), whole.dense(), atol=1e-12)
-    slopes = torch.autograd.functional.jacobian(lambda z: o.loss(z, o.data.y), o.model(o.data.x).detach())
+    assert torch.allclose(
+        sum(p @ v for p in parts) + whole.ridge[:, None] * v, whole @ v, atol=1e-12
+    )
+    assert torch.allclose(
+        sum(p.dense() for p in parts) + torch.diag(whole.ridge), whole.dense(), atol=1e-12
+    )
+    slopes = torch.autograd.functional.jacobian(
+        lambda z: o.loss(z, o.data.y), o.model(o.data.x).detach()
+    )
     assert torch.allclose(whole.importance(), w * slopes.norm(dim=2).diagonal(), atol=1e-12)

@@ -14,7 +14,8 @@ def toy(n=30, classes=3):
     return msif.Examples(torch.arange(2.0 * n).reshape(n, 2), y, ids=torch.arange(n) + 100)
 
 
-# --- examples ---------------------------------------------------------------------------------------
+# --- examples
+# ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -48,7 +49,9 @@ def test_one_position_gives_the_pair(position):
     assert torch.equal(x, data.x[position]) and int(y) == int(data.y[position])
 
 
-@pytest.mark.parametrize("position", [torch.tensor(3), pytest.importorskip("numpy").int64(3)], ids=["torch", "numpy"])
+@pytest.mark.parametrize(
+    "position", [torch.tensor(3), pytest.importorskip("numpy").int64(3)], ids=["torch", "numpy"]
+)
 def test_one_position_may_be_any_whole_number(position):
     assert torch.equal(toy()[position][0], toy().x[3])
 
@@ -68,7 +71,9 @@ def test_iteration_ends():
 def test_lists_and_arrays_become_tensors_with_default_ids_and_classes():
     numpy = pytest.importorskip("numpy")
     data = msif.Examples(numpy.ones((3, 2)), [1, 0, 1])
-    assert data.x.dtype == torch.float64 and data.ids.tolist() == [0, 1, 2] and data.classes == (0, 1)
+    assert (
+        data.x.dtype == torch.float64 and data.ids.tolist() == [0, 1, 2] and data.classes == (0, 1)
+    )
 
 
 @pytest.mark.parametrize("y", [torch.ones(3), torch.ones(3, 2)], ids=["number", "vector"])
@@ -92,7 +97,11 @@ def test_select_reindexes_labels_in_the_given_order(classes):
 @pytest.mark.parametrize("n", [3, 7, 11, 30])
 def test_select_is_stratified_within_one_example(n):
     counts = list(toy().select(n=n).counts().values())
-    assert sum(counts) == n and max(counts) - min(counts) <= 1 and counts == sorted(counts, reverse=True)
+    assert (
+        sum(counts) == n
+        and max(counts) - min(counts) <= 1
+        and counts == sorted(counts, reverse=True)
+    )
 
 
 def test_select_of_unequal_classes_takes_equal_numbers():
@@ -117,13 +126,20 @@ def test_named_classes_follow_their_examples():
     data = msif.Examples(torch.randn(6, 1), [0, 1, 2] * 2, classes=("cat", "dog", "owl"))
     part = data.select(classes=("owl", "cat"))
     assert (
-        part.counts() == {"owl": 2, "cat": 2} and part.ids.tolist() == [0, 2, 3, 5] and part.y.tolist() == [1, 0, 1, 0]
+        part.counts() == {"owl": 2, "cat": 2}
+        and part.ids.tolist() == [0, 2, 3, 5]
+        and part.y.tolist() == [1, 0, 1, 0]
     )
 
 
 def test_nothing_modifies_the_data_or_the_global_generator():
     data = toy()
-    x, y, ids, state = data.x.clone(), data.y.clone(), data.ids.clone(), torch.random.get_rng_state()
+    x, y, ids, state = (
+        data.x.clone(),
+        data.y.clone(),
+        data.ids.clone(),
+        torch.random.get_rng_state(),
+    )
     part = data.select(classes=(2, 1), n=10, seed=1)
     part.x.zero_(), part.y.zero_()
     data[[1, 2]].x.zero_()
@@ -149,7 +165,8 @@ def test_examples_show_themselves(data):
     assert "<" in data._repr_html_()[:1]
 
 
-# --- digits -----------------------------------------------------------------------------------------
+# --- digits
+# -----------------------------------------------------------------------------------------
 
 
 def test_digits_are_all_there_and_split_once(digits):
@@ -191,12 +208,17 @@ def test_digits_are_the_same_in_every_call_whatever_the_generator(digits):
 def test_the_issue_s_selection(digits):
     pre = digits[0].select(classes=(0, 1, 2, 3), n=400)
     fine = digits[0].select(classes=(4, 5, 6, 7, 8, 9), n=200)
-    assert pre.counts() == dict.fromkeys(range(4), 100) and sorted(fine.counts().values()) == [33] * 4 + [34] * 2
+    assert (
+        pre.counts() == dict.fromkeys(range(4), 100)
+        and sorted(fine.counts().values()) == [33] * 4 + [34] * 2
+    )
     assert fine.classes == (4, 5, 6, 7, 8, 9) and int(fine.y.max()) == 5
     assert not set(pre.ids.tolist()) & set(fine.ids.tolist())
 
 
-# --- models -----------------------------------------------------------------------------------------
+# --- models
+# -----------------------------------------------------------------------------------------
+
 
 BUILDERS = {
     "mlp": lambda **s: msif.mlp(12, hidden=(5, 4), classes=3, **s),
@@ -226,7 +248,10 @@ def test_zero_head_changes_the_head_alone(build):
 
 @pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS)
 def test_models_are_a_head_on_an_embedding(build):
-    model, x = build(), torch.randn(5, 3, 2, 2) if build is not BUILDERS["convnet"] else torch.randn(5, 3, 4, 4)
+    model, x = (
+        build(),
+        torch.randn(5, 3, 2, 2) if build is not BUILDERS["convnet"] else torch.randn(5, 3, 4, 4),
+    )
     assert {name.split(".")[0] for name, _ in model.named_parameters()} <= {"embedding", "head"}
     assert model(x).shape == (5, 3) and torch.equal(model(x), model.head(model.embedding(x)))
 
@@ -262,11 +287,17 @@ def test_activations_can_be_exchanged():
         (lambda: msif.mlp(4, hidden=16, classes=2), ("hidden=16",)),
         (lambda: msif.softmax_regression(4, 0), ("classes=0", "positive whole number")),
         (lambda: msif.convnet((8, 8), classes=2), ("in_shape=(8, 8)", "(channels, height, width)")),
-        (lambda: msif.convnet((1, 3, 8), classes=2), ("in_shape=(1, 3, 8)", "at least 4", "2 poolings")),
+        (
+            lambda: msif.convnet((1, 3, 8), classes=2),
+            ("in_shape=(1, 3, 8)", "at least 4", "2 poolings"),
+        ),
         (lambda: msif.convnet((0, 8, 8), classes=2), ("in_shape=(0, 8, 8)",)),
         (lambda: msif.convnet((1, 8, 8), channels=(0,), classes=2), ("channels[0]=0", "positive")),
         (lambda: msif.convnet((1, 8, 8), width=0, classes=2), ("width=0", "positive")),
-        (lambda: msif.convnet((1, 8, 8), norm_groups=3, classes=2), ("norm_groups=3", "channels=(8, 16)")),
+        (
+            lambda: msif.convnet((1, 8, 8), norm_groups=3, classes=2),
+            ("norm_groups=3", "channels=(8, 16)"),
+        ),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
@@ -279,17 +310,31 @@ def test_builders_refuse(build, pieces):
 def test_a_resnet_with_a_new_head_shares_everything_else():
     torchvision = pytest.importorskip("torchvision")
     first, second = (torchvision.models.resnet18(num_classes=c).eval() for c in (3, 2))
-    x, y = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 0, 1])
+    x, y = (
+        torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([0, 1, 0, 1]),
+    )
     link = msif.Frozen(shared=lambda name: not name.startswith("fc."))
-    stages = [msif.Stage("one", first, msif.Examples(x, y)), msif.Stage("two", second, msif.Examples(x, y), link=link)]
+    stages = [
+        msif.Stage("one", first, msif.Examples(x, y)),
+        msif.Stage("two", second, msif.Examples(x, y), link=link),
+    ]
     prepared = msif.Pipeline(stages).functional(1)
     names = [name for name, _ in second.named_parameters()]
-    assert prepared.frozen == [n for n in names if n not in ("fc.weight", "fc.bias")] and prepared.coupled == []
-    assert prepared.objective.trained_names == ["fc.weight", "fc.bias"] and prepared.objective.size == 2 * 512 + 2
+    assert (
+        prepared.frozen == [n for n in names if n not in ("fc.weight", "fc.bias")]
+        and prepared.coupled == []
+    )
+    assert (
+        prepared.objective.trained_names == ["fc.weight", "fc.bias"]
+        and prepared.objective.size == 2 * 512 + 2
+    )
 
 
 def test_a_resnet_in_train_mode_is_refused_with_the_layer():
     torchvision = pytest.importorskip("torchvision")
     data = msif.Examples(torch.zeros(2, 3, 32, 32), [0, 1])
-    with pytest.raises(msif.UnsupportedModelError, match=r"layer 'bn1' \(BatchNorm2d\).*model\.eval\(\)"):
+    with pytest.raises(
+        msif.UnsupportedModelError, match=r"layer 'bn1' \(BatchNorm2d\).*model\.eval\(\)"
+    ):
         msif.Pipeline([msif.Stage("one", torchvision.models.resnet18(num_classes=2), data)])

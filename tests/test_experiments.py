@@ -28,10 +28,16 @@ def test_seeds_of_training_and_of_data_are_apart():
     def facts(**seeds):
         experiment = experiments.digits(msif.WarmStart(), **seeds)
         model = experiment.pipeline.stages[0].model
-        return experiment.pipeline.stages[0].data.ids.tolist(), model.embedding[1].weight.detach().clone()
+        return experiment.pipeline.stages[0].data.ids.tolist(), model.embedding[
+            1
+        ].weight.detach().clone()
 
     (ids, weight), (same, other), (others, same_weight) = facts(), facts(seed=1), facts(data_seed=1)
-    assert ids == same != others and torch.equal(weight, same_weight) and not torch.equal(weight, other)
+    assert (
+        ids == same != others
+        and torch.equal(weight, same_weight)
+        and not torch.equal(weight, other)
+    )
 
 
 def test_accuracy_counts_the_right_answers():
@@ -57,7 +63,10 @@ def test_unknown_names_are_refused():
 def test_mnist_settings(mnist, monkeypatch, net):
     monkeypatch.setattr(experiments, "load_mnist", lambda root, **kw: mnist(**kw))
     experiment = experiments.mnist(msif.Frozen(), net=net, **TINY)
-    assert tuple(experiment.queries.x.shape) == (10, 1, 14, 14) and experiment.queries.x.dtype == torch.float32
+    assert (
+        tuple(experiment.queries.x.shape) == (10, 1, 14, 14)
+        and experiment.queries.x.dtype == torch.float32
+    )
     assert experiment.pipeline.stages[0].data.classes == (0, 1, 2, 3)
     shift = experiments.mnist_to_digits(msif.WarmStart(), net=net, **TINY)
     assert tuple(shift.queries.x.shape) == (10, 1, 14, 14) and len(shift.queries.classes) == 10
@@ -72,13 +81,20 @@ def test_cifar_settings(cifar10, monkeypatch):
     monkeypatch.setattr(experiments, "load_cifar10", lambda root, **kw: cifar10(**kw))
     experiment = experiments.cifar(msif.WarmStart(), **TINY)
     assert tuple(experiment.queries.x.shape) == (10, 3, 16, 16)
-    assert [s.data.classes for s in experiment.pipeline.stages] == [("bird", "frog"), ("automobile", "deer")]
+    assert [s.data.classes for s in experiment.pipeline.stages] == [
+        ("bird", "frog"),
+        ("automobile", "deer"),
+    ]
     natural = experiments.cifar_vehicles(msif.WarmStart(), **TINY)
     assert [len(s.data.classes) for s in natural.pipeline.stages] == [6, 4]
     assert not set(natural.pipeline.stages[0].data.classes) & set(natural.queries.classes)
     scores, effects = studies.run(natural, removals=3, kinds=["one"], progress=False)
-    few, _ = studies.run(natural, removals=3, kinds=["one"], methods=["loss", "entropy"], progress=False)
-    assert set(few) == {"loss", "entropy"} and torch.equal(few["loss"].values, scores["loss"].values)
+    few, _ = studies.run(
+        natural, removals=3, kinds=["one"], methods=["loss", "entropy"], progress=False
+    )
+    assert set(few) == {"loss", "entropy"} and torch.equal(
+        few["loss"].values, scores["loss"].values
+    )
     with pytest.raises(ValueError, match=r"magic.*none of.*unrolled"):
         studies.run(natural, methods=["magic"], progress=False)
     assert effects["one"].values.shape == (10, 3)
@@ -95,7 +111,9 @@ def test_implicit_scores_read_a_warm_start_as_proximal():
     for ours, theirs in zip(by_hand.stages, stages, strict=True):
         ours.model.load_state_dict(theirs.model.state_dict())
     with pytest.warns(msif.ConvergenceWarning):
-        expected = msif.ImplicitInfluence(curvature="ggn").fit(by_hand.adopt()).score(experiment.queries)
+        expected = (
+            msif.ImplicitInfluence(curvature="ggn").fit(by_hand.adopt()).score(experiment.queries)
+        )
     torch.testing.assert_close(scores.values, expected.values)
     assert isinstance(stages[1].link, msif.WarmStart) and experiment.pipeline.reports is not None
 
@@ -104,7 +122,9 @@ def test_a_setting_does_not_hang_on_the_default_dtype():
     weights = []
     for dtype in (torch.float32, torch.float64):
         with experiments._default_dtype(dtype):
-            weights.append(experiments.digits(msif.Frozen()).pipeline.stages[0].model.embedding[1].weight)
+            weights.append(
+                experiments.digits(msif.Frozen()).pipeline.stages[0].model.embedding[1].weight
+            )
     assert torch.equal(*weights) and weights[0].dtype == torch.float64
     assert torch.get_default_dtype() == torch.float32
 
@@ -121,7 +141,10 @@ def test_at_the_optimum_the_implicit_formula_is_right(mnist, monkeypatch, net, l
     methods = ["implicit, leave one out", "implicit", "random"]
     scores, effects = studies.run(experiment, kinds=["one"], methods=methods, progress=False)
     r = {name: msif.agreement(s, effects["one"]) for name, s in scores.items()}
-    assert r["implicit, leave one out"].mean() > 0.95 and 0.9 < r["implicit, leave one out"].mean("slope") < 1.1
+    assert (
+        r["implicit, leave one out"].mean() > 0.95
+        and 0.9 < r["implicit, leave one out"].mean("slope") < 1.1
+    )
     assert r["implicit"].mean() > 0.9 and abs(r["random"].mean()) < 0.2
 
 
@@ -133,9 +156,19 @@ def studied(tmp_path_factory):
 
 def test_a_study_holds_every_method_against_retraining(studied):
     table, _ = studied
-    assert set(table["link"]) == {"frozen", "warm start"} and set(table["removals"]) == {"one", "2 %", "10 %"}
+    assert set(table["link"]) == {"frozen", "warm start"} and set(table["removals"]) == {
+        "one",
+        "2 %",
+        "10 %",
+    }
     assert set(table["seeds"]) == {2} and set(table["pretraining"]) == {60}
-    methods = {"unrolled", "unrolled, for groups", "implicit, GGN", "another seed", *msif.all_baselines()}
+    methods = {
+        "unrolled",
+        "unrolled, for groups",
+        "implicit, GGN",
+        "another seed",
+        *msif.all_baselines(),
+    }
     assert set(table["method"]) == methods
     r = table[table["statistic"] == "r"].groupby(["link", "removals", "method"])["mean"].first()
     for link in ("frozen", "warm start"):
@@ -155,13 +188,29 @@ def test_a_study_resumes_from_its_retrainings(studied, monkeypatch):
 
 def test_the_command_writes_one_table_a_setting(tmp_path, monkeypatch):
     sizes = experiments.Sizes(60, 36, queries=10, epochs=(2, 2))
-    monkeypatch.setattr(experiments.Sizes, "of", classmethod(lambda cls, size, known, changes: sizes))
+    monkeypatch.setattr(
+        experiments.Sizes, "of", classmethod(lambda cls, size, known, changes: sizes)
+    )
     studies.main(
-        ["digits", "--seeds", "1", "--removals", "4", "--kinds", "one", "10 %", "--out", str(tmp_path / "results")]
+        [
+            "digits",
+            "--seeds",
+            "1",
+            "--removals",
+            "4",
+            "--kinds",
+            "one",
+            "10 %",
+            "--out",
+            str(tmp_path / "results"),
+        ]
     )
     table = pandas.read_csv(tmp_path / "results" / "digits.csv")
     assert set(table["count"]) == {4} and len(table) == 2 * 5 * (2 * 12 + 1)
     run = subprocess.run(
-        [sys.executable, "-m", "msif_lab.studies", "cows"], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "msif_lab.studies", "cows"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert run.returncode == 2 and "cifar_vehicles" in run.stderr

@@ -1,4 +1,6 @@
-"""The formulas against finite differences of the whole retrained pipeline, and against the limits of MATH.md."""
+"""The formulas against finite differences of the whole retrained pipeline, and against the limits
+of MATH.md.
+"""
 
 import pytest
 import torch
@@ -11,14 +13,18 @@ LINKS = {"frozen": msif.Frozen(), "proximal": msif.Proximal(0.3)}
 
 
 def finite_differences(pipeline, queries, stage, examples, step=1e-3):
-    """(Q, E) central differences of the queries by example weights, every stage retrained and polished."""
+    """(Q, E) central differences of the queries by example weights, every stage retrained and
+    polished.
+    """
     m = len(pipeline.stages[stage].data)
     weights = torch.ones(2 * len(examples), m, dtype=torch.float64)
     for lane, i in enumerate(examples):
         weights[2 * lane, i] += step
         weights[2 * lane + 1, i] -= step
     again = pipeline.retrain({stage: weights}, warm_start=True, progress=False)
-    assert all(float(r.gradient_norm.max()) < 1e-12 for r in again.reports), "the optimum must be polished"
+    assert all(float(r.gradient_norm.max()) < 1e-12 for r in again.reports), (
+        "the optimum must be polished"
+    )
     q = again.evaluate(queries)
     return (q[:, 0::2] - q[:, 1::2]) / (2 * step)
 
@@ -96,12 +102,18 @@ def test_small_alpha_goes_to_zero():
     sizes = []
     for alpha in (1e-2, 1e-4, 1e-6):
         pipeline = random_pipeline(link=msif.Proximal(alpha))
-        sizes.append(float(msif.ImplicitInfluence().fit(pipeline).score(random_queries(pipeline)).values.norm()))
+        sizes.append(
+            float(
+                msif.ImplicitInfluence().fit(pipeline).score(random_queries(pipeline)).values.norm()
+            )
+        )
     assert sizes[1] < 0.1 * sizes[0] and sizes[2] < 0.011 * sizes[1]  # linear in alpha
 
 
 def test_schur_bridge_between_the_cases():
-    """cotangent_full = 2α (S + 2αI)⁻¹ cotangent_frozen at the same point, S the Schur complement of G_TT."""
+    """cotangent_full = 2α (S + 2αI)⁻¹ cotangent_frozen at the same point, S the Schur complement of
+    G_TT.
+    """
     alpha = 0.4
     proximal = random_pipeline(link=msif.Proximal(alpha))
     queries, full = random_queries(proximal), msif.ImplicitInfluence().fit(proximal)
@@ -131,7 +143,9 @@ def test_one_stage_is_koh_and_liang():
     o, full = pipeline.objective(0), pipeline.trained()[0]
 
     def risk(theta, weights=None):  # written out again, independently of the library's operators
-        losses = torch.func.functional_call(pipeline.stages[0].model, o.layout.named(theta), (o.data.x,))
+        losses = torch.func.functional_call(
+            pipeline.stages[0].model, o.layout.named(theta), (o.data.x,)
+        )
         return torch.nn.functional.cross_entropy(losses, o.data.y) + 0.05 / 2 * theta @ theta
 
     hessian = torch.autograd.functional.hessian(risk, full)
@@ -152,8 +166,12 @@ def test_ridge_leave_one_out_is_exact():
     data = random_examples(30, (6,), 1, True, seed=3)
     queries = random_examples(7, (6,), 1, True, seed=4)
     model = msif.softmax_regression(6, classes=1).double()
-    pipeline = msif.Pipeline([msif.Stage("ridge", model, data, msif.mean_squared_error, weight_decay=0.1)]).fit(False)
-    scores = msif.ImplicitInfluence(leave_one_out=True).fit(pipeline).score(queries, target="output")
+    pipeline = msif.Pipeline(
+        [msif.Stage("ridge", model, data, msif.mean_squared_error, weight_decay=0.1)]
+    ).fit(False)
+    scores = (
+        msif.ImplicitInfluence(leave_one_out=True).fit(pipeline).score(queries, target="output")
+    )
     ones = torch.ones(30, 1, dtype=torch.float64)
     a, b = torch.cat([data.x, ones], 1), torch.cat([queries.x, ones[:7]], 1)
 
@@ -166,14 +184,20 @@ def test_ridge_leave_one_out_is_exact():
         actual = b @ (solve([j for j in everyone if j != i]) - solve(everyone))
         assert float((scores.removal_effect([i])[:, None] - actual).norm() / actual.norm()) <= 1e-8
     plain = msif.ImplicitInfluence().fit(pipeline).score(queries, target="output")
-    assert float((plain.values - scores.values).norm() / scores.values.norm()) > 1e-2  # the correction matters
+    # the correction matters
+    assert float((plain.values - scores.values).norm() / scores.values.norm()) > 1e-2
 
 
 @pytest.mark.parametrize("curvature", ["hessian", "ggn"])
 def test_leave_one_out_equals_a_dense_solve_per_example(curvature):
     pipeline = random_pipeline(k=1)
     queries = random_queries(pipeline)
-    scores = msif.ImplicitInfluence(curvature=curvature, leave_one_out=True).fit(pipeline).score(queries).values
+    scores = (
+        msif.ImplicitInfluence(curvature=curvature, leave_one_out=True)
+        .fit(pipeline)
+        .score(queries)
+        .values
+    )
     o, full = pipeline.objective(0), pipeline.trained()[0]
     kind = {"hessian": msif.Hessian, "ggn": msif.GGN}[curvature]
     gradients = torch.cat([g for _, g in per_example_gradients(o, full)])
@@ -206,7 +230,9 @@ def test_below_the_alpha_floor_is_refused():
         pytest.warns(msif.ConvergenceWarning),
         pytest.raises(msif.IndefiniteCurvatureError, match="conjugate"),
     ):
-        msif.ImplicitInfluence(msif.ConjugateGradient(max_iter=3000)).fit(proximal).score(random_queries(proximal))
+        msif.ImplicitInfluence(msif.ConjugateGradient(max_iter=3000)).fit(proximal).score(
+            random_queries(proximal)
+        )
     enough = at_same_point(2 * abs(smallest), pipeline)
     with pytest.warns(msif.ConvergenceWarning):
         msif.ImplicitInfluence(curvature="ggn").fit(enough).score(random_queries(enough))

@@ -1,4 +1,6 @@
-"""Ctrl-C, and any other exception, leaves the user's modules bit for bit as they were, and the pipeline usable."""
+"""Ctrl-C, and any other exception, leaves the user's modules bit for bit as they were, and the
+pipeline usable.
+"""
 
 import copy
 from contextlib import contextmanager
@@ -34,7 +36,10 @@ def photograph(pipeline):
             "storage": {n: p.data_ptr() for n, p in stage.model.named_parameters()},
             "parameters": {n: id(p) for n, p in stage.model.named_parameters()},
             "flags": {n: p.requires_grad for n, p in stage.model.named_parameters()},
-            "gradients": {n: None if p.grad is None else p.grad.clone() for n, p in stage.model.named_parameters()},
+            "gradients": {
+                n: None if p.grad is None else p.grad.clone()
+                for n, p in stage.model.named_parameters()
+            },
             "modes": {n: m.training for n, m in stage.model.named_modules()},
             "attributes": {n: sorted(vars(m)) for n, m in stage.model.named_modules()},
         }
@@ -51,14 +56,20 @@ def differences(before, after):
                 found.append((k, kind))
             for name in old[kind].keys() & new[kind].keys():
                 a, b = old[kind][name], new[kind][name]
-                if not (torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b):
+                if not (
+                    torch.equal(a, b)
+                    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)
+                    else a == b
+                ):
                     found.append((k, kind, name))
     return found
 
 
 @contextmanager
 def raising(module, after, error=KeyboardInterrupt):
-    """Raise from inside the module's forward at its call number ``after``; yields the list of calls."""
+    """Raise from inside the module's forward at its call number ``after``; yields the list of
+    calls.
+    """
     calls = []
 
     def hook(*_):
@@ -93,7 +104,9 @@ WORK = {
     "factorise": score,
     "conjugate gradients": lambda p: score(p, msif.ConjugateGradient(tol=1e-2)),
     "leave one out": lambda p: score(p, leave_one_out=True),
-    "removals": lambda p: [msif.removal_effects(p, p.stages[-1].data[:3], [0, 1], lanes=1, progress=False).values],
+    "removals": lambda p: [
+        msif.removal_effects(p, p.stages[-1].data[:3], [0, 1], lanes=1, progress=False).values
+    ],
 }
 
 
@@ -104,7 +117,9 @@ def fitted():
 
 @pytest.fixture(scope="module")
 def undisturbed(fitted):
-    """What each work gives when nothing interrupts it, and how often it calls the last stage's model."""
+    """What each work gives when nothing interrupts it, and how often it calls the last stage's
+    model.
+    """
     found = {}
     for name, work in WORK.items():
         work(fitted)  # what is measured once per stage (bytes an example, layers) does not count
@@ -116,17 +131,26 @@ def undisturbed(fitted):
 @pytest.mark.filterwarnings("ignore::msif_lab.ConvergenceWarning")
 @pytest.mark.parametrize(
     ("moment", "error"),
-    [("first", KeyboardInterrupt), ("middle", KeyboardInterrupt), ("last", KeyboardInterrupt), ("last", MemoryError)],
+    [
+        ("first", KeyboardInterrupt),
+        ("middle", KeyboardInterrupt),
+        ("last", KeyboardInterrupt),
+        ("last", MemoryError),
+    ],
 )
 @pytest.mark.parametrize("work", WORK)
-def test_an_interrupt_inside_the_models_forward_changes_nothing(fitted, undisturbed, work, moment, error):
+def test_an_interrupt_inside_the_models_forward_changes_nothing(
+    fitted, undisturbed, work, moment, error
+):
     expected, calls = undisturbed[work]
     before = photograph(fitted)
     after = {"first": 1, "middle": (calls + 1) // 2, "last": calls}[moment]
     with pytest.raises(error), raising(fitted.stages[-1].model, after, error):
         WORK[work](fitted)
     assert differences(before, photograph(fitted)) == []
-    assert all(map(torch.equal, WORK[work](fitted), expected)), "usable afterwards, with the same result"
+    assert all(map(torch.equal, WORK[work](fitted), expected)), (
+        "usable afterwards, with the same result"
+    )
 
 
 def test_the_photograph_sees_what_it_should():
@@ -201,7 +225,9 @@ def test_a_failed_save_or_load_changes_nothing(fitted, tmp_path, monkeypatch):
     (tmp_path / "cut").write_bytes(content[:-9])
     with pytest.raises(msif.SavedFileError):
         fitted.load(tmp_path / "cut")
-    monkeypatch.setattr("msif_lab.pipeline.saved.read_tensors", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        "msif_lab.pipeline.saved.read_tensors", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         fitted.load(tmp_path / "p")
     assert differences(before, photograph(fitted)) == []
@@ -216,7 +242,11 @@ def test_tensors_given_by_the_user_are_never_written(fitted):
         score(fitted)
     assert torch.equal(given, weights())
     for stage, (x, y, ids) in zip(fitted.stages, data, strict=True):
-        assert torch.equal(stage.data.x, x) and torch.equal(stage.data.y, y) and torch.equal(stage.data.ids, ids)
+        assert (
+            torch.equal(stage.data.x, x)
+            and torch.equal(stage.data.y, y)
+            and torch.equal(stage.data.ids, ids)
+        )
 
 
 @pytest.mark.filterwarnings("ignore::msif_lab.ConvergenceWarning")

@@ -1,4 +1,6 @@
-"""Iterative solvers beyond their answers: shared spaces, preconditioners, indefinite matrices, divergence."""
+"""Iterative solvers beyond their answers: shared spaces, preconditioners, indefinite matrices,
+divergence.
+"""
 
 import pytest
 import torch
@@ -26,7 +28,9 @@ def test_one_shared_space_needs_fewer_products_than_separate_ones():
 
 
 def test_duplicate_columns_cost_nothing_in_a_shared_space():
-    """In a space that three columns do not exhaust: where they do, rounding decides how long the last steps take."""
+    """In a space that three columns do not exhaust: where they do, rounding decides how long the
+    last steps take.
+    """
     a, b = Matrix(with_eigenvalues(torch.logspace(-2, 1, 200))), draw(200, 3)
     solver = msif.ConjugateGradient(tol=1e-6)
     once, thrice = products(solver, a, b), products(solver, a, torch.cat([b, -2 * b, b], 1))
@@ -37,13 +41,19 @@ def test_duplicate_columns_cost_nothing_in_a_shared_space():
 
 
 def test_products_are_counted_where_they_are_spent():
-    for solver in (msif.ConjugateGradient(tol=1e-6), msif.MINRES(tol=1e-6), msif.LiSSA(tol=1e-4, max_iter=5000)):
+    for solver in (
+        msif.ConjugateGradient(tol=1e-6),
+        msif.MINRES(tol=1e-6),
+        msif.LiSSA(tol=1e-4, max_iter=5000),
+    ):
         a = Matrix(with_eigenvalues(torch.linspace(1, 9, 20)))
         assert products(solver, a, draw(20, 4)) == a.columns
 
 
 def test_rounding_that_fools_the_recursion_is_seen():
-    """In float32 the recursion claims 1e-7 long before the truth gets there; the report tells the truth."""
+    """In float32 the recursion claims 1e-7 long before the truth gets there; the report tells the
+    truth.
+    """
     matrix = with_eigenvalues(torch.logspace(-5, 1, 80)).float()
     b = draw(80, 3).float()
     with pytest.warns(msif.ConvergenceWarning):
@@ -57,7 +67,9 @@ def test_rounding_that_fools_the_recursion_is_seen():
 
 def test_preconditioners_reduce_products(digits):
     train, _ = digits
-    stage = msif.Stage("digits", msif.mlp(64, hidden=(6,), classes=10).double(), train[:150], weight_decay=1e-3)
+    stage = msif.Stage(
+        "digits", msif.mlp(64, hidden=(6,), classes=10).double(), train[:150], weight_decay=1e-3
+    )
     pipeline = msif.Pipeline([stage]).fit(progress=False)
     a, b = pipeline.curvature(0, "ggn") + 1e-3, draw(460, 4)
     for block in (1, 64):
@@ -66,9 +78,15 @@ def test_preconditioners_reduce_products(digits):
             for helper in (None, msif.LowRank(rank=150), msif.LowRank(rank=60, method="nystrom"))
         )
         assert low <= 0.5 * plain and nystrom <= 0.8 * plain
-    badly_scaled = Matrix(torch.diag(torch.logspace(-3, 3, 40, dtype=F64)) + with_eigenvalues([1e-4] * 40))
+    badly_scaled = Matrix(
+        torch.diag(torch.logspace(-3, 3, 40, dtype=F64)) + with_eigenvalues([1e-4] * 40)
+    )
     plain, jacobi = (
-        products(msif.ConjugateGradient(tol=1e-6, preconditioner=helper, block=1), badly_scaled, draw(40, 3))
+        products(
+            msif.ConjugateGradient(tol=1e-6, preconditioner=helper, block=1),
+            badly_scaled,
+            draw(40, 3),
+        )
         for helper in (None, msif.Jacobi())
     )
     assert jacobi <= 0.3 * plain
@@ -79,7 +97,9 @@ def test_preconditioners_reduce_products(digits):
 
 @pytest.fixture(scope="module")
 def mislabelled(digits):
-    """Hessian of a net after training on some wrong labels: few examples carry what is not Gauss-Newton."""
+    """Hessian of a net after training on some wrong labels: few examples carry what is not
+    Gauss-Newton.
+    """
     train, _ = digits
     labels = train.y[:300].clone()
     labels[::15] = (labels[::15] + 1) % 10
@@ -103,7 +123,8 @@ def test_nested_solves_spare_products_and_count_what_they_spend(mislabelled, mon
     spent.clear()
     x, report = msif.ConjugateGradient(tol=1e-4, shares=(0.1, 0.3)).solve(a, b)
     assert sum(spent) <= report.products < sum(spent) + 1 and report.products <= 0.85 * plain
-    assert report.bytes == (6 + 3 * 2 * 8) * 460 * 6 * 8  # eight directions and their products a column and level
+    # eight directions and their products a column and level
+    assert report.bytes == (6 + 3 * 2 * 8) * 460 * 6 * 8
     true = (a.dense() @ x - b).norm(dim=0) / b.norm(dim=0)
     assert float(true.max()) <= 1e-4 and torch.allclose(report.residuals, true, rtol=1e-3)
 
@@ -112,13 +133,17 @@ def test_a_share_may_be_indefinite_but_not_the_whole(mislabelled):
     from msif_lab.solvers.nested import split
 
     spectrum = torch.linalg.eigvalsh(mislabelled.dense())
-    a, solver = mislabelled + (0.002 - float(spectrum[0])), msif.ConjugateGradient(1e-6, 200, shares=(0.3,))
+    a, solver = (
+        mislabelled + (0.002 - float(spectrum[0])),
+        msif.ConjugateGradient(1e-6, 200, shares=(0.3,)),
+    )
     diagonal, (few, _) = split(a, (0.3,))
     assert float(torch.linalg.eigvalsh(few.dense() + torch.diag(diagonal))[0]) < 0
     b = draw(460, 5)
     x, report = solver.solve(a, b)
     assert bool(report.converged.all()) and torch.allclose(a.dense() @ x, b, atol=1e-4)
-    assert report.products <= 1.2 * products(msif.ConjugateGradient(1e-6), a, b)  # the share is passed over
+    # the share is passed over
+    assert report.products <= 1.2 * products(msif.ConjugateGradient(1e-6), a, b)
     with pytest.raises(msif.IndefiniteCurvatureError, match="MINRES"):
         solver.solve(mislabelled + (-0.002 - float(spectrum[0])), b)
 
@@ -128,7 +153,9 @@ def test_shares_must_rise_and_have_examples():
         with pytest.raises(ValueError, match=r"shares=.* must rise between 0 and 1"):
             msif.ConjugateGradient(shares=shares)
     with pytest.raises(ValueError, match=r"no examples to take shares=\(0.5,\)"):
-        msif.ConjugateGradient(shares=(0.5,)).solve(Matrix(with_eigenvalues([1.0, 2.0])), draw(2, 1))
+        msif.ConjugateGradient(shares=(0.5,)).solve(
+            Matrix(with_eigenvalues([1.0, 2.0])), draw(2, 1)
+        )
 
 
 # ---- MINRES ----
@@ -138,7 +165,9 @@ def test_shares_must_rise_and_have_examples():
 def test_minres_solves_indefinite_systems(values):
     a, b = Matrix(with_eigenvalues(values)), draw(6, 9)
     x, report = msif.MINRES(tol=1e-10).solve(a, b)
-    assert torch.allclose(x, torch.linalg.solve(a.matrix, b), atol=1e-8) and bool(report.converged.all())
+    assert torch.allclose(x, torch.linalg.solve(a.matrix, b), atol=1e-8) and bool(
+        report.converged.all()
+    )
     assert report.smallest_curvature == pytest.approx(values[0], rel=1e-6)
 
 
@@ -152,7 +181,9 @@ def test_minres_on_the_indefinite_hessian_of_a_net():
     assert float(spectrum[0]) < -1e-3
     b = draw(o.size, 3)
     x, report = msif.MINRES(tol=1e-9, max_iter=5000).solve(hessian, b)
-    assert bool(report.converged.all()) and report.smallest_curvature == pytest.approx(float(spectrum[0]), rel=1e-3)
+    assert bool(report.converged.all()) and report.smallest_curvature == pytest.approx(
+        float(spectrum[0]), rel=1e-3
+    )
     assert torch.allclose(hessian.dense() @ x, b, atol=1e-7)
     with pytest.raises(msif.IndefiniteCurvatureError, match="MINRES"):
         msif.ConjugateGradient().solve(hessian, b)
@@ -165,7 +196,9 @@ def test_lissa_finds_its_scale_and_its_divergence_is_caught():
     a, b = Matrix(with_eigenvalues([0.5, 1.0, 3.0, 50.0])), draw(4, 3)
     x, _ = msif.LiSSA(tol=1e-8, max_iter=5000).solve(a, b)
     assert torch.allclose(a.matrix @ x, b, atol=1e-6)
-    with pytest.raises(msif.NotConvergedError, match=r"scale=1.00e\+01 is below half the largest curvature"):
+    with pytest.raises(
+        msif.NotConvergedError, match=r"scale=1.00e\+01 is below half the largest curvature"
+    ):
         msif.LiSSA(scale=10.0).solve(a, b)
     with pytest.raises(msif.IndefiniteCurvatureError, match="diverged") as caught:
         msif.LiSSA(max_iter=10_000).solve(Matrix(with_eigenvalues([-1.0, 2.0, 3.0])), draw(3, 2))
@@ -179,7 +212,8 @@ def test_lissa_on_mini_batches():
     x, report = solver.prepare(a).solve(b)
     exact = torch.linalg.solve(a.dense(), b)
     assert bool(report.converged.all()) and float((x - exact).norm() / exact.norm()) < 0.2
-    assert report.products == 20 + 400 * 3 // 2 + 3  # the scale, half the data each step, the true residuals
+    # the scale, half the data each step, the true residuals
+    assert report.products == 20 + 400 * 3 // 2 + 3
     assert torch.equal(solver.prepare(a).solve(b)[0], x)
 
 
@@ -194,9 +228,15 @@ def test_tolerance_strictness_callback_and_report(kind):
     x, report = kind(tol=1e-4, max_iter=3000, callback=lambda i, r: seen.append((i, r))).solve(a, b)
     true = (a.dense() @ x - b).norm(dim=0) / b.norm(dim=0)
     assert float(true.max()) <= 1.01e-4 and torch.allclose(report.residuals, true, rtol=0.05)
-    assert [i for i, _ in seen] == list(range(1, report.iterations + 1)) and seen[-1][1].shape == (3,)
+    assert [i for i, _ in seen] == list(range(1, report.iterations + 1)) and seen[-1][1].shape == (
+        3,
+    )
     smallest = float(torch.linalg.eigvalsh(a.dense())[0])
-    assert report.smallest_curvature >= smallest * (1 - 1e-6) and report.seconds > 0 and report.bytes > 0
+    assert (
+        report.smallest_curvature >= smallest * (1 - 1e-6)
+        and report.seconds > 0
+        and report.bytes > 0
+    )
     assert kind.__name__ in str(report) and report.products > 0
     with pytest.warns(msif.ConvergenceWarning, match="3 of 3 columns.*residual up to"):
         kind(tol=1e-12, max_iter=2).solve(a, b)
@@ -216,4 +256,6 @@ def test_minres_names_the_smallest_curvature_past_the_steps_it_remembers(monkeyp
             monkeypatch.setattr(minres, "RITZ", kept)
             _, report = msif.MINRES(tol=1e-8).solve(Matrix(a), b)
             assert bool(report.converged.all())
-            assert report.smallest_curvature == pytest.approx(-0.5, abs=1e-3 if kept == 200 else 0.1)
+            assert report.smallest_curvature == pytest.approx(
+                -0.5, abs=1e-3 if kept == 200 else 0.1
+            )

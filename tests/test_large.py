@@ -1,4 +1,6 @@
-"""Ready for millions of parameters: derivatives by what is trained only, bounded memory, the same numbers."""
+"""Ready for millions of parameters: derivatives by what is trained only, bounded memory, the same
+numbers.
+"""
 
 import subprocess
 import sys
@@ -41,21 +43,31 @@ def test_places_are_positions():
         assert torch.equal(places.take(flat), flat[:, table])
         assert torch.equal(places.put(flat.clone(), values), flat.index_copy(1, table, values))
         assert torch.equal(places.add(flat.clone(), values), flat.index_add(1, table, values))
-        assert torch.equal(places.add(flat.clone(), 2.0), flat.index_add(1, table, torch.full_like(values, 2.0)))
+        assert torch.equal(
+            places.add(flat.clone(), 2.0), flat.index_add(1, table, torch.full_like(values, 2.0))
+        )
     assert len(Places([range(0, 3), range(3, 8)]).spans) == 1
 
 
 @pytest.mark.parametrize("kind", ["mlp", "convnet"])
 def test_a_frozen_stage_is_differentiated_by_its_head_alone(kind):
-    """Every derivative by T through θ alone, against the rows T of the derivative by all D parameters."""
+    """Every derivative by T through θ alone, against the rows T of the derivative by all D
+    parameters.
+    """
     pipeline = random_pipeline(kind, link=msif.Frozen(), fit=False)
     p, o = pipeline.functional(1), pipeline.objective(1)
     full, v = o.layout.flatten(o.model) + 0.3 * draw(o.layout.size), draw(o.size, 4)
     padded = torch.zeros(o.layout.size, 4, dtype=F64).index_copy(0, o.trained_positions, v)
     for operator in (msif.Hessian, msif.GGN):
-        close(operator(o, full, ridge=False) @ v, (operator(o, full, every=True) @ padded)[o.trained_positions])
+        close(
+            operator(o, full, ridge=False) @ v,
+            (operator(o, full, every=True) @ padded)[o.trained_positions],
+        )
     every = torch.cat([g for _, g in msif.per_example_gradients(o, full, every=True)])
-    close(torch.cat([g for _, g in msif.per_example_gradients(o, full)]), every[:, o.trained_positions])
+    close(
+        torch.cat([g for _, g in msif.per_example_gradients(o, full)]),
+        every[:, o.trained_positions],
+    )
     for mode in ("forward", "gradients", "layers"):
         close(msif.example_products(o, full, v, mode=mode), (every[:, o.trained_positions] @ v).T)
     weights = draw(len(o.data), seed=2).abs()
@@ -68,7 +80,9 @@ def test_a_frozen_stage_is_differentiated_by_its_head_alone(kind):
 
 
 def test_nothing_is_pulled_back_to_what_nobody_trained(monkeypatch):
-    """Frozen scales shared through a Proximal link: no product is spent on them, and the scores are the same."""
+    """Frozen scales shared through a Proximal link: no product is spent on them, and the scores are
+    the same.
+    """
     pipeline = random_pipeline("mlp", link=msif.Proximal(0.3), fit=False)
     for stage in pipeline.stages:
         next(stage.model.parameters()).requires_grad_(False)
@@ -88,20 +102,26 @@ def test_queries_in_groups_score_the_same(link, monkeypatch):
     pipeline = random_pipeline("mlp", link=link)
     queries = random_queries(pipeline, n=7)
     for settings in ({}, {"leave_one_out": True}):
-        attributor = msif.ImplicitInfluence(msif.ConjugateGradient(1e-12), curvature="ggn", **settings).fit(pipeline)
+        attributor = msif.ImplicitInfluence(
+            msif.ConjugateGradient(1e-12), curvature="ggn", **settings
+        ).fit(pipeline)
         expected, report = attributor.score(queries).values, attributor.report_["stage0"]
         size = max(pipeline.objective(k).layout.size for k in (0, 1))
         monkeypatch.setattr(implicit, "SOLVING_BYTES", 3 * 10 * size * 8)
         assert attributor._side_by_side(0) == 3
         close(attributor.score(queries).values, expected)
         grouped = attributor.report_["stage0"]
-        assert grouped.products >= report.products - 7  # columns stop at the same step, up to rounding
+        # columns stop at the same step, up to rounding
+        assert grouped.products >= report.products - 7
         assert len(grouped.residuals) == len(report.residuals) == 7
         assert bool(grouped.converged.all())
         monkeypatch.undo()
     top = attributor = msif.ImplicitInfluence(curvature="ggn").fit(pipeline)
     monkeypatch.setattr(implicit, "SOLVING_BYTES", 1)
-    close(top.score(queries, top=2).lowest.values, attributor.score(queries).values.sort(1).values[:, :2])
+    close(
+        top.score(queries, top=2).lowest.values,
+        attributor.score(queries).values.sort(1).values[:, :2],
+    )
 
 
 def test_working_memory(monkeypatch):
@@ -135,7 +155,9 @@ def test_a_chunk_takes_about_the_working_memory_however_many_columns(kind, colum
     operator = msif.Pipeline([stage]).adopt().curvature(0, kind)
     vectors = torch.ones(operator.shape[0], columns, dtype=dtype)
     operator @ vectors  # what is made only once
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         operator @ vectors
     held = peak = 0
     for event in profile.profiler.kineto_results.events():
@@ -146,7 +168,9 @@ def test_a_chunk_takes_about_the_working_memory_however_many_columns(kind, colum
 
 
 def test_the_core_does_without_the_compiler():
-    """`torch.func.grad` and `vjp` import torch._dynamo at first use: 110 MB that a lesson on Binder need not pay."""
+    """`torch.func.grad` and `vjp` import torch._dynamo at first use: 110 MB that a lesson on Binder
+    need not pay.
+    """
     code = """
         import sys, torch, msif_lab as msif
         train, _ = msif.load_digits(dtype=torch.float64)
@@ -165,7 +189,11 @@ def test_the_core_does_without_the_compiler():
             msif.UnrolledInfluence().fit(pipeline.fit(progress=False), progress=False).score(new[:5], progress=False)
         print("torch._dynamo" in sys.modules)
     """
-    run = subprocess.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+    )
     assert run.stdout.strip() == "False", run.stderr
 
 
@@ -190,7 +218,9 @@ class Normed(nn.Module):
 def test_norm_layers_are_seen():
     torch.manual_seed(0)
     model = Normed().double().eval()
-    o = Objective(model, msif.Examples(draw(9, 2, 5, 5), torch.arange(9) % 3), msif.cross_entropy, 0.1)
+    o = Objective(
+        model, msif.Examples(draw(9, 2, 5, 5), torch.arange(9) % 3), msif.cross_entropy, 0.1
+    )
     full, v = o.layout.flatten(model) + 0.1 * draw(o.layout.size, seed=2), draw(o.size, 20)
     assert sum(isinstance(layer, Scale) for layer in find_layers(o)) == 3
 
@@ -199,7 +229,9 @@ def test_norm_layers_are_seen():
 
     j = torch.func.vmap(torch.func.jacrev(outputs), (None, 0))(full, o.data.x)
     p = o.outputs(full, o.data.x).softmax(1)
-    ggn = torch.einsum("bap,bac,bcq->pq", j, torch.diag_embed(p) - p[:, :, None] * p[:, None], j) / 9
+    ggn = (
+        torch.einsum("bap,bac,bcq->pq", j, torch.diag_embed(p) - p[:, :, None] * p[:, None], j) / 9
+    )
     gradients = torch.einsum("bc,bcp->bp", p - nn.functional.one_hot(o.data.y, 3), j)
     close(msif.GGN(o, full, ridge=False) @ v, ggn @ v)
     close(msif.GGN(o, full, ridge=False).dense(), ggn)
@@ -235,9 +267,12 @@ def test_resnet18_end_to_end(link):
     ]
     pipeline = msif.Pipeline(stages).adopt()
     assert find_layers(pipeline.objective(0)) is not None
-    attributor = msif.ImplicitInfluence(msif.ConjugateGradient(max_iter=2), curvature="ggn", damping=0.1)
+    attributor = msif.ImplicitInfluence(
+        msif.ConjugateGradient(max_iter=2), curvature="ggn", damping=0.1
+    )
     with pytest.warns(msif.ConvergenceWarning):  # random weights, two steps
         scores = attributor.fit(pipeline).score(data[2][:2])
     assert scores.values.shape == (2, 8)
     assert float(scores.values.abs().min()) > 0
-    assert 4 < attributor.report_["pretrain"].products <= 7  # two steps, and the check of the residuals
+    # two steps, and the check of the residuals
+    assert 4 < attributor.report_["pretrain"].products <= 7

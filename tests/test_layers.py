@@ -1,4 +1,6 @@
-"""Derivatives from what layers see: the same numbers as torch.func, and a way out wherever there is more to a model."""
+"""Derivatives from what layers see: the same numbers as torch.func, and a way out wherever there is
+more to a model.
+"""
 
 import copy
 
@@ -93,7 +95,11 @@ def hooked():
     return model
 
 
-KNOWN = {"sequence": (Sequence, (5, 3)), "residual": (Residual, (2, 6, 6)), "convnet": (None, (1, 8, 8))}
+KNOWN = {
+    "sequence": (Sequence, (5, 3)),
+    "residual": (Residual, (2, 6, 6)),
+    "convnet": (None, (1, 8, 8)),
+}
 UNKNOWN = {
     "twice": (Twice, (3,)),
     "elsewhere": (Elsewhere, (3,)),
@@ -113,9 +119,9 @@ def objective(make, shape, seed=0):
 
 
 def jacobians(o, full):
-    return vmap(jacrev(lambda t, x: functional_call(o.model, o.layout.named(t), (x[None],))[0]), (None, 0))(
-        full, o.data.x
-    )
+    return vmap(
+        jacrev(lambda t, x: functional_call(o.model, o.layout.named(t), (x[None],))[0]), (None, 0)
+    )(full, o.data.x)
 
 
 @pytest.mark.parametrize("name", KNOWN)
@@ -128,7 +134,9 @@ def test_factors_are_the_jacobian(name):
     seen = trace(o, full, o.data.x, layers)
     s, v, u = seen.jacobians(), draw(o.size, 4), draw(9, 4, expected.shape[1], seed=3)
     assert torch.allclose(seen.jacobian(s, o.size), expected, rtol=0, atol=1e-12)
-    assert torch.allclose(seen.push(s, v), torch.einsum("bcp,pk->bkc", expected, v), rtol=0, atol=1e-12)
+    assert torch.allclose(
+        seen.push(s, v), torch.einsum("bcp,pk->bkc", expected, v), rtol=0, atol=1e-12
+    )
     pulled = torch.zeros_like(v)
     seen.pull(s, u, pulled)
     assert torch.allclose(pulled, torch.einsum("bkc,bcp->pk", u, expected), rtol=0, atol=1e-11)
@@ -170,7 +178,10 @@ def test_single_precision_agrees_with_double():
     expected = msif.GGN(o, full) @ v, msif.Hessian(o, full) @ v
     model = copy.deepcopy(o.model).float()
     single = Objective(model, o.data.to(torch.float32), o.loss, 0.1)
-    found = msif.GGN(single, full.float()) @ v.float(), msif.Hessian(single, full.float()) @ v.float()
+    found = (
+        msif.GGN(single, full.float()) @ v.float(),
+        msif.Hessian(single, full.float()) @ v.float(),
+    )
     for a, b in zip(found, expected, strict=True):
         assert float((a.double() - b).norm()) <= 1e-5 * float(b.norm())
 

@@ -1,4 +1,6 @@
-"""The lessons: how they are built (L0), that they run as shipped (L1), their exercises solved (L2) and failed (L3)."""
+"""The lessons: how they are built (L0), that they run as shipped (L1), their exercises solved (L2)
+and failed (L3).
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,20 @@ import nbformat
 import pytest
 from nbclient.exceptions import CellExecutionError
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
-from notebook_rules import MAX_BYTES, exercise_cells, index_problems, relative_links, structure_problems
+from notebook_rules import (
+    MAX_BYTES,
+    exercise_cells,
+    index_problems,
+    relative_links,
+    structure_problems,
+)
 from PIL import Image
 
 from msif_lab.exercises import EXERCISES
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
-# Bytes; Binder guarantees 1 GB and kills at 2. With a CUDA build of PyTorch too, which loads 300 MB more.
+# Bytes; Binder guarantees 1 GB and kills at 2. With a CUDA build of PyTorch too, which loads 300 MB
+# more.
 MAX_MEMORY = 1.2e9
 
 
@@ -68,15 +77,20 @@ def test_links_lead_somewhere(path):
 def test_runs_as_shipped(path, tmp_path):
     nb, _, memory = runner.execute(copied(tmp_path) / path.name)
     assert runner.tidy(nb) == []
-    assert not memory > MAX_MEMORY, f"{path.name} needs {memory / 1e6:.0f} MB"  # NaN where not measurable
+    # NaN where not measurable
+    assert not memory > MAX_MEMORY, f"{path.name} needs {memory / 1e6:.0f} MB"
 
 
 def copied(tmp_path) -> Path:
     """A copy of the lessons, so that none can write into the checkout."""
-    return shutil.copytree(NOTEBOOKS, tmp_path / "notebooks", ignore=shutil.ignore_patterns(".*", "*_run.ipynb"))
+    return shutil.copytree(
+        NOTEBOOKS, tmp_path / "notebooks", ignore=shutil.ignore_patterns(".*", "*_run.ipynb")
+    )
 
 
-# ---- Exercises: one run of a lesson shows that its solutions pass and that known mistakes do not ----
+# ---- Exercises: one run of a lesson shows that its solutions pass and that known mistakes do not
+# ----
+
 
 LOOK_AT_MISTAKES = """
 def _verdicts(name, **given):
@@ -88,7 +102,9 @@ def _verdicts(name, **given):
 
 
 def solve(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """The folded solutions take the place of the dots; each check is preceded by verdicts on the known mistakes."""
+    """The folded solutions take the place of the dots; each check is preceded by verdicts on the
+    known mistakes.
+    """
     nb = deepcopy(nb)
     for e in exercise_cells(nb):
         lines = nb.cells[e.index].source.splitlines()
@@ -111,7 +127,10 @@ def marking_problems(lesson: nbformat.NotebookNode, solved: nbformat.NotebookNod
         printed = "".join(out.text for out in outputs if out.output_type == "stream")
         verdicts = json.loads(printed.splitlines()[-1])
         own = {mistake: hint for mistake, (_, hint) in EXERCISES[e.name].mistakes.items()}
-        problems += [f"{e.name}: this lesson cannot show {mistake!r}" for mistake in own.keys() - verdicts.keys()]
+        problems += [
+            f"{e.name}: this lesson cannot show {mistake!r}"
+            for mistake in own.keys() - verdicts.keys()
+        ]
         for mistake, verdict in verdicts.items():
             if not verdict.startswith(f"✗ {e.name} wrong: ") or ". Hint: " not in verdict:
                 problems.append(f"{mistake!r} got {verdict}")
@@ -135,11 +154,16 @@ def test_solutions_are_right_and_mistakes_are_known(path, tmp_path):
 
 def test_wrong_solution_and_lesson_without_difference_are_noticed(tmp_path):
     stub = (
-        "alpha = ...\nmsif.check('09-3', alpha, rates=[1.0], momentum=0.0)"  # without momentum it cannot be forgotten
+        # without momentum it cannot be forgotten
+        "alpha = ...\nmsif.check('09-3', alpha, rates=[1.0], momentum=0.0)"
     )
     shown = SOLUTION.replace("five = [1, 2]", "alpha = 7")
     lesson = new_notebook(
-        cells=[new_code_cell("import msif_lab as msif"), new_code_cell(stub), new_markdown_cell(shown)]
+        cells=[
+            new_code_cell("import msif_lab as msif"),
+            new_code_cell(stub),
+            new_markdown_cell(shown),
+        ]
     )
     nbformat.write(solve(lesson), tmp_path / "90_throwaway.ipynb")
     first, second = marking_problems(lesson, runner.execute(tmp_path / "90_throwaway.ipynb")[0])
@@ -151,9 +175,7 @@ def test_wrong_solution_and_lesson_without_difference_are_noticed(tmp_path):
 
 BADGE = "[![Binder](badge.svg)](https://mybinder.org/v2/gh/a/b/v1)"
 TITLE = f"# 00 · Quickstart\n{BADGE}\n\nread 10 min / run 40 s / 400 MB"
-OBJECTIVES = (
-    "## Objectives\n* **see**, at $a/b$ and 1/2 (5 min),\n* **say** what\n  one sees (2 min),\n* **do** it (3 min)."
-)
+OBJECTIVES = "## Objectives\n* **see**, at $a/b$ and 1/2 (5 min),\n* **say** what\n  one sees (2 min),\n* **do** it (3 min)."
 STUB = 'five = ...  # your line\nmsif.check("00-1", five, scores=s)'
 SOLUTION = "<details><summary>Solution, and why</summary>\n\n```python\nfive = [1, 2]\n```\n\nBecause.\n</details>"
 ALT = "A line that falls from upper left to lower right."
@@ -175,8 +197,12 @@ def good_lesson() -> nbformat.NotebookNode:
     cells = [
         new_markdown_cell(TITLE),
         new_markdown_cell(OBJECTIVES),
-        new_code_cell("import math", execution_count=1, metadata={"jupyter": {"source_hidden": True}}),
-        new_markdown_cell("## In a hurry? One line\n## 1 · Claim\n### Detail\n```python\n# no heading\n```"),
+        new_code_cell(
+            "import math", execution_count=1, metadata={"jupyter": {"source_hidden": True}}
+        ),
+        new_markdown_cell(
+            "## In a hurry? One line\n## 1 · Claim\n### Detail\n```python\n# no heading\n```"
+        ),
         new_code_cell("assert math.pi > 3", execution_count=2, outputs=[figure()]),
         new_markdown_cell("**Reading the figure.** It falls.\n\n## 2 · Other\n## 3 · Third"),
         new_code_cell("explorer.static()", execution_count=3),
@@ -184,7 +210,10 @@ def good_lesson() -> nbformat.NotebookNode:
         new_markdown_cell("## 4 · Your turn"),
         new_code_cell(STUB, execution_count=5),
         new_markdown_cell(SOLUTION),
-        new_code_cell('if msif.check("00-1", five, scores=s).state == "right":\n    print(five)', execution_count=6),
+        new_code_cell(
+            'if msif.check("00-1", five, scores=s).state == "right":\n    print(five)',
+            execution_count=6,
+        ),
         new_code_cell(others[0][0], execution_count=7),
         new_markdown_cell(others[0][1]),
         new_code_cell(others[1][0], execution_count=8),
@@ -232,7 +261,9 @@ BREAKAGES = {
     "does not follow the objectives": lambda nb: nb.cells.insert(5, nb.cells.pop(1)),
     "not exactly one # title": replace(3, "## 1 · Claim", "# Claim"),
     "skips a level": replace(3, "### Detail", "#### Detail"),
-    "sections are not '## 1 · ...' to '## 4 · ...' or more: [1, 3, 3, 4]": replace(5, "2 · Other", "3 · Other"),
+    "sections are not '## 1 · ...' to '## 4 · ...' or more: [1, 3, 3, 4]": replace(
+        5, "2 · Other", "3 · Other"
+    ),
     "or more: [1, 2, 3]": replace(8, "## 4 · Your turn", "### Your turn"),
     "the last numbered section is not 'Your turn'": replace(8, "Your turn", "Exercises"),
     "'## Claim' is none of the skeleton's sections": replace(3, "1 · Claim", "Claim"),
@@ -274,10 +305,14 @@ BREAKAGES = {
     "cell 7: msif.check is not the last line": put(cell=7, source='print(msif.check("00-1", 1))'),
     "output of a live widget": out(7, output_type="stream", text="slider"),
     "without .static()": put(cell=6, source="explorer"),
-    "error output ValueError": out(4, output_type="error", ename="ValueError", evalue="", traceback=[]),
+    "error output ValueError": out(
+        4, output_type="error", ename="ValueError", evalue="", traceback=[]
+    ),
     "image/png without alt": show(figure(alt="")),
     "<img> without alt": shown("<img src='x.png'>"),
-    "widget view": out(4, output_type="display_data", data={"application/vnd.jupyter.widget-view+json": {}}),
+    "widget view": out(
+        4, output_type="display_data", data={"application/vnd.jupyter.widget-view+json": {}}
+    ),
     "cell 4: the text below the figure has no '**Reading": replace(5, "Reading", "About"),
     "cell 6: the text below the figure has no": show(figure(), cell=6),
     "alt text 'A line.' is shorter than 40 letters": show(figure("A line.")),
@@ -290,7 +325,8 @@ BREAKAGES = {
 def test_rules_accept_a_good_lesson():
     assert structure_problems(good_lesson()) == []
     also = good_lesson()
-    also.cells[4].outputs = [figure(mode="RGB"), figure("Another " + ALT)]  # two figures, one text below
+    # two figures, one text below
+    also.cells[4].outputs = [figure(mode="RGB"), figure("Another " + ALT)]
     replace(3, "## In a hurry? One line\n", "")(also)
     assert structure_problems(also) == []
 
@@ -337,8 +373,15 @@ def test_links_are_what_the_script_writes():
 def test_links_of_a_new_lesson(tmp_path):
     folder = checkout(tmp_path)
     new = folder / "98_new.ipynb"
-    title = TITLE.replace("# 00 · Quickstart", "# 98 · New: a lesson").replace("run 40 s", "run 3 min")
-    code = new_code_cell("1", execution_count=1, outputs=[new_output("stream", text="1")], metadata={"tags": ["kept"]})
+    title = TITLE.replace("# 00 · Quickstart", "# 98 · New: a lesson").replace(
+        "run 40 s", "run 3 min"
+    )
+    code = new_code_cell(
+        "1",
+        execution_count=1,
+        outputs=[new_output("stream", text="1")],
+        metadata={"tags": ["kept"]},
+    )
     cells = [new_markdown_cell(title + "\n\nWhy."), code, new_markdown_cell("## Next\nNothing.")]
     nbformat.write(new_notebook(cells=cells), new)
     last = LESSONS[-1].name
@@ -357,7 +400,9 @@ def test_links_of_a_new_lesson(tmp_path):
         "| [98 · New](98_new.ipynb) | a lesson | 10 min | 3 min | 400 MB |"
         in after[folder / "index.ipynb"].cells[4].source
     )
-    assert "| 98 | [New](notebooks/98_new.ipynb): a lesson | [![Binder]" in (tmp_path / "README.md").read_text("utf-8")
+    assert "| 98 | [New](notebooks/98_new.ipynb): a lesson | [![Binder]" in (
+        tmp_path / "README.md"
+    ).read_text("utf-8")
     for path, nb in after.items():  # nothing but markdown sources
         for cell in (*nb.cells, *before[path].cells):
             if cell.cell_type == "markdown":
@@ -373,7 +418,9 @@ def test_links_of_a_new_lesson(tmp_path):
 def test_links_want_a_budget_line(tmp_path):
     folder = checkout(tmp_path)
     nbformat.write(new_notebook(cells=[new_markdown_cell("# 98 · New")]), folder / "98_new.ipynb")
-    with pytest.raises(SystemExit, match=r"98_new.ipynb: the first cell needs a title and a line 'read 10 min"):
+    with pytest.raises(
+        SystemExit, match=r"98_new.ipynb: the first cell needs a title and a line 'read 10 min"
+    ):
         links.update(folder)
 
 
@@ -389,7 +436,9 @@ def test_links_want_a_place_in_the_readme(tmp_path):
 
 SCRIPT_CELLS = [
     new_code_cell("import matplotlib\nmatplotlib.use('module://matplotlib_inline.backend_inline')"),
-    new_code_cell("import matplotlib.pyplot as plt\n_ = plt.plot([1, 2])", metadata={"alt": "A line."}),
+    new_code_cell(
+        "import matplotlib.pyplot as plt\n_ = plt.plot([1, 2])", metadata={"alt": "A line."}
+    ),
     new_code_cell("import sys, warnings\nwarnings.warn('careful')\nprint(sys.prefix, object())"),
     new_code_cell("print('bar 10%\\rbar 100%\\r        \\r', end='', file=sys.stderr)"),
     new_code_cell("print('a slider')", metadata={"tags": ["live-widget"]}),

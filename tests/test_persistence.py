@@ -32,22 +32,34 @@ def same(left, right):
 
 def some_influence(dtype=torch.float64):
     values = torch.randn(3, 4, dtype=dtype, generator=torch.Generator().manual_seed(0))
-    return msif.Influence(values, torch.tensor([7, 1, 5, 9]), torch.tensor([2, 0, 4]), "pretrain", "margin", "by hand")
+    return msif.Influence(
+        values, torch.tensor([7, 1, 5, 9]), torch.tensor([2, 0, 4]), "pretrain", "margin", "by hand"
+    )
 
 
 def some_effects():
     values = torch.randn(3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     norm = torch.tensor([1e-9, 2e-9])
     return msif.Effects(
-        values, [[3], [5, 9]], values[:, 0] * 2, torch.tensor([2, 0, 4]), norm, "pretrain", "loss", "warm-start"
+        values,
+        [[3], [5, 9]],
+        values[:, 0] * 2,
+        torch.tensor([2, 0, 4]),
+        norm,
+        "pretrain",
+        "loss",
+        "warm-start",
     )
 
 
-# --- round trips ------------------------------------------------------------------------------------
+# --- round trips
+# ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "recipe", [msif.SGD(0.1, epochs=2, schedule="cosine"), msif.LBFGS(max_iter=5, polish_up_to=0)], ids=["SGD", "LBFGS"]
+    "recipe",
+    [msif.SGD(0.1, epochs=2, schedule="cosine"), msif.LBFGS(max_iter=5, polish_up_to=0)],
+    ids=["SGD", "LBFGS"],
 )
 def test_a_loaded_pipeline_is_the_saved_one_bit_for_bit(tmp_path, recipe):
     saved = quick(recipe).fit(progress=False)
@@ -56,10 +68,15 @@ def test_a_loaded_pipeline_is_the_saved_one_bit_for_bit(tmp_path, recipe):
     assert loaded.load(tmp_path / "p") is loaded
     for left, right in zip(saved.stages, loaded.stages, strict=True):
         states = left.model.state_dict(), right.model.state_dict()
-        assert states[0].keys() == states[1].keys() and all(same(states[0][n], states[1][n]) for n in states[0])
+        assert states[0].keys() == states[1].keys() and all(
+            same(states[0][n], states[1][n]) for n in states[0]
+        )
     for left, right in zip(saved.reports, loaded.reports, strict=True):
         assert (left.recipe, left.iterations) == (right.recipe, right.iterations)
-        assert all(same(getattr(left, n), getattr(right, n)) for n in ("value", "gradient_norm", "converged"))
+        assert all(
+            same(getattr(left, n), getattr(right, n))
+            for n in ("value", "gradient_norm", "converged")
+        )
     weights = torch.ones(2, 24)
     weights[0, 3] = 0
     for warm in (False, True):  # from the initial and from the trained weights
@@ -119,7 +136,10 @@ def test_effects_come_back_bit_for_bit(tmp_path):
     saved = some_effects()
     saved.save(tmp_path / "e")
     loaded = msif.Effects.load(tmp_path / "e")
-    assert all(same(getattr(saved, n), getattr(loaded, n)) for n in ("values", "base", "query_ids", "gradient_norm"))
+    assert all(
+        same(getattr(saved, n), getattr(loaded, n))
+        for n in ("values", "base", "query_ids", "gradient_norm")
+    )
     assert (loaded.subsets, loaded.stage, loaded.target, loaded.protocol) == (
         [[3], [5, 9]],
         "pretrain",
@@ -128,7 +148,9 @@ def test_effects_come_back_bit_for_bit(tmp_path):
     )
 
 
-# --- the files --------------------------------------------------------------------------------------
+# --- the files
+# --------------------------------------------------------------------------------------
+
 
 SAVERS = {
     "pipeline": lambda path: quick().fit(progress=False).save(path),
@@ -140,28 +162,44 @@ SAVERS = {
 
 def remove(pipeline, subsets=range(6), **settings):
     queries = pipeline.stages[-1].data[:3]
-    return msif.removal_effects(pipeline, queries, list(subsets), **{"lanes": 2, "progress": False} | settings)
+    return msif.removal_effects(
+        pipeline, queries, list(subsets), **{"lanes": 2, "progress": False} | settings
+    )
 
 
 def pickled(source):
     """Calls and imports through which a pickle could be written or read."""
     found, tree = [], ast.parse(source)
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    safe = [c for c in calls if any(k.arg == "allow_pickle" and ast.unparse(k.value) == "False" for k in c.keywords)]
+    safe = [
+        c
+        for c in calls
+        if any(k.arg == "allow_pickle" and ast.unparse(k.value) == "False" for k in c.keywords)
+    ]
     harmless = {id(node) for call in safe for node in ast.walk(call)}
     for node in ast.walk(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names = [a.name for a in node.names] + [getattr(node, "module", None) or ""]
-            found += [n for n in names if n.split(".")[0] in ("pickle", "cloudpickle", "dill", "shelve", "marshal")]
+            found += [
+                n
+                for n in names
+                if n.split(".")[0] in ("pickle", "cloudpickle", "dill", "shelve", "marshal")
+            ]
         names = "load", "save", "dump", "loads", "dumps", "read_pickle", "to_pickle"
         if isinstance(node, ast.Attribute) and node.attr in names and id(node) not in harmless:
             owner = ast.unparse(node.value)
-            found += [f"{owner}.{node.attr}"] if owner in ("torch", "numpy", "np", "joblib", "pandas", "pickle") else []
+            found += (
+                [f"{owner}.{node.attr}"]
+                if owner in ("torch", "numpy", "np", "joblib", "pandas", "pickle")
+                else []
+            )
     return found
 
 
 def test_no_pickle_in_the_package():
-    """But for CIFAR-10's own Python batches, whose MD5 is checked first; tests/test_datasets.py tries to trick it."""
+    """But for CIFAR-10's own Python batches, whose MD5 is checked first; tests/test_datasets.py
+    tries to trick it.
+    """
     assert (
         pickled("import pickle")
         and pickled("import torch\ntorch.load(p)")
@@ -171,7 +209,9 @@ def test_no_pickle_in_the_package():
     files = {path.relative_to(PACKAGE).as_posix(): path for path in PACKAGE.rglob("*.py")}
     assert "storage.py" in files and "widgets/frame.py" in files, "every folder is looked at"
     found = {name: pickled(path.read_text("utf-8")) for name, path in files.items()}
-    assert {name: calls for name, calls in found.items() if calls} == {"data/formats.py": ["pickle"]}
+    assert {name: calls for name, calls in found.items() if calls} == {
+        "data/formats.py": ["pickle"]
+    }
 
 
 @pytest.mark.parametrize("save", SAVERS.values(), ids=SAVERS)
@@ -187,8 +227,12 @@ def test_files_are_safetensors_whose_header_is_readable_json(tmp_path, save):
 
 @pytest.mark.parametrize("save", SAVERS.values(), ids=SAVERS)
 @pytest.mark.parametrize("step", ["replace", "fsync", "chmod"])
-@pytest.mark.parametrize("failure", [OSError("disk full"), KeyboardInterrupt()], ids=["OSError", "KeyboardInterrupt"])
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, save, step, failure):
+@pytest.mark.parametrize(
+    "failure", [OSError("disk full"), KeyboardInterrupt()], ids=["OSError", "KeyboardInterrupt"]
+)
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
+    tmp_path, monkeypatch, save, step, failure
+):
     if save is not SAVERS["store"]:  # a store is opened, so the old one has to be right
         (tmp_path / "file").write_bytes(b"old")
 
@@ -216,7 +260,8 @@ def test_files_get_the_permissions_of_any_new_file(tmp_path, umask, mode):
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == mode
 
 
-# --- resuming ---------------------------------------------------------------------------------------
+# --- resuming
+# ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.float64], ids=str)
@@ -244,7 +289,9 @@ def test_removals_resume_where_an_interrupt_stopped_them(trained, tmp_path, monk
     with pytest.raises(KeyboardInterrupt):
         remove(trained, store=tmp_path / "store")
     assert [p.name for p in tmp_path.iterdir()] == ["store"]
-    assert read_tensors(tmp_path / "store", "removals")[0]["done"].tolist() == [True] * 2 + [False] * 4
+    assert (
+        read_tensors(tmp_path / "store", "removals")[0]["done"].tolist() == [True] * 2 + [False] * 4
+    )
     monkeypatch.undo()
     lanes = interrupt_after(monkeypatch, calls=99)
     resumed = remove(trained, store=tmp_path / "store")
@@ -261,7 +308,10 @@ def test_finished_removals_are_read_and_not_computed(trained, tmp_path, monkeypa
 
 
 def test_removals_do_not_depend_on_how_they_are_batched(trained, tmp_path):
-    at_once, one_by_one = remove(trained, lanes=6), remove(trained, lanes=1, store=tmp_path / "store")
+    at_once, one_by_one = (
+        remove(trained, lanes=6),
+        remove(trained, lanes=1, store=tmp_path / "store"),
+    )
     tolerance = 1e-5 if trained.trained()[0].dtype == torch.float32 else 1e-12
     assert torch.allclose(at_once.values, one_by_one.values, rtol=0, atol=tolerance)
     assert at_once.values.abs().max() > 100 * tolerance, "the removals must change something"
@@ -278,7 +328,8 @@ def test_a_resumed_run_still_says_that_retrainings_stopped_short(tmp_path, monke
             remove(pipeline, store=tmp_path / "store", subsets=range(3), lanes=1)
 
 
-# --- how settings are told apart ----------------------------------------------------------------------
+# --- how settings are told apart
+# ----------------------------------------------------------------------
 
 
 def closure(value):
@@ -305,7 +356,10 @@ class Thing:
         pytest.param(lambda z, *, c=1: c, lambda z, *, c=2: c, id="keyword defaults"),
         pytest.param(lambda z: (lambda q: q + 1)(z), lambda z: (lambda q: q - 1)(z), id="inner"),
         (msif.SGD(0.1, schedule=lambda i, n: 1.0), msif.SGD(0.1, schedule=lambda i, n: 0.5)),
-        (torch.nn.CrossEntropyLoss(label_smoothing=0.1), torch.nn.CrossEntropyLoss(label_smoothing=0.2)),
+        (
+            torch.nn.CrossEntropyLoss(label_smoothing=0.1),
+            torch.nn.CrossEntropyLoss(label_smoothing=0.2),
+        ),
     ],
 )
 def test_different_functions_are_described_differently(one, other):
@@ -326,9 +380,13 @@ def test_equal_functions_are_described_equally(make):
     assert describe(make()) == describe(make())
 
 
-@pytest.mark.parametrize("function", [msif.cross_entropy, torch.nn.functional.cross_entropy, closure])
+@pytest.mark.parametrize(
+    "function", [msif.cross_entropy, torch.nn.functional.cross_entropy, closure]
+)
 def test_an_importable_function_is_described_by_its_name(function):
-    """Its byte code changes with every Python and every edit, and would make all saved files foreign."""
+    """Its byte code changes with every Python and every edit, and would make all saved files
+    foreign.
+    """
     code = function.__code__
     try:
         before = describe(function)

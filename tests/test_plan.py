@@ -34,9 +34,12 @@ def test_a_small_pipeline_is_solved_exactly(pipeline, capsys):
 
 
 def test_products_of_conjugate_gradients_are_foreseen(pipeline):
-    planned = msif.plan(pipeline, queries=10, memory="1KB", kind="ggn", damping=0.01)  # nothing dense fits
+    # nothing dense fits
+    planned = msif.plan(pipeline, queries=10, memory="1KB", kind="ggn", damping=0.01)
     assert all(isinstance(s.solver, msif.ConjugateGradient) for s in planned.stages)
-    attributor = msif.ImplicitInfluence(msif.ConjugateGradient(), curvature="ggn", damping=0.01).fit(pipeline)
+    attributor = msif.ImplicitInfluence(
+        msif.ConjugateGradient(), curvature="ggn", damping=0.01
+    ).fit(pipeline)
     attributor.score(random_queries(pipeline, n=10))
     for stage in planned.stages:
         report = attributor.report_[stage.stage]

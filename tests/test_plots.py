@@ -24,7 +24,10 @@ def no_windows():
 def test_figures_have_the_alt_texts_that_jupyterlab_sends_with_the_cell(monkeypatch):
     from IPython.core.formatters import DisplayFormatter
 
-    parent = {"header": {"msg_id": "first run"}, "metadata": {"alt": ['two <bars> & a "line"', "a circle"]}}
+    parent = {
+        "header": {"msg_id": "first run"},
+        "metadata": {"alt": ['two <bars> & a "line"', "a circle"]},
+    }
     shell = SimpleNamespace(get_parent=lambda: parent, display_formatter=DisplayFormatter())
     monkeypatch.setattr("IPython.get_ipython", lambda: shell)
     before = dict(matplotlib.rcParams)
@@ -32,7 +35,9 @@ def test_figures_have_the_alt_texts_that_jupyterlab_sends_with_the_cell(monkeypa
     matplotlib.rcParams.update(before)
     figure, formatter = plt.figure(), shell.display_formatter.formatters["text/html"]
     said = [formatter(figure) for _ in range(3)]
-    assert 'alt="two &lt;bars&gt; &amp; a &quot;line&quot;"' in said[0] and 'alt="a circle"' in said[1]
+    assert (
+        'alt="two &lt;bars&gt; &amp; a &quot;line&quot;"' in said[0] and 'alt="a circle"' in said[1]
+    )
     assert said[2] is None  # more figures than texts
     parent["header"], parent["metadata"] = {"msg_id": "second run"}, {"alt": "a circle"}
     assert formatter(figure) == said[1]
@@ -46,7 +51,11 @@ def texts(ax):
 
 @pytest.mark.parametrize(
     ("link", "words"),
-    [(msif.Frozen(), "frozen"), (msif.Proximal(0.3), "held near, α = 0.3"), (msif.WarmStart(), "start here")],
+    [
+        (msif.Frozen(), "frozen"),
+        (msif.Proximal(0.3), "held near, α = 0.3"),
+        (msif.WarmStart(), "start here"),
+    ],
     ids=["frozen", "proximal", "warm"],
 )
 def test_diagram_names_the_link(link, words):
@@ -57,9 +66,13 @@ def test_diagram_says_what_is_handed_over():
     shown = texts(plots.pipeline_diagram(random_pipeline(link=msif.Proximal(0.3), fit=False)))
     assert "W: 4×16 + 4\n68 shared" in shown and "all 78" in shown and "24 examples of 0–2" in shown
     deep = random_pipeline("cnn", link=msif.Frozen(), fit=False)
-    assert f"W: 4 blocks\n{deep.functional(1).here['frozen'].size} shared" in texts(plots.pipeline_diagram(deep))
+    assert f"W: 4 blocks\n{deep.functional(1).here['frozen'].size} shared" in texts(
+        plots.pipeline_diagram(deep)
+    )
     some = msif.Frozen(shared=["embedding.1.weight"])
-    assert "W: 4×16\n64 shared" in texts(plots.pipeline_diagram(random_pipeline(link=some, fit=False)))
+    assert "W: 4×16\n64 shared" in texts(
+        plots.pipeline_diagram(random_pipeline(link=some, fit=False))
+    )
 
 
 @pytest.mark.parametrize(
@@ -76,7 +89,9 @@ def test_diagram_says_what_is_handed_over():
 def test_diagram_names_classes_shortly(names, said):
     data = random_examples(len(names) * 20, (1, 4, 4), len(names), False, seed=0)
     y = torch.arange(len(names)).repeat(20)
-    stage = msif.Stage("first", random_model("mlp", len(names), seed=0), msif.Examples(data.x, y, classes=names))
+    stage = msif.Stage(
+        "first", random_model("mlp", len(names), seed=0), msif.Examples(data.x, y, classes=names)
+    )
     assert f"{len(y)} examples of {said}\n" in texts(plots.pipeline_diagram(msif.Pipeline([stage])))
 
 
@@ -91,7 +106,10 @@ def large_pipeline():
     return msif.Pipeline(stages)
 
 
-PIPELINES = {f"{k} stages": lambda k=k: random_pipeline(link=msif.Proximal(0.05), k=k, fit=False) for k in (1, 2, 3)}
+PIPELINES = {
+    f"{k} stages": lambda k=k: random_pipeline(link=msif.Proximal(0.05), k=k, fit=False)
+    for k in (1, 2, 3)
+}
 
 
 @pytest.mark.parametrize("make", [*PIPELINES.values(), large_pipeline], ids=[*PIPELINES, "large"])
@@ -125,12 +143,14 @@ def contrast(a: str, b: str) -> float:
     return (light + 0.05) / (dark + 0.05)
 
 
-WHITE, DARK = "#ffffff", ("#111111", "#212121")  # figures' ground; JupyterLab's dark theme behind cells and outputs
+# figures' ground; JupyterLab's dark theme behind cells and outputs
+WHITE, DARK = "#ffffff", ("#111111", "#212121")
 
 
 def test_contrast_is_that_of_wcag():
     assert contrast("#000000", WHITE) == pytest.approx(21.0)
-    assert contrast("#777777", WHITE) == pytest.approx(4.48, abs=0.01)  # the well-known grey that just fails
+    # the well-known grey that just fails
+    assert contrast("#777777", WHITE) == pytest.approx(4.48, abs=0.01)
     assert contrast("#de8f05", WHITE) < 3, "seaborn's orange, which the rule must refuse"
 
 
@@ -146,11 +166,24 @@ def test_lines_can_be_seen():
     assert all(contrast(matplotlib.colors.to_hex(colour), WHITE) >= 3 for colour in colours)
 
 
-# What a dichromat sees of linear (red, green, blue): Machado, Oliveira and Fernandes 2009, severity 1.
+# What a dichromat sees of linear (red, green, blue): Machado, Oliveira and Fernandes 2009, severity
+# 1.
 DICHROMATS = {
-    "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
-    "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
-    "tritan": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+    "protan": [
+        [0.152286, 1.052583, -0.204868],
+        [0.114503, 0.786281, 0.099216],
+        [-0.003882, -0.048116, 1.051998],
+    ],
+    "deutan": [
+        [0.367322, 0.860646, -0.227968],
+        [0.280085, 0.672501, 0.047413],
+        [-0.011820, 0.042940, 0.968881],
+    ],
+    "tritan": [
+        [1.255528, -0.076749, -0.178779],
+        [-0.078411, 0.930809, 0.147602],
+        [0.004733, 0.691367, 0.303900],
+    ],
 }
 XYZ = torch.tensor([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
 LAB = torch.tensor([[0.0, 116, 0], [500, -500, 0], [0, 200, -200]])
@@ -173,15 +206,24 @@ def test_helpful_and_harmful_differ_for_colour_blind_readers(seen_by):
 
 
 def test_the_usual_red_and_green_do_not():
-    assert difference("#c00000", "#607000", "deutan") < 25 < 60 < difference("#c00000", "#607000", "tritan")
+    assert (
+        difference("#c00000", "#607000", "deutan")
+        < 25
+        < 60
+        < difference("#c00000", "#607000", "tritan")
+    )
 
 
 @pytest.mark.parametrize("state", marking.LOOK)
 def test_verdict_signs_can_be_seen_in_both_themes(state):
     sign, colour = marking.LOOK[state]
     for ground in (WHITE, *DARK):
-        assert contrast(colour, ground) >= 3, "sign and bar are graphics; the message has the theme's text colour"
-    assert [sign for sign, _ in marking.LOOK.values()].count(sign) == 1, "signs differ without colour"
+        assert contrast(colour, ground) >= 3, (
+            "sign and bar are graphics; the message has the theme's text colour"
+        )
+    assert [sign for sign, _ in marking.LOOK.values()].count(sign) == 1, (
+        "signs differ without colour"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -207,9 +249,13 @@ def test_grid_says_sign_and_kind_in_words(scored):
 
 def test_scatter_says_r_and_slope(scored):
     pipeline, queries, scores = scored
-    report = msif.agreement(scores, msif.removal_effects(pipeline, queries, [[i] for i in range(8)]))
+    report = msif.agreement(
+        scores, msif.removal_effects(pipeline, queries, [[i] for i in range(8)])
+    )
     ax = plots.agreement_scatter(report, title="both")
-    assert f"mean per-query r = {report.mean():.3f}" in texts(ax) and f"slope = {report.mean('slope'):.2f}" in texts(ax)
+    assert f"mean per-query r = {report.mean():.3f}" in texts(
+        ax
+    ) and f"slope = {report.mean('slope'):.2f}" in texts(ax)
     assert "nats" in ax.get_xlabel() and "nats" in ax.get_ylabel()
     assert ax.get_xlim() == ax.get_ylim() and ax.lines[0].get_linestyle() == "--"
     assert len(ax.collections[0].get_offsets()) == report.predicted.size
@@ -254,18 +300,30 @@ def test_filter_curves_are_the_two_formulas_and_stop_at_the_floor():
     for line, alpha in ((spring, 0.1), (strong, 1.0)):
         assert torch.allclose(line[:, 1], 2 * alpha / (line[:, 0] + 2 * alpha))
     assert torch.allclose(descent[:, 1], torch.exp(-5 * descent[:, 0]))
-    assert -0.2 < spring[:, 0].min() < 0 and strong[:, 0].min() < -0.45, "below the floor there is no curve"
+    assert -0.2 < spring[:, 0].min() < 0 and strong[:, 0].min() < -0.45, (
+        "below the floor there is no curve"
+    )
     assert spring[:, 0].max() > 1.9 and ticks[:, 0].tolist() == [-0.5, 0.01, 2.0]
-    assert len({(line.get_linestyle(), line.get_marker()) for line in ax.lines}) == 4, "told apart without colours"
+    assert len({(line.get_linestyle(), line.get_marker()) for line in ax.lines}) == 4, (
+        "told apart without colours"
+    )
     assert [t.get_text() for t in ax.get_legend().get_texts()][-1] == "exp(−τs), τ = 5"
-    assert ax.get_xscale() == "asinh" and plots.filter_curves([0.1, 2.0], [1.0]).get_xscale() == "log"
-    for eigenvalues, alphas in (([0.0], [0.1]), ([-1.0], [0.1]), ([0.1], [])):  # one direction, no curve at all
+    assert (
+        ax.get_xscale() == "asinh" and plots.filter_curves([0.1, 2.0], [1.0]).get_xscale() == "log"
+    )
+    # one direction, no curve at all
+    for eigenvalues, alphas in (([0.0], [0.1]), ([-1.0], [0.1]), ([0.1], [])):
         assert plots.filter_curves(eigenvalues, alphas).get_ylim()[0] > 0
 
 
 @pytest.mark.parametrize(
     ("given", "times"),
-    [(([], [1.0]), ()), (([float("nan")], [1.0]), ()), (([1.0], [0.0]), ()), (([1.0], [1.0]), [-1.0])],
+    [
+        (([], [1.0]), ()),
+        (([float("nan")], [1.0]), ()),
+        (([1.0], [0.0]), ()),
+        (([1.0], [1.0]), [-1.0]),
+    ],
 )
 def test_filter_curves_say_what_is_wrong(given, times):
     with pytest.raises(ValueError, match="must be finite and at least one"):
@@ -300,7 +358,9 @@ def test_figure_slider_draws_each_setting_once():
         drawn.append(value)
         return draw(value)
 
-    slider = widgets.FigureSlider(counted, [1, 10, 100], "alpha", alt=lambda value: f"All about {value}")
+    slider = widgets.FigureSlider(
+        counted, [1, 10, 100], "alpha", alt=lambda value: f"All about {value}"
+    )
     slider._repr_mimebundle_()
     assert sorted(drawn) == [1, 10, 100], "all before the slider moves"
     for value in (10, 100, 1, 10):

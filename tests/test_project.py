@@ -1,4 +1,6 @@
-"""The project's own promises: same packages everywhere, one-way imports, a light import, small modules."""
+"""The project's own promises: same packages everywhere, one-way imports, a light import, small
+modules.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +90,10 @@ def test_environment_says_why_and_pins_python_for_binder():
 
 def test_binder_folder():
     assert (ROOT / "binder/environment.yml").read_bytes() == (ROOT / "environment.yml").read_bytes()
-    code = [line.split("  #")[0].rstrip() for line in (ROOT / "binder/postBuild").read_text().splitlines()]
+    code = [
+        line.split("  #")[0].rstrip()
+        for line in (ROOT / "binder/postBuild").read_text().splitlines()
+    ]
     assert [line for line in code if line and not line.startswith("#")] == [
         "set -euo pipefail",
         "python -m pip install --no-deps -e .",
@@ -120,9 +125,11 @@ def _run(*command: str) -> str:
 
 
 def imports_below(source: str, module: str, depth: int = 1) -> list[str]:
-    """The package's modules that ``module`` imports as it loads although they are not above it in ORDER.
+    """The package's modules that ``module`` imports as it loads although they are not above it in
+    ORDER.
 
-    ``depth`` is 2 for a file in a folder of the package: one dot stays within the folder, two lead out of it.
+    ``depth`` is 2 for a file in a folder of the package: one dot stays within the folder, two lead
+        out of it.
     """
     found = []
     for node in _loaded(ast.parse(source)):
@@ -139,7 +146,9 @@ def imports_below(source: str, module: str, depth: int = 1) -> list[str]:
 
 
 def _loaded(node: ast.AST):
-    """The nodes that run at import: not the bodies of functions, nor what only a type checker reads."""
+    """The nodes that run at import: not the bodies of functions, nor what only a type checker
+    reads.
+    """
     for child in ast.iter_child_nodes(node):
         lazy = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
         typing = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
@@ -179,7 +188,9 @@ def test_import_check_sees_out_of_a_folder():
     assert imports_below(lines, "exercises", depth=2) == ["plots"]
 
 
-@pytest.mark.parametrize("path", [*MODULES, PACKAGE / "__init__.py"], ids=lambda p: p.relative_to(PACKAGE).as_posix())
+@pytest.mark.parametrize(
+    "path", [*MODULES, PACKAGE / "__init__.py"], ids=lambda p: p.relative_to(PACKAGE).as_posix()
+)
 def test_modules_stay_readable(path):
     lines = len(path.read_text(encoding="utf-8").splitlines())
     assert lines <= 400, f"{path.name} has {lines} lines: split it by concept"
@@ -187,7 +198,9 @@ def test_modules_stay_readable(path):
 
 def test_every_folder_of_the_package_is_installed():
     """An editable install hides a folder that the wheel would lack."""
-    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"][
+        "setuptools"
+    ]["packages"]
     folders = [p.parent.relative_to(ROOT) for p in PACKAGE.rglob("__init__.py")]
     assert sorted(listed) == sorted(".".join(folder.parts) for folder in folders)
 
@@ -200,7 +213,8 @@ def test_import_is_light():
     )
     runs = [_run(sys.executable, "-c", code).split() for _ in range(3)]
     assert HEAVY.isdisjoint(runs[0]), sorted(HEAVY.intersection(runs[0]))
-    assert min(float(seconds) for seconds, *_ in runs) < 1.0  # the best of three: other work also takes time
+    # the best of three: other work also takes time
+    assert min(float(seconds) for seconds, *_ in runs) < 1.0
 
 
 def test_public_names_exist_and_are_documented():
@@ -222,7 +236,9 @@ def results_row(title: str, setting: str, link: str) -> str:
     """One line of the README's table, from the results file of the setting."""
     import pandas
 
-    table = pandas.read_csv(ROOT / f"notebooks/results/{setting}.csv").query(f"statistic == 'r' and link == {link!r}")
+    table = pandas.read_csv(ROOT / f"notebooks/results/{setting}.csv").query(
+        f"statistic == 'r' and link == {link!r}"
+    )
     mean = table.set_index(["removals", "method"])["mean"]
     cells = [f"{mean[kind, 'unrolled']:.2f}" for kind in ("one", "2 %", "10 %")]
     others = mean["one"].drop(["unrolled", "another seed", "implicit, GGN"])
@@ -242,4 +258,7 @@ def results_row(title: str, setting: str, link: str) -> str:
     ],
 )
 def test_readme_shows_what_the_results_files_say(title, setting, link):
-    assert results_row(title, setting, link) in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert (
+        results_row(title, setting, link)
+        in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    )

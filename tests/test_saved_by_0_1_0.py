@@ -23,16 +23,22 @@ def numbers(count, width, seed):
 
 
 def labelled(count, seed):
-    return msif.Examples(numbers(count, 3, seed), torch.arange(count) * 5 % 3, 100 * seed + torch.arange(count))
+    return msif.Examples(
+        numbers(count, 3, seed), torch.arange(count) * 5 % 3, 100 * seed + torch.arange(count)
+    )
 
 
 def measured(count, seed):
-    return msif.Examples(numbers(count, 3, seed), numbers(count, 2, seed + 1), 100 * seed + torch.arange(count))
+    return msif.Examples(
+        numbers(count, 3, seed), numbers(count, 2, seed + 1), 100 * seed + torch.arange(count)
+    )
 
 
 def written(count, seed):
     tokens = (torch.arange(count * 4) * 3 + seed) % 5
-    return msif.Examples(tokens.reshape(count, 4), tokens.reshape(count, 4), 100 * seed + torch.arange(count))
+    return msif.Examples(
+        tokens.reshape(count, 4), tokens.reshape(count, 4), 100 * seed + torch.arange(count)
+    )
 
 
 def language_model():
@@ -43,7 +49,9 @@ def proximal():
     """Cross-entropy at an optimum."""
     nets = [msif.mlp(3, hidden=(2,), classes=3).double() for _ in range(2)]
     first = msif.Stage("pretrain", nets[0], labelled(12, 1), weight_decay=1e-1)
-    last = msif.Stage("finetune", nets[1], labelled(9, 2), weight_decay=1e-1, link=msif.Proximal(0.5))
+    last = msif.Stage(
+        "finetune", nets[1], labelled(9, 2), weight_decay=1e-1, link=msif.Proximal(0.5)
+    )
     return msif.Pipeline([first, last]), labelled(4, 3)
 
 
@@ -73,7 +81,9 @@ def attributor(name):
 
 
 def removals(pipeline, queries, store):
-    return msif.removal_effects(pipeline, queries, SUBSETS, protocol="same-seed", store=store, progress=False)
+    return msif.removal_effects(
+        pipeline, queries, SUBSETS, protocol="same-seed", store=store, progress=False
+    )
 
 
 def save(folder):
@@ -94,17 +104,26 @@ def save(folder):
 
 @pytest.fixture(params=PIPELINES)
 def saved(request, tmp_path):
-    """A pipeline loaded from a copy of its file, its queries, what 0.1.0 told, and where its other files lie."""
+    """A pipeline loaded from a copy of its file, its queries, what 0.1.0 told, and where its other
+    files lie.
+    """
     for file in FOLDER.glob(f"{request.param}.*"):
         shutil.copy(file, tmp_path)
     pipeline, queries = PIPELINES[request.param]()
     pipeline.load(tmp_path / f"{request.param}.pipeline.safetensors")
     told = json.loads((tmp_path / f"{request.param}.json").read_text())
-    return request.param, pipeline, queries, {n: torch.tensor(told[n], dtype=torch.float64) for n in told}, tmp_path
+    return (
+        request.param,
+        pipeline,
+        queries,
+        {n: torch.tensor(told[n], dtype=torch.float64) for n in told},
+        tmp_path,
+    )
 
 
 def same(one, other):
-    return torch.allclose(one, other, rtol=1e-9, atol=1e-12)  # recomputed, perhaps on another processor
+    # recomputed, perhaps on another processor
+    return torch.allclose(one, other, rtol=1e-9, atol=1e-12)
 
 
 def test_pipeline(saved):
@@ -117,7 +136,11 @@ def test_scores(saved):
     name, _, queries, told, folder = saved
     scores = msif.Influence.load(folder / f"{name}.scores.safetensors")
     assert torch.equal(scores.values, told["scores"])
-    assert torch.equal(scores.query_ids, queries.ids) and scores.stage == "pretrain" and scores.target == "loss"
+    assert (
+        torch.equal(scores.query_ids, queries.ids)
+        and scores.stage == "pretrain"
+        and scores.target == "loss"
+    )
 
 
 def test_effects(saved):
@@ -130,7 +153,9 @@ def test_store(saved, monkeypatch):
     """All removals are taken from the store; nothing is trained again."""
     name, pipeline, queries, told, folder = saved
     monkeypatch.setattr(msif.Pipeline, "retrain", None)
-    assert same(removals(pipeline, queries, folder / f"{name}.store.safetensors").values, told["effects"])
+    assert same(
+        removals(pipeline, queries, folder / f"{name}.store.safetensors").values, told["effects"]
+    )
 
 
 def test_store_of_another_call_is_still_refused(saved):

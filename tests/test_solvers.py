@@ -17,10 +17,14 @@ ITERATIVE = {
     "cg-separate": SEPARATE,
     "cg-groups": msif.ConjugateGradient(tol=1e-11, block=4),
     "cg-lowrank": msif.ConjugateGradient(tol=1e-11, preconditioner=msif.LowRank(rank=12)),
-    "cg-nystrom": msif.ConjugateGradient(tol=1e-11, preconditioner=msif.LowRank(rank=8, method="nystrom"), block=1),
+    "cg-nystrom": msif.ConjugateGradient(
+        tol=1e-11, preconditioner=msif.LowRank(rank=8, method="nystrom"), block=1
+    ),
     "cg-jacobi": msif.ConjugateGradient(tol=1e-11, preconditioner=msif.Jacobi()),
     "cg-nested": msif.ConjugateGradient(tol=1e-11, max_iter=2000, shares=(0.2, 0.5)),
-    "cg-nested-lowrank": msif.ConjugateGradient(1e-11, preconditioner=msif.LowRank(rank=12), block=4, shares=(0.4,)),
+    "cg-nested-lowrank": msif.ConjugateGradient(
+        1e-11, preconditioner=msif.LowRank(rank=12), block=4, shares=(0.4,)
+    ),
     "minres": msif.MINRES(tol=1e-11),
     "lissa": msif.LiSSA(tol=1e-11, max_iter=20_000),
 }
@@ -77,10 +81,16 @@ def test_solutions_equal_dense_algebra(solver, operator):
     assert bool((x[:, 3] == 0).all()) and float(report.residuals[3]) == 0.0
     assert float((x[:, 7] - x[:, 11]).abs().max()) <= 1e-10 * float(x.abs().max())
     residuals = (a.dense() @ x - b).norm(dim=0) / b.norm(dim=0).clamp(min=1e-300)
-    assert report.residuals.shape == report.converged.shape == (size + 9,) and bool(report.converged.all())
+    assert report.residuals.shape == report.converged.shape == (size + 9,) and bool(
+        report.converged.all()
+    )
     assert torch.allclose(report.residuals, residuals, rtol=0.5, atol=1e-13)
     smallest = float(torch.linalg.eigvalsh(a.dense())[0])
-    assert report.smallest_curvature >= smallest * (1 - 1e-9) and report.seconds > 0 and report.bytes > 0
+    assert (
+        report.smallest_curvature >= smallest * (1 - 1e-9)
+        and report.seconds > 0
+        and report.bytes > 0
+    )
     if solver is EXACT:
         assert report.smallest_curvature == pytest.approx(smallest, rel=0.02)
 
@@ -88,10 +98,16 @@ def test_solutions_equal_dense_algebra(solver, operator):
 @pytest.mark.parametrize("solver", [EXACT, *ITERATIVE.values()], ids=["exact", *ITERATIVE])
 def test_all_zero_and_empty_right_hand_sides(solver):
     a = Matrix(with_eigenvalues([1.0, 2.0, 3.0]))
-    if isinstance(getattr(solver, "preconditioner", None), msif.LowRank) or getattr(solver, "shares", ()):
+    if isinstance(getattr(solver, "preconditioner", None), msif.LowRank) or getattr(
+        solver, "shares", ()
+    ):
         a = convex()
     x, report = solver.prepare(a).solve(torch.zeros(a.shape[0], 2, dtype=F64))
-    assert bool((x == 0).all()) and report.residuals.tolist() == [0.0, 0.0] and bool(report.converged.all())
+    assert (
+        bool((x == 0).all())
+        and report.residuals.tolist() == [0.0, 0.0]
+        and bool(report.converged.all())
+    )
     x, report = solver.prepare(a).solve(torch.zeros(a.shape[0], 0, dtype=F64))
     assert x.shape == (a.shape[0], 0) and "0 of 0 columns" in str(report)
 
@@ -118,7 +134,8 @@ def test_cg_columns_stop_on_their_own():
     b = torch.cat([torch.linalg.eigh(a.matrix)[1][:, :1], draw(12, 1)], 1)
     a.columns = 0
     _, report = msif.ConjugateGradient(tol=1e-10, block=1).solve(a, b)
-    assert report.iterations in (12, 13) and report.products == report.iterations + 2  # and one that checks residuals
+    # and one that checks residuals
+    assert report.iterations in (12, 13) and report.products == report.iterations + 2
     assert a.columns == report.products
     assert report.smallest_curvature >= 1 - 1e-9
 
@@ -130,14 +147,19 @@ def test_cg_calls_back_with_falling_residuals():
     assert [i for i, _ in seen] == list(range(1, report.iterations + 1))
     assert all(r.shape == (4,) for _, r in seen)
     assert float(seen[-1][1].max()) <= 1e-8 < float(seen[0][1].max())
-    assert seen[0][1] is not seen[1][1] and not torch.equal(seen[0][1], seen[-1][1])  # copies, not one buffer
+    # copies, not one buffer
+    assert seen[0][1] is not seen[1][1] and not torch.equal(seen[0][1], seen[-1][1])
 
 
 def test_cg_short_of_its_tolerance_warns_or_raises_with_the_residual():
     a, b = convex(), draw(21, 3)
     with pytest.warns(msif.ConvergenceWarning, match="3 of 3 columns.*residual up to") as caught:
         x, report = msif.ConjugateGradient(tol=1e-10, max_iter=3).solve(a, b)
-    assert not bool(report.converged.any()) and report.iterations == 3 and bool(torch.isfinite(x).all())
+    assert (
+        not bool(report.converged.any())
+        and report.iterations == 3
+        and bool(torch.isfinite(x).all())
+    )
     assert f"{float(report.residuals.max()):.1e}" in str(caught[0].message)
     with pytest.raises(msif.NotConvergedError, match=f"{float(report.residuals.max()):.1e}"):
         msif.ConjugateGradient(tol=1e-10, max_iter=3, strict=True).solve(a, b)
@@ -168,15 +190,23 @@ def test_indefinite_is_refused_with_the_curvature(solver, values):
         solver.prepare(Matrix(matrix)).solve(draw(4, 6))
     assert values[0] * (1 + 1e-6) <= caught.value.smallest < 0
     assert f"{caught.value.smallest:.3e}" in str(caught.value) and "ggn" in str(caught.value)
-    x, _ = solver.prepare(Matrix(matrix) + (0.1 - values[0])).solve(draw(4, 6))  # enough damping is a way out
-    assert torch.allclose(x, torch.linalg.solve(matrix + (0.1 - values[0]) * torch.eye(4, dtype=F64), draw(4, 6)))
+    # enough damping is a way out
+    x, _ = solver.prepare(Matrix(matrix) + (0.1 - values[0])).solve(draw(4, 6))
+    assert torch.allclose(
+        x, torch.linalg.solve(matrix + (0.1 - values[0]) * torch.eye(4, dtype=F64), draw(4, 6))
+    )
 
 
 # ---- Exact keeps its work ----
 
 
 def test_exact_makes_matrix_and_spectrum_once(monkeypatch):
-    a, solver, eigh, calls = Matrix(with_eigenvalues([0.1, 1.0, 2.0, 5.0])), msif.Exact(), torch.linalg.eigh, []
+    a, solver, eigh, calls = (
+        Matrix(with_eigenvalues([0.1, 1.0, 2.0, 5.0])),
+        msif.Exact(),
+        torch.linalg.eigh,
+        [],
+    )
     monkeypatch.setattr(torch.linalg, "eigh", lambda m: calls.append(1) or eigh(m))
     b, eye = draw(4, 3), torch.eye(4, dtype=F64)
     for damping in (0.0, 0.3, 1.0, 0.3, 0.0):  # going back shows that nothing has piled up
@@ -189,9 +219,14 @@ def test_exact_makes_matrix_and_spectrum_once(monkeypatch):
     assert a.columns == 4 and len(calls) == 1  # one dense matrix, one decomposition, for ten solves
     diagonal = torch.tensor([1.0, 0.0, 2.0, 0.0], dtype=F64)
     x, _ = solver.prepare(a + diagonal).solve(b)
-    assert torch.allclose(x, torch.linalg.solve(a.matrix + torch.diag(diagonal), b)) and a.columns == 4
+    assert (
+        torch.allclose(x, torch.linalg.solve(a.matrix + torch.diag(diagonal), b)) and a.columns == 4
+    )
     values = solver.spectrum(a + diagonal).values
-    assert torch.allclose(values, torch.linalg.eigvalsh(a.matrix + torch.diag(diagonal))) and a.columns == 4
+    assert (
+        torch.allclose(values, torch.linalg.eigvalsh(a.matrix + torch.diag(diagonal)))
+        and a.columns == 4
+    )
 
 
 def test_exact_follows_a_refitted_pipeline():
@@ -224,7 +259,11 @@ def test_damping_of_scores_does_not_accumulate():
 
 def test_nearly_singular_direct_solve_warns():
     with pytest.warns(msif.ConvergenceWarning, match="nearly singular"):
-        _, report = msif.Exact().prepare(Matrix(with_eigenvalues([1e-6, 1.0, 2.0]).float())).solve(draw(3, 40).float())
+        _, report = (
+            msif.Exact()
+            .prepare(Matrix(with_eigenvalues([1e-6, 1.0, 2.0]).float()))
+            .solve(draw(3, 40).float())
+        )
     assert not bool(report.converged.all())
 
 
@@ -265,7 +304,11 @@ def test_exact_and_cg_give_the_same_scores(link, curvature):
     pipeline = random_pipeline(link=link)
     queries = random_queries(pipeline)
     found = {}
-    for name, solver in {"exact": EXACT, "tight": TIGHT, "loose": msif.ConjugateGradient(tol=0.3, block=1)}.items():
+    for name, solver in {
+        "exact": EXACT,
+        "tight": TIGHT,
+        "loose": msif.ConjugateGradient(tol=0.3, block=1),
+    }.items():
         attributor = msif.ImplicitInfluence(solver, curvature=curvature).fit(pipeline)
         found[name] = [attributor.score(queries, stage=k).values for k in (0, 1)]
         assert set(attributor.report_) == {"stage1"}

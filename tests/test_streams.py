@@ -30,19 +30,26 @@ def pair(n=40, kind="convnet"):
     data, model = random_examples(n, (1, 4, 4), 3, False, seed=3), random_model(kind, 3, seed=4)
     held = msif.Pipeline([msif.Stage("only", model, data, weight_decay=0.1)]).fit(progress=False)
     dataset = Counting(data)
-    lazy = msif.Pipeline([msif.Stage("only", model, msif.Examples.from_dataset(dataset), weight_decay=0.1)])
+    lazy = msif.Pipeline(
+        [msif.Stage("only", model, msif.Examples.from_dataset(dataset), weight_decay=0.1)]
+    )
     return held, lazy.adopt(), dataset, random_examples(6, (1, 4, 4), 3, False, seed=5)
 
 
 def test_a_stream_gives_the_numbers_of_memory():
     held, lazy, dataset, queries = pair()
     for kind in ("hessian", "ggn"):
-        v = torch.randn(held.objective(0).size, 4, dtype=F64, generator=torch.Generator().manual_seed(0))
+        v = torch.randn(
+            held.objective(0).size, 4, dtype=F64, generator=torch.Generator().manual_seed(0)
+        )
         a, b = held.curvature(0, kind) @ v, lazy.curvature(0, kind) @ v
         assert torch.allclose(a, b, rtol=0, atol=1e-12)
     assert torch.allclose(held.gradient(0), lazy.gradient(0), rtol=0, atol=1e-12)
     solver, calls = msif.Exact(), dataset.calls
-    scores = [msif.ImplicitInfluence(solver, curvature="ggn").fit(p).score(queries).values for p in (held, lazy)]
+    scores = [
+        msif.ImplicitInfluence(solver, curvature="ggn").fit(p).score(queries).values
+        for p in (held, lazy)
+    ]
     assert torch.allclose(*scores, rtol=0, atol=1e-10)
     assert dataset.calls > calls
     assert lazy.facts()["stages"][0]["parameters"] == held.facts()["stages"][0]["parameters"]
@@ -54,7 +61,8 @@ def test_inputs_are_read_chunk_by_chunk_and_never_kept(monkeypatch):
     held, lazy, dataset, _ = pair()
     o = lazy.objective(0)
     v = torch.zeros(o.size, 2, dtype=F64)
-    msif.example_products(o, lazy.trained()[0], v, mode="layers")  # looks at the model first, with a few examples
+    # looks at the model first, with a few examples
+    msif.example_products(o, lazy.trained()[0], v, mode="layers")
     monkeypatch.setattr(memory, "WORKING_BYTES", 1)  # one example a chunk
     before, most, x = dataset.calls, 0, o.data.x
     read = type(x).__getitem__
@@ -94,8 +102,13 @@ def test_memory_maps_are_tensors(tmp_path):
     mapped[:] = x.numpy()
     data = msif.Examples(mapped, held.stages[0].data.y)
     assert data.x.data_ptr() == mapped.ctypes.data, "not copied"
-    pipeline = msif.Pipeline([msif.Stage("only", held.stages[0].model, data, weight_decay=0.1)]).adopt()
-    scores = [msif.ImplicitInfluence(curvature="ggn").fit(p).score(queries).values for p in (held, pipeline)]
+    pipeline = msif.Pipeline(
+        [msif.Stage("only", held.stages[0].model, data, weight_decay=0.1)]
+    ).adopt()
+    scores = [
+        msif.ImplicitInfluence(curvature="ggn").fit(p).score(queries).values
+        for p in (held, pipeline)
+    ]
     assert torch.equal(*scores)
 
 

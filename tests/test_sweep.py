@@ -1,4 +1,6 @@
-"""Scores over α and damping: those of the exact solver at the pipeline's own α, the frozen case's in the limit."""
+"""Scores over α and damping: those of the exact solver at the pipeline's own α, the frozen case's
+in the limit.
+"""
 
 import numpy
 import pytest
@@ -18,13 +20,22 @@ def test_own_alpha_gives_the_exact_scores(kind):
     sweep = AlphaSweep(pipeline, queries, curvature=kind)
     exact = msif.ImplicitInfluence(curvature=kind).fit(pipeline).score(queries)
     ours = sweep.scores(0.3)
-    assert torch.allclose(ours.values, exact.values, rtol=1e-9, atol=1e-12 * exact.values.abs().max())
-    assert torch.equal(ours.ids, exact.ids) and (ours.stage, ours.target) == (exact.stage, exact.target)
-    assert not torch.allclose(sweep.scores(0.6).values, exact.values, rtol=1e-2), "another α gives other scores"
+    assert torch.allclose(
+        ours.values, exact.values, rtol=1e-9, atol=1e-12 * exact.values.abs().max()
+    )
+    assert torch.equal(ours.ids, exact.ids) and (ours.stage, ours.target) == (
+        exact.stage,
+        exact.target,
+    )
+    assert not torch.allclose(sweep.scores(0.6).values, exact.values, rtol=1e-2), (
+        "another α gives other scores"
+    )
 
 
 def test_alpha_is_the_proximal_alpha_at_the_same_weights():
-    """Another α at the same weights: the pipeline adopted with that link. The formula, not the retraining, is held."""
+    """Another α at the same weights: the pipeline adopted with that link. The formula, not the
+    retraining, is held.
+    """
     pipeline = random_pipeline(link=msif.Proximal(0.3))
     queries = random_queries(pipeline)
     others = [
@@ -96,7 +107,9 @@ def test_row_correlations_are_scipys():
 def test_detection_counts():
     truth = torch.tensor([True, False, True, False, False])
     precision, recall = detection(torch.tensor([2, 1, 0, 4, 3]), truth)
-    assert torch.allclose(precision, torch.tensor([1, 1 / 2, 2 / 3, 2 / 4, 2 / 5], dtype=precision.dtype))
+    assert torch.allclose(
+        precision, torch.tensor([1, 1 / 2, 2 / 3, 2 / 4, 2 / 5], dtype=precision.dtype)
+    )
     assert recall.tolist() == [0.5, 0.5, 1, 1, 1]
     with pytest.raises(ValueError, match="something to find"):
         detection(torch.arange(5), torch.zeros(5, dtype=torch.bool))

@@ -1,4 +1,6 @@
-"""Recipes against plain PyTorch and SciPy, many weightings at once against one by one, and what stays untouched."""
+"""Recipes against plain PyTorch and SciPy, many weightings at once against one by one, and what
+stays untouched.
+"""
 
 import copy
 import math
@@ -34,7 +36,9 @@ def states(pipeline):
 
 
 def same(before, after):
-    return all(torch.equal(a[name], b[name]) for a, b in zip(before, after, strict=True) for name in a)
+    return all(
+        torch.equal(a[name], b[name]) for a, b in zip(before, after, strict=True) for name in a
+    )
 
 
 def flat(model):
@@ -45,16 +49,28 @@ def gradient_norm(pipeline, k):
     """‖∇F‖ over what stage k trains, by plain autograd on the stage's own module."""
     stage, model = pipeline.stages[k], copy.deepcopy(pipeline.stages[k].model)
     trained = {
-        n: p for n, p in model.named_parameters() if not (k and isinstance(stage.link, msif.Frozen)) or "head" in n
+        n: p
+        for n, p in model.named_parameters()
+        if not (k and isinstance(stage.link, msif.Frozen)) or "head" in n
     }
-    risk = plain_risk(model, stage, stage.data.x, stage.data.y, trained, k and pipeline.stages[k - 1].model)
-    return float(torch.cat([g.reshape(-1) for g in torch.autograd.grad(risk, list(trained.values()))]).norm())
+    risk = plain_risk(
+        model, stage, stage.data.x, stage.data.y, trained, k and pipeline.stages[k - 1].model
+    )
+    return float(
+        torch.cat([g.reshape(-1) for g in torch.autograd.grad(risk, list(trained.values()))]).norm()
+    )
 
 
 def plain_risk(model, stage, x, y, trained, previous=None, kept=None, decay=0):
-    """Mean loss (the 1/|B| stays when ``kept`` leaves examples out) and penalties, as a user would write them."""
+    """Mean loss (the 1/|B| stays when ``kept`` leaves examples out) and penalties, as a user would
+    write them.
+    """
     outputs = model(x)
-    losses = functional.cross_entropy(outputs, y, reduction="none") if y.ndim == 1 else ((outputs - y) ** 2).mean(1)
+    losses = (
+        functional.cross_entropy(outputs, y, reduction="none")
+        if y.ndim == 1
+        else ((outputs - y) ** 2).mean(1)
+    )
     risk = (losses if kept is None else losses[kept]).sum() / len(x)
     if decay is not None:  # None: the optimiser decays the weights itself
         risk = risk + stage.weight_decay / 2 * sum((p**2).sum() for p in trained.values())
@@ -68,14 +84,18 @@ def plain_risk(model, stage, x, y, trained, previous=None, kept=None, decay=0):
 
 def plain_optimiser(recipe, parameters, weight_decay):
     if isinstance(recipe, msif.SGD):
-        return torch.optim.SGD(parameters, lr=1.0, momentum=recipe.momentum, nesterov=recipe.nesterov)
+        return torch.optim.SGD(
+            parameters, lr=1.0, momentum=recipe.momentum, nesterov=recipe.nesterov
+        )
     kind = torch.optim.AdamW if recipe.decoupled else torch.optim.Adam
     decay = weight_decay if recipe.decoupled else 0.0
     return kind(parameters, lr=1.0, betas=recipe.betas, eps=recipe.eps, weight_decay=decay)
 
 
 def plain_training(pipeline, recipe, removed=()):
-    """Both stages with torch.optim.SGD and the recipe's batches; first-stage examples ``removed`` lose their loss."""
+    """Both stages with torch.optim.SGD and the recipe's batches; first-stage examples ``removed``
+    lose their loss.
+    """
     previous = None
     for stage in pipeline.stages:
         model = copy.deepcopy(stage.model)
@@ -92,7 +112,14 @@ def plain_training(pipeline, recipe, removed=()):
             optimiser.zero_grad()
             decay = None if recipe.decoupled else stage.weight_decay
             plain_risk(
-                model, stage, stage.data.x[batch], stage.data.y[batch], trained, previous, kept, decay
+                model,
+                stage,
+                stage.data.x[batch],
+                stage.data.y[batch],
+                trained,
+                previous,
+                kept,
+                decay,
             ).backward()
             optimiser.step()
         previous = model
@@ -107,7 +134,16 @@ def plain_training(pipeline, recipe, removed=()):
     "recipe",
     [
         SGD,
-        msif.SGD(lr=0.1, momentum=0.9, nesterov=True, epochs=4, batch_size=5, seed=1, schedule="cosine", warmup=3),
+        msif.SGD(
+            lr=0.1,
+            momentum=0.9,
+            nesterov=True,
+            epochs=4,
+            batch_size=5,
+            seed=1,
+            schedule="cosine",
+            warmup=3,
+        ),
         msif.SGD(lr=0.2, momentum=0.0, epochs=4, batch_size=50, schedule="linear"),
         msif.Adam(lr=0.02, epochs=4, batch_size=7, schedule="cosine"),
         msif.AdamW(lr=0.02, betas=(0.8, 0.99), eps=1e-6, epochs=4, batch_size=5, warmup=4),
@@ -120,7 +156,9 @@ def test_recipes_equal_torch_step_for_step(recipe, link):
     pipeline.fit(progress=False)
     for stage, model in zip(pipeline.stages, expected, strict=True):
         assert float((flat(stage.model) - flat(model)).abs().max()) <= 1e-12
-    assert [r.iterations for r in pipeline.reports] == [sum(1 for _ in recipe.steps(n)) for n in (24, 20)]
+    assert [r.iterations for r in pipeline.reports] == [
+        sum(1 for _ in recipe.steps(n)) for n in (24, 20)
+    ]
 
 
 @pytest.mark.parametrize("link", LINKS)
@@ -132,7 +170,8 @@ def test_weight_zero_drops_the_loss_and_keeps_the_divisor(link):
     again = pipeline.retrain(weights, progress=False)
     for k, model in enumerate(plain_training(fresh, SGD, removed=(2, 9, 17))):
         assert float((again.parameters[k][0] - flat(model)).abs().max()) <= 1e-12
-        assert float((again.parameters[k][0] - flat(pipeline.stages[k].model)).abs().max()) > 1e-3  # it matters
+        # it matters
+        assert float((again.parameters[k][0] - flat(pipeline.stages[k].model)).abs().max()) > 1e-3
 
 
 def test_sgd_is_reproducible_bit_for_bit():
@@ -142,7 +181,9 @@ def test_sgd_is_reproducible_bit_for_bit():
     before = torch.get_rng_state()
     assert same(states(first.fit(progress=False)), states(second))
     assert torch.equal(torch.get_rng_state(), before)
-    other = unfitted(msif.SGD(lr=0.1, epochs=4, batch_size=7, seed=4), "convnet").fit(progress=False)
+    other = unfitted(msif.SGD(lr=0.1, epochs=4, batch_size=7, seed=4), "convnet").fit(
+        progress=False
+    )
     assert not same(states(first), states(other))
 
 
@@ -158,15 +199,20 @@ def test_batches_cover_every_epoch_once_whatever_the_weights():
 
 def test_schedules_and_warmup():
     def rates(**settings):
-        return [rate for _, rate in msif.SGD(lr=2.0, epochs=4, batch_size=5, **settings).steps(10)]  # 8 steps
+        # 8 steps
+        return [rate for _, rate in msif.SGD(lr=2.0, epochs=4, batch_size=5, **settings).steps(10)]
 
     assert rates() == [2.0] * 8
     assert rates(schedule="linear") == pytest.approx([2 * (1 - t / 8) for t in range(8)])
-    assert rates(schedule="cosine") == pytest.approx([1 + math.cos(math.pi * t / 8) for t in range(8)])
+    assert rates(schedule="cosine") == pytest.approx(
+        [1 + math.cos(math.pi * t / 8) for t in range(8)]
+    )
     assert rates(warmup=4) == pytest.approx([0.5, 1.0, 1.5, 2, 2, 2, 2, 2])
     falling = [2 * (1 - t / 6) for t in range(6)]  # the decay begins when the warm-up is over
     assert rates(warmup=2, schedule="linear") == pytest.approx([1.0, 2.0, *falling])
-    assert rates(schedule=lambda step, steps: step / steps) == pytest.approx([2 * t / 8 for t in range(8)])
+    assert rates(schedule=lambda step, steps: step / steps) == pytest.approx(
+        [2 * t / 8 for t in range(8)]
+    )
 
 
 def test_diverging_training_says_so_and_writes_nothing():
@@ -188,7 +234,9 @@ def test_lbfgs_reaches_a_stationary_point(kind, regression):
         for k, report in enumerate(pipeline.reports):
             assert bool(report.converged.all()) and float(report.gradient_norm.max()) < 1e-12
             assert gradient_norm(pipeline, k) < 1e-12
-    single = unfitted(msif.LBFGS(), kind, LINKS["proximal"], regression=regression).to(torch.float32)
+    single = unfitted(msif.LBFGS(), kind, LINKS["proximal"], regression=regression).to(
+        torch.float32
+    )
     for k, report in enumerate(single.fit(progress=False).reports):
         assert report.gradient_norm.dtype == torch.float32 and gradient_norm(single, k) < 1e-4
 
@@ -226,7 +274,9 @@ def test_lbfgs_agrees_with_scipy_where_the_optimum_is_unique(weighted):
         value = -(w * (log_p * y).sum(1)).sum() / 40 + 0.005 * theta @ theta
         return value, numpy.concatenate([(pull.T @ x).ravel(), pull.sum(0)]) + 0.01 * theta
 
-    theirs = scipy.optimize.minimize(risk, numpy.zeros(21), jac=True, method="BFGS", options={"gtol": 1e-10})
+    theirs = scipy.optimize.minimize(
+        risk, numpy.zeros(21), jac=True, method="BFGS", options={"gtol": 1e-10}
+    )
     assert abs(ours - theirs.x).max() <= 1e-7
     assert risk(ours)[0] <= theirs.fun + 1e-14 and numpy.linalg.norm(risk(ours)[1]) < 1e-12
 
@@ -264,21 +314,34 @@ def test_line_search_satisfies_the_strong_wolfe_conditions(size, first):
     count, c1, c2 = 200, 1e-4, 0.9
     lanes, theta = Waves(count, size, seed=size), 3 * draw(count, size, seed=7)
     value, gradient = lanes.value_and_grad(theta)
-    direction = -gradient + 0.3 * draw(count, size, seed=8) * gradient.norm(dim=1, keepdim=True) / size**0.5
+    direction = (
+        -gradient + 0.3 * draw(count, size, seed=8) * gradient.norm(dim=1, keepdim=True) / size**0.5
+    )
     uphill = (direction * gradient).sum(1) >= 0
     direction[uphill] = -gradient[uphill]
     slope = (direction * gradient).sum(1)
     steps = torch.full((count,), first, dtype=F64)
-    new, new_value, new_gradient, moved = strong_wolfe(lanes, theta, value, gradient, direction, steps, c1, c2)
+    new, new_value, new_gradient, moved = strong_wolfe(
+        lanes, theta, value, gradient, direction, steps, c1, c2
+    )
     assert bool(moved.all())
     step = ((new - theta) * direction).sum(1) / (direction**2).sum(1)
-    assert bool((step > 0).all()) and torch.allclose(theta + step[:, None] * direction, new, atol=1e-12)
+    assert bool((step > 0).all()) and torch.allclose(
+        theta + step[:, None] * direction, new, atol=1e-12
+    )
     again, gradient_again = lanes.value_and_grad(new)
-    assert torch.allclose(again, new_value, rtol=1e-13) and torch.allclose(gradient_again, new_gradient, atol=1e-12)
+    assert torch.allclose(again, new_value, rtol=1e-13) and torch.allclose(
+        gradient_again, new_gradient, atol=1e-12
+    )
     assert bool((new_value <= value + c1 * step * slope + 1e-13 * value.abs()).all())
     assert bool(((new_gradient * direction).sum(1).abs() <= c2 * slope.abs() * (1 + 1e-9)).all())
-    failing = (steps[:, None] * direction + theta, *lanes.value_and_grad(theta + steps[:, None] * direction))
-    bad = (failing[1] > value + c1 * steps * slope) | ((failing[2] * direction).sum(1).abs() > c2 * slope.abs())
+    failing = (
+        steps[:, None] * direction + theta,
+        *lanes.value_and_grad(theta + steps[:, None] * direction),
+    )
+    bad = (failing[1] > value + c1 * steps * slope) | (
+        (failing[2] * direction).sum(1).abs() > c2 * slope.abs()
+    )
     assert bool(bad.any())  # negative control: the first step alone would not do
 
 
@@ -293,10 +356,17 @@ def weightings(pipeline, count=4):
     return weights
 
 
-@pytest.mark.parametrize("k, link", [(2, "frozen"), (2, "proximal"), (3, "frozen"), (3, "proximal")])
+@pytest.mark.parametrize(
+    "k, link", [(2, "frozen"), (2, "proximal"), (3, "frozen"), (3, "proximal")]
+)
 @pytest.mark.parametrize(
     "recipe, warm, tolerance",
-    [(msif.LBFGS(), True, 1e-5), (msif.LBFGS(), False, 1e-5), (SGD, False, 1e-10), (SGD, True, 1e-10)],
+    [
+        (msif.LBFGS(), True, 1e-5),
+        (msif.LBFGS(), False, 1e-5),
+        (SGD, False, 1e-10),
+        (SGD, True, 1e-10),
+    ],
     ids=["lbfgs-warm", "lbfgs-same-seed", "sgd-same-seed", "sgd-warm"],
 )
 def test_all_at_once_equals_one_by_one(recipe, warm, tolerance, k, link):
@@ -311,9 +381,13 @@ def test_all_at_once_equals_one_by_one(recipe, warm, tolerance, k, link):
     assert same(before, states(pipeline))  # and the models are as they were
     if not warm or recipe is not SGD:  # weight one is the fit itself
         assert all(
-            float((together.parameters[s][0] - pipeline.trained()[s]).abs().max()) <= tolerance for s in range(k)
+            float((together.parameters[s][0] - pipeline.trained()[s]).abs().max()) <= tolerance
+            for s in range(k)
         )
-    assert float((together.parameters[-1][1] - together.parameters[-1][0]).abs().max()) > 100 * tolerance
+    assert (
+        float((together.parameters[-1][1] - together.parameters[-1][0]).abs().max())
+        > 100 * tolerance
+    )
 
 
 def test_later_stages_have_weights_of_their_own():
@@ -323,7 +397,9 @@ def test_later_stages_have_weights_of_their_own():
     again = pipeline.retrain({"stage1": weights}, progress=False)
     assert torch.equal(again.parameters[0][0], again.parameters[0][1])
     assert not torch.equal(again.parameters[1][0], again.parameters[1][1])
-    assert torch.equal(again.parameters[1], pipeline.retrain({-1: weights}, progress=False).parameters[1])
+    assert torch.equal(
+        again.parameters[1], pipeline.retrain({-1: weights}, progress=False).parameters[1]
+    )
     named = again.state("stage1", 1)
     fresh = copy.deepcopy(pipeline.stages[1].model)
     fresh.load_state_dict(named)
@@ -339,7 +415,9 @@ def test_a_stage_given_weights_twice_is_refused():
 def test_a_lane_does_not_depend_on_its_neighbours(digits):
     """Real digits from scratch: the optimum a lane reaches is that of its own weights alone."""
     data = digits[0].select(classes=(0, 1, 2, 3), n=400)
-    stage = msif.Stage("pretrain", msif.mlp(64, hidden=(16,), classes=4).double(), data, weight_decay=1e-2)
+    stage = msif.Stage(
+        "pretrain", msif.mlp(64, hidden=(16,), classes=4).double(), data, weight_decay=1e-2
+    )
     pipeline, weights = msif.Pipeline([stage]).fit(progress=False), torch.ones(2, 400, dtype=F64)
     weights[0, 0] = weights[1, 80] = 0
     together = pipeline.retrain(weights, progress=False).parameters[0]
@@ -376,18 +454,27 @@ def test_adopt_takes_foreign_weights():
 def test_to_and_double_move_everything():
     double = random_pipeline(link=LINKS["proximal"])
     single = random_pipeline(link=LINKS["proximal"], fit=False).to("cpu", torch.float32)
-    assert all(s.data.x.dtype == p.dtype == torch.float32 for s in single.stages for p in s.model.parameters())
+    assert all(
+        s.data.x.dtype == p.dtype == torch.float32
+        for s in single.stages
+        for p in s.model.parameters()
+    )
     single.fit(progress=False)
     queries = random_queries(double)
     expected = msif.ImplicitInfluence().fit(double).score(queries).values
     scores = msif.ImplicitInfluence().fit(single).score(queries.to(torch.float32)).values
-    assert scores.dtype == torch.float32 and float((scores - expected).norm() / expected.norm()) < 1e-3
+    assert (
+        scores.dtype == torch.float32 and float((scores - expected).norm() / expected.norm()) < 1e-3
+    )
     with pytest.raises(ValueError, match="float64"):
         single.evaluate(queries)
     weights = [f.double() for f in single.trained()]
     single.double()
-    assert all(torch.equal(a, b) for a, b in zip(weights, single.trained(), strict=True))  # converted, not retrained
-    assert all(s.data.x.dtype == p.dtype == F64 for s in single.stages for p in s.model.parameters())
+    # converted, not retrained
+    assert all(torch.equal(a, b) for a, b in zip(weights, single.trained(), strict=True))
+    assert all(
+        s.data.x.dtype == p.dtype == F64 for s in single.stages for p in s.model.parameters()
+    )
     single.fit(progress=False)
     assert all(float(r.gradient_norm.max()) < 1e-12 for r in single.reports)
     again = single.retrain(torch.ones(24), progress=False)
@@ -395,8 +482,15 @@ def test_to_and_double_move_everything():
 
 
 def test_a_moved_fit_is_not_repeated_as_if_it_were_the_same_run():
-    """Trained in float32, moved to float64: a same-seed rerun in float64 is another run than the fit."""
-    pipeline = unfitted(msif.SGD(lr=0.1, epochs=40, batch_size=7)).to(torch.float32).fit(progress=False).double()
+    """Trained in float32, moved to float64: a same-seed rerun in float64 is another run than the
+    fit.
+    """
+    pipeline = (
+        unfitted(msif.SGD(lr=0.1, epochs=40, batch_size=7))
+        .to(torch.float32)
+        .fit(progress=False)
+        .double()
+    )
     queries = random_queries(pipeline)
     base = pipeline.evaluate(queries)
     try:

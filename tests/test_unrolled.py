@@ -1,4 +1,6 @@
-"""Unrolled scores against central differences of the real run, recomputation, memory, diagnostics, bad input."""
+"""Unrolled scores against central differences of the real run, recomputation, memory, diagnostics,
+bad input.
+"""
 
 import subprocess
 import sys
@@ -32,12 +34,16 @@ def trained(recipe="momentum", link="warm", k=2, kind="mlp", regression=False, r
 
 
 def central_differences(pipeline, queries, stage, examples, step, centre=1.0, target="loss"):
-    """(Q, E) fourth-order central differences of the queries by example weights, the same run every time."""
+    """(Q, E) fourth-order central differences of the queries by example weights, the same run every
+    time.
+    """
     m, n = len(pipeline.stages[stage].data), len(examples)
     weights = torch.full((4, n, m), centre, dtype=F64)
     for lane, i in enumerate(examples):
         weights[:, lane, i] += step * torch.tensor([1, -1, 2, -2], dtype=F64)
-    q = pipeline.retrain({stage: weights.reshape(4 * n, m)}, progress=False).evaluate(queries, target)
+    q = pipeline.retrain({stage: weights.reshape(4 * n, m)}, progress=False).evaluate(
+        queries, target
+    )
     a, b, c, d = q.reshape(len(q), 4, n).unbind(1)
     return (8 * (a - b) - (c - d)) / (12 * step)
 
@@ -88,7 +94,13 @@ def test_scores_of_a_conv_net(recipe, link, regression):
 def test_scores_of_a_net_with_group_norm_and_silu():
     pipeline = random_pipeline("convnet", link=msif.WarmStart(), fit=False)
     for i, stage in enumerate(pipeline.stages):
-        settings = {"channels": (4,), "width": 4, "activation": torch.nn.SiLU, "norm_groups": 2, "seed": i}
+        settings = {
+            "channels": (4,),
+            "width": 4,
+            "activation": torch.nn.SiLU,
+            "norm_groups": 2,
+            "seed": i,
+        }
         stage.model = msif.convnet((1, 4, 4), classes=3 - i, **settings).double()
         stage.recipe = RECIPES["momentum"]
     pipeline = msif.Pipeline(pipeline.stages).fit(progress=False)
@@ -149,7 +161,9 @@ def test_agrees_with_implicit_influence_at_an_optimum(link):
     pipeline.fit(progress=False)
     queries = random_queries(pipeline)
     implicit = msif.ImplicitInfluence().fit(pipeline).score(queries).values
-    scores = msif.UnrolledInfluence().fit(pipeline, progress=False).score(queries, progress=False).values
+    scores = (
+        msif.UnrolledInfluence().fit(pipeline, progress=False).score(queries, progress=False).values
+    )
     assert float((scores - implicit).norm() / implicit.norm()) <= 1e-6
 
 
@@ -188,7 +202,9 @@ def test_forgotten_path_across_the_link_fails(monkeypatch, link):
     def without_mixed(o, full, batch, cotangents, *args):
         product, scores = original(o, full, batch, cotangents, *args)
         if link == "frozen" and product.shape[1] > o.size:
-            prepared.here["frozen"].put(product, torch.zeros(prepared.here["frozen"].size).to(product))
+            prepared.here["frozen"].put(
+                product, torch.zeros(prepared.here["frozen"].size).to(product)
+            )
         return product, scores
 
     monkeypatch.setattr(adjoint, "gradient_transpose", without_mixed)
@@ -223,7 +239,9 @@ def test_pull_back_is_the_transpose_of_update(recipe, step):
     _, transpose = vjp(update, theta, state, gradient)
     expected = transpose((theta_bar, state_bar))
     saved = recipe.update(theta, state, gradient, step, rate, decay)[2]
-    g_bar, theta_before, state_before = recipe.pull_back(theta_bar, state_bar, saved, step, rate, decay)
+    g_bar, theta_before, state_before = recipe.pull_back(
+        theta_bar, state_bar, saved, step, rate, decay
+    )
     for ours, theirs in zip(
         (theta_before, *state_before, g_bar), (expected[0], *expected[1], expected[2]), strict=True
     ):
@@ -251,7 +269,9 @@ def test_recomputation_gives_the_same_bits(recipe):
     for segments in (1, 3, 4, 100):  # 12 and 9 steps: √T is 3 to 4, 100 is one step each
         attributor = msif.UnrolledInfluence(segments=segments).fit(pipeline)
         assert torch.equal(attributor.score(queries).values, expected)
-        assert list(attributor.plan_.segments.values()) == [min(segments, t) for t in attributor.plan_.steps.values()]
+        assert list(attributor.plan_.segments.values()) == [
+            min(segments, t) for t in attributor.plan_.steps.values()
+        ]
 
 
 def test_small_budget_recomputes_and_sweeps_in_parts():
@@ -294,9 +314,14 @@ print(peak() - before, plan.steps["one"] * stage.model.embedding[1].weight.numel
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 def test_peak_memory_stays_under_the_budget():
-    out = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True).stdout.split()
+    out = subprocess.run(
+        [sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True
+    ).stdout.split()
     grown, every_state, segments = map(int, out)
-    print(f"peak grew by {grown / 1e6:.0f} MB on a budget of 100 MB; all states take {every_state / 1e6:.0f} MB")
+    print(
+        f"peak grew by {grown / 1e6:.0f} MB on a budget of 100 MB; all states take "
+        f"{every_state / 1e6:.0f} MB"
+    )
     assert every_state > 4e8 and segments > 1
     assert grown < 1e8
 
@@ -320,7 +345,9 @@ def test_group_fraction_linearises_at_the_mean_of_such_removals():
     queries, p, m = random_queries(pipeline), 0.25, 24
     scores = msif.UnrolledInfluence(group_fraction=p).fit(pipeline).score(queries).values
     slopes = central_differences(pipeline, queries, 0, range(m), 1e-3, centre=1 - p)
-    middle = pipeline.retrain(torch.full((m,), 1 - p, dtype=F64), progress=False).evaluate(queries)[:, 0]
+    middle = pipeline.retrain(torch.full((m,), 1 - p, dtype=F64), progress=False).evaluate(queries)[
+        :, 0
+    ]
     for group in ([0, 5, 6, 9, 12, 20], [1, 2, 3, 4, 21, 23]):
         weights = torch.ones(m, dtype=F64)
         weights[group] = 0
@@ -332,11 +359,15 @@ def test_group_fraction_linearises_at_the_mean_of_such_removals():
 
 
 def quadratic_pipeline():
-    """Linear regression on ten examples: parameters are a polynomial in w, and nothing but f_i bends with w_i."""
+    """Linear regression on ten examples: parameters are a polynomial in w, and nothing but f_i
+    bends with w_i.
+    """
     data = random_pipeline(regression=True, k=1, fit=False).stages[0].data[:10]
     model = msif.softmax_regression(16, classes=3).double()
     recipe = msif.SGD(lr=0.1, epochs=6, batch_size=4)
-    stage = msif.Stage("linear", model, data, msif.mean_squared_error, weight_decay=0.05, recipe=recipe)
+    stage = msif.Stage(
+        "linear", model, data, msif.mean_squared_error, weight_decay=0.05, recipe=recipe
+    )
     return msif.Pipeline([stage]).fit(progress=False)
 
 
@@ -374,10 +405,12 @@ def test_leave_one_out_and_groups_are_different_questions():
 def test_check_draws_a_v_and_agrees():
     pipeline = trained("adam", "proximal")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", msif.UnsmoothTrainingWarning)  # 24 examples: each removal is a large step
+        # 24 examples: each removal is a large step
+        warnings.simplefilter("ignore", msif.UnsmoothTrainingWarning)
         report = msif.UnrolledInfluence().fit(pipeline).check(n=4, queries=random_queries(pipeline))
     assert report.error <= 1e-6 and report.errors.shape == (6, 4)
-    assert float(report.errors[0].min()) > 10 * report.error  # the coarsest step is worse than the best
+    # the coarsest step is worse than the best
+    assert float(report.errors[0].min()) > 10 * report.error
     assert report.predicted.shape == report.actual.shape == (5, 4)
     assert "4 examples: derivative within" in repr(report)
 
@@ -414,7 +447,9 @@ def test_too_large_a_learning_rate_warns(digits):
 
 
 def test_kinks_warn_in_check(digits):
-    attributor = msif.UnrolledInfluence().fit(sgd_digits(digits, 0.2, torch.nn.ReLU, epochs=12), progress=False)
+    attributor = msif.UnrolledInfluence().fit(
+        sgd_digits(digits, 0.2, torch.nn.ReLU, epochs=12), progress=False
+    )
     with pytest.warns(msif.UnsmoothTrainingWarning, match="doubling it differ by"):
         report = attributor.check(n=9)
     assert float(report.nonlinearity.median()) > 0.3
@@ -448,7 +483,9 @@ def test_pipelines_without_a_run_to_differentiate():
 
 def test_a_run_that_cannot_be_repeated():
     class Moody:
-        """A loss that grows with every call: the same numbers from call to call only while nobody looks twice."""
+        """A loss that grows with every call: the same numbers from call to call only while nobody
+        looks twice.
+        """
 
         def __init__(self):
             self.calls = 0
@@ -465,12 +502,16 @@ def test_a_run_that_cannot_be_repeated():
 
 
 def test_stochastic_layers_are_refused_with_the_way_out():
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(0.5), torch.nn.Linear(16, 3)).double()
+    model = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Dropout(0.5), torch.nn.Linear(16, 3)
+    ).double()
     data = random_pipeline(k=1, fit=False).stages[0].data
     with refused(msif.UnsupportedModelError, "Dropout", "eval"):
         msif.Pipeline([msif.Stage("one", model, data, recipe=RECIPES["plain"])])
     model.eval()
-    pipeline = msif.Pipeline([msif.Stage("one", model, data, recipe=RECIPES["plain"])]).fit(progress=False)
+    pipeline = msif.Pipeline([msif.Stage("one", model, data, recipe=RECIPES["plain"])]).fit(
+        progress=False
+    )
     attributor = msif.UnrolledInfluence().fit(pipeline)
     model.train()
     with refused(msif.UnsupportedModelError, "Dropout", "eval"):
@@ -527,7 +568,9 @@ def test_arguments_of_the_calls():
 
 def test_implicit_influence_refuses_a_warm_start():
     pipeline = trained()
-    with refused(ValueError, "'stage1'", "WarmStart", "UnrolledInfluence", "Proximal\\(alpha=0\\.\\d+\\)"):
+    with refused(
+        ValueError, "'stage1'", "WarmStart", "UnrolledInfluence", "Proximal\\(alpha=0\\.\\d+\\)"
+    ):
         msif.ImplicitInfluence().fit(pipeline)
 
 

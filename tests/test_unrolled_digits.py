@@ -13,12 +13,22 @@ def sgd_pipeline(digits, link, seed, net, epochs):
     """Pretrain on 400 of the digits 0-3, finetune on 200 of 4-9 from a head at zero; 20 queries."""
     train, test = digits
     stages = []
-    for k, (name, classes, n) in enumerate((("pretrain", range(4), 400), ("finetune", range(4, 10), 200))):
-        recipe = msif.SGD(0.1, epochs=epochs, batch_size=50, schedule="linear", warmup=20, seed=2 * seed + k)
+    for k, (name, classes, n) in enumerate(
+        (("pretrain", range(4), 400), ("finetune", range(4, 10), 200))
+    ):
+        recipe = msif.SGD(
+            0.1, epochs=epochs, batch_size=50, schedule="linear", warmup=20, seed=2 * seed + k
+        )
         model = net(len(classes), seed=seed, zero_head=k == 1)
         data = train.select(classes=classes, n=n, seed=seed)
-        stages.append(msif.Stage(name, model, data, weight_decay=1e-3, recipe=recipe, link=link if k else None))
-    return msif.Pipeline(stages).fit(progress=False), test.select(classes=range(4, 10), n=20, seed=seed)
+        stages.append(
+            msif.Stage(
+                name, model, data, weight_decay=1e-3, recipe=recipe, link=link if k else None
+            )
+        )
+    return msif.Pipeline(stages).fit(progress=False), test.select(
+        classes=range(4, 10), n=20, seed=seed
+    )
 
 
 def mlp(classes, **settings):
@@ -42,15 +52,25 @@ def agreements(digits, net, link, seeds, epochs=10):
     for seed in seeds:
         pipeline, queries = sgd_pipeline(digits, LINKS[link], seed, net, epochs)
         scores = msif.UnrolledInfluence().fit(pipeline).score(queries, progress=False)
-        group = msif.UnrolledInfluence(group_fraction=0.1).fit(pipeline).score(queries, progress=False)
+        group = (
+            msif.UnrolledInfluence(group_fraction=0.1).fit(pipeline).score(queries, progress=False)
+        )
         for size in (1, 8, 40):
-            effects = msif.removal_effects(pipeline, queries, removals(seed, size), lanes=40, progress=False)
+            effects = msif.removal_effects(
+                pipeline, queries, removals(seed, size), lanes=40, progress=False
+            )
             for name, values in {"unrolled": scores, "group": group}.items():
                 report = msif.agreement(values, effects)
                 found.setdefault((size, name), []).append((report.mean("r"), report.mean("slope")))
     found = {key: numpy.array(pairs) for key, pairs in found.items()}
     for key, pairs in found.items():
-        print(net.__name__, link, *key, "r, slope per seed:", *(f"{r:.3f}, {s:.2f};" for r, s in pairs))
+        print(
+            net.__name__,
+            link,
+            *key,
+            "r, slope per seed:",
+            *(f"{r:.3f}, {s:.2f};" for r, s in pairs),
+        )
     return found
 
 
@@ -75,12 +95,17 @@ def test_conv_net_agrees_with_retraining(digits, link):
 
 
 def test_longer_training_bends_and_leave_one_out_follows(digits):
-    """15 epochs: single removals are large steps; the slope says so, and the correction mends most of it."""
+    """15 epochs: single removals are large steps; the slope says so, and the correction mends most
+    of it.
+    """
     pipeline, queries = sgd_pipeline(digits, LINKS["frozen"], 2, mlp, epochs=15)
     effects = msif.removal_effects(pipeline, queries, removals(2, 1), lanes=40, progress=False)
     plain, corrected = (
         msif.agreement(
-            msif.UnrolledInfluence(leave_one_out=asked).fit(pipeline).score(queries, progress=False), effects
+            msif.UnrolledInfluence(leave_one_out=asked)
+            .fit(pipeline)
+            .score(queries, progress=False),
+            effects,
         )
         for asked in (False, True)
     )

@@ -30,7 +30,9 @@ def effects_of(pipeline, queries=None, subsets=SUBSETS, **settings):
 
 
 def fitted_without(pipeline, stage, group):
-    """The same optimum found another way: the examples really gone, penalties scaled by m / (m − removed)."""
+    """The same optimum found another way: the examples really gone, penalties scaled by m / (m −
+    removed).
+    """
     stages = []
     for k, s in enumerate(pipeline.stages):
         data, link, scale = s.data, s.link, 1.0
@@ -54,7 +56,9 @@ def test_effects_are_after_minus_before(protocol, link, stage):
     pipeline = random_pipeline(link=LINKS[link])
     queries, groups = random_queries(pipeline), [[3], [5, 9]]
     effects = effects_of(pipeline, queries, groups, stage=stage, protocol=protocol)
-    assert effects.values.shape == (5, 2) and effects.stage == stage and effects.protocol == protocol
+    assert (
+        effects.values.shape == (5, 2) and effects.stage == stage and effects.protocol == protocol
+    )
     outputs = pipeline.stages[1].model(queries.x).detach()
     before = torch.nn.functional.cross_entropy(outputs, queries.y, reduction="none")
     assert torch.allclose(effects.base, before, atol=1e-12)
@@ -68,24 +72,37 @@ def test_effects_are_after_minus_before(protocol, link, stage):
 
 
 def test_sign_by_hand():
-    """A lone point pulls a ridge line to itself, so removing it raises its own loss: a closed form, and positive."""
-    data = msif.Examples(torch.tensor([[0.0], [1.0], [2.0]], dtype=F64), torch.tensor([[0.0], [1.0], [5.0]], dtype=F64))
+    """A lone point pulls a ridge line to itself, so removing it raises its own loss: a closed form,
+    and positive.
+    """
+    data = msif.Examples(
+        torch.tensor([[0.0], [1.0], [2.0]], dtype=F64),
+        torch.tensor([[0.0], [1.0], [5.0]], dtype=F64),
+    )
     model = msif.softmax_regression(1, classes=1).double()
-    pipeline = msif.Pipeline([msif.Stage("line", model, data, msif.mean_squared_error, weight_decay=0.1)]).fit(False)
+    pipeline = msif.Pipeline(
+        [msif.Stage("line", model, data, msif.mean_squared_error, weight_decay=0.1)]
+    ).fit(False)
 
     def loss_at_last(keep):
         a = torch.cat([data.x, torch.ones(3, 1, dtype=F64)], 1)
         line = torch.linalg.solve(
-            2 / 3 * a[keep].T @ a[keep] + 0.1 * torch.eye(2, dtype=F64), 2 / 3 * a[keep].T @ data.y[keep]
+            2 / 3 * a[keep].T @ a[keep] + 0.1 * torch.eye(2, dtype=F64),
+            2 / 3 * a[keep].T @ data.y[keep],
         )
         return float((a[2] @ line - 5.0) ** 2)
 
     effects = effects_of(pipeline, data[[2]], [[2], [0]])
-    assert float(effects.values[0, 0]) == pytest.approx(loss_at_last([0, 1]) - loss_at_last([0, 1, 2]), rel=1e-9)
-    assert float(effects.values[0, 1]) == pytest.approx(loss_at_last([1, 2]) - loss_at_last([0, 1, 2]), rel=1e-9)
+    assert float(effects.values[0, 0]) == pytest.approx(
+        loss_at_last([0, 1]) - loss_at_last([0, 1, 2]), rel=1e-9
+    )
+    assert float(effects.values[0, 1]) == pytest.approx(
+        loss_at_last([1, 2]) - loss_at_last([0, 1, 2]), rel=1e-9
+    )
     assert float(effects.values[0, 0]) > 1
     scores = msif.ImplicitInfluence().fit(pipeline).score(data[[2]])
-    assert float(scores.values[0, 2]) < 0 < float(scores.removal_effect([2])[0])  # helpful to itself
+    # helpful to itself
+    assert float(scores.values[0, 2]) < 0 < float(scores.removal_effect([2])[0])
 
 
 @pytest.mark.parametrize("recipe", [msif.LBFGS(), SGD], ids=["lbfgs", "sgd"])
@@ -93,7 +110,8 @@ def test_lanes_and_jobs_do_not_change_the_numbers(recipe):
     pipeline = with_recipe(recipe)
     before = [p.detach().clone() for s in pipeline.stages for p in s.model.parameters()]
     together = effects_of(pipeline)
-    processes = [{"n_jobs": 2, "lanes": 2}] if recipe is SGD else []  # starting them is what takes time
+    # starting them is what takes time
+    processes = [{"n_jobs": 2, "lanes": 2}] if recipe is SGD else []
     for settings in ({"lanes": 1}, {"lanes": 3}, *processes):
         again = effects_of(pipeline, **settings)
         assert float((again.values - together.values).abs().max()) <= 1e-10, settings
@@ -163,12 +181,15 @@ def test_digits_agree_with_real_retraining(digits, hidden, link):
     effects = effects_of(pipeline, queries, [[i] for i in removed], protocol="warm-start")
     solver, reports = msif.Exact(), {}  # one solver: both share the dense matrices
     for corrected in (False, True):
-        scores = msif.ImplicitInfluence(solver, leave_one_out=corrected).fit(pipeline).score(queries)
+        scores = (
+            msif.ImplicitInfluence(solver, leave_one_out=corrected).fit(pipeline).score(queries)
+        )
         reports[corrected] = msif.agreement(scores, effects)
     plain, loo = reports[False], reports[True]
     print(
-        f"hidden {hidden}, {type(link).__name__}: r {plain.mean('r'):.4f}, slope {plain.mean('slope'):.3f}; "
-        f"leave-one-out r {loo.mean('r'):.4f} (worst query {loo.r.min():.3f}), slope {loo.mean('slope'):.3f}"
+        f"hidden {hidden}, {type(link).__name__}: r {plain.mean('r'):.4f}, slope "
+        f"{plain.mean('slope'):.3f}; leave-one-out r {loo.mean('r'):.4f} (worst query "
+        f"{loo.r.min():.3f}), slope {loo.mean('slope'):.3f}"
     )
     assert float(effects.gradient_norm.max()) < 1e-12
     assert plain.mean("r") >= 0.97
@@ -185,13 +206,22 @@ def made_up(queries=6, examples=30, removals=12, noise=0.5, seed=0):
     """Scores, and effects that are minus the sums of scores times 1.3, plus noise."""
     generator = numpy.random.default_rng(seed)
     values = torch.as_tensor(generator.normal(size=(queries, examples)))
-    subsets = [generator.choice(examples, size=1 + r % 3, replace=False).tolist() for r in range(removals)]
+    subsets = [
+        generator.choice(examples, size=1 + r % 3, replace=False).tolist() for r in range(removals)
+    ]
     predicted = torch.stack([-values[:, s].sum(1) for s in subsets], 1)
     actual = 1.3 * predicted + noise * torch.as_tensor(generator.normal(size=predicted.shape))
     ids = torch.arange(queries) + 100
     scores = msif.Influence(values, torch.arange(examples), ids, "pretrain", "loss", "made up")
     effects = msif.Effects(
-        actual, subsets, torch.zeros(queries), ids, torch.zeros(removals), "pretrain", "loss", "same-seed"
+        actual,
+        subsets,
+        torch.zeros(queries),
+        ids,
+        torch.zeros(removals),
+        "pretrain",
+        "loss",
+        "same-seed",
     )
     return scores, effects, predicted.numpy()
 
@@ -224,7 +254,9 @@ def test_perfect_and_opposite_predictions():
     assert [report.mean(n) for n in ("r", "rho", "slope")] == pytest.approx([1, 1, 1])
     assert report.intervals["slope"] == pytest.approx((1, 1))
     effects.values = -2 * effects.values
-    assert [msif.agreement(scores, effects).mean(n) for n in ("r", "rho", "slope")] == pytest.approx([-1, -1, -2])
+    assert [
+        msif.agreement(scores, effects).mean(n) for n in ("r", "rho", "slope")
+    ] == pytest.approx([-1, -1, -2])
 
 
 def test_bootstrap_interval_covers_the_true_mean():
@@ -233,7 +265,9 @@ def test_bootstrap_interval_covers_the_true_mean():
     for repeat in range(100):
         predicted = generator.normal(size=(30, 4))
         actual = (1 + 0.3 * generator.normal(size=(30, 1))) * predicted
-        low, high = comparison.compare(predicted, actual, resamples=400, seed=repeat).intervals["slope"]
+        low, high = comparison.compare(predicted, actual, resamples=400, seed=repeat).intervals[
+            "slope"
+        ]
         hits += low <= 1 <= high
         widths.append(high - low)
     assert 86 <= hits <= 99
@@ -249,7 +283,9 @@ def test_constant_queries_are_left_out_with_a_warning():
         report = msif.agreement(scores, effects)
     assert numpy.isnan(report.r).tolist() == [False, True, False, False, True, False]
     assert numpy.isnan(report.slope).sum() == numpy.isnan(report.rho).sum() == 2
-    assert report.mean("r") == pytest.approx(clean.mean("r")) and report.intervals == clean.intervals
+    assert (
+        report.mean("r") == pytest.approx(clean.mean("r")) and report.intervals == clean.intervals
+    )
     scores.values[:] = 0.0
     with pytest.raises(ValueError, match="no query"):
         msif.agreement(scores, effects)
@@ -276,7 +312,9 @@ def test_mismatches_are_refused():
     with pytest.raises(ValueError, match="different queries"):
         msif.agreement(scores[:3], effects)
     for name, other in (("stage", "finetune"), ("target", "margin")):
-        changed = msif.Influence(scores.values, scores.ids, scores.query_ids, **{"stage": "pretrain", name: other})
+        changed = msif.Influence(
+            scores.values, scores.ids, scores.query_ids, **{"stage": "pretrain", name: other}
+        )
         with pytest.raises(ValueError, match=other):
             msif.agreement(changed, effects)
     few = msif.Influence(scores.values[:, :5], scores.ids[:5], scores.query_ids, "pretrain")
@@ -296,10 +334,14 @@ def test_printing_and_table():
         assert f"{report.mean(name):.3f}" in text and f"{report.mean(name):.3f}" in html
         assert f"{report.intervals[name][0]:.3f}" in text and f"{report.pooled[name]:.3f}" in text
     assert list(frame.columns) == ["query_id", "r", "rho", "slope", "sign", "magnitude"]
-    assert frame["query_id"].tolist() == list(range(100, 106)) and numpy.allclose(frame["slope"], report.slope)
+    assert frame["query_id"].tolist() == list(range(100, 106)) and numpy.allclose(
+        frame["slope"], report.slope
+    )
 
 
-@pytest.mark.parametrize(("target", "helpful"), [("loss", ["-3.00e-01"]), ("margin", ["+2.00e-01", "+1.00e-01"])])
+@pytest.mark.parametrize(
+    ("target", "helpful"), [("loss", ["-3.00e-01"]), ("margin", ["+2.00e-01", "+1.00e-01"])]
+)
 def test_table_of_few_scores_calls_none_helpful_that_is_not(target, helpful):
     values = torch.tensor([[0.1, -0.3, 0.0, 0.2]])
     html = msif.Influence(values, torch.arange(4), torch.tensor([7]), "<a>", target)._repr_html_()

@@ -28,7 +28,10 @@ def no_windows():
 @pytest.fixture(scope="module")
 def cases():
     """Two small pipelines on 4 × 4 images."""
-    return {"frozen": random_pipeline(link=msif.Frozen()), "full": random_pipeline(link=msif.Proximal(0.3))}
+    return {
+        "frozen": random_pipeline(link=msif.Frozen()),
+        "full": random_pipeline(link=msif.Proximal(0.3)),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +69,9 @@ def photograph(pipeline):
 
 
 def same(before, after):
-    return all(a[:2] == b[:2] and torch.equal(a[2], b[2]) for a, b in zip(before, after, strict=True))
+    return all(
+        a[:2] == b[:2] and torch.equal(a[2], b[2]) for a, b in zip(before, after, strict=True)
+    )
 
 
 def complaint(explorer):
@@ -87,7 +92,9 @@ def all_images_have_alt(widget):
 
 
 def run_code(explorer, **known):
-    """What the code of the view computes, in a namespace that holds only what the explorer was given."""
+    """What the code of the view computes, in a namespace that holds only what the explorer was
+    given.
+    """
     space = dict(known)
     exec(explorer.code(), space)
     return space
@@ -101,7 +108,9 @@ def test_influence_shows_the_ranking(explorer, scores, queries):
     explorer.query_control.value = 7
     for row, ranking in zip(explorer.rows, (one.helpful(3), one.harmful(3)), strict=True):
         assert row.places == ranking.positions[7].tolist()
-        for place, value, button in zip(row.places, ranking.values[7].tolist(), row.buttons, strict=True):
+        for place, value, button in zip(
+            row.places, ranking.values[7].tolist(), row.buttons, strict=True
+        ):
             assert f"{1e3 * value:+.2f}".replace("-", "−") in row.pictures.value
             assert button.description == f"id {int(one.ids[place])}"
     assert "Most helpful" in explorer.titles[0].value and "lower" in explorer.titles[0].value
@@ -111,7 +120,12 @@ def test_influence_shows_the_ranking(explorer, scores, queries):
 
 
 def test_influence_picks_by_group_and_by_picture(explorer, cases, queries):
-    wrong = (cases["frozen"].evaluate(queries, lambda z, y: (z.argmax(1) != y).double())).nonzero().flatten().tolist()
+    wrong = (
+        (cases["frozen"].evaluate(queries, lambda z, y: (z.argmax(1) != y).double()))
+        .nonzero()
+        .flatten()
+        .tolist()
+    )
     offered = {value: text for text, value in explorer.queries_control.options}
     if wrong:
         assert offered["misclassified"] == f"misclassified ({len(wrong)})"
@@ -140,7 +154,10 @@ def test_influence_switches_case_method_and_stage(explorer, scores, queries):
     assert explorer.scores is scores["full"]["gradient"]
     assert explorer.example is None, "it was an example of the other stage"
     assert [value for _, value in explorer.stage_control.options] == [0]
-    assert explorer.rows[0].places == scores["full"]["gradient"].helpful(3).positions[explorer.query].tolist()
+    assert (
+        explorer.rows[0].places
+        == scores["full"]["gradient"].helpful(3).positions[explorer.query].tolist()
+    )
 
 
 def test_influence_removes_for_real(explorer, cases, scores, queries):
@@ -148,7 +165,10 @@ def test_influence_removes_for_real(explorer, cases, scores, queries):
     assert explorer.retrain.disabled and explorer.stop.disabled
     explorer.rows[1].buttons[0].click()
     assert not explorer.retrain.disabled
-    assert "not retrained yet" in explorer.answer.value and 'alt="Change of 12 queries' in explorer.plot.value
+    assert (
+        "not retrained yet" in explorer.answer.value
+        and 'alt="Change of 12 queries' in explorer.plot.value
+    )
     explorer.retrain.click()
     assert explorer.job.wait(60)
     expected = msif.removal_effects(cases["frozen"], queries, [[explorer.example]]).values[:, 0]
@@ -189,7 +209,11 @@ def test_influence_as_code(explorer, cases, scores, queries):
 def test_influence_picks_from_code(explorer, cases, scores, queries):
     explorer.queries_control.value = "label 1"
     assert explorer.pick(query=3, example=7, case="full") is explorer
-    assert (explorer.query_control.value, explorer.case_control.value, explorer.queries_control.value) == (
+    assert (
+        explorer.query_control.value,
+        explorer.case_control.value,
+        explorer.queries_control.value,
+    ) == (
         3,
         "full",
         "all",
@@ -237,13 +261,18 @@ def test_damping_sliders_change_order_filter_and_agreement(damping, effects):
     assert "∞, frozen" in damping.answer.value and "0 of" in damping.plot.value
     found = damping.agreements(damping.scores)
     assert found["Spearman with α = ∞ (frozen)"] == pytest.approx(1)
-    assert found["Pearson r with real removals"] == pytest.approx(msif.agreement(damping.scores, effects).mean())
+    assert found["Pearson r with real removals"] == pytest.approx(
+        msif.agreement(damping.scores, effects).mean()
+    )
     damping.damping_control.value = damping.dampings[-1]
     assert damping.scores.values.abs().max() < damping.frozen.values.abs().max()
     damping.query_control.value = 5
     assert "query 5" in damping.view.value
     assert all(
-        a != b for a, b in zip(first, (damping.view.value, damping.plot.value, damping.answer.value), strict=True)
+        a != b
+        for a, b in zip(
+            first, (damping.view.value, damping.plot.value, damping.answer.value), strict=True
+        )
     )
     assert complaint(damping) == ""
 
@@ -367,13 +396,18 @@ def test_cleaning_counts(cleaning, scores):
     cleaning.flagged_control.value = 10
     found = len({1, 4, 5, 9} & set(order[:10].tolist()))
     assert cleaning.removed == order[:10].tolist()
-    assert f"10 of 24 examples flagged (42%); {found} of them are among the 4 corrupted" in cleaning.view.value
+    assert (
+        f"10 of 24 examples flagged (42%); {found} of them are among the 4 corrupted"
+        in cleaning.view.value
+    )
     assert f"precision {found / 10:.2f}, recall {found / 4:.2f}" in cleaning.view.value
     assert cleaning.row.places == order[8:12].tolist() and "Place 9" in cleaning.row.pictures.value
     cleaning.row.buttons[0].click()
     assert cleaning.flagged == cleaning.flagged_control.value == 9
     cleaning.flagged_control.value = 0
-    assert cleaning.retrain.disabled and "0 of 24" in cleaning.view.value and complaint(cleaning) == ""
+    assert (
+        cleaning.retrain.disabled and "0 of 24" in cleaning.view.value and complaint(cleaning) == ""
+    )
     cleaning.ranking_control.value = "loss"
     cleaning.flagged_control.value = 23
     assert "23 of 24" in cleaning.view.value and all_images_have_alt(cleaning.widget) == 5
@@ -399,10 +433,17 @@ def test_cleaning_as_code_and_static(cleaning, cases, queries):
     cleaning.flagged_control.value = 3
     cleaning.retrain.click()
     assert cleaning.job.wait(60)
-    known = {"pipeline": cases["full"], "queries": queries, "scores": cleaning.table_given, "corrupted": [1, 4, 5, 9]}
+    known = {
+        "pipeline": cases["full"],
+        "queries": queries,
+        "scores": cleaning.table_given,
+        "corrupted": [1, 4, 5, 9],
+    }
     space = run_code(cleaning, **known)
     assert space["removed"].tolist() == cleaning.removed
-    assert (float(space["precision"]), float(space["recall"])) == pytest.approx(cleaning.precision_recall())
+    assert (float(space["precision"]), float(space["recall"])) == pytest.approx(
+        cleaning.precision_recall()
+    )
     assert torch.allclose(space["after"], cleaning.after["loss"], atol=1e-12)
     assert torch.allclose(space["before"], cleaning.before["loss"])
     cleaning.ranking_control.value = "loss"
@@ -413,7 +454,9 @@ def test_cleaning_as_code_and_static(cleaning, cases, queries):
 
 def test_cleaning_judged_by_others(cases, queries, scores):
     others = random_queries(cases["full"], n=7)
-    made = widgets.CleaningExplorer(cases["full"], scores["full"]["implicit"][0], queries, judges=others, k=3)
+    made = widgets.CleaningExplorer(
+        cases["full"], scores["full"]["implicit"][0], queries, judges=others, k=3
+    )
     made.widget  # noqa: B018
     made.retrain.click()
     assert made.job.wait(60) and complaint(made) == ""
@@ -460,7 +503,9 @@ def slow_pipeline():
     """A pipeline that would train for minutes, were it not stopped."""
     pipeline = random_pipeline(link=msif.Proximal(0.3), fit=False)
     stages = [
-        msif.Stage(s.name, s.model, s.data, s.loss, 0.05, s.link, msif.SGD(0.1, epochs=2, batch_size=5))
+        msif.Stage(
+            s.name, s.model, s.data, s.loss, 0.05, s.link, msif.SGD(0.1, epochs=2, batch_size=5)
+        )
         for s in pipeline.stages
     ]
     pipeline = msif.Pipeline(stages).fit(progress=False)
@@ -504,7 +549,9 @@ def test_the_pipeline_is_free_while_a_copy_retrains(monkeypatch):
     """Training swaps parameters in and out of its modules; the reader's must not be among them."""
     pipeline = slow_pipeline()
     queries = random_queries(pipeline)
-    explorer = widgets.InfluenceExplorer(pipeline, msif.GradientDot().fit(pipeline).score(queries), queries, k=2)
+    explorer = widgets.InfluenceExplorer(
+        pipeline, msif.GradientDot().fit(pipeline).score(queries), queries, k=2
+    )
     explorer.widget  # noqa: B018
     explorer.rows[0].buttons[0].click()
     expected, before = pipeline.evaluate(queries), photograph(pipeline)
@@ -513,12 +560,16 @@ def test_the_pipeline_is_free_while_a_copy_retrains(monkeypatch):
     explorer.retrain.click()
     rounds = 0
     while explorer.job.running:
-        assert torch.equal(pipeline.evaluate(queries), expected) and same(before, photograph(pipeline))
+        assert torch.equal(pipeline.evaluate(queries), expected) and same(
+            before, photograph(pipeline)
+        )
         explorer.query_control.value = rounds % len(queries)
         rounds += 1
     assert explorer.job.wait(60) and rounds > 5
     monkeypatch.setattr(msif.SGD, "advance", advance)
-    assert torch.equal(explorer.actual, msif.removal_effects(pipeline, queries, [[explorer.example]]).values[:, 0])
+    assert torch.equal(
+        explorer.actual, msif.removal_effects(pipeline, queries, [[explorer.example]]).values[:, 0]
+    )
     assert complaint(explorer) == ""
 
 
@@ -528,7 +579,10 @@ def test_errors_stay_in_sight(explorer, cases, monkeypatch):
         patch.setattr("msif_lab.widgets.influence.removal_effects", lambda *_, **__: 1 / 0)
         explorer.retrain.click()
         assert explorer.job.wait(10)
-    assert "ZeroDivisionError" in complaint(explorer) and "failed: see the error below" in explorer.status.value
+    assert (
+        "ZeroDivisionError" in complaint(explorer)
+        and "failed: see the error below" in explorer.status.value
+    )
     assert explorer.stop.disabled and not explorer.retrain.disabled
     with monkeypatch.context() as patch:
         patch.setattr(explorer, "_show_example", lambda: 1 / 0)
@@ -549,7 +603,10 @@ def test_failure_before_the_click_returns_stays_in_sight(explorer, monkeypatch):
         patch.setattr("msif_lab.widgets.influence.removal_effects", lambda *_, **__: 1 / 0)
         patch.setattr("msif_lab.widgets.frame.Job", at_once)
         explorer.retrain.click()
-    assert "ZeroDivisionError" in complaint(explorer) and "failed: see the error below" in explorer.status.value
+    assert (
+        "ZeroDivisionError" in complaint(explorer)
+        and "failed: see the error below" in explorer.status.value
+    )
     assert explorer.stop.disabled and not explorer.retrain.disabled
 
 
@@ -572,7 +629,9 @@ def test_controls_have_labels(explorer):
         for child in getattr(widget, "children", ()):
             yield from walk(child)
 
-    controls = [w for w in walk(explorer.widget) if hasattr(w, "description") and type(w).__name__ != "HTML"]
+    controls = [
+        w for w in walk(explorer.widget) if hasattr(w, "description") and type(w).__name__ != "HTML"
+    ]
     shown = [w for w in controls if w.layout.display != "none"]
     assert len(shown) > 10 and all(w.description for w in shown)
 
@@ -613,7 +672,11 @@ def test_bad_input_is_named(cases, scores, queries):
         ((pipeline, one.values, queries), TypeError, "scores is Tensor"),
         ((pipeline, {}, queries), ValueError, "scores is empty"),
         ((pipeline, [one, one], queries), ValueError, r"scores\[1\] is of stage 'stage0' again"),
-        ((cases, {"frozen": one}, queries), ValueError, r"cases \['frozen'\].*\['frozen', 'full'\]"),
+        (
+            (cases, {"frozen": one}, queries),
+            ValueError,
+            r"cases \['frozen'\].*\['frozen', 'full'\]",
+        ),
         ((cases, one, queries), ValueError, "cases Influence"),
         (({}, one, queries), ValueError, "pipeline is empty"),
         ((one, pipeline, queries), TypeError, "pipeline is Influence"),

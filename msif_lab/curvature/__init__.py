@@ -1,6 +1,12 @@
 """Hessian and Gauss-Newton matrices as operators with algebra, and derivatives of single examples."""
 
-from .derivatives import example_products, gradient_transpose, own_products, per_example_gradients, product_chunks
+from .derivatives import (
+    example_products,
+    gradient_transpose,
+    own_products,
+    per_example_gradients,
+    product_chunks,
+)
 from .matrices import GGN, DataCurvature, Hessian, curvature
 from .operators import Operator, Shifted
 

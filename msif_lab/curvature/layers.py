@@ -1,10 +1,12 @@
-"""Derivatives of networks of `Linear`, `Conv2d` and norm layers from each layer's inputs and output gradients.
+"""Derivatives of networks of `Linear`, `Conv2d` and norm layers from each layer's inputs and output
+gradients.
 
-A layer ``z = W a + b`` has ``∂q/∂W = Σ_l s_l a_lᵀ`` with ``a`` its inputs at L positions and ``s = ∂q/∂z``. So one
-forward and one backward pass that forms no weight gradient give, for every example at once, ``∇q·v = Σ_l s_lᵀ V a_l``
-for any v, the gradients themselves, and ``J v``, ``Jᵀ u`` of the outputs: no tangent ever passes through activations
-or pooling. A norm layer is `Scale`, ``z = γ a + β``.
-Networks with trained parameters elsewhere are left to `torch.func` (`find_layers` gives None).
+A layer ``z = W a + b`` has ``∂q/∂W = Σ_l s_l a_lᵀ`` with ``a`` its inputs at L positions and
+``s = ∂q/∂z``. So one forward and one backward pass that forms no weight gradient give, for every
+example at once, ``∇q·v = Σ_l s_lᵀ V a_l`` for any v, the gradients themselves, and ``J v``,
+``Jᵀ u`` of the outputs: no tangent ever passes through activations or pooling. A norm layer is
+`Scale`, ``z = γ a + β``. Networks with trained parameters elsewhere are left to `torch.func`
+(`find_layers` gives None).
 """
 
 import functools
@@ -22,7 +24,9 @@ __all__ = ["Layer", "Trace", "find_layers", "trace"]
 
 @dataclass
 class Layer:
-    """Where a layer's weight and bias lie in θ (None: not among it), and what the layer does with them."""
+    """Where a layer's weight and bias lie in θ (None: not among it), and what the layer does with
+    them.
+    """
 
     name: str
     module: nn.Module
@@ -57,11 +61,15 @@ class Layer:
         """What `along` takes for one example."""
         if self.pushes(columns):
             return columns * self.numel * element
-        return (self.parameters + self.positions * self.parameters // len(self.module.weight)) * element
+        return (
+            self.parameters + self.positions * self.parameters // len(self.module.weight)
+        ) * element
 
     def pushes(self, columns: int) -> bool:
-        """Whether ``s·(V a)`` is cheaper than the gradient and its products with all columns: ``L P K`` multiplications
-        against ``L P`` and ``P K``, small matrices one by one that take twice as long each (bench_scoring.py)."""
+        """Whether ``s·(V a)`` is cheaper than the gradient and its products with all columns:
+        ``L P K`` multiplications against ``L P`` and ``P K``, small matrices one by one that take
+        twice as long each (bench_scoring.py).
+        """
         return self.positions * columns <= 2 * (self.positions + columns)
 
     def along(self, a: Tensor, s: Tensor, vectors: Tensor) -> Tensor:
@@ -83,7 +91,11 @@ class Layer:
     @functools.cached_property
     def places(self) -> Tensor:
         """Positions in θ of each unit's weights and bias, ``(out, J)``, of a dense layer."""
-        parts = [torch.arange(s.start, s.stop).view(*self.size, -1) for s in (self.weight, self.bias) if s is not None]
+        parts = [
+            torch.arange(s.start, s.stop).view(*self.size, -1)
+            for s in (self.weight, self.bias)
+            if s is not None
+        ]
         return torch.cat(parts, 1).to(self.module.weight.device)
 
     def ones(self, a: Tensor) -> Tensor:
@@ -116,7 +128,9 @@ class Layer:
         return z.unflatten(-1, (width, -1)).transpose(1, 2).reshape(len(a), width, -1)
 
     def pull(self, a: Tensor, cotangents: Tensor, result: Tensor) -> None:
-        """Add ``Σ_i s_i a_iᵀ`` of cotangents ``(B, K, n)`` to the layer's rows of ``result`` (P, K)."""
+        """Add ``Σ_i s_i a_iᵀ`` of cotangents ``(B, K, n)`` to the layer's rows of ``result`` (P,
+        K).
+        """
         width, out = cotangents.shape[1], self.module.weight.shape[0]
         split = (width, out, -1) if self.conv else (width, -1, out)
         s = cotangents.reshape(len(a), *split)
@@ -127,19 +141,26 @@ class Layer:
                 s_maps = s.reshape(len(a), -1, *self.size[1:])
                 product = torch.nn.grad.conv2d_weight(a, kernels, s_maps, **self._how())
             else:
-                flat = s.permute(1, 2, 0, 3) if self.conv else s.permute(1, 3, 0, 2)  # (K, out, B, L)
-                product = flat.reshape(width * out, -1) @ self.patches(a).reshape(-1, self.module.weight[0].numel())
+                # (K, out, B, L)
+                flat = s.permute(1, 2, 0, 3) if self.conv else s.permute(1, 3, 0, 2)
+                product = flat.reshape(width * out, -1) @ self.patches(a).reshape(
+                    -1, self.module.weight[0].numel()
+                )
             result[self.spans[0]] += product.reshape(width, -1).T
         if self.bias is not None:
             result[self.spans[-1]] += (s.sum((0, 3)) if self.conv else s.sum((0, 2))).T
 
     def outer(self, a: Tensor, s: Tensor, result: Tensor) -> None:
-        """Write each example's ``Σ_l s_l a_lᵀ`` for ``s`` (B, C, n) into the layer's part of ``result`` (B, C, P)."""
+        """Write each example's ``Σ_l s_l a_lᵀ`` for ``s`` (B, C, n) into the layer's part of
+        ``result`` (B, C, P).
+        """
         for span, part in zip(self.spans, self.gradients(a, s), strict=True):
             result[..., span] = part
 
     def gradients(self, a: Tensor, s: Tensor) -> list[Tensor]:
-        """Each example's ``Σ_l s_l a_lᵀ`` for ``s`` (B, C, n), then ``Σ_l s_l``; those that θ holds of the two."""
+        """Each example's ``Σ_l s_l a_lᵀ`` for ``s`` (B, C, n), then ``Σ_l s_l``; those that θ holds
+        of the two.
+        """
         out, parts = self.module.weight.shape[0], []
         s = s.unflatten(2, (out, -1) if self.conv else (-1, out))
         s = s if self.conv else s.transpose(2, 3)  # (B, C, out, L)
@@ -151,7 +172,9 @@ class Layer:
 
 
 class Scale(Layer):
-    """A norm layer that knows its statistics: ``z_c = γ_c a_c + β_c`` at L positions, ``a`` its normalised inputs."""
+    """A norm layer that knows its statistics: ``z_c = γ_c a_c + β_c`` at L positions, ``a`` its
+    normalised inputs.
+    """
 
     def inputs(self, x: Tensor) -> Tensor:
         m = self.module
@@ -184,7 +207,9 @@ SCALES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm)
 
 @dataclass
 class Trace:
-    """A chunk's outputs with, for each layer, its inputs ``a`` and its outputs ``z``, ready to be differentiated."""
+    """A chunk's outputs with, for each layer, its inputs ``a`` and its outputs ``z``, ready to be
+    differentiated.
+    """
 
     layers: list[Layer]
     outputs: Tensor
@@ -192,16 +217,25 @@ class Trace:
     z: list[Tensor]
 
     def output_gradients(self, function: Callable, y: Tensor) -> list[Tensor]:
-        """``∂ function(outputs, y)_i / ∂z`` of each layer for one number per example: ``(B, 1, n)`` each."""
+        """``∂ function(outputs, y)_i / ∂z`` of each layer for one number per example: ``(B, 1, n)``
+        each.
+        """
         with torch.enable_grad():
             values = function(self.outputs, y)
-        return [s.flatten(1)[:, None] for s in torch.autograd.grad(values.sum(), self.z, materialize_grads=True)]
+        return [
+            s.flatten(1)[:, None]
+            for s in torch.autograd.grad(values.sum(), self.z, materialize_grads=True)
+        ]
 
     def jacobians(self) -> list[Tensor]:
         """``∂ outputs_ic / ∂z``: ``(B, C, n)`` each, by C backward passes side by side."""
         flat = self.outputs.flatten(1)
-        eye = torch.eye(flat.shape[1], dtype=flat.dtype, device=flat.device)[:, None].expand(-1, len(flat), -1)
-        parts = torch.autograd.grad(flat, self.z, eye, is_grads_batched=True, materialize_grads=True)
+        eye = torch.eye(flat.shape[1], dtype=flat.dtype, device=flat.device)[:, None].expand(
+            -1, len(flat), -1
+        )
+        parts = torch.autograd.grad(
+            flat, self.z, eye, is_grads_batched=True, materialize_grads=True
+        )
         return [s.flatten(2).transpose(0, 1).contiguous() for s in parts]
 
     def push(self, s: Sequence[Tensor], vectors: Tensor) -> Tensor:
@@ -210,7 +244,9 @@ class Trace:
         return sum(layer.push(a, vectors) @ s.transpose(1, 2) for layer, a, s in parts)
 
     def along(self, s: Sequence[Tensor], vectors: Tensor) -> Tensor:
-        """``∇q_iᵀ v`` from the layers' `output_gradients` of q: ``vectors`` (P, K) → ``(B, K)``, no gradient kept."""
+        """``∇q_iᵀ v`` from the layers' `output_gradients` of q: ``vectors`` (P, K) → ``(B, K)``, no
+        gradient kept.
+        """
         parts = zip(self.layers, self.a, s, strict=True)
         return sum(layer.along(a, s, vectors) for layer, a, s in parts)
 
@@ -228,9 +264,11 @@ class Trace:
 
 
 def find_layers(o: Objective, every: bool = False) -> list[Layer] | None:
-    """The layers that hold θ, or None where there is more to it than `Linear`, `Conv2d`, `BatchNorm` and `GroupNorm`.
+    """The layers that hold θ, or None where there is more to it than `Linear`, `Conv2d`,
+    `BatchNorm` and `GroupNorm`.
 
-    Found once per objective, and held against plain reverse mode at random weights before they are trusted.
+    Found once per objective, and held against plain reverse mode at random weights before they are
+    trusted.
 
     Args:
         o: the stage.
@@ -266,8 +304,10 @@ def _list(o: Objective, every: bool) -> list[Layer] | None:
 
 
 def trace(o: Objective, full: Tensor, x: Tensor, layers: list[Layer]) -> Trace | None:
-    """Run the model at all its parameters ``full`` (D,) on a chunk and keep its layers' inputs and outputs; the user's
-    module is as before. None where a layer is not called exactly once with the whole chunk."""
+    """Run the model at all its parameters ``full`` (D,) on a chunk and keep its layers' inputs and
+    outputs; the user's module is as before. None where a layer is not called exactly once with the
+    whole chunk.
+    """
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {layer.name: [] for layer in layers}
     full = full.detach()
     inplace = any(getattr(module, "inplace", False) for module in o.model.modules())
@@ -293,10 +333,14 @@ def trace(o: Objective, full: Tensor, x: Tensor, layers: list[Layer]) -> Trace |
 
 
 def _agrees(o: Objective, layers: list[Layer], every: bool) -> bool:
-    """Whether the layers account for all of the gradient: a weight used elsewhere, twice, or behind a hook does not."""
+    """Whether the layers account for all of the gradient: a weight used elsewhere, twice, or behind
+    a hook does not.
+    """
     full = o.layout.flatten(o.model)
     generator = torch.Generator().manual_seed(0)
-    full = full + 0.1 * torch.randn(len(full), generator=generator, dtype=full.dtype).to(full.device)
+    full = full + 0.1 * torch.randn(len(full), generator=generator, dtype=full.dtype).to(
+        full.device
+    )
     x = o.data.x[[0, len(o.data) - 1]]
     try:
         with exact_convolutions():
@@ -305,7 +349,9 @@ def _agrees(o: Objective, layers: list[Layer], every: bool) -> bool:
             return False
         for layer, z in zip(layers, found.z, strict=True):
             layer.size = tuple(z.shape[1:])
-        like = torch.randn(found.outputs.shape, generator=generator, dtype=full.dtype).to(full.device)
+        like = torch.randn(found.outputs.shape, generator=generator, dtype=full.dtype).to(
+            full.device
+        )
         gradients = found.output_gradients(lambda z, y: (z * y).flatten(1).sum(1), like)
         ours = found.jacobian(gradients, o.layout.size if every else o.size)[:, 0].sum(0)
         with torch.enable_grad(), exact_convolutions():

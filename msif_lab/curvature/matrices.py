@@ -1,7 +1,8 @@
 """Hessian and generalised Gauss-Newton of a stage as operators with algebra.
 
-``H = Hessian(objective, full)`` is used as ``(H + damping) @ V``: it knows shape, dtype and device, and
-multiplies many vectors at once. Averages are weighted by the data, so any chunking gives the same product.
+``H = Hessian(objective, full)`` is used as ``(H + damping) @ V``: it knows shape, dtype and device,
+and multiplies many vectors at once. Averages are weighted by the data, so any chunking gives the
+same product.
 """
 
 import copy
@@ -22,14 +23,15 @@ __all__ = ["GGN", "Hessian"]
 
 
 class DataCurvature(Operator):
-    """Curvature of the mean loss ``(1/m) Σ w_i f_i`` plus, unless ``ridge=False``, of the stage's penalty.
+    """Curvature of the mean loss ``(1/m) Σ w_i f_i`` plus, unless ``ridge=False``, of the stage's
+    penalty.
 
     Args:
         objective: the stage.
         full: all its parameters ``(D,)``.
         weights: example weights ``(m,)``; default one each.
-        every: over all D parameters instead of the trained P (without the penalty); its off-diagonal
-            block is the ``G_WT`` of the frozen case.
+        every: over all D parameters instead of the trained P (without the penalty); its
+            off-diagonal block is the ``G_WT`` of the frozen case.
     """
 
     def __init__(
@@ -41,8 +43,13 @@ class DataCurvature(Operator):
         ridge: bool = True,
         every: bool = False,
     ):
-        super().__init__(objective.layout.size if every else objective.size, full.dtype, full.device)
-        for name, tensor, size in (("full", full, objective.layout.size), ("weights", weights, len(objective.data))):
+        super().__init__(
+            objective.layout.size if every else objective.size, full.dtype, full.device
+        )
+        for name, tensor, size in (
+            ("full", full, objective.layout.size),
+            ("weights", weights, len(objective.data)),
+        ):
             if tensor is not None and tensor.shape != (size,):
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected ({size},)")
         self.objective, self.full, self.every = objective, full, every
@@ -52,15 +59,19 @@ class DataCurvature(Operator):
         self.rows: Tensor | None = None  # only these examples
 
     def part(self, rows: Tensor) -> "DataCurvature":
-        """What the examples at ``rows`` add to the mean over all, without the penalty: parts sum to the whole."""
+        """What the examples at ``rows`` add to the mean over all, without the penalty: parts sum to
+        the whole.
+        """
         part = copy.copy(self)
         part.__dict__.pop("_twin", None)  # a Hessian's, of all rows
         part.rows, part.ridge = rows, None
         return part
 
     def importance(self) -> Tensor:
-        """``|w_i| ‖∂f_i/∂z_i‖`` of each example ``(m,)``, z the outputs: it weighs the model's own second derivatives;
-        small where a classifier is sure of the label, so that the loss does not bend either."""
+        """``|w_i| ‖∂f_i/∂z_i‖`` of each example ``(m,)``, z the outputs: it weighs the model's own
+        second derivatives; small where a classifier is sure of the label, so that the loss does not
+        bend either.
+        """
         o, slopes = self.objective, []
         for _, x, y in o.chunks(copies=2):
             with torch.no_grad():
@@ -71,13 +82,17 @@ class DataCurvature(Operator):
         return self.weights.abs() * torch.cat(slopes)
 
     def bend(self, outputs: Tensor, y: Tensor, weights: Tensor) -> Tensor:
-        """``(w_i / m) Λ_i``: the Hessian of each example's weighted loss in its outputs, ``(B, C, C)``."""
+        """``(w_i / m) Λ_i``: the Hessian of each example's weighted loss in its outputs,
+        ``(B, C, C)``.
+        """
         with torch.enable_grad():
             z = outputs.detach().requires_grad_()
             risk = (weights * self.objective.loss(z, y)).sum() / len(self.objective.data)
             (slope,) = torch.autograd.grad(risk, z, create_graph=True)
             slope = slope.flatten(1)
-        eye = torch.eye(slope.shape[1], dtype=z.dtype, device=z.device)[:, None].expand(-1, len(z), -1)
+        eye = torch.eye(slope.shape[1], dtype=z.dtype, device=z.device)[:, None].expand(
+            -1, len(z), -1
+        )
         return pull_back(slope, z, eye)[0].flatten(2).transpose(0, 1)
 
     def _chunks(self, copies: int):
@@ -87,13 +102,16 @@ class DataCurvature(Operator):
         return theta if self.every else self.objective.parameters(theta, self.full)
 
     def _width(self, column: int, columns: int) -> int:
-        """How many columns go side by side where one takes so many bytes an example: room for 8 examples remains, and
-        all pieces are equally wide (11 + 9 columns of a conv net cost a sixth more than 10 + 10)."""
+        """How many columns go side by side where one takes so many bytes an example: room for 8
+        examples remains, and all pieces are equally wide (11 + 9 columns of a conv net cost a sixth
+        more than 10 + 10).
+        """
         most = max(1, min(columns, 256, working_bytes(self.device, column) // (8 * column)))
         return -(-columns // -(-columns // most))
 
     def _product(self, vectors: Tensor) -> Tensor:
-        # Columns share one linearisation, as large as three; both they and the examples are cut so that tangents fit.
+        # Columns share one linearisation, as large as three; both they and the examples are cut so
+        # that tangents fit.
         vectors = vectors.T.contiguous().T  # each in one piece, and so the results
         result = torch.zeros_like(vectors) if self.ridge is None else self.ridge[:, None] * vectors
         o, count = self.objective, len(self.objective.data)
@@ -108,7 +126,9 @@ class DataCurvature(Operator):
         return max(3, columns)
 
     def dense_multiplications(self, examples: int) -> float:
-        """What making the dense matrix from so many examples takes if not by products; inf if it is by products."""
+        """What making the dense matrix from so many examples takes if not by products; inf if it is
+        by products.
+        """
         return float("inf")
 
     def _chunk(self, vectors: Tensor, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
@@ -118,15 +138,16 @@ class DataCurvature(Operator):
 class Hessian(DataCurvature):
     """``∇²F``: exact second derivatives, by differentiating ``∇F`` once more.
 
-    Reverse over reverse: the gradient's graph is made once a chunk and all columns go back through it; or forward over
-    reverse, where `forward_is_cheaper`.
+    Reverse over reverse: the gradient's graph is made once a chunk and all columns go back through
+    it; or forward over reverse, where `forward_is_cheaper`.
     """
 
     def _forward(self, columns: int) -> bool:
         return columns > 2 and forward_is_cheaper(self.objective, self.dtype)
 
     def _copies(self, columns):
-        return 2 * columns if self._forward(columns) else super()._copies(columns)  # tangents of both passes
+        # tangents of both passes
+        return 2 * columns if self._forward(columns) else super()._copies(columns)
 
     def _chunk(self, vectors, x, y, weights):
         o = self.objective
@@ -135,7 +156,9 @@ class Hessian(DataCurvature):
             return (weights * o.losses(self._full(theta), x, y)).sum()
 
         if self._forward(vectors.shape[1]):
-            return vmap(lambda v: jvp(grad(risk), (self.theta,), (v,))[1], in_dims=1, out_dims=1)(vectors)
+            return vmap(lambda v: jvp(grad(risk), (self.theta,), (v,))[1], in_dims=1, out_dims=1)(
+                vectors
+            )
         with torch.enable_grad():
             theta = self.theta.detach().requires_grad_()
             (gradient,) = torch.autograd.grad(risk(theta), theta, create_graph=True)
@@ -143,7 +166,9 @@ class Hessian(DataCurvature):
 
     @functools.cached_property
     def _twin(self) -> "GGN | None":
-        """The Gauss-Newton matrix where the outputs are linear in θ: then it is the Hessian, and far cheaper."""
+        """The Gauss-Newton matrix where the outputs are linear in θ: then it is the Hessian, and
+        far cheaper.
+        """
         if not _is_linear(self):
             return None
         twin = GGN(self.objective, self.full, self.weights, every=self.every)
@@ -161,7 +186,9 @@ class Hessian(DataCurvature):
 
 
 def _is_linear(operator: DataCurvature) -> bool:
-    """Whether outputs are affine in θ: ``z(θ+v) + z(θ−v) = 2 z(θ)`` to rounding at large random v, 3 examples."""
+    """Whether outputs are affine in θ: ``z(θ+v) + z(θ−v) = 2 z(θ)`` to rounding at large random v,
+    3 examples.
+    """
     o, theta = operator.objective, operator.theta
     few = sorted({0, len(o.data) // 2, len(o.data) - 1})
     x, generator = o.data.x[few], torch.Generator().manual_seed(0)
@@ -177,11 +204,13 @@ def _is_linear(operator: DataCurvature) -> bool:
 
 
 class GGN(DataCurvature):
-    """Generalised Gauss-Newton ``(1/m) Σ w_i J_iᵀ Λ_i J_i`` with ``Λ_i`` the loss's Hessian in the outputs:
-    the Hessian of the model linearised at the parameters; positive semi-definite for convex losses.
+    """Generalised Gauss-Newton ``(1/m) Σ w_i J_iᵀ Λ_i J_i`` with ``Λ_i`` the loss's Hessian in the
+    outputs: the Hessian of the model linearised at the parameters; positive semi-definite for
+    convex losses.
 
-    Where layers hold all of θ (`layers`), C backward passes give every example's J in factors, and a column costs
-    less than half an epoch; that pays from C/2 columns on. Otherwise J v is pushed forward and Jᵀ Λ J v pulled back.
+    Where layers hold all of θ (`layers`), C backward passes give every example's J in factors, and
+    a column costs less than half an epoch; that pays from C/2 columns on. Otherwise J v is pushed
+    forward and Jᵀ Λ J v pulled back.
     """
 
     def _product(self, vectors: Tensor) -> Tensor:
@@ -221,20 +250,28 @@ class GGN(DataCurvature):
             theta = self.theta.detach().requires_grad_()
             z = model(theta)
             leaf = z.detach().requires_grad_()
-            (slope,) = torch.autograd.grad((weights * self.objective.loss(leaf, y)).sum(), leaf, create_graph=True)
+            (slope,) = torch.autograd.grad(
+                (weights * self.objective.loss(leaf, y)).sum(), leaf, create_graph=True
+            )
         pushed = push_forward(model, self.theta, vectors.T)  # J v
         return pull_back(z, theta, pull_back(slope, leaf, pushed)[0])[0].T  # Jᵀ Λ J v
 
     def dense_multiplications(self, examples: int) -> float:
-        size, count, layers = self.shape[0], self._outputs(), find_layers(self.objective, self.every)
+        size, count, layers = (
+            self.shape[0],
+            self._outputs(),
+            find_layers(self.objective, self.every),
+        )
         if 4 * count > size:
             return float("inf")
         flat = layers and all(layer.dense for layer in layers)
         return float(examples * size**2 * (0.5 if flat else count))
 
     def _dense(self) -> Tensor:
-        """``Σ w_i J_iᵀ Λ_i J_i / m`` from each example's Jacobian: C backward passes and one matrix product where
-        P products would each take a forward and a backward pass; several times faster for C ≪ P."""
+        """``Σ w_i J_iᵀ Λ_i J_i / m`` from each example's Jacobian: C backward passes and one matrix
+        product where P products would each take a forward and a backward pass; several times faster
+        for C ≪ P.
+        """
         o, size, count = self.objective, self.shape[0], self._outputs()
         if 4 * count > size:
             return super()._dense()
@@ -262,25 +299,32 @@ class GGN(DataCurvature):
         return z, vmap(jacrev(outputs), in_dims=(None, 0))(self.theta, x)
 
     def _add_blocks(self, result: Tensor, layers: list[Layer]) -> Tensor:
-        """A dense layer's J is ``s ⊗ (a, 1)``, so a block is ``Σ_i (s_iᵀ Λ_i t_i) ⊗ a_i b_iᵀ``: weighted Gram matrices
-        of the layers' inputs, 2C times less work than the product of Jacobians."""
+        """A dense layer's J is ``s ⊗ (a, 1)``, so a block is ``Σ_i (s_iᵀ Λ_i t_i) ⊗ a_i b_iᵀ``:
+        weighted Gram matrices of the layers' inputs, 2C times less work than the product of
+        Jacobians.
+        """
         o, size = self.objective, self.shape[0]
         for rows, x, y in self._chunks(2 + 4 * size // o.bytes_per_example()):
             traced = trace(o, self.full, x, layers)
             s = traced.jacobians()
             bend = self.bend(traced.outputs, y, self.weights[rows])
-            a = [layer.ones(a) for layer, a in zip(layers, traced.a, strict=True)]  # (B, J): inputs, and 1 for the bias
+            # (B, J): inputs, and 1 for the bias
+            a = [layer.ones(a) for layer, a in zip(layers, traced.a, strict=True)]
             for i, j in itertools.combinations_with_replacement(range(len(layers)), 2):
                 between = s[i].transpose(1, 2) @ bend @ s[j]  # (B, out, out')
                 for unit in range(between.shape[1]):
                     first = unit if i == j else 0  # what is left follows by symmetry
                     block = a[i].T @ (between[:, unit, first:, None] * a[j][:, None]).flatten(1)
                     block[:, a[j].shape[1] * (i == j) :] *= 2
-                    result[layers[i].places[unit][:, None], layers[j].places[first:].flatten()] += block
+                    result[layers[i].places[unit][:, None], layers[j].places[first:].flatten()] += (
+                        block
+                    )
         return (result + result.T) / 2
 
 
-def curvature(kind: str, objective: Objective, full: Tensor, weights: Tensor | None = None) -> DataCurvature:
+def curvature(
+    kind: str, objective: Objective, full: Tensor, weights: Tensor | None = None
+) -> DataCurvature:
     """The stage's curvature by name, ``"hessian"`` or ``"ggn"``, penalty included."""
     kinds = {"hessian": Hessian, "ggn": GGN}
     if kind not in kinds:

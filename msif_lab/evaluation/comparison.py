@@ -1,4 +1,6 @@
-"""How predicted effects agree with actual ones: per query, with intervals, over seeds, method beside method."""
+"""How predicted effects agree with actual ones: per query, with intervals, over seeds, method
+beside method.
+"""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -12,7 +14,14 @@ from torch import Tensor
 from ..influence.result import Influence
 from .removals import Effects
 
-__all__ = ["Agreement", "agreement", "compare_methods", "detection", "method_table", "noise_ceiling"]
+__all__ = [
+    "Agreement",
+    "agreement",
+    "compare_methods",
+    "detection",
+    "method_table",
+    "noise_ceiling",
+]
 
 # name in code: name in tables
 STATISTICS = {
@@ -31,10 +40,12 @@ class Agreement:
 
     Attributes:
         predicted, actual: ``(Q, R)`` changes of q.
-        r, rho, slope: ``(Q,)`` Pearson, Spearman (its mean is the LDS when the removals are random subsets),
-            and slope of actual on predicted (1: the units are right); NaN for a query without variation.
+        r, rho, slope: ``(Q,)`` Pearson, Spearman (its mean is the LDS when the removals are random
+            subsets), and slope of actual on predicted (1: the units are right); NaN for a query
+            without variation.
         sign: ``(Q,)`` share of removals whose effect has the predicted sign.
-        magnitude: ``(Q,)`` Spearman of ``|predicted|`` and ``|actual|``: all that an unsigned score can show.
+        magnitude: ``(Q,)`` Spearman of ``|predicted|`` and ``|actual|``: all that an unsigned score
+            can show.
         pooled: the same five over all pairs.
         intervals: bootstrap 95 % interval over queries of each mean.
     """
@@ -58,18 +69,31 @@ class Agreement:
         """One row per query: id and the five statistics."""
         import pandas
 
-        return pandas.DataFrame({"query_id": self.query_ids} | {name: getattr(self, name) for name in STATISTICS})
+        return pandas.DataFrame(
+            {"query_id": self.query_ids} | {name: getattr(self, name) for name in STATISTICS}
+        )
 
     def _rows(self) -> list[tuple[str, str, str, str]]:
         return [
-            (label, f"{self.mean(n):.3f}", "{:.3f} – {:.3f}".format(*self.intervals[n]), f"{self.pooled[n]:.3f}")
-            for n, label in list(STATISTICS.items())[:4]  # the sizes are of interest beside unsigned scores only
+            (
+                label,
+                f"{self.mean(n):.3f}",
+                "{:.3f} – {:.3f}".format(*self.intervals[n]),
+                f"{self.pooled[n]:.3f}",
+            )
+            # the sizes are of interest beside unsigned scores only
+            for n, label in list(STATISTICS.items())[:4]
         ]
 
     def __str__(self) -> str:
         queries, removals = self.actual.shape
-        lines = [f"{queries} queries × {removals} removals; mean per query, 95 % interval over queries, pooled"]
-        return "\n".join(lines + [f"  {a:<25} {b:>7}  ({c})  {d:>7}" for a, b, c, d in self._rows()])
+        lines = [
+            f"{queries} queries × {removals} removals; mean per query, 95 % interval over "
+            "queries, pooled"
+        ]
+        return "\n".join(
+            lines + [f"  {a:<25} {b:>7}  ({c})  {d:>7}" for a, b, c, d in self._rows()]
+        )
 
     __repr__ = __str__
 
@@ -81,7 +105,9 @@ class Agreement:
         return f"<table style='white-space: nowrap'>{caption}{head}{body}</table>"
 
 
-def agreement(scores: Influence, effects: Effects, *, resamples: int = 2000, seed: int = 0) -> Agreement:
+def agreement(
+    scores: Influence, effects: Effects, *, resamples: int = 2000, seed: int = 0
+) -> Agreement:
     """Hold predicted removal effects against actual ones, query by query.
 
     Args:
@@ -90,7 +116,8 @@ def agreement(scores: Influence, effects: Effects, *, resamples: int = 2000, see
         resamples, seed: of the bootstrap over queries.
 
     Raises:
-        ValueError: scores and effects are of different queries, stages or targets, or fewer than 3 removals.
+        ValueError: scores and effects are of different queries, stages or targets, or fewer than 3
+            removals.
 
     Warns:
         UserWarning: queries whose predictions or effects do not vary, left out of the means.
@@ -102,32 +129,49 @@ def agreement(scores: Influence, effects: Effects, *, resamples: int = 2000, see
 def _pairs(scores: Influence, effects: Effects) -> tuple[numpy.ndarray, numpy.ndarray]:
     """Predicted and actual changes ``(Q, R)`` of the same queries and removals."""
     if not torch.equal(scores.query_ids, effects.query_ids):
-        raise ValueError("scores and effects are of different queries; compute both on the same Examples")
+        raise ValueError(
+            "scores and effects are of different queries; compute both on the same Examples"
+        )
     if (scores.stage, scores.target) != (effects.stage, effects.target):
         raise ValueError(
-            f"scores are of stage {scores.stage!r} on {scores.target}, effects of {effects.stage!r} on {effects.target}"
+            f"scores are of stage {scores.stage!r} on {scores.target}, effects of "
+            f"{effects.stage!r} on {effects.target}"
         )
     if len(effects.subsets) < 3:
-        raise ValueError(f"{len(effects.subsets)} removals are too few to correlate; at least 3 are needed")
-    predicted = torch.stack([scores.removal_effect(s) for s in effects.subsets], 1).detach().cpu().double().numpy()
+        raise ValueError(
+            f"{len(effects.subsets)} removals are too few to correlate; at least 3 are needed"
+        )
+    predicted = (
+        torch.stack([scores.removal_effect(s) for s in effects.subsets], 1)
+        .detach()
+        .cpu()
+        .double()
+        .numpy()
+    )
     return predicted, effects.values.double().numpy()
 
 
-def compare(predicted, actual, query_ids=None, *, resamples: int = 2000, seed: int = 0) -> Agreement:
+def compare(
+    predicted, actual, query_ids=None, *, resamples: int = 2000, seed: int = 0
+) -> Agreement:
     """`agreement` of two ``(Q, R)`` arrays of predicted and actual changes."""
     predicted, actual = numpy.asarray(predicted, float), numpy.asarray(actual, float)
     for name, values in (("predictions", predicted), ("effects", actual)):
         if not numpy.isfinite(values).all():
             raise ValueError(
-                f"{name} hold NaN or inf, first at (query, removal) {numpy.argwhere(~numpy.isfinite(values))[0]}"
+                f"{name} hold NaN or inf, first at (query, removal) "
+                f"{numpy.argwhere(~numpy.isfinite(values))[0]}"
             )
     per_query = numpy.array([_statistics(p, a) for p, a in zip(predicted, actual, strict=True)])
     undefined = int(numpy.isnan(per_query[:, 0]).sum())
     if undefined == len(per_query):
-        raise ValueError("no query has predictions and effects that vary, so nothing can be correlated")
+        raise ValueError(
+            "no query has predictions and effects that vary, so nothing can be correlated"
+        )
     if undefined:
         warnings.warn(
-            f"{undefined} of {len(per_query)} queries do not vary and are left out of the means", stacklevel=2
+            f"{undefined} of {len(per_query)} queries do not vary and are left out of the means",
+            stacklevel=2,
         )
     return Agreement(
         predicted,
@@ -148,7 +192,9 @@ def _statistics(predicted, actual) -> tuple[float, ...]:
     r = float(stats.pearsonr(predicted, actual).statistic)
     rho = float(stats.spearmanr(predicted, actual).statistic)
     sizes = [abs(predicted), abs(actual)]
-    magnitude = float("nan") if 0 in map(numpy.ptp, sizes) else float(stats.spearmanr(*sizes).statistic)
+    magnitude = (
+        float("nan") if 0 in map(numpy.ptp, sizes) else float(stats.spearmanr(*sizes).statistic)
+    )
     told = (predicted != 0) & (actual != 0)
     sign = float(((predicted > 0) == (actual > 0))[told].mean()) if told.any() else float("nan")
     return r, rho, r * float(actual.std() / predicted.std()), sign, magnitude
@@ -162,10 +208,11 @@ def row_ranks(values) -> numpy.ndarray:
 
 
 def row_correlations(a, b) -> numpy.ndarray:
-    """Pearson r of each row of ``a`` with the same row of ``b``, ``(Q, R)`` each; of `row_ranks` it is Spearman's.
+    """Pearson r of each row of ``a`` with the same row of ``b``, ``(Q, R)`` each; of `row_ranks` it
+    is Spearman's.
 
-    Two statistics of `Agreement` for all queries at once, ``(Q,)``, as a slider needs them; NaN for a row that
-    does not vary.
+    Two statistics of `Agreement` for all queries at once, ``(Q,)``, as a slider needs them; NaN for
+    a row that does not vary.
     """
     a, b = numpy.asarray(a, float), numpy.asarray(b, float)
     if a.shape != b.shape or a.ndim != 2:
@@ -178,15 +225,17 @@ def row_correlations(a, b) -> numpy.ndarray:
 def _intervals(values: numpy.ndarray, resamples: int, seed: int) -> list[tuple[float, float]]:
     """Bootstrap 95 % intervals of the mean over runs and queries of ``values`` (S, Q, statistics).
 
-    Queries are drawn anew, the same ones for every run; with several runs these are drawn anew as well, so that
-    the interval is about another set of queries *and* other seeds.
+    Queries are drawn anew, the same ones for every run; with several runs these are drawn anew as
+    well, so that the interval is about another set of queries *and* other seeds.
     """
     values = values[:, ~numpy.isnan(values).all((0, 2))]
     runs, queries, _ = values.shape
     rng = numpy.random.default_rng(seed)
     # How often each run and query is drawn; runs are fixed when there is only one.
-    by_run = rng.multinomial(runs, numpy.full(runs, 1 / runs), resamples).astype(float)  # (resamples, S)
-    by_query = rng.multinomial(queries, numpy.full(queries, 1 / queries), resamples).astype(float)  # (resamples, Q)
+    # (resamples, S)
+    by_run = rng.multinomial(runs, numpy.full(runs, 1 / runs), resamples).astype(float)
+    # (resamples, Q)
+    by_query = rng.multinomial(queries, numpy.full(queries, 1 / queries), resamples).astype(float)
     known = ~numpy.isnan(values)
 
     def total(x):  # (S, Q, statistics) → (resamples, statistics)
@@ -199,7 +248,9 @@ def _intervals(values: numpy.ndarray, resamples: int, seed: int) -> list[tuple[f
 
 
 def _mean(values: numpy.ndarray) -> numpy.ndarray:
-    """Mean over runs and queries, NaN left out; NaN, without NumPy's warning, where nothing is left."""
+    """Mean over runs and queries, NaN left out; NaN, without NumPy's warning, where nothing is
+    left.
+    """
     count = (~numpy.isnan(values)).sum((0, 1))
     return numpy.where(count > 0, numpy.nansum(values, (0, 1)) / numpy.maximum(count, 1), numpy.nan)
 
@@ -215,13 +266,13 @@ def compare_methods(
 
     Args:
         scores: by the name of the method; one `Influence`, or one for each seed.
-        effects: by the name of the removals (``"one"``, ``"10 %"``), as many as there are seeds. Scores for one kind
-            of removal only are named ``(method, removals)``.
+        effects: by the name of the removals (``"one"``, ``"10 %"``), as many as there are seeds.
+            Scores for one kind of removal only are named ``(method, removals)``.
         resamples, seed: of the bootstrap, over queries and seeds together.
 
     Returns:
-        tidy pandas table: removals, method, statistic, mean, low, high; ``mean`` over queries and seeds, ``low`` and
-        ``high`` its 95 % interval. Statistics as in `Agreement`.
+        tidy pandas table: removals, method, statistic, mean, low, high; ``mean`` over queries and
+        seeds, ``low`` and ``high`` its 95 % interval. Statistics as in `Agreement`.
 
     Raises:
         ValueError: as `agreement`; or different numbers of seeds.
@@ -235,22 +286,29 @@ def compare_methods(
                 continue
             given = [given] if isinstance(given, Influence) else list(given)
             if len(given) != len(truth):
-                raise ValueError(f"{method!r} has scores of {len(given)} seeds, {removals!r} effects of {len(truth)}")
+                raise ValueError(
+                    f"{method!r} has scores of {len(given)} seeds, {removals!r} effects of "
+                    f"{len(truth)}"
+                )
             pairs = [_pairs(s, e) for s, e in zip(given, truth, strict=True)]
             rows += _rows(removals, method, pairs, resamples, seed)
     return _frame(rows)
 
 
-def noise_ceiling(effects: Mapping[str, Sequence[Effects]], *, resamples: int = 2000, seed: int = 0):
-    """How well retraining under one seed predicts retraining under another: no method that does not know the seed
-    can be expected to do better.
+def noise_ceiling(
+    effects: Mapping[str, Sequence[Effects]], *, resamples: int = 2000, seed: int = 0
+):
+    """How well retraining under one seed predicts retraining under another: no method that does not
+    know the seed can be expected to do better.
 
     Args:
-        effects: by the name of the removals, those of two or more seeds: same data, queries and subsets.
+        effects: by the name of the removals, those of two or more seeds: same data, queries and
+            subsets.
         resamples, seed: of the bootstrap.
 
     Returns:
-        rows for the table of `compare_methods`, as method ``"another seed"``; every ordered pair of seeds counts.
+        rows for the table of `compare_methods`, as method ``"another seed"``; every ordered pair of
+        seeds counts.
 
     Raises:
         ValueError: fewer than two seeds, or other queries or subsets.
@@ -258,16 +316,26 @@ def noise_ceiling(effects: Mapping[str, Sequence[Effects]], *, resamples: int = 
     rows = []
     for removals, runs in effects.items():
         if isinstance(runs, Effects) or len(runs) < 2:
-            raise ValueError(f"{removals!r}: effects of at least two seeds are needed to compare them")
-        if any(e.subsets != runs[0].subsets or not torch.equal(e.query_ids, runs[0].query_ids) for e in runs):
-            raise ValueError(f"{removals!r}: the seeds removed different examples or asked different queries")
-        pairs = [(a.values.double().numpy(), b.values.double().numpy()) for a, b in permutations(runs, 2)]
+            raise ValueError(
+                f"{removals!r}: effects of at least two seeds are needed to compare them"
+            )
+        if any(
+            e.subsets != runs[0].subsets or not torch.equal(e.query_ids, runs[0].query_ids)
+            for e in runs
+        ):
+            raise ValueError(
+                f"{removals!r}: the seeds removed different examples or asked different queries"
+            )
+        pairs = [
+            (a.values.double().numpy(), b.values.double().numpy()) for a, b in permutations(runs, 2)
+        ]
         rows += _rows(removals, CEILING, pairs, resamples, seed)
     return _frame(rows)
 
 
 def method_table(table, statistic: str = "r", columns: str = "removals"):
-    """Methods by kinds of removal, each cell ``mean [low, high]``, for reading: from the table of `compare_methods`.
+    """Methods by kinds of removal, each cell ``mean [low, high]``, for reading: from the table of
+    `compare_methods`.
 
     Args:
         table: its rows, also of several settings or links with such a column.
@@ -278,23 +346,33 @@ def method_table(table, statistic: str = "r", columns: str = "removals"):
     if some.empty:
         raise ValueError(f"statistic={statistic!r} is none of {sorted(set(table['statistic']))}")
     figures = zip(some["mean"], some["low"], some["high"], strict=True)
-    cells = [f"{m:.2f}\u00a0[{a:.2f},\u00a0{b:.2f}]" for m, a, b in figures]  # a table does not break them
-    return some.assign(cell=cells).pivot_table("cell", "method", columns, aggfunc="first", sort=False).fillna("")
+    # a table does not break them
+    cells = [f"{m:.2f}\u00a0[{a:.2f},\u00a0{b:.2f}]" for m, a, b in figures]
+    return (
+        some.assign(cell=cells)
+        .pivot_table("cell", "method", columns, aggfunc="first", sort=False)
+        .fillna("")
+    )
 
 
 def _rows(removals: str, method: str, pairs, resamples: int, seed: int) -> list[tuple]:
-    values = numpy.array([compare(*pair, resamples=1).to_frame()[list(STATISTICS)].to_numpy() for pair in pairs])
+    values = numpy.array(
+        [compare(*pair, resamples=1).to_frame()[list(STATISTICS)].to_numpy() for pair in pairs]
+    )
     means = _mean(values)
     spans = _intervals(values, resamples, seed)
     return [
-        (removals, method, name, float(mean), *span) for name, mean, span in zip(STATISTICS, means, spans, strict=True)
+        (removals, method, name, float(mean), *span)
+        for name, mean, span in zip(STATISTICS, means, spans, strict=True)
     ]
 
 
 def _frame(rows: list[tuple]):
     import pandas
 
-    return pandas.DataFrame(rows, columns=["removals", "method", "statistic", "mean", "low", "high"])
+    return pandas.DataFrame(
+        rows, columns=["removals", "method", "statistic", "mean", "low", "high"]
+    )
 
 
 def detection(order: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
@@ -313,9 +391,12 @@ def detection(order: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
     order, truth = torch.as_tensor(order).cpu(), torch.as_tensor(truth).cpu()
     if truth.dtype != torch.bool or truth.ndim != 1 or not bool(truth.any()):
         raise ValueError(
-            f"truth is {truth.dtype} of shape {tuple(truth.shape)}: a mask with something to find is needed"
+            f"truth is {truth.dtype} of shape {tuple(truth.shape)}: a mask with something to find "
+            "is needed"
         )
     if not torch.equal(order.sort().values, torch.arange(len(truth))):
-        raise ValueError(f"order of shape {tuple(order.shape)} must rank the {len(truth)} examples, each once")
+        raise ValueError(
+            f"order of shape {tuple(order.shape)} must rank the {len(truth)} examples, each once"
+        )
     found = truth[order].cumsum(0).to(torch.get_default_dtype())
     return found / torch.arange(1, len(truth) + 1), found / int(truth.sum())

@@ -61,8 +61,11 @@ class Effects:
         return cls(**tensors, **facts)
 
 
-def random_removals(m: int, count: int, fraction: float | None = None, *, seed: int = 0) -> list[list[int]]:
-    """``count`` random groups of positions below m: single examples, all different, or groups of a fraction of m.
+def random_removals(
+    m: int, count: int, fraction: float | None = None, *, seed: int = 0
+) -> list[list[int]]:
+    """``count`` random groups of positions below m: single examples, all different, or groups of a
+    fraction of m.
 
     The draws are PyTorch's, so another version of it may draw others.
 
@@ -71,7 +74,9 @@ def random_removals(m: int, count: int, fraction: float | None = None, *, seed: 
     """
     size = 1 if fraction is None else round(fraction * m)
     if not 1 <= size < m or count < 1 or (fraction is None and count > m):
-        raise ValueError(f"{count} groups of {size} among {m} examples (fraction={fraction}) cannot be drawn")
+        raise ValueError(
+            f"{count} groups of {size} among {m} examples (fraction={fraction}) cannot be drawn"
+        )
     generator = torch.Generator().manual_seed(seed)
     if fraction is None:
         return [[i] for i in torch.randperm(m, generator=generator)[:count].tolist()]
@@ -83,9 +88,15 @@ def _check_subsets(subsets: Sequence[Sequence[int]], m: int) -> list[list[int]]:
         raise TypeError(f"subsets={subsets!r} must be lists of positions, e.g. [[3], [17], [5, 9]]")
     groups = []
     for subset in subsets:
-        members = torch.as_tensor(subset if isinstance(subset, (int, torch.Tensor)) else numpy.asarray(subset))
-        if len(members.reshape(-1)) and (members.is_floating_point() or members.dtype == torch.bool):
-            raise ValueError(f"subset {subset} must hold positions, whole numbers between 0 and {m - 1}")
+        members = torch.as_tensor(
+            subset if isinstance(subset, (int, torch.Tensor)) else numpy.asarray(subset)
+        )
+        if len(members.reshape(-1)) and (
+            members.is_floating_point() or members.dtype == torch.bool
+        ):
+            raise ValueError(
+                f"subset {subset} must hold positions, whole numbers between 0 and {m - 1}"
+            )
         groups.append([int(i) for i in members.reshape(-1)])
     if not groups:
         raise ValueError("subsets is empty; give lists of positions, e.g. [[3], [17], [5, 9]]")
@@ -97,7 +108,9 @@ def _check_subsets(subsets: Sequence[Sequence[int]], m: int) -> list[list[int]]:
     return groups
 
 
-def _retrain_without(pipeline, stage, groups, queries, target, protocol) -> tuple[Tensor, Tensor, Tensor]:
+def _retrain_without(
+    pipeline, stage, groups, queries, target, protocol
+) -> tuple[Tensor, Tensor, Tensor]:
     weights = torch.ones(len(groups), len(pipeline.stages[stage].data))
     for lane, group in enumerate(groups):
         weights[lane, group] = 0
@@ -111,7 +124,9 @@ def _retrain_without(pipeline, stage, groups, queries, target, protocol) -> tupl
 
 
 def default_protocol(pipeline: Pipeline) -> str:
-    """How `removal_effects` retrains if nobody says: from the trained weights where every stage seeks an optimum."""
+    """How `removal_effects` retrains if nobody says: from the trained weights where every stage
+    seeks an optimum.
+    """
     return "warm-start" if all(hasattr(s.recipe, "tol") for s in pipeline.stages) else "same-seed"
 
 
@@ -136,12 +151,14 @@ def removal_effects(
         subsets: R groups of positions in the stage's data; a bare number removes one example.
         stage: whose examples are removed.
         target: as in `ImplicitInfluence.score`.
-        protocol: ``"same-seed"`` reruns from the initial weights with the same batches, ``"warm-start"``
-            continues from the trained weights. Default: warm start where every stage is trained to an
-            optimum (from scratch a removal may end in another one, which no influence is about), else same seed.
+        protocol: ``"same-seed"`` reruns from the initial weights with the same batches,
+            ``"warm-start"`` continues from the trained weights. Default: warm start where every
+            stage is trained to an optimum (from scratch a removal may end in another one, which no
+            influence is about), else same seed.
         n_jobs: processes through joblib; ``joblib.parallel_config`` moves them to a cluster.
         lanes: removals retrained at once in one process by vectorising over models.
-        store: a file that keeps what is done after every batch of ``lanes``; the same call resumes from it.
+        store: a file that keeps what is done after every batch of ``lanes``; the same call resumes
+            from it.
         progress: show a bar past two seconds.
 
     Returns:
@@ -170,7 +187,9 @@ def removal_effects(
     after, norms, done, short = _open_store(store, key, len(base), groups)
     todo = [part for part in (~done).nonzero().flatten().split(lanes) if len(part)]
     jobs = (
-        joblib.delayed(_retrain_without)(pipeline, k, [groups[i] for i in part], queries, target, protocol)
+        joblib.delayed(_retrain_without)(
+            pipeline, k, [groups[i] for i in part], queries, target, protocol
+        )
         for part in todo
     )
     with progress_bar(len(groups), "retraining", progress) as bar:
@@ -185,18 +204,30 @@ def removal_effects(
             bar.update(len(part))
     if bool(short.any()):
         warnings.warn(
-            f"some retrainings stopped short of their recipe's tolerance: largest ‖∇F‖ is {float(norms.max()):.1e}; "
-            "raise max_iter or weight_decay",
+            "some retrainings stopped short of their recipe's tolerance: largest ‖∇F‖ is "
+            f"{float(norms.max()):.1e}; raise max_iter or weight_decay",
             ConvergenceWarning,
             stacklevel=2,
         )
-    return Effects(after - base[:, None], groups, base, queries.ids, norms, stage_name, target_name(target), protocol)
+    return Effects(
+        after - base[:, None],
+        groups,
+        base,
+        queries.ids,
+        norms,
+        stage_name,
+        target_name(target),
+        protocol,
+    )
 
 
 def _base(pipeline: Pipeline, queries: Examples, target, protocol: str) -> Tensor:
     """The queries at the trained weights; a same-seed rerun needs a run that can be repeated."""
     if protocol == "same-seed" and pipeline.reports is None:
-        raise ValueError("the weights were adopted, so the run cannot be repeated; use protocol='warm-start', or fit()")
+        raise ValueError(
+            "the weights were adopted, so the run cannot be repeated; use protocol='warm-start', "
+            "or fit()"
+        )
     return pipeline.evaluate(queries, target).cpu().double()
 
 
@@ -216,6 +247,7 @@ def _open_store(store, key: str, queries: int, groups) -> tuple[Tensor, Tensor, 
         return torch.zeros(queries, count, dtype=kind), torch.zeros(count, dtype=kind), done, short
     if facts["key"] != key:
         raise SavedFileError(
-            f"store={str(store)!r} holds removals of another pipeline, queries or subsets; name another file"
+            f"store={str(store)!r} holds removals of another pipeline, queries or subsets; name "
+            "another file"
         )
     return tensors["after"], tensors["norms"], tensors["done"], tensors["short"]

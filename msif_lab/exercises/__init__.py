@@ -21,12 +21,24 @@ from .marking import Verdict
 
 __all__ = ["EXERCISES", "check"]
 
-LESSONS = (lesson_00, lesson_01, lesson_02, lesson_03, lesson_04, lesson_05, lesson_06, lesson_07, lesson_09, lesson_11)
+LESSONS = (
+    lesson_00,
+    lesson_01,
+    lesson_02,
+    lesson_03,
+    lesson_04,
+    lesson_05,
+    lesson_06,
+    lesson_07,
+    lesson_09,
+    lesson_11,
+)
 EXERCISES = {name: task for lesson in LESSONS for name, task in lesson.EXERCISES.items()}
 
 
 def check(exercise: str, answer, /, **given) -> Verdict:
-    """Whether an answer to a lesson's exercise is right; the last line of its cell, so that Jupyter shows it.
+    """Whether an answer to a lesson's exercise is right; the last line of its cell, so that Jupyter
+    shows it.
 
     Args:
         exercise: its number, such as "09-3".
@@ -34,8 +46,8 @@ def check(exercise: str, answer, /, **given) -> Verdict:
         given: the quantities that the question starts from.
 
     Returns:
-        `Verdict`: unattempted; wrong, with the largest difference and a hint where the mistake is a known one;
-        or right, with a question to go on with.
+        `Verdict`: unattempted; wrong, with the largest difference and a hint where the mistake is a
+        known one; or right, with a question to go on with.
 
     Raises:
         ValueError: no such exercise.
@@ -55,5 +67,7 @@ def check(exercise: str, answer, /, **given) -> Verdict:
     try:
         quantities.bind(**given)
     except TypeError as error:
-        raise TypeError(f"check({exercise!r}, answer, ...): {error}; it takes {list(quantities.parameters)}") from None
+        raise TypeError(
+            f"check({exercise!r}, answer, ...): {error}; it takes {list(quantities.parameters)}"
+        ) from None
     return task.mark(exercise, answer, given)

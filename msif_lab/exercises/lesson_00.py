@@ -18,15 +18,18 @@ EXERCISES = {
         mistakes={
             "helpful": (
                 lambda right, given: given["scores"].mean().helpful(5).positions[0],
-                "these are the most helpful; harmful means a positive score, more weight and more loss",
+                "these are the most helpful; harmful means a positive score, more weight and "
+                "more loss",
             ),
             "ids": (
                 lambda right, given: given["scores"].mean().harmful(5).ids[0],
-                "these are ids, who the images are in the whole data set; positions count within the pretraining data",
+                "these are ids, who the images are in the whole data set; positions count within "
+                "the pretraining data",
             ),
             "first query": (
                 lambda right, given: given["scores"].harmful(5).positions[0],
-                "these are the worst for the first query alone; average over the queries before you rank",
+                "these are the worst for the first query alone; average over the queries before "
+                "you rank",
             ),
         },
     ),
@@ -36,7 +39,8 @@ EXERCISES = {
         mistakes={
             "pooled": (
                 lambda right, given: _mean_r(*(x.reshape(1, -1) for x in given.values())),
-                "all pairs at once; correlate the removals of each query, then take the mean over queries",
+                "all pairs at once; correlate the removals of each query, then take the mean "
+                "over queries",
             ),
             "over queries": (
                 lambda right, given: _mean_r(*(x.T for x in given.values())),
@@ -44,7 +48,8 @@ EXERCISES = {
             ),
             "sign": (
                 lambda right, given: -right,
-                "the sign is flipped: a score is for more weight, a removal is less; the prediction is minus the score",
+                "the sign is flipped: a score is for more weight, a removal is less; the "
+                "prediction is minus the score",
             ),
         },
     ),
@@ -57,7 +62,9 @@ EXERCISES = {
                 "that is how often they disagree",
             ),
             "harmful only": (
-                lambda right, given: float(((given["frozen"] > 0) & (given["full"] > 0)).double().mean()),
+                lambda right, given: float(
+                    ((given["frozen"] > 0) & (given["full"] > 0)).double().mean()
+                ),
                 "that counts pairs that are harmful in both; helpful in both is agreement as well",
             ),
             "correlation": (

@@ -1,4 +1,6 @@
-"""Exercises of lesson 01: ridge regression with ½(xᵀθ − y)², weight decay λ and a mean over m examples."""
+"""Exercises of lesson 01: ridge regression with ½(xᵀθ − y)², weight decay λ and a mean over m
+examples.
+"""
 
 from torch import eye
 from torch.linalg import solve
@@ -75,7 +77,8 @@ EXERCISES = {
         mistakes={
             "not left out": (
                 lambda right, given: _residual(**given),
-                "those are errors on patients the model has seen; without patient i the fit gives way",
+                "those are errors on patients the model has seen; without patient i the fit "
+                "gives way",
             ),
             "times": (
                 lambda right, given: _residual(**given) * (1 - _leverage(given["X"], given["lam"])),
@@ -83,7 +86,8 @@ EXERCISES = {
             ),
             "1 + h": (
                 lambda right, given: _residual(**given) / (1 + _leverage(given["X"], given["lam"])),
-                "1 + h belongs to a patient added a second time; removal takes the share away: 1 − h",
+                "1 + h belongs to a patient added a second time; removal takes the share away: 1 "
+                "− h",
             ),
             "change only": (
                 lambda right, given: right - _residual(**given),
@@ -101,7 +105,8 @@ EXERCISES = {
         mistakes={
             "derivative": (
                 lambda right, given: solve(_curvature(given["X"], given["lam"]), _pull(**given)),
-                "that is the derivative: the curvature still holds the two; take their shares out of H",
+                "that is the derivative: the curvature still holds the two; take their shares "
+                "out of H",
             ),
             "sum of singles": (
                 lambda right, given: _singles(**given),
@@ -113,7 +118,8 @@ EXERCISES = {
             ),
             "mean over the rest": (
                 lambda right, given: _rescaled(**given),
-                "you took the mean over those who stay; removal keeps the 1/m, so that λ keeps its meaning",
+                "you took the mean over those who stay; removal keeps the 1/m, so that λ keeps "
+                "its meaning",
             ),
         },
     ),

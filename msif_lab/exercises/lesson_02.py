@@ -42,7 +42,8 @@ EXERCISES = {
             ),
             "pull on W alone": (
                 lambda right, given: -linalg.solve(_schur(given), given["f_W"]) / given["m"],
-                "the curvature is right, but the example pulls on U too, and U on W: f_W − H_WU H_UU⁻¹ f_U",
+                "the curvature is right, but the example pulls on U too, and U on W: f_W − H_WU "
+                "H_UU⁻¹ f_U",
             ),
             "sign": (
                 lambda right, given: -right,
@@ -60,7 +61,8 @@ EXERCISES = {
             ),
             "no inverse": (
                 lambda right, given: -given["G_WT"].T @ given["u"],
-                "G_TT⁻¹ is missing: that is how the pull on the head changes, not how far the head goes",
+                "G_TT⁻¹ is missing: that is how the pull on the head changes, not how far the "
+                "head goes",
             ),
             "not solved": (
                 lambda right, given: -given["G_TT"] @ given["G_WT"].T @ given["u"],
@@ -78,7 +80,8 @@ EXERCISES = {
         mistakes={
             "1/m": (
                 lambda right, given: right / given["m"] if given.get("m") else None,
-                "divided by m; but the penalty is not a mean over examples: no 1/m stands before it",
+                "divided by m; but the penalty is not a mean over examples: no 1/m stands before "
+                "it",
             ),
             "U held": (
                 lambda right, given: _W_alone(**given),

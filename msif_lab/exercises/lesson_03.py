@@ -36,7 +36,8 @@ EXERCISES = {
             ),
             "frozen": (
                 lambda right, given: -linalg.solve(given["G_TT"], given["G_WT"].T),
-                "that is the frozen case, where W′ moves with W* one to one; here it moves by dW only",
+                "that is the frozen case, where W′ moves with W* one to one; here it moves by dW "
+                "only",
             ),
         },
     ),
@@ -47,13 +48,18 @@ EXERCISES = {
             "upside down": (
                 lambda right, given: (
                     given["E"]
-                    @ ((given["s"] + 2 * given["alpha"]) / (2 * given["alpha"]) * (given["E"].T @ given["c"]))
+                    @ (
+                        (given["s"] + 2 * given["alpha"])
+                        / (2 * given["alpha"])
+                        * (given["E"].T @ given["c"])
+                    )
                 ),
                 "upside down: stiff directions must come through least, so s stands below",
             ),
             "no 2": (
                 lambda right, given: (
-                    given["E"] @ (given["alpha"] / (given["s"] + given["alpha"]) * (given["E"].T @ given["c"]))
+                    given["E"]
+                    @ (given["alpha"] / (given["s"] + given["alpha"]) * (given["E"].T @ given["c"]))
                 ),
                 "the penalty is α‖W′ − W*‖² without a ½, so its curvature is 2α",
             ),
@@ -63,7 +69,13 @@ EXERCISES = {
             ),
             "eigenvectors as rows": (
                 lambda right, given: (
-                    given["E"].T @ (2 * given["alpha"] / (given["s"] + 2 * given["alpha"]) * (given["E"] @ given["c"]))
+                    given["E"].T
+                    @ (
+                        2
+                        * given["alpha"]
+                        / (given["s"] + 2 * given["alpha"])
+                        * (given["E"] @ given["c"])
+                    )
                 ),
                 "eigenvectors are the columns of E, so E.T @ c are the coordinates",
             ),

@@ -32,11 +32,15 @@ EXERCISES = {
                 "that is H⁻¹a; δ is added to every eigenvalue before you divide",
             ),
             "product": (
-                lambda right, given: given["E"] @ ((given["E"].T @ given["a"]) * (given["s"] + given["delta"])),
+                lambda right, given: (
+                    given["E"] @ ((given["E"].T @ given["a"]) * (given["s"] + given["delta"]))
+                ),
                 "that is (H + δI) a, the product; the inverse divides",
             ),
             "eigenvectors as rows": (
-                lambda right, given: given["E"].T @ ((given["E"] @ given["a"]) / (given["s"] + given["delta"])),
+                lambda right, given: (
+                    given["E"].T @ ((given["E"] @ given["a"]) / (given["s"] + given["delta"]))
+                ),
                 "eigenvectors are the columns of E, so E.T @ a are the coordinates",
             ),
         },
@@ -51,7 +55,8 @@ EXERCISES = {
             ),
             "no loss": (
                 lambda right, given: given["J"].T @ given["J"],
-                "that is JᵀJ, right for squared error; in between belongs the loss's Hessian in the logits",
+                "that is JᵀJ, right for squared error; in between belongs the loss's Hessian in "
+                "the logits",
             ),
             "plus": (
                 lambda right, given: 2 * given["J"].T @ diag(given["prob"]) @ given["J"] - right,

@@ -12,7 +12,8 @@ EXERCISES = {
         mistakes={
             "sign": (
                 lambda right, given: -right,
-                "the sign is flipped: training moves down the gradient, so gradients that agree mean help",
+                "the sign is flipped: training moves down the gradient, so gradients that agree "
+                "mean help",
             ),
             "sum": (
                 lambda right, given: right * len(given["grad_f"]),
@@ -31,16 +32,21 @@ EXERCISES = {
         next="do the same for the entropy: does a second unsigned score know anything that the loss does not?",
         mistakes={
             "signed": (
-                lambda right, given: float(given["predicted"].corr(given["actual"], method="spearman")),
+                lambda right, given: float(
+                    given["predicted"].corr(given["actual"], method="spearman")
+                ),
                 "that compares signs too; take absolute values of both first",
             ),
             "one side": (
-                lambda right, given: float(given["predicted"].abs().corr(given["actual"], method="spearman")),
+                lambda right, given: float(
+                    given["predicted"].abs().corr(given["actual"], method="spearman")
+                ),
                 "only the predictions are sizes here; the effects have signs as well",
             ),
             "Pearson": (
                 lambda right, given: float(given["predicted"].abs().corr(given["actual"].abs())),
-                "that is Pearson's; compare ranks, since the units of a loss are not those of an effect",
+                "that is Pearson's; compare ranks, since the units of a loss are not those of an "
+                "effect",
             ),
         },
     ),

@@ -11,7 +11,9 @@ def _centred(rows):
 
 
 def _mean_correlation(runs, same: bool) -> float:
-    """Mean Pearson r between seeds of ``runs`` (S, Q, R), per query; with or without each seed against itself."""
+    """Mean Pearson r between seeds of ``runs`` (S, Q, R), per query; with or without each seed
+    against itself.
+    """
     z = _centred(runs)
     r = einsum("aqr,bqr->abq", z, z).mean(2)
     return float(r.mean() if same else (r.sum() - r.trace()) / (len(r) * (len(r) - 1)))
@@ -38,7 +40,8 @@ EXERCISES = {
     ),
     "06-2": Exercise(
         expected=lambda predicted, actual: float(
-            ((predicted - predicted.mean()) * actual).sum() / ((predicted - predicted.mean()) ** 2).sum()
+            ((predicted - predicted.mean()) * actual).sum()
+            / ((predicted - predicted.mean()) ** 2).sum()
         ),
         next="a slope of 1.5 with r = 0.99: which correction of lesson 01 would you try?",
         mistakes={
@@ -47,7 +50,8 @@ EXERCISES = {
                     ((given["actual"] - given["actual"].mean()) * given["predicted"]).sum()
                     / ((given["actual"] - given["actual"].mean()) ** 2).sum()
                 ),
-                "that is the slope of predicted on actual; divide by the variance of the prediction",
+                "that is the slope of predicted on actual; divide by the variance of the "
+                "prediction",
             ),
             "through the origin": (
                 lambda right, given: float(
@@ -56,7 +60,9 @@ EXERCISES = {
                 "that line goes through the origin; take the mean of the predictions off first",
             ),
             "correlation": (
-                lambda right, given: right * float(given["predicted"].std() / given["actual"].std()),
+                lambda right, given: (
+                    right * float(given["predicted"].std() / given["actual"].std())
+                ),
                 "that is r; a slope keeps the units, so only the prediction's spread belongs below",
             ),
         },
@@ -70,7 +76,9 @@ EXERCISES = {
                 "a seed compared with itself gives 1 and lifts the ceiling; leave those pairs out",
             ),
             "pooled": (
-                lambda right, given: _mean_correlation(given["runs"].flatten(1)[:, None], same=False),
+                lambda right, given: _mean_correlation(
+                    given["runs"].flatten(1)[:, None], same=False
+                ),
                 "that pools queries; correlate query by query, then take the mean",
             ),
         },

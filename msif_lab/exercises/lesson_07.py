@@ -20,19 +20,28 @@ def _correlations(a, b):
 
 EXERCISES = {
     "07-1": Exercise(
-        expected=lambda predicted, actual: float(_correlations(_ranks(predicted), _ranks(actual)).mean()),
+        expected=lambda predicted, actual: float(
+            _correlations(_ranks(predicted), _ranks(actual)).mean()
+        ),
         next="why are ranks the safer choice when two or three groups have much larger effects than the rest?",
         mistakes={
             "Pearson": (
-                lambda right, given: float(_correlations(given["predicted"], given["actual"]).mean()),
+                lambda right, given: float(
+                    _correlations(given["predicted"], given["actual"]).mean()
+                ),
                 "that is Pearson's r; the LDS compares ranks",
             ),
             "pooled": (
-                lambda right, given: float(_correlations(*(_ranks(x.reshape(1, -1)) for x in given.values()))[0]),
-                "all pairs in one ranking; rank the subsets of each query, then take the mean over queries",
+                lambda right, given: float(
+                    _correlations(*(_ranks(x.reshape(1, -1)) for x in given.values()))[0]
+                ),
+                "all pairs in one ranking; rank the subsets of each query, then take the mean "
+                "over queries",
             ),
             "order": (
-                lambda right, given: float(_correlations(*(x.argsort(1).double() for x in given.values())).mean()),
+                lambda right, given: float(
+                    _correlations(*(x.argsort(1).double() for x in given.values())).mean()
+                ),
                 "argsort once gives the order, not the ranks; argsort that again",
             ),
         },
@@ -43,7 +52,8 @@ EXERCISES = {
         mistakes={
             "sizes": (
                 lambda right, given: given["runs"].abs().mean(0),
-                "averaging sizes keeps what differs in sign from seed to seed, which is what should cancel",
+                "averaging sizes keeps what differs in sign from seed to seed, which is what "
+                "should cancel",
             ),
             "one seed": (
                 lambda right, given: given["runs"][0],
@@ -51,7 +61,8 @@ EXERCISES = {
             ),
             "over queries": (
                 lambda right, given: given["runs"].mean(1),
-                "averaged over the queries; what belongs to the data is asked for each query, over seeds",
+                "averaged over the queries; what belongs to the data is asked for each query, "
+                "over seeds",
             ),
         },
     ),
@@ -61,13 +72,17 @@ EXERCISES = {
         mistakes={
             "spread": (
                 lambda right, given: float(1.96 * given["r"].std()),
-                "that is the spread of single queries; the mean of Q of them is √Q times more certain",
+                "that is the spread of single queries; the mean of Q of them is √Q times more "
+                "certain",
             ),
             "standard error": (
                 lambda right, given: right / 1.96,
                 "that is the standard error; a 95 % interval reaches 1.96 of them to each side",
             ),
-            "whole width": (lambda right, given: 2 * right, "that is the whole width; half was asked"),
+            "whole width": (
+                lambda right, given: 2 * right,
+                "that is the whole width; half was asked",
+            ),
         },
     ),
 }

@@ -9,11 +9,15 @@ EXERCISES = {
         mistakes={
             "no mean": (
                 lambda right, given: given["gradients"] @ given["g_bar"],
-                "the step follows the mean over the mini-batch, so each example's share is 1/|B| of it",
+                "the step follows the mean over the mini-batch, so each example's share is 1/|B| "
+                "of it",
             ),
             "divided by m": (
-                lambda right, given: given["gradients"] @ given["g_bar"] / given["m"] if given.get("m") else None,
-                "divided by m, the size of the data set; this step sees the |B| examples of its mini-batch only",
+                lambda right, given: (
+                    given["gradients"] @ given["g_bar"] / given["m"] if given.get("m") else None
+                ),
+                "divided by m, the size of the data set; this step sees the |B| examples of its "
+                "mini-batch only",
             ),
             "sign": (
                 lambda right, given: -right,
@@ -22,12 +26,15 @@ EXERCISES = {
         },
     ),
     "09-2": Exercise(
-        expected=lambda theta_bar, v_bar, hessian, rate: theta_bar + hessian @ (v_bar - rate * theta_bar),
+        expected=lambda theta_bar, v_bar, hessian, rate: (
+            theta_bar + hessian @ (v_bar - rate * theta_bar)
+        ),
         next="what would the next step back get as its v̄?",
         mistakes={
             "old v_bar": (
                 lambda right, given: given["theta_bar"] + given["hessian"] @ given["v_bar"],
-                "that is v̄ as it comes from later steps; first add what v receives through θ ← θ − ηv",
+                "that is v̄ as it comes from later steps; first add what v receives through θ ← "
+                "θ − ηv",
             ),
             "no Hessian": (
                 lambda right, given: given["theta_bar"],
@@ -49,7 +56,8 @@ EXERCISES = {
             ),
             "no momentum": (
                 lambda right, given: 1 / (2 * float(sum(given["rates"]))),
-                "momentum repeats each gradient: all in all a step is 1/(1 − momentum) times as long",
+                "momentum repeats each gradient: all in all a step is 1/(1 − momentum) times as "
+                "long",
             ),
         },
     ),

@@ -51,7 +51,8 @@ EXERCISES = {
             ),
             "the other end": (
                 lambda right, given: (
-                    _share(given["order"].flip(0), given["truth"], given["k"]) / float(given["truth"].sum())
+                    _share(given["order"].flip(0), given["truth"], given["k"])
+                    / float(given["truth"].sum())
                 ),
                 "these are the least suspicious; the ranking starts with the most suspicious",
             ),

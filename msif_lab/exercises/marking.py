@@ -1,4 +1,6 @@
-"""How an answer is marked: held against the right one, and against those that known mistakes lead to."""
+"""How an answer is marked: held against the right one, and against those that known mistakes lead
+to.
+"""
 
 import html
 from collections.abc import Callable, Mapping
@@ -12,12 +14,19 @@ from torch import Tensor
 __all__ = ["Exercise", "Verdict"]
 
 LOOK = {"right": ("✓", "#029e73"), "wrong": ("✗", "#d55e00"), "unattempted": ("○", "#808080")}
-WANTED = {bool: "True or False", str: "a word", set: "a row of positions (whole numbers)", Tensor: "real numbers"}
+WANTED = {
+    bool: "True or False",
+    str: "a word",
+    set: "a row of positions (whole numbers)",
+    Tensor: "real numbers",
+}
 
 
 @dataclass(frozen=True, repr=False)
 class Verdict:
-    """What marking an answer came to: ``state`` is "unattempted", "wrong" or "right", ``message`` why or what next."""
+    """What marking an answer came to: ``state`` is "unattempted", "wrong" or "right", ``message``
+    why or what next.
+    """
 
     exercise: str
     state: str
@@ -27,8 +36,12 @@ class Verdict:
         return f"{LOOK[self.state][0]} {self.exercise} {self.state}: {self.message}"
 
     def _repr_html_(self) -> str:
-        # The message keeps the theme's own text colour; these tones of sign and bar show on white and on black.
-        (sign, colour), rest = LOOK[self.state], html.escape(f"{self.exercise} {self.state}: {self.message}")
+        # The message keeps the theme's own text colour; these tones of sign and bar show on white
+        # and on black.
+        (sign, colour), rest = (
+            LOOK[self.state],
+            html.escape(f"{self.exercise} {self.state}: {self.message}"),
+        )
         bar = f"border-left: 4px solid {colour}; padding-left: 0.6em"
         return f'<div style="{bar}"><b style="color: {colour}">{sign}</b> {rest}</div>'
 
@@ -38,13 +51,17 @@ class Exercise:
     """What is right in one exercise, what often goes wrong, and what to ask next.
 
     Attributes:
-        expected: the right answer from the quantities given: numbers, a bool, a word, or positions in any order.
+        expected: the right answer from the quantities given: numbers, a bool, a word, or positions
+            in any order.
         next: a question to the reader who has it right.
-        mistakes: by name, what one gets by it from (right answer, quantities), None where it cannot happen; a hint.
-            Flipped signs, factors m, 1/m, 2 and 1/2 and transposition are known without an entry.
-        tolerance: how far off is still right, in units of the right answer's largest number; whole ones are exact.
-        judge: if many answers are right: what is wrong with this one, "" for nothing, from (answer as float64 tensor,
-            bool, lower-case word or set, quantities); `expected` then gives one right answer.
+        mistakes: by name, what one gets by it from (right answer, quantities), None where it cannot
+            happen; a hint. Flipped signs, factors m, 1/m, 2 and 1/2 and transposition are known
+            without an entry.
+        tolerance: how far off is still right, in units of the right answer's largest number; whole
+            ones are exact.
+        judge: if many answers are right: what is wrong with this one, "" for nothing, from (answer
+            as float64 tensor, bool, lower-case word or set, quantities); `expected` then gives one
+            right answer.
 
     >>> area = Exercise(lambda side: side**2, "and of a cube?", {"sum": (lambda right, given: 4 * given["side"], "+")})
     >>> area.mark("area", 9.0, {"side": 3.0})
@@ -60,9 +77,13 @@ class Exercise:
     judge: Callable[[Any, dict], str] | None = None
 
     def wrong_answers(self, **given) -> dict[str, tuple[Any, str]]:
-        """The known wrong answers for these quantities with their hints: the exercise's own, then the usual ones."""
+        """The known wrong answers for these quantities with their hints: the exercise's own, then
+        the usual ones.
+        """
         right = self.expected(**given)
-        found = {name: (mistake(right, given), hint) for name, (mistake, hint) in self.mistakes.items()}
+        found = {
+            name: (mistake(right, given), hint) for name, (mistake, hint) in self.mistakes.items()
+        }
         if self.judge is None and _kind(right) is Tensor:
             right = _read(right, Tensor).double()
             usual = {"sign": (-right, "the sign is flipped")}
@@ -71,13 +92,20 @@ class Exercise:
             m = given.get("m") or 1
             for name, factor in {"m": m, "1/m": 1 / m, "2": 2, "1/2": 0.5}.items():
                 at_m = f", with m = {m}" if "m" in name else ""
-                usual[f"factor {name}"] = right * factor, f"a factor: this is {name} times the right answer{at_m}"
-            different = {name: x for name, x in usual.items() if _difference(x[0], right, self.tolerance)}
+                usual[f"factor {name}"] = (
+                    right * factor,
+                    f"a factor: this is {name} times the right answer{at_m}",
+                )
+            different = {
+                name: x for name, x in usual.items() if _difference(x[0], right, self.tolerance)
+            }
             found = found | {name: x for name, x in different.items() if name not in found}
         return {name: (wrong, hint) for name, (wrong, hint) in found.items() if wrong is not None}
 
     def mark(self, name: str, answer, given: dict) -> Verdict:
-        """The verdict on an answer to the exercise of this name; never raises because of what the answer is."""
+        """The verdict on an answer to the exercise of this name; never raises because of what the
+        answer is.
+        """
         parts = answer if isinstance(answer, list | tuple) else [answer]
         if any(part is ... for part in [*parts, *given.values()]):
             return Verdict(name, "unattempted", "replace the dots and run the cell again")
@@ -92,11 +120,17 @@ class Exercise:
             read = read.double()
             if right.ndim == 0 and read.numel() == 1:
                 read = read.reshape(())  # one number is one number, however it is wrapped
-        complaint = self.judge(read, given) if self.judge else _difference(read, right, self.tolerance)
+        complaint = (
+            self.judge(read, given) if self.judge else _difference(read, right, self.tolerance)
+        )
         if not complaint:
             return Verdict(name, "right", self.next)
         known = self.wrong_answers(**given).values()
-        hints = [hint for wrong, hint in known if not _difference(read, _read(wrong, kind), self.tolerance)]
+        hints = [
+            hint
+            for wrong, hint in known
+            if not _difference(read, _read(wrong, kind), self.tolerance)
+        ]
         return Verdict(name, "wrong", ". Hint: ".join([complaint, *hints[:1]]))
 
 
@@ -134,7 +168,9 @@ def _read(value, kind: type):
     if kind is Tensor:
         bad = int((~torch.isfinite(numbers)).sum())
         if bad:
-            raise _UnreadableError(f"{bad} of {numbers.numel()} numbers are NaN or inf; look for a division by zero")
+            raise _UnreadableError(
+                f"{bad} of {numbers.numel()} numbers are NaN or inf; look for a division by zero"
+            )
         return numbers
     if numbers.ndim != 1:
         raise _UnreadableError(f"{wanted}this has the shape {tuple(numbers.shape)}")

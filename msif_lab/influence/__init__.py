@@ -1,4 +1,6 @@
-"""Scores of training examples on queries: every method that makes them, what it costs, and its result."""
+"""Scores of training examples on queries: every method that makes them, what it costs, and its
+result.
+"""
 
 from .baselines import (
     Baseline,

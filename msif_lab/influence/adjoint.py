@@ -1,4 +1,5 @@
-"""One stage backwards: from ∂q/∂ its final parameters to ∂q/∂ those of the stage before, scores collected on the way.
+"""One stage backwards: from ∂q/∂ its final parameters to ∂q/∂ those of the stage before, scores
+collected on the way.
 
 A bar means ∂q/∂. One step of gradient descent with momentum, and its reverse, are
 
@@ -21,7 +22,8 @@ CHUNK_BYTES = 150 * 10**6  # of derivatives at once; more only misses the caches
 
 @dataclass
 class Probes:
-    """Pairs of runs of a stage with all weights changed a little at random, ``w̄ ± h z`` for random signs z.
+    """Pairs of runs of a stage with all weights changed a little at random, ``w̄ ± h z`` for random
+    signs z.
 
     ``∂θ/∂w_i ≈ (1/R) Σ_r z_ri (θ⁺_r − θ⁻_r) / 2h``: what the other examples add cancels on average.
 
@@ -34,7 +36,9 @@ class Probes:
     signs: Tensor
 
     def responses(self, theta: Tensor, examples: Tensor) -> Tensor:
-        """``∂θ/∂w_i`` of some examples ``(B, P)`` at a step where the runs have parameters ``theta`` (2R, P)."""
+        """``∂θ/∂w_i`` of some examples ``(B, P)`` at a step where the runs have parameters
+        ``theta`` (2R, P).
+        """
         plus, minus = theta.chunk(2)
         return self.signs[:, examples].T @ (plus - minus) / (2 * len(self.signs))
 
@@ -52,9 +56,10 @@ class Adjoint:
 
     Attributes:
         scores: of the stage's own examples so far, ``(Q, m)``.
-        theta_bar, state_bar: ∂q/∂ what is trained ``(Q, P)`` and the optimiser's memory, which starts as zeros: q
-            does not ask for it.
-        frozen_bar, centre_bar: ∂q/∂ what the stage took over and keeps, and the values that its penalty holds to.
+        theta_bar, state_bar: ∂q/∂ what is trained ``(Q, P)`` and the optimiser's memory, which
+            starts as zeros: q does not ask for it.
+        frozen_bar, centre_bar: ∂q/∂ what the stage took over and keeps, and the values that its
+            penalty holds to.
     """
 
     def __init__(
@@ -84,7 +89,8 @@ class Adjoint:
         return self.theta_bar.norm(dim=1).sum()
 
     def sweep(self, norms: Tensor, bar) -> None:
-        """Backwards through all T steps; adds `size` before each step, and at the end, to ``norms`` (T + 1,).
+        """Backwards through all T steps; adds `size` before each step, and at the end, to ``norms``
+        (T + 1,).
 
         Raises:
             ValueError: the adjoint overflows.
@@ -102,15 +108,18 @@ class Adjoint:
                 bar.update()
         if not bool(torch.isfinite(self.theta_bar).all()):
             raise ValueError(
-                f"{self.objective.where}: the adjoint overflows, so the run amplifies the smallest change without bound "
-                "and no derivative describes it; lower the learning rate or train fewer steps"
+                f"{self.objective.where}: the adjoint overflows, so the run amplifies the "
+                "smallest change without bound and no derivative describes it; lower the "
+                "learning rate or train fewer steps"
             )
 
     def _batch(self, step: int) -> Tensor:
         return self.run.steps[step][0].to(self.base.device)
 
     def _step(self, step: int, theta: Tensor, saved: tuple) -> Tensor:
-        """One step backwards, from θ (P,) before it and what the recipe saved in it; returns ḡ = ∂q/∂∇L_B ``(Q, P)``."""
+        """One step backwards, from θ (P,) before it and what the recipe saved in it; returns ḡ =
+        ∂q/∂∇L_B ``(Q, P)``.
+        """
         o, batch, rate = self.objective, self._batch(step), self.run.steps[step][1]
         g_bar, self.theta_bar, self.state_bar = self.run.recipe.pull_back(
             self.theta_bar, self.state_bar, saved, step, rate, self.decay
@@ -133,7 +142,9 @@ class Adjoint:
         return g_bar
 
     def _correct(self, step: int, theta: Tensor, probed: Tensor, g_bar: Tensor) -> None:
-        """Without example i its own curvature leaves the step too: ``score_i −= ḡᵀ h_i ∂θ/∂w_i / |B|``."""
+        """Without example i its own curvature leaves the step too:
+        ``score_i −= ḡᵀ h_i ∂θ/∂w_i / |B|``.
+        """
         o, batch = self.objective, self._batch(step)
         full, row = o.join(theta, self.base), theta.numel() * theta.element_size()
         for part in batch.split(max(1, self.memory // 4 // (8 * row))):
@@ -145,7 +156,8 @@ class Adjoint:
         """∂q/∂ the final parameters of the stage before, ``(Q, D')`` with D' = ``size``."""
         there = self.functional.there
         cotangent = self.theta_bar.new_zeros(len(self.theta_bar), size)
-        start_bar = self.objective.coupled.take(self.theta_bar)  # the run starts where the stage before ended
+        # the run starts where the stage before ended
+        start_bar = self.objective.coupled.take(self.theta_bar)
         there["coupled"].put(cotangent, start_bar + self.centre_bar)
         there["frozen"].put(cotangent, self.frozen_bar)
         return cotangent

@@ -1,8 +1,10 @@
-"""Baselines: what one would look at first, as attributors with the interface of `ImplicitInfluence`.
+"""Baselines: what one would look at first, as attributors with the interface of
+`ImplicitInfluence`.
 
-From the pretrained model alone, the same row for every query: `Loss`, `Entropy`, `Margin`, `GradientNorm`, `Random`.
-For each query: `GradientDot`, `TracIn`, `RepresentationSimilarity`, `SingleStage`. A *signed* baseline says whether an
-example helps or harms, like influence: positive harms. An unsigned one says how much an example matters, not how.
+From the pretrained model alone, the same row for every query: `Loss`, `Entropy`, `Margin`,
+`GradientNorm`, `Random`. For each query: `GradientDot`, `TracIn`, `RepresentationSimilarity`,
+`SingleStage`. A *signed* baseline says whether an example helps or harms, like influence: positive
+harms. An unsigned one says how much an example matters, not how.
 """
 
 from collections.abc import Callable
@@ -60,7 +62,9 @@ class Baseline:
         self._pipeline = pipeline
         return self
 
-    def score(self, queries: Examples, stage: int | str = 0, target: str | Callable = "loss") -> Influence:
+    def score(
+        self, queries: Examples, stage: int | str = 0, target: str | Callable = "loss"
+    ) -> Influence:
         """Scores ``(Q, N)`` of one stage's examples; arguments as in `ImplicitInfluence.score`."""
         if not hasattr(self, "_pipeline"):
             raise ValueError("call fit(pipeline) before score(queries)")
@@ -70,21 +74,27 @@ class Baseline:
         values = self._values(k, queries, function)
         scored = self._pipeline.stages[k]
         values = values.expand(len(queries), -1).contiguous()
-        return Influence(values, scored.data.ids, queries.ids, scored.name, target_name(target), repr(self))
+        return Influence(
+            values, scored.data.ids, queries.ids, scored.name, target_name(target), repr(self)
+        )
 
     def _values(self, k: int, queries: Examples, function: Callable) -> Tensor:
         """Scores ``(Q, N)``, or ``(1, N)`` where the query does not matter."""
         raise TypeError(f"{type(self).__name__} must define _values")
 
     def _query_gradients(self, k: int, queries: Examples, function: Callable) -> Tensor:
-        """∇q by the parameters stage k trains, ``(Q, P)``, as if shared parameters were all that stages have in
-        common: what a later stage takes over is passed on as it is, its own head is held fixed."""
+        """∇q by the parameters stage k trains, ``(Q, P)``, as if shared parameters were all that
+        stages have in common: what a later stage takes over is passed on as it is, its own head is
+        held fixed.
+        """
         o = self._pipeline.objective(-1)
         parts = per_example_gradients(o, self._full[-1], queries, function, every=True)
         cotangent = torch.cat([g for _, g in parts])
         for j in range(len(self._full) - 1, k, -1):
             p = self._pipeline.functional(j)
-            before = cotangent.new_zeros(len(cotangent), self._pipeline.objective(j - 1).layout.size)
+            before = cotangent.new_zeros(
+                len(cotangent), self._pipeline.objective(j - 1).layout.size
+            )
             for how in ("coupled", "frozen"):
                 p.there[how].put(before, p.here[how].take(cotangent))
             cotangent = before
@@ -97,21 +107,26 @@ class _PerExample(Baseline):
     def _values(self, k, queries, function):
         o = self._pipeline.objective(k)
         with torch.no_grad():
-            return torch.cat([self._of(o, o.outputs(self._full[k], x), y) for _, x, y in o.chunks()])[None]
+            return torch.cat(
+                [self._of(o, o.outputs(self._full[k], x), y) for _, x, y in o.chunks()]
+            )[None]
 
     def _of(self, objective, outputs: Tensor, targets: Tensor) -> Tensor:
         raise TypeError(f"{type(self).__name__} must define _of")
 
 
 class Loss(_PerExample):
-    """Each example's own loss ``f_i`` after its stage's training, in nats. Unsigned: a hard example matters."""
+    """Each example's own loss ``f_i`` after its stage's training, in nats. Unsigned: a hard example
+    matters.
+    """
 
     def _of(self, objective, outputs, targets):
         return objective.loss(outputs, targets)
 
 
 class Entropy(_PerExample):
-    """Entropy of the predicted class, ``−Σ_c p_c log p_c`` in nats: ambiguous, whatever the label. Unsigned.
+    """Entropy of the predicted class, ``−Σ_c p_c log p_c`` in nats: ambiguous, whatever the label.
+    Unsigned.
 
     For sequences of predictions ``(B, T, C)`` the mean over the sequence.
     """
@@ -123,12 +138,17 @@ class Entropy(_PerExample):
 
 
 class Margin(_PerExample):
-    """``1 − (p_y − max_{c≠y} p_c)``: 0 where the model is sure and right, 2 where it is sure and wrong. Unsigned."""
+    """``1 − (p_y − max_{c≠y} p_c)``: 0 where the model is sure and right, 2 where it is sure and
+    wrong. Unsigned.
+    """
 
     def _of(self, objective, outputs, targets):
         _need_classes(self, outputs)
         if targets.ndim != 1:
-            raise ValueError(f"Margin needs one label an example, the stage's targets are {tuple(targets.shape[1:])}")
+            raise ValueError(
+                "Margin needs one label an example, the stage's targets are "
+                f"{tuple(targets.shape[1:])}"
+            )
         p = outputs.softmax(-1)
         correct = torch.arange(p.shape[-1], device=p.device) == targets[:, None]
         return 1 - (p * correct).sum(-1) + p.masked_fill(correct, 0).amax(-1)
@@ -136,7 +156,10 @@ class Margin(_PerExample):
 
 def _need_classes(baseline: Baseline, outputs: Tensor) -> None:
     if outputs.ndim < 2 or outputs.shape[-1] < 2:
-        raise ValueError(f"{baseline} needs class scores; the stage's model gives outputs {tuple(outputs.shape[1:])}")
+        raise ValueError(
+            f"{baseline} needs class scores; the stage's model gives outputs "
+            f"{tuple(outputs.shape[1:])}"
+        )
 
 
 class GradientNorm(Baseline):
@@ -159,14 +182,18 @@ class Random(Baseline):
 
     def _values(self, k, queries, function):
         shape = len(queries), len(self._pipeline.stages[k].data)
-        values = torch.randn(shape, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64)
+        values = torch.randn(
+            shape, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64
+        )
         return values.to(self._full[k])
 
 
 class GradientDot(Baseline):
-    """``−(1/m) ∇q · ∇f_i`` over the shared parameters: influence without curvature, heads held fixed. Signed.
+    """``−(1/m) ∇q · ∇f_i`` over the shared parameters: influence without curvature, heads held
+    fixed. Signed.
 
-    With ``cosine=True`` divided by both norms, so that examples that pull hard do not stand out for that alone.
+    With ``cosine=True`` divided by both norms, so that examples that pull hard do not stand out for
+    that alone.
     """
 
     signed = True
@@ -179,16 +206,19 @@ class GradientDot(Baseline):
         if not self.cosine:
             return -example_products(o, self._full[k], v.T) / len(o.data)
         v = nn.functional.normalize(v, dim=1)
-        some = v.abs().amax(0) > 0  # only where q reaches: the cosine in the space both have in common
+        # only where q reaches: the cosine in the space both have in common
+        some = v.abs().amax(0) > 0
         parts = per_example_gradients(o, self._full[k])
         return -torch.cat([v @ nn.functional.normalize(g * some, dim=1).T for _, g in parts], 1)
 
 
 class TracIn(Baseline):
-    """``−(1/m) Σ_c η_c ∇q · ∇f_i(θ_c)`` over checkpoints of the stage's own run (Pruthi et al. 2020). Signed.
+    """``−(1/m) Σ_c η_c ∇q · ∇f_i(θ_c)`` over checkpoints of the stage's own run (Pruthi et al.
+    2020). Signed.
 
-    η_c sums the learning rates of the steps a checkpoint stands for. When q is asked after a later stage, its
-    gradient is the one after finetuning: at a checkpoint of pretraining there is no head yet that could answer it.
+    η_c sums the learning rates of the steps a checkpoint stands for. When q is asked after a later
+    stage, its gradient is the one after finetuning: at a checkpoint of pretraining there is no head
+    yet that could answer it.
 
     Args:
         checkpoints: how many, at equal distances, the last at the end of the run.
@@ -205,7 +235,8 @@ class TracIn(Baseline):
         """Replay every stage's training for its checkpoints.
 
         Raises:
-            ValueError: weights were adopted, or a stage was trained by `LBFGS`: there is no run to replay.
+            ValueError: weights were adopted, or a stage was trained by `LBFGS`: there is no run to
+                replay.
         """
         super().fit(pipeline)
         require_run(pipeline)
@@ -213,7 +244,9 @@ class TracIn(Baseline):
         for k, stage in enumerate(pipeline.stages):
             lanes = pipeline.fresh_lanes(k, previous)
             steps = len(list(stage.recipe.steps(len(stage.data))))
-            run = Trajectory(stage.recipe, lanes, even_bounds(steps, self.checkpoints), keep=False).run()
+            run = Trajectory(
+                stage.recipe, lanes, even_bounds(steps, self.checkpoints), keep=False
+            ).run()
             previous = run.final
             require_same_end(stage.name, previous[0], self._full[k])
             self._states.append([(full[0], rate) for full, rate in run.ends()])
@@ -231,8 +264,8 @@ class TracIn(Baseline):
 
 
 class RepresentationSimilarity(Baseline):
-    """Cosine of example and query in the features that the scored stage's model has learned. Unsigned: an example
-    that looks like the query to the model matters to it, for better or worse.
+    """Cosine of example and query in the features that the scored stage's model has learned.
+    Unsigned: an example that looks like the query to the model matters to it, for better or worse.
 
     Args:
         layer: the features are what the module of this name is given, by default the head.
@@ -245,8 +278,8 @@ class RepresentationSimilarity(Baseline):
         data = self._pipeline.stages[k].data
         if queries.x.shape[1:] != data.x.shape[1:]:
             raise ValueError(
-                f"queries {tuple(queries.x.shape[1:])} and examples {tuple(data.x.shape[1:])} have inputs of different "
-                "shapes, so one model cannot compare their features"
+                f"queries {tuple(queries.x.shape[1:])} and examples {tuple(data.x.shape[1:])} "
+                "have inputs of different shapes, so one model cannot compare their features"
             )
         return self._features(k, queries) @ self._features(k, data).T
 
@@ -256,7 +289,9 @@ class RepresentationSimilarity(Baseline):
         modules = dict(o.model.named_modules())
         if self.layer not in modules or not self.layer:
             known = ", ".join(filter(None, modules))
-            raise ValueError(f"layer={self.layer!r} is no module of the model of {o.where}; those are {known}")
+            raise ValueError(
+                f"layer={self.layer!r} is no module of the model of {o.where}; those are {known}"
+            )
 
         def keep(module, given):
             seen.append(given[0].detach())
@@ -269,13 +304,16 @@ class RepresentationSimilarity(Baseline):
         finally:
             hook.remove()
         if sum(map(len, seen)) != len(examples):
-            raise ValueError(f"layer={self.layer!r} does not see each example once; name another module")
+            raise ValueError(
+                f"layer={self.layer!r} does not see each example once; name another module"
+            )
         return nn.functional.normalize(torch.cat(seen).flatten(1), dim=1)
 
 
 class SingleStage(Baseline):
-    """Koh & Liang's influence in the scored stage alone: later stages pass the query's gradient on unchanged, as if
-    they did not adapt, ``−(1/m) ∇qᵀ (H + damping)⁻¹ ∇f_i``. Signed. The paper's own formula without its point.
+    """Koh & Liang's influence in the scored stage alone: later stages pass the query's gradient on
+    unchanged, as if they did not adapt, ``−(1/m) ∇qᵀ (H + damping)⁻¹ ∇f_i``. Signed. The paper's
+    own formula without its point.
 
     Args:
         solver, curvature, damping: as in `ImplicitInfluence`.
@@ -285,7 +323,10 @@ class SingleStage(Baseline):
 
     def __init__(self, solver=None, *, curvature: str = "ggn", damping: float = 0.0):
         if curvature not in ("hessian", "ggn") or not 0 <= damping < float("inf"):
-            raise ValueError(f"curvature={curvature!r} must be 'hessian' or 'ggn', damping={damping} zero or positive")
+            raise ValueError(
+                f"curvature={curvature!r} must be 'hessian' or 'ggn', damping={damping} zero or "
+                "positive"
+            )
         self.solver = Exact() if solver is None else solver
         self.curvature, self.damping = curvature, float(damping)
 

@@ -11,7 +11,12 @@ from torch import Tensor
 
 from ..curvature.derivatives import TRANSPOSE_FIXED as FIXED
 from ..curvature.derivatives import TRANSPOSE_PER_QUERY as PER_QUERY
-from ..curvature.derivatives import cheapest_products, example_products, gradient_transpose, per_example_gradients
+from ..curvature.derivatives import (
+    cheapest_products,
+    example_products,
+    gradient_transpose,
+    per_example_gradients,
+)
 from ..curvature.matrices import DataCurvature, curvature
 from ..errors import ConvergenceWarning, IndefiniteCurvatureError, MemoryBudgetError
 from ..memory import parse_bytes, require_memory, working_bytes
@@ -82,11 +87,17 @@ class Plan:
     def __str__(self) -> str:
         head = f"{'stage':<14}{'parameters':>11}{'examples':>10}{'products':>10}{'memory':>10}{'time':>9}  solver"
         rows = [
-            f"{s.stage:<14}{s.parameters:>11,}{s.examples:>10,}{s.products:>10,}{s.bytes / 1e6:>7,.0f} MB"
-            f"{s.seconds:>7,.1f} s  {type(s.solver).__name__}: {s.reason}"
+            f"{s.stage:<14}{s.parameters:>11,}{s.examples:>10,}{s.products:>10,}{s.bytes / 1e6:>7,.0f} "
+            f"MB{s.seconds:>7,.1f} s  {type(s.solver).__name__}: {s.reason}"
             for s in self.stages
         ]
-        return "\n".join([f"{self.queries} queries, {self.memory / 1e6:,.0f} MB; a probe's estimate", head, *rows])
+        return "\n".join(
+            [
+                f"{self.queries} queries, {self.memory / 1e6:,.0f} MB; a probe's estimate",
+                head,
+                *rows,
+            ]
+        )
 
     __repr__ = __str__
 
@@ -99,11 +110,13 @@ def plan(
     kind: str = "hessian",
     damping: float = 0.0,
 ) -> Plan:
-    """Parameters, products, bytes and seconds of implicit influence before it is asked for, and a solver per stage.
+    """Parameters, products, bytes and seconds of implicit influence before it is asked for, and a
+    solver per stage.
 
-    A probe of a few seconds: one product, one solve and one scoring with 128 examples a stage. `Exact` is suggested
-    where its matrices fit the memory and it is about as fast (it has no tolerance to worry about and sees the smallest
-    eigenvalue), `ConjugateGradient` elsewhere, with `LowRank` as its preconditioner for larger models.
+    A probe of a few seconds: one product, one solve and one scoring with 128 examples a stage.
+    `Exact` is suggested where its matrices fit the memory and it is about as fast (it has no
+    tolerance to worry about and sees the smallest eigenvalue), `ConjugateGradient` elsewhere, with
+    `LowRank` as its preconditioner for larger models.
 
     Args:
         pipeline: trained or adopted.
@@ -125,15 +138,27 @@ def plan(
     if not isinstance(queries, int) or queries < 1:
         raise ValueError(f"queries={queries!r} must be a whole number of at least 1")
     budget, trained = parse_bytes(memory), pipeline.trained()
-    stages = [_plan_stage(pipeline, k, full, queries, budget, kind, damping) for k, full in enumerate(trained)]
+    stages = [
+        _plan_stage(pipeline, k, full, queries, budget, kind, damping)
+        for k, full in enumerate(trained)
+    ]
     return Plan(tuple(stages), queries, budget)
 
 
-def _plan_stage(pipeline, k: int, full: Tensor, queries: int, memory: int, kind: str, damping: float) -> StagePlan:
+def _plan_stage(
+    pipeline, k: int, full: Tensor, queries: int, memory: int, kind: str, damping: float
+) -> StagePlan:
     o, size = pipeline.objective(k), pipeline.objective(k).size
     few = o.on(o.data[:: max(1, len(o.data) // PROBE)] if len(o.data) > PROBE else o.data)
     operator, more = curvature(kind, few, full), len(o.data) / len(few.data)
-    block = torch.cat([g for _, g in per_example_gradients(few, full, rows=torch.arange(min(queries, len(few.data))))])
+    block = torch.cat(
+        [
+            g
+            for _, g in per_example_gradients(
+                few, full, rows=torch.arange(min(queries, len(few.data)))
+            )
+        ]
+    )
     column = seconds(lambda: operator @ block.T) * more / len(block)
     shifted = operator + damping if damping else operator
     solver = _iterative(o, size, damping, memory, full.element_size())
@@ -184,7 +209,9 @@ def _scaled(solver: ConjugateGradient, more: float) -> ConjugateGradient:
 def _products(operator, solver: ConjugateGradient, columns: Tensor) -> tuple[int, str]:
     """Products to the solver's tolerance on the probe's data, extrapolated where they are many."""
     seen, most = [], columns.numel()
-    probe = replace(solver, max_iter=STEPS, callback=lambda step, residuals: seen.append(float(residuals.max())))
+    probe = replace(
+        solver, max_iter=STEPS, callback=lambda step, residuals: seen.append(float(residuals.max()))
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         try:
@@ -216,7 +243,8 @@ class UnrolledPlan:
         swept: bytes of the adjoints and of one mini-batch's derivatives during a sweep.
         budget: bytes allowed.
         queries, part: Q, and how many of them one sweep carries.
-        seconds: estimates for fit and for score, from one measured step of each stage; NaN if not measured.
+        seconds: estimates for fit and for score, from one measured step of each stage; NaN if not
+            measured.
     """
 
     steps: dict[str, int]
@@ -236,7 +264,9 @@ class UnrolledPlan:
         used = f"{(self.stored + self.swept) / 1e6:,.1f} of {self.budget / 1e6:,.1f} MB"
         lines = [f"{self.queries} queries, {self.part} a sweep, {self.sweeps} sweep(s); {used}"]
         for name, count in self.segments.items():
-            how = "every step kept" if count == 1 else f"{count} checkpoints, recomputed once a sweep"
+            how = (
+                "every step kept" if count == 1 else f"{count} checkpoints, recomputed once a sweep"
+            )
             lines.append(f"  {name}: {self.steps[name]} steps, {how}")
         if not math.isnan(self.seconds[0]):
             lines.append("  estimated: {:.1f} s to fit, {:.1f} s to score".format(*self.seconds))
@@ -246,7 +276,8 @@ class UnrolledPlan:
 def make_plan(
     pipeline: Pipeline, queries: int, memory: int, segments: int | None = None, runs: int = 1
 ) -> UnrolledPlan:
-    """Half of the budget for the states of so many runs, a quarter each for adjoints and for one batch's derivatives.
+    """Half of the budget for the states of so many runs, a quarter each for adjoints and for one
+    batch's derivatives.
 
     Raises:
         ValueError: no queries.
@@ -261,22 +292,27 @@ def make_plan(
         # θ̄, the optimiser's share, ḡ, the product, and their temporaries
         adjoint = max(adjoint, 12 * o.layout.size * pipeline.initial(k).element_size())
         example = max(example, o.bytes_per_example())
-    together = min(16, *(len(s.data) for s in pipeline.stages), quarter // (example * (FIXED + PER_QUERY)))
+    together = min(
+        16, *(len(s.data) for s in pipeline.stages), quarter // (example * (FIXED + PER_QUERY))
+    )
     if quarter < adjoint or together < 1:
         needed = 4 * max(adjoint, example * (FIXED + PER_QUERY))
         raise MemoryBudgetError(
-            f"sweeping with a single query needs a budget of about {needed / 1e6:,.1f} MB, memory= gives "
-            f"{memory / 1e6:,.1f} MB; give more"
+            f"sweeping with a single query needs a budget of about {needed / 1e6:,.1f} MB, "
+            f"memory= gives {memory / 1e6:,.1f} MB; give more"
         )
     part = min(queries, quarter // adjoint, (quarter // (example * together) - FIXED) // PER_QUERY)
-    return UnrolledPlan(steps, segments, stored * runs, part * adjoint + quarter, memory, queries, part)
+    return UnrolledPlan(
+        steps, segments, stored * runs, part * adjoint + quarter, memory, queries, part
+    )
 
 
 def _segments(pipeline: Pipeline, memory: int, segments: int | None, runs: int):
-    """Steps and segments per stage, and the bytes of one run's states, for ``runs`` of them in half the memory.
+    """Steps and segments per stage, and the bytes of one run's states, for ``runs`` of them in half
+    the memory.
 
-    Keeps every step where that fits; else √T checkpoints a stage, which with one recomputation is the least
-    memory: checkpoints and the stretch between two are then equally large.
+    Keeps every step where that fits; else √T checkpoints a stage, which with one recomputation is
+    the least memory: checkpoints and the stretch between two are then equally large.
 
     Raises:
         MemoryBudgetError: not even that fits.
@@ -300,14 +336,17 @@ def _segments(pipeline: Pipeline, memory: int, segments: int | None, runs: int):
         return sum(kept) + sum(c * checkpoint[n] for n, c in counts.items()) + max(stretch)
 
     every = dict.fromkeys(steps, 1)
-    root = {n: max(2, math.ceil(math.sqrt(t * record[n] / checkpoint[n]))) for n, t in steps.items()}
+    root = {
+        n: max(2, math.ceil(math.sqrt(t * record[n] / checkpoint[n]))) for n, t in steps.items()
+    }
     chosen = {n: min(segments, t) for n, t in steps.items()} if segments else every
     if not segments and needed(every) * runs > memory // 2:
         chosen = {n: min(c, steps[n]) for n, c in root.items()}
     require_memory(
         2 * needed(chosen) * runs,
         memory,
-        f"replaying {runs} × {sum(steps.values())} steps from {sum(chosen.values())} checkpoints and sweeping back",
+        f"replaying {runs} × {sum(steps.values())} steps from {sum(chosen.values())} checkpoints "
+        "and sweeping back",
         "give more memory=" + ("" if not segments else ", or leave segments= to the plan"),
     )
     return steps, chosen, needed(chosen)
@@ -318,7 +357,9 @@ def _bytes(*tensors: Tensor) -> int:
 
 
 def timed(plan: UnrolledPlan, pipeline: Pipeline, memory: int, fits: int) -> UnrolledPlan:
-    """The plan with its seconds, from one measured step of each stage, there and back; ``fits``: runs to be replayed."""
+    """The plan with its seconds, from one measured step of each stage, there and back; ``fits``:
+    runs to be replayed.
+    """
     fit = sweep = 0.0
     for k, stage in enumerate(pipeline.stages):
         o, recipe = pipeline.objective(k), stage.recipe

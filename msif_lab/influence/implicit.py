@@ -34,21 +34,23 @@ SOLVING_BYTES = 2 * 10**9  # what queries solved side by side may take on a CPU
 class ImplicitInfluence:
     """Multi-stage influence by the implicit function theorem, for stages trained to a minimum.
 
-    The thought experiment: give example i weight ``w_i`` in its stage, retrain this stage and all later ones
-    to their minima, and watch q. The answer, ``∂q/∂w_i``, comes from one pass backwards: with ``a`` the
-    gradient of q by a stage's parameters, ``v = H⁻¹ a``; that stage's own examples score ``−(1/m) vᵀ∇f_i``;
-    the stage before gets ``2α v_S`` through a `Proximal` link, ``a_W − G_WT v`` through a `Frozen` one.
-    With one stage this is Koh & Liang (2017); with two, the two cases of Chen et al. (2020).
+    The thought experiment: give example i weight ``w_i`` in its stage, retrain this stage and all
+    later ones to their minima, and watch q. The answer, ``∂q/∂w_i``, comes from one pass backwards:
+    with ``a`` the gradient of q by a stage's parameters, ``v = H⁻¹ a``; that stage's own examples
+    score ``−(1/m) vᵀ∇f_i``; the stage before gets ``2α v_S`` through a `Proximal` link,
+    ``a_W − G_WT v`` through a `Frozen` one. With one stage this is Koh & Liang (2017); with two,
+    the two cases of Chen et al. (2020).
 
     Args:
-        solver: how ``H v = a`` is solved: `Exact` (default), `ConjugateGradient`, `MINRES`, `LiSSA`, approximately by
-            `LowRank` or `EKFAC`, or ``"auto"``: what `plan` suggests for each stage, printed with its reason.
-        curvature: ``"hessian"``, or ``"ggn"`` for what is inverted where the Hessian is not definite
-            (the cross block of the frozen case stays exact).
+        solver: how ``H v = a`` is solved: `Exact` (default), `ConjugateGradient`, `MINRES`,
+            `LiSSA`, approximately by `LowRank` or `EKFAC`, or ``"auto"``: what `plan` suggests for
+            each stage, printed with its reason.
+        curvature: ``"hessian"``, or ``"ggn"`` for what is inverted where the Hessian is not
+            definite (the cross block of the frozen case stays exact).
         damping: added to H; a modelling choice, 0 by default.
-        leave_one_out: replace H by ``H − h_i/m`` for example i with its own curvature ``h_i``, because removal
-            is a finite step: the scores then predict removal (exact for ridge regression), not the derivative.
-            Costs a few solves per example; meant for `Exact`.
+        leave_one_out: replace H by ``H − h_i/m`` for example i with its own curvature ``h_i``,
+            because removal is a finite step: the scores then predict removal (exact for ridge
+            regression), not the derivative. Costs a few solves per example; meant for `Exact`.
 
     Attributes:
         report_: after `score`, one `SolveReport` per stage solved, by stage name.
@@ -61,16 +63,28 @@ class ImplicitInfluence:
     >>> scores.values.shape
     torch.Size([3, 1201])
 
-    Reference: Chen et al., Multi-Stage Influence Function, NeurIPS 2020 (arXiv 2007.09081), theorems 1 and 2.
+    Reference: Chen et al., Multi-Stage Influence Function, NeurIPS 2020 (arXiv 2007.09081),
+    theorems 1 and 2.
     """
 
-    def __init__(self, solver=None, *, curvature: str = "hessian", damping: float = 0.0, leave_one_out: bool = False):
+    def __init__(
+        self,
+        solver=None,
+        *,
+        curvature: str = "hessian",
+        damping: float = 0.0,
+        leave_one_out: bool = False,
+    ):
         if curvature not in ("hessian", "ggn"):
             raise ValueError(f"curvature={curvature!r} must be 'hessian' or 'ggn'")
         if not 0 <= damping < float("inf"):
             raise ValueError(f"damping={damping} must be zero or positive")
-        if solver not in (None, "auto") and (not hasattr(solver, "prepare") or isinstance(solver, type)):
-            raise TypeError(f"solver={solver!r} must be 'auto' or a solver object: Exact(), ConjugateGradient()")
+        if solver not in (None, "auto") and (
+            not hasattr(solver, "prepare") or isinstance(solver, type)
+        ):
+            raise TypeError(
+                f"solver={solver!r} must be 'auto' or a solver object: Exact(), ConjugateGradient()"
+            )
         self.solver = Exact() if solver is None else solver
         self.curvature, self.damping, self.leave_one_out = curvature, float(damping), leave_one_out
         self.plan_: Plan | None = None
@@ -105,13 +119,19 @@ class ImplicitInfluence:
             solver = self.plan_.solver(stage.name) if self.plan_ else self.solver
             operator = pipeline.curvature(k, self.curvature)
             try:
-                self._prepared.append(solver.prepare(operator + self.damping if self.damping else operator))
+                self._prepared.append(
+                    solver.prepare(operator + self.damping if self.damping else operator)
+                )
             except IndefiniteCurvatureError as error:
-                raise IndefiniteCurvatureError(f"stage {stage.name!r}: {error}", error.smallest) from None
+                raise IndefiniteCurvatureError(
+                    f"stage {stage.name!r}: {error}", error.smallest
+                ) from None
         return self
 
     def _check_stationary(self, k: int) -> None:
-        """Warn when the gradient left over is no longer small against what one example pulls, ‖∇f_i‖/m."""
+        """Warn when the gradient left over is no longer small against what one example pulls,
+        ‖∇f_i‖/m.
+        """
         o = self._pipeline.objective(k)
         left = float(self._pipeline.gradient(k).norm())
         few = 256 if o.size < 10**5 else 32  # an order of magnitude is all that is asked
@@ -120,31 +140,40 @@ class ImplicitInfluence:
         pull = float(torch.cat(squares).mean().sqrt()) / len(o.data)
         if left > 0.1 * pull:
             warnings.warn(
-                f"{o.where} is not at a stationary point: ‖∇F‖ = {left:.1e}, one example's pull is {pull:.1e}. "
-                "Implicit influence assumes an optimum; train with LBFGS(), or for longer",
+                f"{o.where} is not at a stationary point: ‖∇F‖ = {left:.1e}, one example's pull "
+                f"is {pull:.1e}. Implicit influence assumes an optimum; train with LBFGS(), or "
+                "for longer",
                 ConvergenceWarning,
                 stacklevel=3,
             )
 
     def score(
-        self, queries: Examples, stage: int | str = 0, target: str | Callable = "loss", *, top: int | None = None
+        self,
+        queries: Examples,
+        stage: int | str = 0,
+        target: str | Callable = "loss",
+        *,
+        top: int | None = None,
     ) -> Influence | TopInfluence:
         """Influence of one stage's examples on each query.
 
         Args:
             queries: examples of the last stage's task, Q of them.
             stage: whose training examples to score, by name or index.
-            target: q: ``"loss"``, ``"margin"``, ``"output"``, or a function ``(outputs, targets) -> (B,)``.
+            target: q: ``"loss"``, ``"margin"``, ``"output"``, or a function
+                ``(outputs, targets) -> (B,)``.
 
-            top: keep only this many lowest and highest scores of each query, so that ``(Q, N)`` is never held.
+            top: keep only this many lowest and highest scores of each query, so that ``(Q, N)`` is
+                never held.
 
         Returns:
             `Influence` with values ``(Q, N)``, or with ``top`` a `TopInfluence`.
         """
         if top is not None and (not isinstance(top, int) or not top >= 1 or self.leave_one_out):
             raise ValueError(
-                f"top={top!r} must be a whole number of at least 1, and needs leave_one_out=False, whose corrections "
-                "are kept for all examples anyway: score without top and ask .helpful(k)"
+                f"top={top!r} must be a whole number of at least 1, and needs "
+                "leave_one_out=False, whose corrections are kept for all examples anyway: score "
+                "without top and ask .helpful(k)"
             )
         if not hasattr(self, "_prepared"):
             raise ValueError("call fit(pipeline) before score(queries)")
@@ -155,7 +184,9 @@ class ImplicitInfluence:
         function = ask(o, queries, target)
         groups, reports = torch.arange(len(queries)).split(self._side_by_side(first)), []
         solved = [self._solve(queries[group], function, first, reports) for group in groups]
-        cotangent, solution = solved[0] if len(solved) == 1 else map(torch.cat, zip(*solved, strict=True))
+        cotangent, solution = (
+            solved[0] if len(solved) == 1 else map(torch.cat, zip(*solved, strict=True))
+        )
         solution = solution.T
         self.report_ = {name: _together([r[name] for r in reports]) for name in reports[0]}
         scored, o = self._pipeline.stages[first], self._pipeline.objective(first)
@@ -165,22 +196,32 @@ class ImplicitInfluence:
             about = scored.name, target_name(target), repr(self)
             return TopInfluence(lowest, highest, queries.ids, len(o.data), *about)
         values = self._example_scores(first, cotangent, solution)
-        return Influence(values, scored.data.ids, queries.ids, scored.name, target_name(target), repr(self))
+        return Influence(
+            values, scored.data.ids, queries.ids, scored.name, target_name(target), repr(self)
+        )
 
     def _side_by_side(self, first: int) -> int:
-        """How many queries are solved at once: a solver holds some vectors of each, mostly six, and four are around."""
+        """How many queries are solved at once: a solver holds some vectors of each, mostly six, and
+        four are around.
+        """
         sizes = [self._pipeline.objective(k).layout.size for k in range(first, len(self._full))]
         room = 2 * working_bytes(self._full[-1].device) if self._full[-1].is_cuda else SOLVING_BYTES
         held = 4 + getattr(self.solver, "vectors", 6)
         return max(1, room // (held * max(sizes) * self._full[-1].element_size()))
 
-    def _solve(self, queries: Examples, function, first: int, reports: list) -> tuple[Tensor, Tensor | None]:
-        """From queries back to stage ``first``: ∇q by what it trains, ``(Q, P)``, where it is still needed, and H⁻¹∇q
-        ``(Q, P)``; appends a report by stage."""
+    def _solve(
+        self, queries: Examples, function, first: int, reports: list
+    ) -> tuple[Tensor, Tensor | None]:
+        """From queries back to stage ``first``: ∇q by what it trains, ``(Q, P)``, where it is still
+        needed, and H⁻¹∇q ``(Q, P)``; appends a report by stage.
+        """
         last, report = len(self._full) - 1, {}
         o = self._pipeline.objective(last)
-        cotangent = self._full[last].new_empty(len(queries), o.layout.size)  # ∇q by all of the last stage
-        for rows, gradients in per_example_gradients(o, self._full[last], queries, function, every=True):
+        # ∇q by all of the last stage
+        cotangent = self._full[last].new_empty(len(queries), o.layout.size)
+        for rows, gradients in per_example_gradients(
+            o, self._full[last], queries, function, every=True
+        ):
             cotangent[rows] = gradients
         for k in range(last, first - 1, -1):
             right = self._pipeline.objective(k).trained.take(cotangent)
@@ -191,32 +232,51 @@ class ImplicitInfluence:
         return right if self.leave_one_out else right[:, :0], solution.T
 
     def _pull_back(self, k: int, cotangent: Tensor, solution: Tensor) -> Tensor:
-        """From ∇q by stage k's parameters (Q, D) and v = H⁻¹∇q (Q, P) to ∇q by the previous stage's (Q, D')."""
+        """From ∇q by stage k's parameters (Q, D) and v = H⁻¹∇q (Q, P) to ∇q by the previous stage's
+        (Q, D').
+        """
         p, o, full = self._pipeline.functional(k), self._pipeline.objective(k), self._full[k]
         before = cotangent.new_zeros(len(cotangent), self._pipeline.objective(k - 1).layout.size)
         if p.coupled:
-            p.there["coupled"].put(before, 2 * o.alpha * o.coupled.take(solution))  # proximal: 2α v_S
-        if names := [n for n in p.frozen if n in p.live]:  # frozen: a_W − G_WT v, of the W that a stage before trains
-            here, there = o.layout.places(names), self._pipeline.objective(k - 1).layout.places(names)
+            # proximal: 2α v_S
+            p.there["coupled"].put(before, 2 * o.alpha * o.coupled.take(solution))
+        # frozen: a_W − G_WT v, of the W that a stage before trains
+        if names := [n for n in p.frozen if n in p.live]:
+            here, there = (
+                o.layout.places(names),
+                self._pipeline.objective(k - 1).layout.places(names),
+            )
             there.put(before, here.take(cotangent) - cross_products(o, full, names, solution))
         return before
 
     def _example_scores(self, k: int, cotangent: Tensor, solution: Tensor) -> Tensor:
-        """−(1/m) ∇qᵀH⁻¹∇f_i for the stage's own examples, ``(Q, N)``; with (H − h_i/m)⁻¹ for leave-one-out."""
+        """−(1/m) ∇qᵀH⁻¹∇f_i for the stage's own examples, ``(Q, N)``; with (H − h_i/m)⁻¹ for
+        leave-one-out.
+        """
         o, full = self._pipeline.objective(k), self._full[k]
         if not self.leave_one_out:
             return -example_products(o, full, solution) / len(o.data)
         if k not in self._steps:
             solver = self._prepared[k]
-            self._steps[k] = removal_steps(self.curvature, o, full, lambda columns: solver.solve(columns)[0])
+            self._steps[k] = removal_steps(
+                self.curvature, o, full, lambda columns: solver.solve(columns)[0]
+            )
         return -cotangent @ self._steps[k].T
 
 
 def _together(reports: Sequence[SolveReport]) -> SolveReport:
     """The report of queries that were solved in groups."""
-    ways = {"iterations": max, "bytes": max, "smallest_curvature": min, "products": sum, "seconds": sum}
+    ways = {
+        "iterations": max,
+        "bytes": max,
+        "smallest_curvature": min,
+        "products": sum,
+        "seconds": sum,
+    }
     ways |= {"residuals": torch.cat, "converged": torch.cat}
-    return replace(reports[0], **{name: way([getattr(r, name) for r in reports]) for name, way in ways.items()})
+    return replace(
+        reports[0], **{name: way([getattr(r, name) for r in reports]) for name, way in ways.items()}
+    )
 
 
 def _refuse_warm_start(stage: Stage) -> None:
@@ -224,7 +284,8 @@ def _refuse_warm_start(stage: Stage) -> None:
         known = hasattr(stage.recipe, "equivalent_alpha")
         alpha = f"{stage.recipe.equivalent_alpha(len(stage.data)):.3g}" if known else "..."
         raise ValueError(
-            f"stage {stage.name!r} has link=WarmStart(): a minimum does not depend on where training started, so "
-            "implicit influence has nothing to say. Use UnrolledInfluence; or read the finetuning as proximal: "
-            f"the same stages with link=Proximal(alpha={alpha}) in a Pipeline of their own, then adopt()"
+            f"stage {stage.name!r} has link=WarmStart(): a minimum does not depend on where "
+            "training started, so implicit influence has nothing to say. Use UnrolledInfluence; "
+            "or read the finetuning as proximal: the same stages with "
+            f"link=Proximal(alpha={alpha}) in a Pipeline of their own, then adopt()"
         )

@@ -32,12 +32,15 @@ def removal_steps(kind: str, o: Objective, full: Tensor, solve: Solve) -> Tensor
         MemoryBudgetError: the steps of all examples take too much.
 
     Warns:
-        ConvergenceWarning: without some examples the curvature is not positive definite, or hardly; their steps
-            are the uncorrected ``H⁻¹ ∇f_i / m``.
+        ConvergenceWarning: without some examples the curvature is not positive definite, or hardly;
+            their steps are the uncorrected ``H⁻¹ ∇f_i / m``.
     """
     size = o.size * len(o.data) * full.element_size()
-    require_memory(size, SHIFT_BYTES, "leave_one_out=True", "score without it, or a smaller model or data set")
-    few = max(1, working_bytes(o.device) // (24 * o.size * full.element_size()))  # about 24 (B, P) at once
+    require_memory(
+        size, SHIFT_BYTES, "leave_one_out=True", "score without it, or a smaller model or data set"
+    )
+    # about 24 (B, P) at once
+    few = max(1, working_bytes(o.device) // (24 * o.size * full.element_size()))
     steps, failed = [], []
     for part in torch.arange(len(o.data), device=full.device).split(few):
         for rows, gradients in per_example_gradients(o, full, rows=part):
@@ -46,35 +49,43 @@ def removal_steps(kind: str, o: Objective, full: Tensor, solve: Solve) -> Tensor
             failed += o.data.ids[rows.cpu()][~good.cpu()].tolist()
     if failed:
         warnings.warn(
-            f"{o.where}: without examples {failed[:10]} ({len(failed)} in all) the curvature H − h_i/m is not "
-            "positive definite, or hardly, so there may be no nearby minimum; their scores are not corrected. "
-            "Use curvature='ggn' or more weight decay",
+            f"{o.where}: without examples {failed[:10]} ({len(failed)} in all) the curvature H − "
+            "h_i/m is not positive definite, or hardly, so there may be no nearby minimum; their "
+            "scores are not corrected. Use curvature='ggn' or more weight decay",
             ConvergenceWarning,
             stacklevel=4,
         )
     return torch.cat(steps)
 
 
-def _corrected(kind: str, o: Objective, full: Tensor, rows: Tensor, b: Tensor, solve: Solve) -> tuple[Tensor, Tensor]:
-    """The steps ``(H − h_i/m)⁻¹ b_i`` of some examples ``(B, P)``, and where they could be corrected ``(B,)``."""
+def _corrected(
+    kind: str, o: Objective, full: Tensor, rows: Tensor, b: Tensor, solve: Solve
+) -> tuple[Tensor, Tensor]:
+    """The steps ``(H − h_i/m)⁻¹ b_i`` of some examples ``(B, P)``, and where they could be
+    corrected ``(B,)``.
+    """
     x, y = o.data.x[rows], o.data.y[rows]
 
     def own(p: Tensor) -> Tensor:
         return own_products(kind, o, full, x, y, p) / len(o.data)
 
     step, plain, good = _side_by_side(own, b, solve)
-    if plain is not None:  # a flat direction that only this example holds: the quadratic picture ends there
+    # a flat direction that only this example holds: the quadratic picture ends there
+    if plain is not None:
         good = good & ((b * step).sum(1) <= HELD_UP * (b * plain).sum(1))
     if not bool(good.all()):  # no nearby minimum without these; the derivative is what is left
         step[~good] = solve(b[~good].T).T
     return step, good
 
 
-def _side_by_side(own: Callable[[Tensor], Tensor], b: Tensor, solve: Solve) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Conjugate gradients on the B systems ``(H − h_i/m) x_i = b_i`` at once, preconditioned by ``H⁻¹``.
+def _side_by_side(
+    own: Callable[[Tensor], Tensor], b: Tensor, solve: Solve
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Conjugate gradients on the B systems ``(H − h_i/m) x_i = b_i`` at once, preconditioned by
+    ``H⁻¹``.
 
-    ``h_i`` has few directions that matter, so a handful of iterations do; ``H p`` follows from the recursion, since
-    ``H H⁻¹ r = r``.
+    ``h_i`` has few directions that matter, so a handful of iterations do; ``H p`` follows from the
+    recursion, since ``H H⁻¹ r = r``.
 
     Returns:
         x ``(B, P)``; ``H⁻¹ b`` (None where all b are zero); which systems were solved, ``(B,)``.

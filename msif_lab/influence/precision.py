@@ -1,4 +1,6 @@
-"""Faster, coarser multiplication on hardware that has it: only when asked for, and with its error shown."""
+"""Faster, coarser multiplication on hardware that has it: only when asked for, and with its error
+shown.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,13 +15,16 @@ MATMUL = {"float32": "highest", "tf32": "high", "bf16": "medium"}  # PyTorch's w
 
 
 @contextmanager
-def reduced_precision(kind: str, pipeline: Pipeline, curvature: str = "ggn") -> Iterator[dict[str, float]]:
-    """Within this block float32 products are multiplied as TF32 (10 bits) or bfloat16 (7 bits); weights stay float32.
+def reduced_precision(
+    kind: str, pipeline: Pipeline, curvature: str = "ggn"
+) -> Iterator[dict[str, float]]:
+    """Within this block float32 products are multiplied as TF32 (10 bits) or bfloat16 (7 bits);
+    weights stay float32.
 
-    Prints by how much that changes a curvature product of each stage, ``‖H̃v − Hv‖ / ‖Hv‖`` for random v, and gives
-    these errors by stage name: no solve inside can reach a residual below them. PyTorch's settings return at the end.
-    Where the hardware has no such units, as on most CPUs, the errors are zero. ``"float32"`` is for CUDA, where
-    PyTorch by itself lets convolutions use TF32.
+    Prints by how much that changes a curvature product of each stage, ``‖H̃v − Hv‖ / ‖Hv‖`` for
+    random v, and gives these errors by stage name: no solve inside can reach a residual below them.
+    PyTorch's settings return at the end. Where the hardware has no such units, as on most CPUs, the
+    errors are zero. ``"float32"`` is for CUDA, where PyTorch by itself lets convolutions use TF32.
 
     Args:
         kind: ``"tf32"``, ``"bf16"`` or ``"float32"``.
@@ -39,7 +44,9 @@ def reduced_precision(kind: str, pipeline: Pipeline, curvature: str = "ggn") -> 
     if kind not in MATMUL:
         raise ValueError(f"kind={kind!r} must be one of {sorted(MATMUL)}")
     if any(full.dtype != torch.float32 for full in pipeline.trained()):
-        raise ValueError("pipeline is not float32, so nothing would be faster; use pipeline.to(torch.float32)")
+        raise ValueError(
+            "pipeline is not float32, so nothing would be faster; use pipeline.to(torch.float32)"
+        )
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
 
     def switch(matmul: str, convolutions: bool) -> None:
@@ -50,7 +57,9 @@ def reduced_precision(kind: str, pipeline: Pipeline, curvature: str = "ggn") -> 
         found = {}
         for k, stage in enumerate(pipeline.stages):
             operator = pipeline.curvature(k, curvature)
-            v = torch.randn(operator.shape[0], generator=torch.Generator().manual_seed(0)).to(operator.device)
+            v = torch.randn(operator.shape[0], generator=torch.Generator().manual_seed(0)).to(
+                operator.device
+            )
             found[stage.name] = operator @ v
         return found
 
@@ -58,7 +67,10 @@ def reduced_precision(kind: str, pipeline: Pipeline, curvature: str = "ggn") -> 
         switch("highest", False)
         exact = products()
         switch(MATMUL[kind], kind != "float32")
-        errors = {name: float((p - exact[name]).norm() / exact[name].norm()) for name, p in products().items()}
+        errors = {
+            name: float((p - exact[name]).norm() / exact[name].norm())
+            for name, p in products().items()
+        }
         for name, error in errors.items():
             print(f"{name}: {kind} changes a {curvature} product by {error:.1e}")
         yield errors

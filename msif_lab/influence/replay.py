@@ -15,7 +15,8 @@ __all__ = ["Trajectory"]
 
 @dataclass
 class Trajectory:
-    """One stage's run as `Pipeline.fit` did it, kept at checkpoints; what lies between is computed again on demand.
+    """One stage's run as `Pipeline.fit` did it, kept at checkpoints; what lies between is computed
+    again on demand.
 
     Attributes:
         recipe, lanes: what is run, on one lane or several.
@@ -40,7 +41,9 @@ class Trajectory:
         self._checkpoints, self._kept = [], None
         for segment in range(len(self.bounds) - 1):
             self._checkpoints.append((theta, state))
-            records, theta, state = self._walk(segment, keep=self.keep and len(self.bounds) == 2, bar=bar)
+            records, theta, state = self._walk(
+                segment, keep=self.keep and len(self.bounds) == 2, bar=bar
+            )
             self._kept = records or None
         self.final = self.lanes.full(theta)
         return self
@@ -50,8 +53,12 @@ class Trajectory:
         return list(self._kept) if self._kept else self._walk(index, keep=True)[0]
 
     def ends(self) -> list[tuple[Tensor, float]]:
-        """All parameters ``(R, D)`` at the end of each segment, and the sum of the learning rates in it."""
-        rates = [sum(rate for _, rate in self.steps[a:b]) for a, b in itertools.pairwise(self.bounds)]
+        """All parameters ``(R, D)`` at the end of each segment, and the sum of the learning rates
+        in it.
+        """
+        rates = [
+            sum(rate for _, rate in self.steps[a:b]) for a, b in itertools.pairwise(self.bounds)
+        ]
         fulls = [self.lanes.full(theta) for theta, _ in self._checkpoints[1:]] + [self.final]
         return list(zip(fulls, rates, strict=True))
 
@@ -60,7 +67,9 @@ class Trajectory:
         records = []
         for step in range(*self.bounds[segment : segment + 2]):
             before = theta
-            theta, state, saved = self.recipe.advance(self.lanes, theta, state, step, *self.steps[step])
+            theta, state, saved = self.recipe.advance(
+                self.lanes, theta, state, step, *self.steps[step]
+            )
             if keep:
                 records.append((before, saved))
             if bar is not None:
@@ -81,14 +90,16 @@ def require_run(pipeline: Pipeline) -> None:
     for stage in pipeline.stages:
         if not isinstance(stage.recipe, MiniBatch):
             raise ValueError(
-                f"stage {stage.name!r} was trained by {type(stage.recipe).__name__}, whose steps cannot be run "
-                "backwards here; train it with recipe=SGD(...) or Adam(...), or use ImplicitInfluence, made for optima"
+                f"stage {stage.name!r} was trained by {type(stage.recipe).__name__}, whose steps "
+                "cannot be run backwards here; train it with recipe=SGD(...) or Adam(...), or "
+                "use ImplicitInfluence, made for optima"
             )
     pipeline.trained()
     if pipeline.reports is None:
         raise ValueError(
-            "the pipeline's weights were adopted, so there is no run to differentiate; train with pipeline.fit() and a "
-            "recipe such as SGD(...), or use ImplicitInfluence, which needs only the final weights"
+            "the pipeline's weights were adopted, so there is no run to differentiate; train "
+            "with pipeline.fit() and a recipe such as SGD(...), or use ImplicitInfluence, which "
+            "needs only the final weights"
         )
     pipeline.require_repeatable()
 
@@ -98,7 +109,8 @@ def require_same_end(name: str, ours: Tensor, trained: Tensor) -> None:
     apart = float((ours - trained).norm() / trained.norm().clamp(min=1e-30))
     if not apart <= torch.finfo(trained.dtype).eps ** 0.5:
         raise ValueError(
-            f"stage {name!r}: replaying its training ends {apart:.1e} (relative) away from the trained weights, so the "
-            "run is not deterministic: a loss or model that draws random numbers or counts its calls, or GPU kernels "
-            "that add in changing order (torch.use_deterministic_algorithms(True) before fit())"
+            f"stage {name!r}: replaying its training ends {apart:.1e} (relative) away from the "
+            "trained weights, so the run is not deterministic: a loss or model that draws random "
+            "numbers or counts its calls, or GPU kernels that add in changing order "
+            "(torch.use_deterministic_algorithms(True) before fit())"
         )

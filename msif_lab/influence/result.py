@@ -15,7 +15,9 @@ __all__ = ["Influence", "Ranking", "TopInfluence", "rank_stream"]
 
 
 class Ranking(NamedTuple):
-    """The first k examples of each query, ``(Q, k)`` each: scores, positions in the stage's data, and ids."""
+    """The first k examples of each query, ``(Q, k)`` each: scores, positions in the stage's data,
+    and ids.
+    """
 
     values: Tensor
     positions: Tensor
@@ -24,7 +26,8 @@ class Ranking(NamedTuple):
 
 @dataclass
 class TopInfluence:
-    """The k lowest and k highest scores of each query: what `ImplicitInfluence.score` gives with ``top=k``.
+    """The k lowest and k highest scores of each query: what `ImplicitInfluence.score` gives with
+    ``top=k``.
 
     Attributes:
         lowest, highest: `Ranking` ``(Q, k)`` each, the extreme first.
@@ -47,7 +50,9 @@ class TopInfluence:
     def _first(self, ranking: Ranking, k: int | None) -> Ranking:
         most = ranking.values.shape[1]
         if k is not None and not 1 <= k <= most:
-            raise ValueError(f"k={k} must be between 1 and the {most} that were kept; score with top={k}")
+            raise ValueError(
+                f"k={k} must be between 1 and the {most} that were kept; score with top={k}"
+            )
         return Ranking(*(part[:, :k] for part in ranking))
 
     def helpful(self, k: int | None = None) -> Ranking:
@@ -61,13 +66,16 @@ class TopInfluence:
     def __repr__(self) -> str:
         k = self.lowest.values.shape[1]
         return (
-            f"TopInfluence({len(self)} queries × {k} most helpful and {k} most harmful of {self.examples} examples of "
-            f"{self.stage!r} on {self.target}; {self.method})"
+            f"TopInfluence({len(self)} queries × {k} most helpful and {k} most harmful of "
+            f"{self.examples} examples of {self.stage!r} on {self.target}; {self.method})"
         )
 
 
-def rank_stream(chunks: Iterable[tuple[slice, Tensor]], k: int, ids: Tensor) -> tuple[Ranking, Ranking]:
-    """Lowest and highest k of each row of ``(Q, N)`` values that come as ``(positions, (Q, B))``; holds 4k a row.
+def rank_stream(
+    chunks: Iterable[tuple[slice, Tensor]], k: int, ids: Tensor
+) -> tuple[Ranking, Ranking]:
+    """Lowest and highest k of each row of ``(Q, N)`` values that come as ``(positions, (Q, B))``;
+    holds 4k a row.
 
     Raises:
         ValueError: NaN or inf among them.
@@ -76,7 +84,10 @@ def rank_stream(chunks: Iterable[tuple[slice, Tensor]], k: int, ids: Tensor) -> 
     for rows, values in chunks:
         if not bool(torch.isfinite(values).all()):
             query, place = (~torch.isfinite(values)).nonzero()[0].tolist()
-            raise ValueError(f"the score of query {query} and example {rows.start + place} is NaN or inf; check data")
+            raise ValueError(
+                f"the score of query {query} and example {rows.start + place} is NaN or inf; "
+                "check data"
+            )
         here = torch.arange(rows.start, rows.stop, device=values.device).expand(len(values), -1)
         for largest in (False, True):
             before = kept.get(largest, (values[:, :0], here[:, :0]))
@@ -88,10 +99,11 @@ def rank_stream(chunks: Iterable[tuple[slice, Tensor]], k: int, ids: Tensor) -> 
 
 @dataclass
 class Influence:
-    """Scores ``∂q/∂w_i`` of examples on queries, in nats (or units of q) per unit of example weight.
+    """Scores ``∂q/∂w_i`` of examples on queries, in nats (or units of q) per unit of example
+    weight.
 
-    Positive: the example raises q, so for a loss it is harmful; removing it changes q by minus the score,
-    to first order. ``m ·`` score is the paper's I(z, x_t).
+    Positive: the example raises q, so for a loss it is harmful; removing it changes q by minus the
+    score, to first order. ``m ·`` score is the paper's I(z, x_t).
 
     Attributes:
         values: ``(Q, N)``.
@@ -109,12 +121,14 @@ class Influence:
     def __post_init__(self):
         if self.values.shape != (len(self.query_ids), len(self.ids)):
             raise ValueError(
-                f"values {tuple(self.values.shape)} must be ({len(self.query_ids)} queries, {len(self.ids)} ids)"
+                f"values {tuple(self.values.shape)} must be ({len(self.query_ids)} queries, "
+                f"{len(self.ids)} ids)"
             )
         if not bool(torch.isfinite(self.values).all()):
             bad = (~torch.isfinite(self.values)).nonzero()[0].tolist()
             raise ValueError(
-                f"the score of query {bad[0]} and example {bad[1]} is NaN or inf; check curvature and data"
+                f"the score of query {bad[0]} and example {bad[1]} is NaN or inf; check curvature "
+                "and data"
             )
 
     def __len__(self) -> int:
@@ -123,7 +137,14 @@ class Influence:
     def __getitem__(self, queries) -> "Influence":
         """Some queries' scores: an index, a slice or a list of positions."""
         queries = [int(queries)] if isinstance(queries, numbers.Integral) else queries
-        return Influence(self.values[queries], self.ids, self.query_ids[queries], self.stage, self.target, self.method)
+        return Influence(
+            self.values[queries],
+            self.ids,
+            self.query_ids[queries],
+            self.stage,
+            self.target,
+            self.method,
+        )
 
     def _ranked(self, k: int, largest: bool) -> Ranking:
         if not 1 <= k <= len(self.ids):
@@ -140,11 +161,19 @@ class Influence:
         return self._ranked(k, largest=self.target != "margin")
 
     def removal_effect(self, indices: Sequence[int]) -> Tensor:
-        """Predicted change of each query when the examples at these positions are removed, ``(Q,)``: −Σ scores."""
+        """Predicted change of each query when the examples at these positions are removed,
+        ``(Q,)``: −Σ scores.
+        """
         positions = torch.as_tensor(indices).reshape(-1).to(self.values.device)
-        whole = len(positions) > 0 and not positions.is_floating_point() and positions.dtype != torch.bool
+        whole = (
+            len(positions) > 0
+            and not positions.is_floating_point()
+            and positions.dtype != torch.bool
+        )
         if not whole or int(positions.min()) < 0 or int(positions.max()) >= len(self.ids):
-            raise ValueError(f"indices={indices!r} must be positions between 0 and {len(self.ids) - 1}")
+            raise ValueError(
+                f"indices={indices!r} must be positions between 0 and {len(self.ids) - 1}"
+            )
         if len(torch.unique(positions)) != len(positions):
             raise ValueError(f"indices={indices!r} must be different positions")
         return -self.values[:, positions].sum(1)
@@ -152,7 +181,9 @@ class Influence:
     def mean(self) -> "Influence":
         """The mean over queries as one row: influence on the average query."""
         row = self.values.mean(0, keepdim=True)
-        return Influence(row, self.ids, self.query_ids.new_full((1,), -1), self.stage, self.target, self.method)
+        return Influence(
+            row, self.ids, self.query_ids.new_full((1,), -1), self.stage, self.target, self.method
+        )
 
     def to_frame(self):
         """A tidy pandas table: one row for each query and example."""
@@ -170,7 +201,12 @@ class Influence:
     def save(self, path) -> None:
         """Write to one safetensors file, all or nothing."""
         tensors = {"values": self.values, "ids": self.ids, "query_ids": self.query_ids}
-        write_tensors(path, "influence", tensors, {"stage": self.stage, "target": self.target, "method": self.method})
+        write_tensors(
+            path,
+            "influence",
+            tensors,
+            {"stage": self.stage, "target": self.target, "method": self.method},
+        )
 
     @classmethod
     def load(cls, path) -> "Influence":
@@ -181,19 +217,25 @@ class Influence:
     def __repr__(self) -> str:
         queries, examples = self.values.shape
         return (
-            f"Influence({queries} queries × {examples} examples of {self.stage!r} on {self.target}; {self.method}; "
-            f"{float((self.values > 0).double().mean()):.0%} positive)"
+            f"Influence({queries} queries × {examples} examples of {self.stage!r} on "
+            f"{self.target}; {self.method}; {float((self.values > 0).double().mean()):.0%} "
+            "positive)"
         )
 
     def _repr_html_(self) -> str:
         mean, k, more = self.mean(), min(4, len(self.ids)), 1 if self.target == "margin" else -1
         rows = "".join(
             f"<tr><td>{word}</td><td>{int(i)}</td><td>{float(v):+.2e}</td></tr>"
-            for word, sign, ranking in (("helpful", more, mean.helpful(k)), ("harmful", -more, mean.harmful(k)))
+            for word, sign, ranking in (
+                ("helpful", more, mean.helpful(k)),
+                ("harmful", -more, mean.harmful(k)),
+            )
             for v, i in zip(ranking.values[0], ranking.ids[0], strict=True)
             if sign * float(v) > 0  # of few examples, those ranked last are none of the kind
         )
-        counted = f"{len(self)} {'query' if len(self) == 1 else 'queries'} × {len(self.ids)} examples"
+        counted = (
+            f"{len(self)} {'query' if len(self) == 1 else 'queries'} × {len(self.ids)} examples"
+        )
         title = f"{counted} of stage {html.escape(repr(self.stage))}; mean effect on {html.escape(str(self.target))}"
         caption = f"<caption style='white-space: nowrap'>{title}</caption>"
         return f"<table>{caption}<tr><th></th><th>id</th><th>score</th></tr>{rows}</table>"

@@ -22,10 +22,10 @@ class RunCheck:
     Attributes:
         examples: their positions ``(n,)``.
         steps: changes h of weight that were tried.
-        errors: ``(H, n)`` relative distance of central differences from the scores, over queries: a V over h,
-            truncation on the right, rounding on the left.
-        nonlinearity: ``(n,)`` ``‖q(2) + q(0) − 2 q(1)‖ / ‖q(2) − q(0)‖`` over the weight of the example, 0 for a
-            linear response.
+        errors: ``(H, n)`` relative distance of central differences from the scores, over queries: a
+            V over h, truncation on the right, rounding on the left.
+        nonlinearity: ``(n,)`` ``‖q(2) + q(0) − 2 q(1)‖ / ‖q(2) − q(0)‖`` over the weight of the
+            example, 0 for a linear response.
         predicted, actual: ``(Q, n)`` change of q on removal.
     """
 
@@ -42,7 +42,10 @@ class RunCheck:
         return float(self.errors.amin(0).max())
 
     def __repr__(self) -> str:
-        lines = [f"{len(self.examples)} examples: derivative within {self.error:.1e} of central differences"]
+        lines = [
+            f"{len(self.examples)} examples: derivative within {self.error:.1e} of central "
+            "differences"
+        ]
         lines += [
             f"  example {int(i)}: best error {float(e):.1e}, nonlinearity of removal {float(b):.2f}"
             for i, e, b in zip(self.examples, self.errors.amin(0), self.nonlinearity, strict=True)
@@ -54,9 +57,10 @@ class RunCheck:
         nonlinearity = float(self.nonlinearity.median())
         if nonlinearity > NONLINEARITY:
             warnings.warn(
-                f"removing an example and doubling it differ by {nonlinearity:.0%} of their effect (median of "
-                f"{len(self.examples)}): this run is too unsmooth for derivatives to predict removals. Smaller or "
-                "decaying learning rates, warm-up, smooth activations (tanh, SiLU) and larger batches help",
+                f"removing an example and doubling it differ by {nonlinearity:.0%} of their "
+                f"effect (median of {len(self.examples)}): this run is too unsmooth for "
+                "derivatives to predict removals. Smaller or decaying learning rates, warm-up, "
+                "smooth activations (tanh, SiLU) and larger batches help",
                 UnsmoothTrainingWarning,
                 stacklevel=stacklevel,
             )
@@ -75,7 +79,8 @@ def check_run(
 
     Args:
         pipeline: what is rerun.
-        derivative: ``∂q/∂w`` of all the stage's examples ``(Q, m)``, asked for once n is known to be right.
+        derivative: ``∂q/∂w`` of all the stage's examples ``(Q, m)``, asked for once n is known to
+            be right.
         n, queries, steps, seed: as in `UnrolledInfluence.check`.
     """
     m, dtype = len(pipeline.stages[k].data), pipeline.objective(k).dtype
@@ -89,7 +94,9 @@ def check_run(
     differences = (up - down)[:, :-1] / widths
     size = scores.norm(dim=0).clamp(min=1e-30)
     now, doubled, removed = pipeline.evaluate(queries)[:, None], up[:, -1], down[:, -1]
-    bend = (doubled + removed - 2 * now).norm(dim=0) / (doubled - removed).norm(dim=0).clamp(min=1e-30)
+    bend = (doubled + removed - 2 * now).norm(dim=0) / (doubled - removed).norm(dim=0).clamp(
+        min=1e-30
+    )
     return RunCheck(
         examples,
         steps,
@@ -103,7 +110,9 @@ def check_run(
 def _both_ways(
     pipeline: Pipeline, queries: Examples, k: int, examples: Tensor, steps: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
-    """q after reruns with weight ``1 + h`` and ``1 − h`` of one example at a time, ``(Q, H, n)`` each."""
+    """q after reruns with weight ``1 + h`` and ``1 − h`` of one example at a time, ``(Q, H, n)``
+    each.
+    """
     m, n = len(pipeline.stages[k].data), len(examples)
     weights = torch.ones(len(steps), 2, n, m, dtype=torch.float64)
     for row, h in enumerate(steps):

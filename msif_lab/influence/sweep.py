@@ -17,15 +17,18 @@ __all__ = ["AlphaSweep"]
 
 
 class AlphaSweep:
-    """Scores of a two-stage `Proximal` pipeline as a function of α and of the damping, the trained weights held fixed.
+    """Scores of a two-stage `Proximal` pipeline as a function of α and of the damping, the trained
+    weights held fixed.
 
-    With ``S = G_WW − G_WT G_TT⁻¹ G_TW`` the Schur complement of the finetuning curvature (without the proximal term)
-    and ``c = ∇_W q − G_WT G_TT⁻¹ ∇_T q`` the frozen case's cotangent, the full case hands ``2α (S + 2αI)⁻¹ c`` to
-    pretraining: along an eigenvector of S with eigenvalue s, c is multiplied by ``2α / (s + 2α)``. Both decompositions,
-    of S and of the pretraining curvature, are made once; then `scores` is three products.
+    With ``S = G_WW − G_WT G_TT⁻¹ G_TW`` the Schur complement of the finetuning curvature (without
+    the proximal term) and ``c = ∇_W q − G_WT G_TT⁻¹ ∇_T q`` the frozen case's cotangent, the full
+    case hands ``2α (S + 2αI)⁻¹ c`` to pretraining: along an eigenvector of S with eigenvalue s, c
+    is multiplied by ``2α / (s + 2α)``. Both decompositions, of S and of the pretraining curvature,
+    are made once; then `scores` is three products.
 
-    Retraining with another α would also move the finetuned weights; that is not in here, so the scores are those of
-    `ImplicitInfluence` at the pipeline's own α and a thought experiment at any other.
+    Retraining with another α would also move the finetuned weights; that is not in here, so the
+    scores are those of `ImplicitInfluence` at the pipeline's own α and a thought experiment at any
+    other.
 
     Args:
         pipeline: two stages, the second with a `Proximal` link, trained.
@@ -41,7 +44,8 @@ class AlphaSweep:
 
     Raises:
         ValueError: another kind of pipeline, not trained, unknown curvature.
-        IndefiniteCurvatureError: the block of finetuning that adapts, ``G_TT``, is not positive definite.
+        IndefiniteCurvatureError: the block of finetuning that adapts, ``G_TT``, is not positive
+            definite.
 
     >>> import msif_lab as msif
     >>> train, test = msif.load_digits(dtype=torch.float64)
@@ -68,8 +72,8 @@ class AlphaSweep:
         if len(pipeline.stages) != 2 or not isinstance(pipeline.stages[1].link, Proximal):
             links = [type(s.link).__name__ for s in pipeline.stages[1:]]
             raise ValueError(
-                f"the pipeline has {len(pipeline.stages)} stage(s) with links {links}: a sweep over α needs two "
-                "stages, the second with link=Proximal(alpha=...)"
+                f"the pipeline has {len(pipeline.stages)} stage(s) with links {links}: a sweep "
+                "over α needs two stages, the second with link=Proximal(alpha=...)"
             )
         if curvature not in ("hessian", "ggn"):
             raise ValueError(f"curvature={curvature!r} must be 'hessian' or 'ggn'")
@@ -87,10 +91,15 @@ class AlphaSweep:
         schur = Spectrum(*torch.linalg.eigh(schur_complement(matrix, keep)))
         self.eigenvalues = schur.values
 
-        asked = torch.cat([g for _, g in per_example_gradients(last, full[1], queries, function)])  # ∇q, (Q, P)
+        # ∇q, (Q, P)
+        asked = torch.cat([g for _, g in per_example_gradients(last, full[1], queries, function)])
         frozen = asked[:, keep]
         if bool(rest.any()):
-            frozen = frozen - torch.linalg.solve(matrix[rest][:, rest], asked[:, rest].T).T @ matrix[rest][:, keep]
+            frozen = (
+                frozen
+                - torch.linalg.solve(matrix[rest][:, rest], asked[:, rest].T).T
+                @ matrix[rest][:, keep]
+            )
         self._cotangents = frozen @ schur.vectors  # c in S's eigenvectors, (Q, S)
 
         spectrum = exact.spectrum(pipeline.curvature(0, curvature))
@@ -101,7 +110,8 @@ class AlphaSweep:
             first.trained.take(across) @ spectrum.vectors
         )  # from one set of eigenvectors to the other, (S, P)
         gradients = torch.cat([g for _, g in per_example_gradients(first, full[0])])
-        self._examples = gradients @ spectrum.vectors  # ∇f_i in the pretraining eigenvectors, (N, P)
+        # ∇f_i in the pretraining eigenvectors, (N, P)
+        self._examples = gradients @ spectrum.vectors
 
     @property
     def floor(self) -> float:
@@ -118,27 +128,43 @@ class AlphaSweep:
             raise ValueError(f"alpha={alpha!r} must be positive; inf is the frozen case")
         if alpha == float("inf"):
             return torch.ones_like(self.eigenvalues)
-        _require_positive(self.eigenvalues, 2 * alpha, "the finetuning curvature S + 2αI", "a larger alpha")
+        _require_positive(
+            self.eigenvalues, 2 * alpha, "the finetuning curvature S + 2αI", "a larger alpha"
+        )
         return 2 * alpha / (self.eigenvalues + 2 * alpha)
 
     def scores(self, alpha: float, damping: float = 0.0) -> Influence:
-        """`Influence` ``(Q, N)`` of the pretraining examples with this α, δ added to the pretraining curvature.
+        """`Influence` ``(Q, N)`` of the pretraining examples with this α, δ added to the
+        pretraining curvature.
 
         Raises:
             IndefiniteCurvatureError: a matrix that is inverted is not positive definite.
         """
         if not 0 <= damping < float("inf"):
             raise ValueError(f"damping={damping!r} must be zero or positive")
-        _require_positive(self.pretraining, damping, "the pretraining curvature H + δI", "more damping")
-        solution = (self._cotangents * self.filter(alpha)) @ self._across / (self.pretraining + damping)
+        _require_positive(
+            self.pretraining, damping, "the pretraining curvature H + δI", "more damping"
+        )
+        solution = (
+            (self._cotangents * self.filter(alpha)) @ self._across / (self.pretraining + damping)
+        )
         ids, query_ids, stage, target = self._about
         values = -solution @ self._examples.T / self._count
-        return Influence(values, ids, query_ids, stage, target, f"AlphaSweep, α = {alpha:g}, damping = {damping:g}")
+        return Influence(
+            values,
+            ids,
+            query_ids,
+            stage,
+            target,
+            f"AlphaSweep, α = {alpha:g}, damping = {damping:g}",
+        )
 
 
 def _require_positive(values: Tensor, shift: float, what: str, way_out: str) -> None:
     smallest = float(values[0]) + shift
     if not smallest > 0:
         raise IndefiniteCurvatureError(
-            f"{what} is not positive definite: its smallest eigenvalue is {smallest:.3e}; choose {way_out}", smallest
+            f"{what} is not positive definite: its smallest eigenvalue is {smallest:.3e}; choose "
+            f"{way_out}",
+            smallest,
         )

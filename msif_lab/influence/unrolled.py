@@ -1,8 +1,8 @@
 """Unrolled influence: the derivative of the whole multi-stage run that really happened.
 
-Once seeds and batch order are fixed, the final parameters are a function of the example weights, however early
-training stopped. Its derivative goes backwards through the last stage first (`adjoint`), then over each link into the
-stage before. Derived in notebooks/09.
+Once seeds and batch order are fixed, the final parameters are a function of the example weights,
+however early training stopped. Its derivative goes backwards through the last stage first
+(`adjoint`), then over each link into the stage before. Derived in notebooks/09.
 """
 
 import warnings
@@ -28,35 +28,42 @@ from .run_check import RunCheck, check_run
 
 __all__ = ["UnrolledInfluence"]
 
-GROWTH = 30.0  # of the adjoint, backwards: runs below it had r > 0.9 on digits, runs above r = 0 (lesson 09)
+# of the adjoint, backwards: runs below it had r > 0.9 on digits, runs above r = 0 (lesson 09)
+GROWTH = 30.0
 
 
 class UnrolledInfluence:
     """Multi-stage influence as the exact derivative of the training runs, converged or not.
 
-    The thought experiment: give example i weight ``w_i``, rerun every stage with the same initial weights and the
-    same batches, and watch q. The answer, ``∂q/∂w_i`` at w = 1, takes one sweep backwards over all steps, for all
-    queries and all examples together. For stages trained by `SGD`, `Adam` or `AdamW`; for stages trained to an
-    optimum `ImplicitInfluence` gives the same answer without a run to replay.
+    The thought experiment: give example i weight ``w_i``, rerun every stage with the same initial
+    weights and the same batches, and watch q. The answer, ``∂q/∂w_i`` at w = 1, takes one sweep
+    backwards over all steps, for all queries and all examples together. For stages trained by
+    `SGD`, `Adam` or `AdamW`; for stages trained to an optimum `ImplicitInfluence` gives the same
+    answer without a run to replay.
 
     Args:
-        memory: for states of the run, adjoints and batch derivatives, as ``"1GB"``. Where not every step's state
-            fits, states are recomputed from checkpoints, same bits.
-        segments: cut every stage's run into this many stretches instead of letting the budget decide.
-        group_fraction: p > 0 predicts the removal of *random groups* holding this fraction of the stage's examples
-            better, at the price of one more training. Instead of at w = 1 the run is differentiated at w = 1 − p,
-            the average of such removals, which is the best linear predictor where q is quadratic in w. The scores
-            then predict removal, level included, and are no longer the derivative.
-        leave_one_out: predict the removal of *single examples* better, at the price of about one more sweep: without
-            example i its own curvature leaves the steps too, which `ImplicitInfluence(leave_one_out=True)` accounts
-            for by ``H − h_i/m`` and the run by ``(1/|B|) ḡᵀ h_i ∂θ/∂w_i`` in each step that holds i. How θ depends
-            on each weight is estimated from runs of the stage with all weights changed a little at random.
-        probes: pairs of such runs, all at once; more for longer training, whose estimate is noisier.
+        memory: for states of the run, adjoints and batch derivatives, as ``"1GB"``. Where not every
+            step's state fits, states are recomputed from checkpoints, same bits.
+        segments: cut every stage's run into this many stretches instead of letting the budget
+            decide.
+        group_fraction: p > 0 predicts the removal of *random groups* holding this fraction of the
+            stage's examples better, at the price of one more training. Instead of at w = 1 the run
+            is differentiated at w = 1 − p, the average of such removals, which is the best linear
+            predictor where q is quadratic in w. The scores then predict removal, level included,
+            and are no longer the derivative.
+        leave_one_out: predict the removal of *single examples* better, at the price of about one
+            more sweep: without example i its own curvature leaves the steps too, which
+            `ImplicitInfluence(leave_one_out=True)` accounts for by ``H − h_i/m`` and the run by
+            ``(1/|B|) ḡᵀ h_i ∂θ/∂w_i`` in each step that holds i. How θ depends on each weight is
+            estimated from runs of the stage with all weights changed a little at random.
+        probes: pairs of such runs, all at once; more for longer training, whose estimate is
+            noisier.
 
     Attributes:
         plan_: after `score`, the `UnrolledPlan` that was followed.
-        adjoint_norms_: after `score`, per stage ``(T,)``: the queries' mean ‖θ̄‖ before each step, ‖∇q‖ being the
-            end of it. Growth backwards in time means a run that amplifies small changes.
+        adjoint_norms_: after `score`, per stage ``(T,)``: the queries' mean ‖θ̄‖ before each step,
+            ‖∇q‖ being the end of it. Growth backwards in time means a run that amplifies small
+            changes.
 
     >>> import msif_lab as msif
     >>> train, test = msif.load_digits()
@@ -81,11 +88,15 @@ class UnrolledInfluence:
         if segments is not None and (not isinstance(segments, int) or segments < 1):
             raise ValueError(f"segments={segments!r} must be a whole number of at least 1, or None")
         if not isinstance(group_fraction, (int, float)) or not 0 <= group_fraction < 1:
-            raise ValueError(f"group_fraction={group_fraction!r} must be a fraction of the examples, in [0, 1)")
+            raise ValueError(
+                f"group_fraction={group_fraction!r} must be a fraction of the examples, in [0, 1)"
+            )
         if not isinstance(probes, int) or probes < 1:
             raise ValueError(f"probes={probes!r} must be a whole number of at least 1")
         if group_fraction and leave_one_out:
-            raise ValueError("leave_one_out=True is for single examples, group_fraction for groups; choose one")
+            raise ValueError(
+                "leave_one_out=True is for single examples, group_fraction for groups; choose one"
+            )
         self.segments, self.group_fraction = segments, float(group_fraction)
         self.leave_one_out, self.probes = bool(leave_one_out), probes
         self.plan_: UnrolledPlan | None = None
@@ -112,10 +123,12 @@ class UnrolledInfluence:
         return make_plan(pipeline, queries, self.memory, self.segments, runs)
 
     def fit(self, pipeline: Pipeline, progress: bool = True) -> "UnrolledInfluence":
-        """Replay the pipeline's training, keep its states or checkpoints, and see that it ends at the same weights.
+        """Replay the pipeline's training, keep its states or checkpoints, and see that it ends at
+        the same weights.
 
         Raises:
-            ValueError: not trained, adopted, changed since, trained by `LBFGS`, or the replay ends elsewhere.
+            ValueError: not trained, adopted, changed since, trained by `LBFGS`, or the replay ends
+                elsewhere.
             MemoryBudgetError: not even √T checkpoints fit their half of the budget.
         """
         require_run(pipeline)
@@ -128,7 +141,9 @@ class UnrolledInfluence:
         self._runs, self._full = runs, [t.clone() for t in trained]
         return self
 
-    def _replay(self, plan: UnrolledPlan, weights: dict[int, float], progress: bool) -> list[Trajectory]:
+    def _replay(
+        self, plan: UnrolledPlan, weights: dict[int, float], progress: bool
+    ) -> list[Trajectory]:
         """Every stage's run, at weight one or at another weight of all examples of some stages."""
         runs, previous = [], None
         with progress_bar(sum(plan.steps.values()), "replay", progress) as bar:
@@ -144,23 +159,31 @@ class UnrolledInfluence:
         """Stage k once more, under ``2 · probes`` weightings close to its own."""
         run, o = self._runs[k], self._pipeline.objective(k)
         h = 1e-3 if o.dtype == torch.float64 else 1e-2
-        signs = torch.randint(0, 2, (self.probes, len(o.data)), generator=torch.Generator().manual_seed(0))
+        signs = torch.randint(
+            0, 2, (self.probes, len(o.data)), generator=torch.Generator().manual_seed(0)
+        )
         signs = (2 * signs - 1).to(run.lanes.weights)
         one = torch.zeros(2 * self.probes, dtype=torch.int64, device=signs.device)
         lanes = replace(run.lanes.select(one), weights=torch.cat([1 + h * signs, 1 - h * signs]))
         return Probes(Trajectory(run.recipe, lanes, run.bounds).run(), signs / h)
 
     def score(
-        self, queries: Examples, stage: int | str = 0, target: str | Callable = "loss", progress: bool = True
+        self,
+        queries: Examples,
+        stage: int | str = 0,
+        target: str | Callable = "loss",
+        progress: bool = True,
     ) -> Influence:
-        """Influence of one stage's examples on each query; arguments as in `ImplicitInfluence.score`.
+        """Influence of one stage's examples on each query; arguments as in
+        `ImplicitInfluence.score`.
 
         Raises:
             ValueError, TypeError: queries or target do not fit; the pipeline changed since fit.
             MemoryBudgetError: a single query's sweep exceeds the budget.
 
         Warns:
-            UnsmoothTrainingWarning: the run amplifies changes so much that no derivative will predict a removal.
+            UnsmoothTrainingWarning: the run amplifies changes so much that no derivative will
+                predict a removal.
         """
         if not hasattr(self, "_runs"):
             raise ValueError("call fit(pipeline) before score(queries)")
@@ -171,28 +194,39 @@ class UnrolledInfluence:
         runs, probes = self._runs, None
         if self.group_fraction:
             if first not in self._at:  # one run more, kept for the next call
-                self._at = {first: self._replay(self.plan_, {first: 1 - self.group_fraction}, progress)}
+                self._at = {
+                    first: self._replay(self.plan_, {first: 1 - self.group_fraction}, progress)
+                }
             runs = self._at[first]
         if self.leave_one_out:
             if first not in self._at:
                 self._at = {first: self._probe(first)}
             probes = self._at[first]
-        values, self.adjoint_norms_ = self._sweep(runs, first, queries, function, self.plan_, probes, progress)
+        values, self.adjoint_norms_ = self._sweep(
+            runs, first, queries, function, self.plan_, probes, progress
+        )
         self._warn_of_growth(self.adjoint_norms_)
         if self.group_fraction:
             values = values + self._level(runs, values, queries, target)
         scored = pipeline.stages[first]
-        return Influence(values, scored.data.ids, queries.ids, scored.name, target_name(target), repr(self))
+        return Influence(
+            values, scored.data.ids, queries.ids, scored.name, target_name(target), repr(self)
+        )
 
-    def _level(self, runs: Sequence[Trajectory], values: Tensor, queries: Examples, target) -> Tensor:
-        """What every score must change by so that −Σ over a group of pN is right on average, ``(Q, 1)``.
+    def _level(
+        self, runs: Sequence[Trajectory], values: Tensor, queries: Examples, target
+    ) -> Tensor:
+        """What every score must change by so that −Σ over a group of pN is right on average,
+        ``(Q, 1)``.
 
-        Around w̄ = 1 − p: ``q(w) ≈ q(w̄) + Σ_j s_j (w_j − w̄)``. Seen from q(1) that is −Σ over the group plus
-        ``q(w̄) − q(1) + p Σ_j s_j`` for all; each of the pN members carries its share.
+        Around w̄ = 1 − p: ``q(w) ≈ q(w̄) + Σ_j s_j (w_j − w̄)``. Seen from q(1) that is −Σ over the
+        group plus ``q(w̄) − q(1) + p Σ_j s_j`` for all; each of the pN members carries its share.
         """
         p, m = self.group_fraction, values.shape[1]
         at = Retrained(self._pipeline, [run.final for run in runs], []).evaluate(queries, target)
-        return -(at - self._pipeline.evaluate(queries, target)[:, None] + p * values.sum(1, keepdim=True)) / (p * m)
+        return -(
+            at - self._pipeline.evaluate(queries, target)[:, None] + p * values.sum(1, keepdim=True)
+        ) / (p * m)
 
     def _sweep(
         self,
@@ -207,15 +241,23 @@ class UnrolledInfluence:
         """Backwards through all stages down to ``first``, in parts of the queries.
 
         Returns:
-            the scores of its examples ``(Q, m)``, and by stage the mean ‖θ̄‖ before each step and at the end.
+            the scores of its examples ``(Q, m)``, and by stage the mean ‖θ̄‖ before each step and
+            at the end.
         """
         o = self._pipeline.objective(-1)
-        gradients = [g for _, g in per_example_gradients(o, runs[-1].final[0], queries, function, every=True)]
+        gradients = [
+            g for _, g in per_example_gradients(o, runs[-1].final[0], queries, function, every=True)
+        ]
         stages = range(len(runs) - 1, first - 1, -1)
-        norms = {k: torch.zeros(len(runs[k].steps) + 1, dtype=o.dtype, device=o.device) for k in stages}
+        norms = {
+            k: torch.zeros(len(runs[k].steps) + 1, dtype=o.dtype, device=o.device) for k in stages
+        }
         values = []
-        with progress_bar(plan.sweeps * sum(len(runs[k].steps) for k in stages), "sweep", progress) as bar:
-            for cotangent in torch.cat(gradients).split(plan.part):  # (Q, D): ∇q by all of the last stage
+        with progress_bar(
+            plan.sweeps * sum(len(runs[k].steps) for k in stages), "sweep", progress
+        ) as bar:
+            # (Q, D): ∇q by all of the last stage
+            for cotangent in torch.cat(gradients).split(plan.part):
                 for k in stages:
                     adjoint = Adjoint(
                         self._pipeline.functional(k),
@@ -229,18 +271,22 @@ class UnrolledInfluence:
                     if k > first:
                         cotangent = adjoint.before(self._pipeline.objective(k - 1).layout.size)
                 values.append(adjoint.scores)
-        named = {self._pipeline.stages[k].name: (norms[k] / len(queries)).cpu() for k in reversed(stages)}
+        named = {
+            self._pipeline.stages[k].name: (norms[k] / len(queries)).cpu() for k in reversed(stages)
+        }
         return torch.cat(values), named
 
     @staticmethod
     def _warn_of_growth(norms: dict[str, Tensor]) -> None:
-        growth = {name: float(norm.max() / norm[-1].clamp(min=1e-30)) for name, norm in norms.items()}
+        growth = {
+            name: float(norm.max() / norm[-1].clamp(min=1e-30)) for name, norm in norms.items()
+        }
         worst = max(growth, key=growth.get)
         if growth[worst] > GROWTH:
             warnings.warn(
-                f"stage {worst!r}: its run amplifies small changes {growth[worst]:.0f}-fold, so it is too chaotic for "
-                "these derivatives to predict removals; lower the learning rate, warm it up or let it decay, and see "
-                "check()",
+                f"stage {worst!r}: its run amplifies small changes {growth[worst]:.0f}-fold, so "
+                "it is too chaotic for these derivatives to predict removals; lower the learning "
+                "rate, warm it up or let it decay, and see check()",
                 UnsmoothTrainingWarning,
                 stacklevel=3,
             )
@@ -253,7 +299,8 @@ class UnrolledInfluence:
         steps: Sequence[float] | None = None,
         seed: int = 0,
     ) -> RunCheck:
-        """Compare the derivatives by n random examples with reruns of all stages: tiny changes of weight, and removal.
+        """Compare the derivatives by n random examples with reruns of all stages: tiny changes of
+        weight, and removal.
 
         Args:
             n: examples to try; the run is repeated ``2 n (len(steps) + 1)`` times, all at once.
@@ -263,13 +310,17 @@ class UnrolledInfluence:
             seed: of the choice of examples.
 
         Warns:
-            UnsmoothTrainingWarning: removing an example and doubling it do not have opposite effects (median
-                nonlinearity above 0.3), so its derivative says little about its removal.
+            UnsmoothTrainingWarning: removing an example and doubling it do not have opposite
+                effects (median nonlinearity above 0.3), so its derivative says little about its
+                removal.
         """
         if not hasattr(self, "_runs"):
             raise ValueError("call fit(pipeline) before check()")
         pipeline = self._pipeline
-        k, queries = pipeline.index(stage), pipeline.stages[-1].data[:5] if queries is None else queries
+        k, queries = (
+            pipeline.index(stage),
+            pipeline.stages[-1].data[:5] if queries is None else queries,
+        )
 
         norms = {}
 

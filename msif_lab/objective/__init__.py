@@ -1,4 +1,6 @@
-"""A stage as a pure function of flat parameters: layout, losses, small models, checks made up front."""
+"""A stage as a pure function of flat parameters: layout, losses, small models, checks made up
+front.
+"""
 
 from .checks import ask, check_examples, check_layers
 from .layout import Layout, Places

@@ -9,11 +9,13 @@ __all__ = ["cross_entropy", "mean_squared_error", "next_token_loss"]
 
 
 def _negative_log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
-    """``log Σ_c exp z_c − z_y`` in elementwise steps: under forward mode and over lanes, where PyTorch's own
-    cross_entropy falls back to Python decompositions, this is several times faster."""
+    """``log Σ_c exp z_c − z_y`` in elementwise steps: under forward mode and over lanes, where
+    PyTorch's own cross_entropy falls back to Python decompositions, this is several times faster.
+    """
     largest = logits.detach().amax(-1, keepdim=True)
     correct = torch.arange(logits.shape[-1], device=logits.device) == labels[..., None]
-    picked = logits.where(correct, 0.0).sum(-1).where(correct.any(-1), torch.nan)  # no output for the label: no number
+    # no output for the label: no number
+    picked = logits.where(correct, 0.0).sum(-1).where(correct.any(-1), torch.nan)
     return (logits - largest).exp().sum(-1).log() + largest[..., 0] - picked
 
 
@@ -27,20 +29,26 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def mean_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Squared error of each example averaged over its outputs: ``(B, ...)``, ``(B, ...)`` → ``(B,)``.
+    """Squared error of each example averaged over its outputs: ``(B, ...)``, ``(B, ...)`` →
+    ``(B,)``.
 
     >>> mean_squared_error(torch.tensor([[1.0, 3.0]]), torch.tensor([[1.0, 1.0]]))
     tensor([2.])
     """
     if outputs.shape != targets.shape and outputs.shape[0] == outputs.numel() == targets.numel():
-        outputs = outputs.reshape(targets.shape)  # a single output, with or without its own dimension
+        # a single output, with or without its own dimension
+        outputs = outputs.reshape(targets.shape)
     if outputs.shape != targets.shape:
-        raise ValueError(f"outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)} must have equal shapes")
+        raise ValueError(
+            f"outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)} must have equal "
+            "shapes"
+        )
     return ((outputs - targets) ** 2).reshape(len(outputs), -1).mean(1)
 
 
 def next_token_loss(outputs: Tensor, tokens: Tensor) -> Tensor:
-    """Mean negative log-likelihood of each next token, in nats: ``(B, T, V)``, ``(B, T)`` → ``(B,)``.
+    """Mean negative log-likelihood of each next token, in nats: ``(B, T, V)``, ``(B, T)`` →
+    ``(B,)``.
 
     >>> next_token_loss(torch.zeros(1, 3, 2), torch.tensor([[0, 1, 0]]))
     tensor([0.6931])
@@ -58,8 +66,9 @@ def _margin(outputs: Tensor, targets: Tensor) -> Tensor:
 def _single_output(outputs: Tensor, targets: Tensor) -> Tensor:
     if outputs[0].numel() != 1:
         raise ValueError(
-            f"target='output' needs one output per example, the model gives {tuple(outputs.shape[1:])}; "
-            "use target='loss', 'margin' or a function of (outputs, targets)"
+            "target='output' needs one output per example, the model gives "
+            f"{tuple(outputs.shape[1:])}; use target='loss', 'margin' or a function of (outputs, "
+            "targets)"
         )
     return outputs.reshape(len(outputs))
 
@@ -70,7 +79,10 @@ def target_function(target: str | Callable, loss: Callable) -> Callable[[Tensor,
     if callable(target):
         return target
     if target not in named:
-        raise ValueError(f"target={target!r} must be one of {sorted(named)} or a function (outputs, targets) -> (B,)")
+        raise ValueError(
+            f"target={target!r} must be one of {sorted(named)} or a function (outputs, targets) "
+            "-> (B,)"
+        )
     return named[target]
 
 

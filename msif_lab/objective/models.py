@@ -1,4 +1,6 @@
-"""Small smooth networks in two named parts, ``embedding`` and ``head``; any ``nn.Module`` works as well."""
+"""Small smooth networks in two named parts, ``embedding`` and ``head``; any ``nn.Module`` works as
+well.
+"""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -66,7 +68,11 @@ def mlp(
     if isinstance(hidden, int):
         raise TypeError(f"hidden={hidden} must be a sequence of widths, e.g. ({hidden},)")
     widths = [in_features, *hidden]
-    _positive(in_features=in_features, classes=classes, **{f"hidden[{i}]": w for i, w in enumerate(hidden)})
+    _positive(
+        in_features=in_features,
+        classes=classes,
+        **{f"hidden[{i}]": w for i, w in enumerate(hidden)},
+    )
 
     def make():
         layers: list[nn.Module] = [nn.Flatten()]
@@ -77,8 +83,12 @@ def mlp(
     return _build(make, seed, zero_head)
 
 
-def softmax_regression(in_features: int, classes: int, *, zero_head: bool = False, seed: int = 0) -> EmbeddingHead:
-    """A linear model: the embedding only flattens, so the objective with weight decay is strictly convex."""
+def softmax_regression(
+    in_features: int, classes: int, *, zero_head: bool = False, seed: int = 0
+) -> EmbeddingHead:
+    """A linear model: the embedding only flattens, so the objective with weight decay is strictly
+    convex.
+    """
     return mlp(in_features, hidden=(), classes=classes, zero_head=zero_head, seed=seed)
 
 
@@ -93,20 +103,20 @@ def convnet(
     zero_head: bool = False,
     seed: int = 0,
 ) -> EmbeddingHead:
-    """A small convolutional net: 3 × 3 convolution, activation, 2 × 2 average pool for each of ``channels``,
-    then one hidden layer of ``width`` features and the head.
+    """A small convolutional net: 3 × 3 convolution, activation, 2 × 2 average pool for each of
+    ``channels``, then one hidden layer of ``width`` features and the head.
 
     Args:
         in_shape: ``(channels, height, width)`` of one input.
         channels: feature maps after each convolution.
         width: size of the feature vector the head sees.
-        norm_groups: if given, GroupNorm with this many groups after each convolution: normalisation that, unlike
-            BatchNorm, leaves an example's loss a function of that example.
+        norm_groups: if given, GroupNorm with this many groups after each convolution: normalisation
+            that, unlike BatchNorm, leaves an example's loss a function of that example.
         classes, activation, zero_head, seed: as in `mlp`.
 
     Raises:
-        ValueError: ``in_shape`` is not three numbers, or too small for this many poolings; groups that do not
-            divide the channels.
+        ValueError: ``in_shape`` is not three numbers, or too small for this many poolings; groups
+            that do not divide the channels.
 
     >>> sum(p.numel() for p in convnet((1, 14, 14), classes=4).parameters())
     6020
@@ -118,7 +128,9 @@ def convnet(
         )
     _positive(width=width, classes=classes, **{f"channels[{i}]": c for i, c in enumerate(channels)})
     if norm_groups is not None and (norm_groups < 1 or any(c % norm_groups for c in channels)):
-        raise ValueError(f"norm_groups={norm_groups} must divide each of channels={tuple(channels)}")
+        raise ValueError(
+            f"norm_groups={norm_groups} must divide each of channels={tuple(channels)}"
+        )
 
     def make():
         layers: list[nn.Module] = []

@@ -1,8 +1,9 @@
 """A stage as a pure function of flat parameters: the user's module is called, never changed.
 
 Letters as in the lessons: ``θ`` the ``P`` parameters a stage trains, ``w`` the example weights,
-``F(θ; w) = (1/m) Σ_i w_i f_i(θ) + λ/2 ‖θ‖² + α ‖θ_S − c‖²`` with the shared part ``θ_S`` held near the
-previous stage's ``c`` (α = 0 without a proximal link). Many weightings at once are *lanes*, ``(R, P)``.
+``F(θ; w) = (1/m) Σ_i w_i f_i(θ) + λ/2 ‖θ‖² + α ‖θ_S − c‖²`` with the shared part ``θ_S`` held near
+the previous stage's ``c`` (α = 0 without a proximal link). Many weightings at once are *lanes*,
+``(R, P)``.
 """
 
 import copy
@@ -21,8 +22,9 @@ from .layout import Layout, Places
 
 @contextmanager
 def exact_convolutions() -> Iterator[None]:
-    """On CUDA PyTorch's float32 convolutions are TF32 unless told otherwise, 10 bits: two kernels differ by 1e-3, too
-    much to tell whether two ways give the same."""
+    """On CUDA PyTorch's float32 convolutions are TF32 unless told otherwise, 10 bits: two kernels
+    differ by 1e-3, too much to tell whether two ways give the same.
+    """
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:
@@ -44,30 +46,38 @@ class Objective:
         where: how messages name this stage.
     """
 
-    def __init__(self, model, data, loss, weight_decay=0.0, trained=None, alpha=0.0, shared=(), where="stage"):
+    def __init__(
+        self, model, data, loss, weight_decay=0.0, trained=None, alpha=0.0, shared=(), where="stage"
+    ):
         self.model, self.data, self.loss, self.where = model, data, loss, where
         self.layout = Layout(model, where)
         self.weight_decay, self.alpha = float(weight_decay), float(alpha)
         self.trained_names = list(self.layout.trainable if trained is None else trained)
-        self.trained, self.device = self.layout.places(self.trained_names), data.x.device  # where θ lies among all D
+        # where θ lies among all D
+        self.trained, self.device = self.layout.places(self.trained_names), data.x.device
         trained_spans = {}
         for name in self.trained_names:
             start = sum(len(span) for span in trained_spans.values())
             trained_spans[name] = range(start, start + len(self.layout.spans[name]))
         self.coupled = Places([trained_spans[n] for n in shared])  # where the coupled S lie in θ
         self._all = self.trained_names == list(self.layout.shapes)
-        # Constants of the function; copies, so that a module that writes into them cannot change itself.
+        # Constants of the function; copies, so that a module that writes into them cannot change
+        # itself.
         self.buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
         self._found: dict = {}  # what was measured once, see `once`
 
     def once(self, name: Hashable, measure: Callable[[], object]):
-        """What ``measure()`` gave the first time it was asked for under this name: a fact about model and loss."""
+        """What ``measure()`` gave the first time it was asked for under this name: a fact about
+        model and loss.
+        """
         if name not in self._found:
             self._found[name] = measure()
         return self._found[name]
 
     def on(self, data: Examples) -> "Objective":
-        """The same function of other examples, with buffers of its own; what is known of the model is shared."""
+        """The same function of other examples, with buffers of its own; what is known of the model
+        is shared.
+        """
         other = copy.copy(self)
         other.data = data
         other.buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
@@ -103,12 +113,14 @@ class Objective:
         return theta if self._all else self.trained.put(base.clone(), theta)
 
     def parameters(self, theta: Tensor, base: Tensor) -> dict[str, Tensor]:
-        """All parameters by name: ``theta`` (P,) in its places, the rest constants from ``base`` (D,), so that no
-        derivative by them is formed on the way."""
+        """All parameters by name: ``theta`` (P,) in its places, the rest constants from ``base``
+        (D,), so that no derivative by them is formed on the way.
+        """
         named = {} if self._all else self.layout.named(base.detach())
         parts = theta.split([len(self.layout.spans[name]) for name in self.trained_names])
         return named | {
-            n: part.reshape(self.layout.shapes[n]) for n, part in zip(self.trained_names, parts, strict=True)
+            n: part.reshape(self.layout.shapes[n])
+            for n, part in zip(self.trained_names, parts, strict=True)
         }
 
     def outputs(self, full: Tensor | dict[str, Tensor], x: Tensor) -> Tensor:
@@ -147,7 +159,8 @@ class Objective:
         rows: Tensor | None = None,
         memory: int | None = None,
     ) -> Iterator:
-        """``(positions, x, y)`` over examples, in parts so small that ``copies`` of their activations fit.
+        """``(positions, x, y)`` over examples, in parts so small that ``copies`` of their
+        activations fit.
 
         Args:
             examples: default the stage's own data.
@@ -160,7 +173,11 @@ class Objective:
         cost = self.bytes_per_example() * copies
         step = max(1, (memory or working_bytes(self.device, cost)) // cost)
         for start in range(0, count, step):
-            part = slice(start, min(start + step, count)) if rows is None else rows[start : start + step]
+            part = (
+                slice(start, min(start + step, count))
+                if rows is None
+                else rows[start : start + step]
+            )
             yield part, examples.x[part], examples.y[part]
 
 
@@ -193,7 +210,9 @@ class Lanes:
         return self.objective.trained.put(self.base.clone(), theta)
 
     def value_and_grad(self, theta: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """F ``(R,)`` and ∇F ``(R, P)`` at ``theta`` (R, P), over all data or the mini-batch ``rows``."""
+        """F ``(R,)`` and ∇F ``(R, P)`` at ``theta`` (R, P), over all data or the mini-batch
+        ``rows``.
+        """
         o = self.objective
         count = len(o.data) if rows is None else len(rows)
         value, gradient = self._penalty(theta)

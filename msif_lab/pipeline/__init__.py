@@ -1,4 +1,6 @@
-"""Stages in a row: how each is trained, what it takes over, and the pipeline that fits and retrains them."""
+"""Stages in a row: how each is trained, what it takes over, and the pipeline that fits and retrains
+them.
+"""
 
 from .lbfgs import LBFGS
 from .pipeline import Pipeline, Retrained

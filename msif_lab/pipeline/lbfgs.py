@@ -15,14 +15,17 @@ __all__ = ["LBFGS"]
 
 @dataclass(frozen=True)
 class LBFGS:
-    """Full-batch L-BFGS with a strong-Wolfe line search, then a Newton polish: to a stationary point.
+    """Full-batch L-BFGS with a strong-Wolfe line search, then a Newton polish: to a stationary
+    point.
 
-    Implicit influence differentiates an optimum, so the optimum has to be one: L-BFGS goes to gradient
-    norm ``tol``; in stages of up to ``polish_up_to`` parameters Newton's method takes over as soon as each of
-    its steps halves the gradient, and goes on to rounding. All lanes move together; finished ones drop out.
+    Implicit influence differentiates an optimum, so the optimum has to be one: L-BFGS goes to
+    gradient norm ``tol``; in stages of up to ``polish_up_to`` parameters Newton's method takes over
+    as soon as each of its steps halves the gradient, and goes on to rounding. All lanes move
+    together; finished ones drop out.
 
     Args:
-        tol: gradient norm ``‖∇F‖`` that counts as converged; default 1e-8 in float64, 1e-5 in float32.
+        tol: gradient norm ``‖∇F‖`` that counts as converged; default 1e-8 in float64, 1e-5 in
+            float32.
         max_iter: most L-BFGS iterations.
         history: pairs kept for the inverse Hessian.
         polish_up_to: largest P for which a dense Hessian is formed; 0 turns the polish off.
@@ -44,11 +47,15 @@ class LBFGS:
         start = time.perf_counter()
         tol = self.tol or (1e-8 if theta.dtype == torch.float64 else 1e-5)
         levels = (
-            [level for level in (1e-3, 1e-4, 1e-5, 1e-6) if level > tol] if theta.shape[1] <= self.polish_up_to else []
+            [level for level in (1e-3, 1e-4, 1e-5, 1e-6) if level > tol]
+            if theta.shape[1] <= self.polish_up_to
+            else []
         )
         iterations = 0
         for level in (*levels, tol):
-            theta, steps = self._descend(lanes, theta, level, max(1, self.max_iter - iterations), progress)
+            theta, steps = self._descend(
+                lanes, theta, level, max(1, self.max_iter - iterations), progress
+            )
             iterations += steps
             if theta.shape[1] <= self.polish_up_to:
                 theta, steps = _polish(lanes, theta)
@@ -57,16 +64,21 @@ class LBFGS:
         norm = gradient.norm(dim=1)
         # In float32 rounding alone can exceed tol; what cannot shrink any more has converged.
         converged = norm <= torch.maximum(norm.new_tensor(tol), noise_floor(lanes, theta))
-        report = FitReport(str(self), iterations, value, norm, converged, time.perf_counter() - start)
+        report = FitReport(
+            str(self), iterations, value, norm, converged, time.perf_counter() - start
+        )
         return theta, report
 
-    def _descend(self, lanes: Lanes, theta: Tensor, tol: float, most: int, progress: bool) -> tuple[Tensor, int]:
+    def _descend(
+        self, lanes: Lanes, theta: Tensor, tol: float, most: int, progress: bool
+    ) -> tuple[Tensor, int]:
         """L-BFGS from ``theta`` to gradient norm ``tol``, or to where rounding hides all progress."""
         result, alive = theta.clone(), torch.arange(len(theta), device=theta.device)
         value, gradient = lanes.value_and_grad(theta)
         check_finite(value, gradient, 0, "check the starting weights and the loss")
         pairs: list[tuple[Tensor, Tensor, Tensor]] = []
-        smallest, stalled = gradient.norm(dim=1), torch.zeros_like(value)  # iterations without any progress
+        # iterations without any progress
+        smallest, stalled = gradient.norm(dim=1), torch.zeros_like(value)
         with progress_bar(most, "L-BFGS", progress) as bar:
             for iteration in range(most):
                 keep = (gradient.norm(dim=1) > tol) & (stalled < 30)
@@ -83,14 +95,27 @@ class LBFGS:
                 slope = (direction * gradient).sum(1)
                 uphill = slope >= 0  # rounding only; those lanes restart from steepest descent
                 direction = torch.where(uphill[:, None], -gradient, direction)
-                first = 1 / gradient.norm(dim=1).clamp(min=1) if not pairs else torch.ones_like(value)
-                new, new_value, new_gradient, moved = strong_wolfe(lanes, theta, value, gradient, direction, first)
-                check_finite(new_value, new_gradient, iteration, "the objective is unbounded or not smooth here")
+                first = (
+                    1 / gradient.norm(dim=1).clamp(min=1) if not pairs else torch.ones_like(value)
+                )
+                new, new_value, new_gradient, moved = strong_wolfe(
+                    lanes, theta, value, gradient, direction, first
+                )
+                check_finite(
+                    new_value,
+                    new_gradient,
+                    iteration,
+                    "the objective is unbounded or not smooth here",
+                )
                 s, y = new - theta, new_gradient - gradient
                 curvature = (s * y).sum(1)
                 good = curvature > 1e-10 * s.norm(dim=1) * y.norm(dim=1)
                 rho = torch.where(good, 1 / curvature.where(good, torch.ones_like(curvature)), 0.0)
-                pairs = [*pairs[-self.history + 1 :], (s, y, rho)] if self.history > 1 else [(s, y, rho)]
+                pairs = (
+                    [*pairs[-self.history + 1 :], (s, y, rho)]
+                    if self.history > 1
+                    else [(s, y, rho)]
+                )
                 lower = value - new_value > 4 * torch.finfo(value.dtype).eps * value.abs()
                 smaller = new_gradient.norm(dim=1) < 0.9 * smallest
                 stalled = torch.where(moved & (lower | smaller), 0.0, stalled + 1)
@@ -98,7 +123,8 @@ class LBFGS:
                 theta, value, gradient = new, new_value, new_gradient
                 bar.update()
                 bar.set_postfix_str(
-                    f"{len(alive)} running, ‖∇F‖ {float(gradient.norm(dim=1).max()):.1e}", refresh=False
+                    f"{len(alive)} running, ‖∇F‖ {float(gradient.norm(dim=1).max()):.1e}",
+                    refresh=False,
                 )
         result[alive] = theta
         return result, iteration + 1
@@ -121,41 +147,63 @@ def _two_loop(gradient: Tensor, pairs: list[tuple[Tensor, Tensor, Tensor]]) -> T
 
 
 def strong_wolfe(lanes, theta, value, gradient, direction, step, c1=1e-4, c2=0.9, max_tries=25):
-    """A step of each lane that satisfies the strong Wolfe conditions, all lanes in step with each other.
+    """A step of each lane that satisfies the strong Wolfe conditions, all lanes in step with each
+    other.
 
-    Keeps a bracket (lo, hi) per lane: hi is infinite until a step overshoots; then cubic interpolation.
-    Near the optimum, where F differences are rounding, the approximate Wolfe condition of Hager & Zhang
-    (2005) stands in for the decrease. Lanes that find nothing keep their point.
+    Keeps a bracket (lo, hi) per lane: hi is infinite until a step overshoots; then cubic
+    interpolation. Near the optimum, where F differences are rounding, the approximate Wolfe
+    condition of Hager & Zhang (2005) stands in for the decrease. Lanes that find nothing keep their
+    point.
 
     Returns:
-        ``(theta, value, gradient, moved)`` after the step; ``moved`` (R,) is False where none was found.
+        ``(theta, value, gradient, moved)`` after the step; ``moved`` (R,) is False where none was
+        found.
     """
     slope = (direction * gradient).sum(1)
     slack = 4 * torch.finfo(value.dtype).eps * value.abs()
     lo, lo_value, lo_slope = torch.zeros_like(step), value.clone(), slope.clone()
     hi, hi_value, hi_slope = torch.full_like(step, torch.inf), value.clone(), slope.clone()
     best, best_value, best_gradient = theta.clone(), value.clone(), gradient.clone()
-    open_, moved = torch.arange(len(step), device=step.device), torch.zeros_like(step, dtype=torch.bool)
+    open_, moved = (
+        torch.arange(len(step), device=step.device),
+        torch.zeros_like(step, dtype=torch.bool),
+    )
     for _ in range(max_tries):  # only lanes whose search is still open are evaluated
         t, d, start, down = step[open_], direction[open_], value[open_], slope[open_]
         trial = theta[open_] + t[:, None] * d
-        t_value, t_gradient = (lanes if len(open_) == len(lanes) else lanes.select(open_)).value_and_grad(trial)
+        t_value, t_gradient = (
+            lanes if len(open_) == len(lanes) else lanes.select(open_)
+        ).value_and_grad(trial)
         t_slope = (t_gradient * d).sum(1)
         decrease = (t_value <= start + c1 * t * down) | (
             (t_value <= start + slack[open_]) & (t_slope <= (2 * c1 - 1) * down)
         )
-        worse = ~decrease | ((t_value > lo_value[open_] + slack[open_]) & (lo[open_] > 0)) | ~torch.isfinite(t_value)
+        worse = (
+            ~decrease
+            | ((t_value > lo_value[open_] + slack[open_]) & (lo[open_] > 0))
+            | ~torch.isfinite(t_value)
+        )
         kept = open_[~worse]  # every decrease is remembered, in case the tries run out
-        best[kept], best_value[kept], best_gradient[kept] = trial[~worse], t_value[~worse], t_gradient[~worse]
+        best[kept], best_value[kept], best_gradient[kept] = (
+            trial[~worse],
+            t_value[~worse],
+            t_gradient[~worse],
+        )
         moved[kept] = True
         turn = ~worse & (t_slope * (hi - lo)[open_] >= 0)
-        for high, low, new in ((hi, lo, t), (hi_value, lo_value, t_value), (hi_slope, lo_slope, t_slope)):
+        for high, low, new in (
+            (hi, lo, t),
+            (hi_value, lo_value, t_value),
+            (hi_slope, lo_slope, t_slope),
+        ):
             high[open_] = torch.where(worse, new, torch.where(turn, low[open_], high[open_]))
             low[open_] = torch.where(worse, low[open_], new)
         open_ = open_[worse | (t_slope.abs() > -c2 * down)]
         if not len(open_):
             break
-        step = torch.where(torch.isinf(hi), 2 * step, _cubic(lo, lo_value, lo_slope, hi, hi_value, hi_slope))
+        step = torch.where(
+            torch.isinf(hi), 2 * step, _cubic(lo, lo_value, lo_slope, hi, hi_value, hi_slope)
+        )
     return best, best_value, best_gradient, moved
 
 
@@ -170,11 +218,12 @@ def _cubic(a, fa, ga, b, fb, gb):
 
 
 def _polish(lanes: Lanes, theta: Tensor, max_steps: int = 60) -> tuple[Tensor, int]:
-    """Newton's method to rounding, for the lanes where it contracts; the others come back unchanged.
+    """Newton's method to rounding, for the lanes where it contracts; the others come back
+    unchanged.
 
-    The lanes' optima lie close together (one example in m differs), so one factorised Hessian, the chord,
-    serves many: each step shrinks the gradient by about the relative change of curvature. A lane is kept only
-    while every step halves its gradient, which no step into another basin does.
+    The lanes' optima lie close together (one example in m differs), so one factorised Hessian, the
+    chord, serves many: each step shrinks the gradient by about the relative change of curvature. A
+    lane is kept only while every step halves its gradient, which no step into another basin does.
     """
     floor, rounding = noise_floor(lanes, theta), 1e3 if theta.dtype == torch.float64 else 4.0
     gradient = lanes.value_and_grad(theta)[1]
@@ -193,7 +242,8 @@ def _polish(lanes: Lanes, theta: Tensor, max_steps: int = 60) -> tuple[Tensor, i
             t_slope = lanes.select(lane).value_and_grad(trial)[1]
             t_size = t_slope.norm(dim=1)
             halved = t_size < 0.5 * size
-            # Within `rounding` a step that no longer halves the gradient was stopped by rounding, not by distance.
+            # Within `rounding` a step that no longer halves the gradient was stopped by rounding,
+            # not by distance.
             done = (halved & (t_size <= floor[lane])) | (~halved & (size <= rounding * floor[lane]))
             best = torch.where((t_size < size)[:, None], trial, point)
             theta[lane[done]], waiting[lane[done]] = best[done], False
@@ -201,7 +251,8 @@ def _polish(lanes: Lanes, theta: Tensor, max_steps: int = 60) -> tuple[Tensor, i
             lane, point, slope, size = lane[more], trial[more], t_slope[more], t_size[more]
             if not len(lane):
                 break
-        if int(waiting.sum()) == before or before > 8:  # far lanes go on with L-BFGS rather than Hessians of their own
+        # far lanes go on with L-BFGS rather than Hessians of their own
+        if int(waiting.sum()) == before or before > 8:
             break
     return theta, total
 
@@ -210,5 +261,7 @@ def _hessian_factor(lanes: Lanes, theta: Tensor, lane: int) -> Tensor | None:
     """Cholesky factor of one lane's Hessian, None where it is not positive definite."""
     one = torch.tensor([lane], device=theta.device)
     full = lanes.select(one).full(theta[one])[0]
-    factor, failed = torch.linalg.cholesky_ex(Hessian(lanes.objective, full, lanes.weights[lane]).dense())
+    factor, failed = torch.linalg.cholesky_ex(
+        Hessian(lanes.objective, full, lanes.weights[lane]).dense()
+    )
     return None if bool(failed) else factor

@@ -45,8 +45,9 @@ class Pipeline:
             for parameter in stage.model.parameters():
                 if owners.setdefault(id(parameter), stage.name) != stage.name:
                     raise ValueError(
-                        f"stages {owners[id(parameter)]!r} and {stage.name!r} hold the same parameter object; each "
-                        "stage needs a model of its own (copy.deepcopy(model)), the link carries values across"
+                        f"stages {owners[id(parameter)]!r} and {stage.name!r} hold the same "
+                        "parameter object; each stage needs a model of its own "
+                        "(copy.deepcopy(model)), the link carries values across"
                     )
         self._initial = [Layout(s.model, s.name).flatten(s.model) for s in self.stages]
         self.reports: list[FitReport] | None = None
@@ -68,19 +69,25 @@ class Pipeline:
             return names.index(stage)
         if isinstance(stage, int) and -len(names) <= stage < len(names):
             return stage % len(names)
-        raise ValueError(f"stage={stage!r} is neither one of {names} nor an index below {len(names)}")
+        raise ValueError(
+            f"stage={stage!r} is neither one of {names} nor an index below {len(names)}"
+        )
 
     # --- training ---------------------------------------------------------------------------------
 
     def fit(self, progress: bool = True) -> "Pipeline":
-        """Train the stages one after the other from their initial weights and write the result into the models.
+        """Train the stages one after the other from their initial weights and write the result into
+        the models.
 
-        Starts from the weights the models had when the pipeline was made, so calling it again gives the
-        same result. Nothing is written before every stage is done: an interrupt leaves the models as they were.
+        Starts from the weights the models had when the pipeline was made, so calling it again gives
+        the same result. Nothing is written before every stage is done: an interrupt leaves the
+        models as they were.
         """
         self._prepare()
         check_buffers(self.stages)
-        done, reports = self._run([None] * len(self.stages), [i[None] for i in self._initial], False, progress)
+        done, reports = self._run(
+            [None] * len(self.stages), [i[None] for i in self._initial], False, progress
+        )
         self._write([full[0] for full in done])
         self.reports = reports
         return self
@@ -89,30 +96,44 @@ class Pipeline:
         """Take the models' present weights as the trained ones: for your own training code.
 
         Raises:
-            ValueError: a frozen parameter differs from the previous stage's, or NaN or inf in the weights.
+            ValueError: a frozen parameter differs from the previous stage's, or NaN or inf in the
+                weights.
         """
         self._prepare()
-        present = [p.objective.layout.flatten(s.model) for p, s in zip(self._functional, self.stages, strict=True)]
+        present = [
+            p.objective.layout.flatten(s.model)
+            for p, s in zip(self._functional, self.stages, strict=True)
+        ]
         for k, (stage, full) in enumerate(zip(self.stages, present, strict=True)):
             p = self._functional[k]
-            if k and not torch.equal(p.here["frozen"].take(full), p.there["frozen"].take(present[k - 1])):
+            if k and not torch.equal(
+                p.here["frozen"].take(full), p.there["frozen"].take(present[k - 1])
+            ):
                 raise ValueError(
-                    f"stage {stage.name!r}: frozen parameters {p.frozen} differ from those of stage "
-                    f"{self.stages[k - 1].name!r}; copy them over, or train them: "
+                    f"stage {stage.name!r}: frozen parameters {p.frozen} differ from those of "
+                    f"stage {self.stages[k - 1].name!r}; copy them over, or train them: "
                     "link=Proximal(alpha=...) or WarmStart()"
                 )
         self._take(present)
         self.reports = None
         return self
 
-    def _run(self, weights, starts, warm: bool, progress: bool) -> tuple[list[Tensor], list[FitReport]]:
-        """Every stage of every lane; ``starts`` (R, D) per stage, trained shared parts restart from W* unless warm."""
+    def _run(
+        self, weights, starts, warm: bool, progress: bool
+    ) -> tuple[list[Tensor], list[FitReport]]:
+        """Every stage of every lane; ``starts`` (R, D) per stage, trained shared parts restart from
+        W* unless warm.
+        """
         done, reports, previous = [], [], None
-        for p, stage, start, weight in zip(self._functional, self.stages, starts, weights, strict=True):
+        for p, stage, start, weight in zip(
+            self._functional, self.stages, starts, weights, strict=True
+        ):
             lanes = p.lanes(start, previous, weight)
             if not warm:
                 lanes = p.start(lanes)
-            theta, report = stage.recipe.run(lanes, p.objective.trained.take(lanes.base), progress=progress)
+            theta, report = stage.recipe.run(
+                lanes, p.objective.trained.take(lanes.base), progress=progress
+            )
             previous = lanes.full(theta)
             done.append(previous)
             reports.append(report)
@@ -122,18 +143,24 @@ class Pipeline:
         """Raise `ValueError` where a rerun would not be the run that `fit` did."""
         if self._trained is not None and self.reports is None:
             raise ValueError(
-                "the pipeline's weights were adopted, so how they came about is unknown; use warm_start=True, or fit()"
+                "the pipeline's weights were adopted, so how they came about is unknown; use "
+                "warm_start=True, or fit()"
             )
         if changed := self._changed():
-            raise ValueError(f"{'; '.join(changed)} changed since fit(), so this is another run; call fit() again")
+            raise ValueError(
+                f"{'; '.join(changed)} changed since fit(), so this is another run; call fit() "
+                "again"
+            )
 
     def require_unchanged(self, full: Sequence[Tensor]) -> None:
-        """Raise `ValueError` where the trained parameters are no longer those ``full`` that a method was fitted to."""
+        """Raise `ValueError` where the trained parameters are no longer those ``full`` that a
+        method was fitted to.
+        """
         for stage, then, now in zip(self.stages, full, self.trained(), strict=True):
             if then.dtype != now.dtype or then.device != now.device or not torch.equal(then, now):
                 raise ValueError(
-                    f"stage {stage.name!r} changed since fit: {then.dtype} on {then.device} then, {now.dtype} on "
-                    f"{now.device} now, or other weights; call fit(pipeline) again"
+                    f"stage {stage.name!r} changed since fit: {then.dtype} on {then.device} then, "
+                    f"{now.dtype} on {now.device} now, or other weights; call fit(pipeline) again"
                 )
 
     def initial(self, stage: int) -> Tensor:
@@ -141,13 +168,21 @@ class Pipeline:
         return self._initial[stage]
 
     def fresh_lanes(self, stage: int, previous: Tensor | None) -> Lanes:
-        """A stage as `fit` starts it, all weights one; ``previous`` (1, D') are the stage before's final parameters."""
+        """A stage as `fit` starts it, all weights one; ``previous`` (1, D') are the stage before's
+        final parameters.
+        """
         p = self._functional[stage]
         return p.start(p.lanes(self._initial[stage][None], previous, None))
 
     def _write(self, fulls: Sequence[Tensor]) -> None:
-        named = [p.objective.layout.named(full) for p, full in zip(self._functional, fulls, strict=True)]
-        pairs = [(q, new[n]) for s, new in zip(self.stages, named, strict=True) for n, q in s.model.named_parameters()]
+        named = [
+            p.objective.layout.named(full) for p, full in zip(self._functional, fulls, strict=True)
+        ]
+        pairs = [
+            (q, new[n])
+            for s, new in zip(self.stages, named, strict=True)
+            for n, q in s.model.named_parameters()
+        ]
         old = [q.detach().clone() for q, _ in pairs]
         with torch.no_grad():
             try:
@@ -170,7 +205,9 @@ class Pipeline:
             f"{key} of stage {stage.name!r}"
             for stage, settings in zip(self.stages, self._settings, strict=True)
             for key, value in vars(stage).items()
-            if not (value is settings[key] or (key not in ("model", "data") and value == settings[key]))
+            if not (
+                value is settings[key] or (key not in ("model", "data") and value == settings[key])
+            )
         ]
 
     # --- the trained state ------------------------------------------------------------------------
@@ -183,18 +220,21 @@ class Pipeline:
         """
         if self._trained is None:
             raise ValueError(
-                "the pipeline is not trained: call pipeline.fit(), or pipeline.adopt() after your own training"
+                "the pipeline is not trained: call pipeline.fit(), or pipeline.adopt() after "
+                "your own training"
             )
         for stage, p, full in zip(self.stages, self._functional, self._trained, strict=True):
             check_layers(stage.model, f"stage {stage.name!r}")
             for name, buffer in stage.model.named_buffers():
                 if not torch.equal(buffer, p.objective.buffers[name]):
                     raise ValueError(
-                        f"stage {stage.name!r}: buffer {name!r} changed since fit(); call pipeline.adopt() to take it"
+                        f"stage {stage.name!r}: buffer {name!r} changed since fit(); call "
+                        "pipeline.adopt() to take it"
                     )
             if not torch.equal(p.objective.layout.flatten(stage.model), full):
                 raise ValueError(
-                    f"stage {stage.name!r}: the model's weights changed since fit(); call pipeline.adopt() to take them"
+                    f"stage {stage.name!r}: the model's weights changed since fit(); call "
+                    "pipeline.adopt() to take them"
                 )
         return self._trained
 
@@ -207,7 +247,9 @@ class Pipeline:
         return self._functional[stage]
 
     def curvature(self, stage: int | str, kind: str = "hessian") -> DataCurvature:
-        """Curvature operator of a stage at the trained parameters, penalty included; kept until they change."""
+        """Curvature operator of a stage at the trained parameters, penalty included; kept until
+        they change.
+        """
         k, trained = self.index(stage), self.trained()
         if (k, kind) not in self._curvatures:
             self._curvatures[k, kind] = curvature(kind, self._functional[k].objective, trained[k])
@@ -216,20 +258,29 @@ class Pipeline:
     def gradient(self, stage: int | str) -> Tensor:
         """∇F of a stage at the trained parameters, ``(P,)``; zero at an optimum."""
         k, trained = self.index(stage), self.trained()
-        lanes = self._functional[k].lanes(trained[k][None], trained[k - 1][None] if k else None, None)
-        return lanes.value_and_grad(self._functional[k].objective.trained.take(trained[k])[None])[1][0]
+        lanes = self._functional[k].lanes(
+            trained[k][None], trained[k - 1][None] if k else None, None
+        )
+        return lanes.value_and_grad(self._functional[k].objective.trained.take(trained[k])[None])[
+            1
+        ][0]
 
     def evaluate(self, queries: Examples, target: str | Callable = "loss") -> Tensor:
         """The quantity q of each query at the trained parameters, ``(Q,)``, in nats for losses."""
-        return Retrained(self, [t[None] for t in self.trained()], []).evaluate(queries, target)[:, 0]
+        return Retrained(self, [t[None] for t in self.trained()], []).evaluate(queries, target)[
+            :, 0
+        ]
 
-    def retrain(self, weights: Tensor | Mapping, *, warm_start: bool = False, progress: bool = True) -> "Retrained":
-        """Rerun every stage under example weights, many weightings at once; the models stay as they are.
+    def retrain(
+        self, weights: Tensor | Mapping, *, warm_start: bool = False, progress: bool = True
+    ) -> "Retrained":
+        """Rerun every stage under example weights, many weightings at once; the models stay as they
+        are.
 
         Args:
-            weights: ``(R, N)`` or ``(N,)`` weights of the first stage's examples, or a mapping from stage
-                (name or index) to such tensors; stages left out keep weight one. Weight 0 removes an
-                example: the 1/m and the batches stay.
+            weights: ``(R, N)`` or ``(N,)`` weights of the first stage's examples, or a mapping from
+                stage (name or index) to such tensors; stages left out keep weight one. Weight 0
+                removes an example: the 1/m and the batches stay.
             warm_start: start each stage from its trained weights instead of its initial ones.
             progress: show a bar when it takes long.
 
@@ -240,25 +291,36 @@ class Pipeline:
             self.require_repeatable()
         given = dict(weights) if isinstance(weights, Mapping) else {0: weights}
         if not given:
-            raise ValueError("weights are empty: give (R, N) weights of a stage, or a mapping from stages to weights")
+            raise ValueError(
+                "weights are empty: give (R, N) weights of a stage, or a mapping from stages to "
+                "weights"
+            )
         by_stage: list[Tensor | None] = [None] * len(self.stages)
         for key, value in given.items():
             k = self.index(key)
             if by_stage[k] is not None:
-                raise ValueError(f"weights of stage {self.stages[k].name!r} are given twice, by name and by index")
-            value = torch.as_tensor(value, dtype=self._initial[k].dtype, device=self._initial[k].device)
+                raise ValueError(
+                    f"weights of stage {self.stages[k].name!r} are given twice, by name and by "
+                    "index"
+                )
+            value = torch.as_tensor(
+                value, dtype=self._initial[k].dtype, device=self._initial[k].device
+            )
             value = value[None] if value.ndim == 1 else value
             if not bool(torch.isfinite(value).all()):
                 raise ValueError(f"weights of stage {self.stages[k].name!r} hold NaN or inf")
             if value.ndim != 2 or not len(value) or value.shape[1] != len(self.stages[k].data):
                 raise ValueError(
-                    f"weights of stage {self.stages[k].name!r} have shape {tuple(value.shape)}: expected "
-                    f"(R, {len(self.stages[k].data)}) or ({len(self.stages[k].data)},)"
+                    f"weights of stage {self.stages[k].name!r} have shape {tuple(value.shape)}: "
+                    f"expected (R, {len(self.stages[k].data)}) or ({len(self.stages[k].data)},)"
                 )
             by_stage[k] = value
         counts = {len(w) for w in by_stage if w is not None}
         if len(counts) != 1:
-            raise ValueError(f"weights hold {sorted(counts)} weightings; every stage must be given the same number")
+            raise ValueError(
+                f"weights hold {sorted(counts)} weightings; every stage must be given the same "
+                "number"
+            )
         count = counts.pop()
         starts = [s.expand(count, -1) for s in (self.trained() if warm_start else self._initial)]
         return Retrained(self, *self._run(by_stage, starts, warm_start, progress))
@@ -266,7 +328,9 @@ class Pipeline:
     # --- where it lives ---------------------------------------------------------------------------
 
     def to(self, *targets: torch.device | torch.dtype | str) -> "Pipeline":
-        """Move every model and its data to a device and / or floating dtype; the models change in place."""
+        """Move every model and its data to a device and / or floating dtype; the models change in
+        place.
+        """
         for stage in self.stages:
             for target in targets:
                 stage.model.to(target)
@@ -282,7 +346,10 @@ class Pipeline:
                 ]
             )
 
-        if any(f.dtype != next(s.model.parameters()).dtype for f, s in zip(self._initial, self.stages, strict=True)):
+        if any(
+            f.dtype != next(s.model.parameters()).dtype
+            for f, s in zip(self._initial, self.stages, strict=True)
+        ):
             self.reports = None  # in another precision the run would be another one
         self._initial = move(self._initial)
         self._take(move(self._trained))
@@ -294,21 +361,30 @@ class Pipeline:
         return self.to(torch.float64)
 
     def facts(self) -> dict:
-        """What makes this pipeline this one, JSON-able: names, shapes, settings, and digests of the data."""
+        """What makes this pipeline this one, JSON-able: names, shapes, settings, and digests of the
+        data.
+        """
         return saved.facts(self.stages, self._functional)
 
     def save(self, path) -> None:
-        """Write initial and trained weights and a description to one safetensors file, all or nothing."""
+        """Write initial and trained weights and a description to one safetensors file, all or
+        nothing.
+        """
         trained = self.trained()
         if self._changed():
-            raise ValueError(f"{'; '.join(self._changed())} changed since fit(); call fit() or adopt() before save()")
+            raise ValueError(
+                f"{'; '.join(self._changed())} changed since fit(); call fit() or adopt() before "
+                "save()"
+            )
         saved.write(path, self.facts(), self._initial, trained, self.reports or [])
 
     def load(self, path) -> "Pipeline":
-        """Take the weights of a saved pipeline of the same stages; models are written only if all is well.
+        """Take the weights of a saved pipeline of the same stages; models are written only if all
+        is well.
 
         Raises:
-            SavedFileError: cut off, changed or foreign file, or one of other stages, data or settings.
+            SavedFileError: cut off, changed or foreign file, or one of other stages, data or
+                settings.
         """
         initial, trained, reports = saved.read(path, self.facts(), self._initial)
         self._write(trained)
@@ -321,10 +397,12 @@ class Pipeline:
         for s, p in zip(self.stages, self._functional, strict=True):
             link = "" if s.link is None else f", {type(s.link).__name__}({p.objective.alpha or ''})"
             lines.append(
-                f"  {s.name}: {p.objective.size} of {p.objective.layout.size} parameters trained on "
-                f"{len(s.data)} examples{link}"
+                f"  {s.name}: {p.objective.size} of {p.objective.layout.size} parameters trained "
+                f"on {len(s.data)} examples{link}"
             )
-        return "Pipeline(\n" + "\n".join(lines) + ("\n)" if self._trained else "\n) not trained yet")
+        return (
+            "Pipeline(\n" + "\n".join(lines) + ("\n)" if self._trained else "\n) not trained yet")
+        )
 
 
 @dataclass
@@ -342,7 +420,9 @@ class Retrained:
     reports: list[FitReport]
 
     def state(self, stage: int | str, lane: int) -> dict[str, Tensor]:
-        """Named parameters of one stage in one lane, ready for ``load_state_dict(..., strict=False)``."""
+        """Named parameters of one stage in one lane, ready for
+        ``load_state_dict(..., strict=False)``.
+        """
         k = self.pipeline.index(stage)
         return self.pipeline.objective(k).layout.named(self.parameters[k][lane])
 

@@ -1,5 +1,7 @@
-"""Mini-batch recipes: how a stage is trained, for many example weightings at once, the same way every time,
-and how one step of it is run backwards (`UnrolledInfluence` differentiates the whole run)."""
+"""Mini-batch recipes: how a stage is trained, for many example weightings at once, the same way
+every time, and how one step of it is run backwards (`UnrolledInfluence` differentiates the whole
+run).
+"""
 
 import sys
 import time
@@ -45,7 +47,8 @@ class FitReport:
 
 def progress_bar(total: int, text: str, show: bool = True) -> tqdm:
     """A text bar that shows itself after two seconds only and leaves nothing behind."""
-    # Notebooks paint standard error red, and the stripe stays when the bar has gone; terminals keep it out of pipes.
+    # Notebooks paint standard error red, and the stripe stays when the bar has gone; terminals keep
+    # it out of pipes.
     stream = sys.stdout if "ipykernel" in sys.modules else sys.stderr
     return tqdm(total=total, desc=text, leave=False, delay=2.0, disable=not show, file=stream)
 
@@ -53,7 +56,8 @@ def progress_bar(total: int, text: str, show: bool = True) -> tqdm:
 def check_finite(value: Tensor, gradient: Tensor, step: int, advice: str) -> None:
     if not bool(torch.isfinite(value).all() and torch.isfinite(gradient).all()):
         raise NotConvergedError(
-            f"training produced NaN or inf at step {step}: the risk is {value.tolist()[:3]}; {advice}"
+            f"training produced NaN or inf at step {step}: the risk is {value.tolist()[:3]}; "
+            f"{advice}"
         )
 
 
@@ -69,12 +73,12 @@ State = tuple[Tensor, ...]
 class MiniBatch(ABC):
     """What mini-batch recipes share: batches, schedule, and the loop.
 
-    Batch order and schedule depend on the seed alone, not on example weights, so removing an example
-    changes nothing else: runs are reproducible bit for bit on one machine's CPU.
+    Batch order and schedule depend on the seed alone, not on example weights, so removing an
+    example changes nothing else: runs are reproducible bit for bit on one machine's CPU.
 
-    A recipe adds the optimiser itself as pure functions on ``(R, P)`` tensors: `start`, `update`, and the
-    transpose `pull_back` of one update. A recipe of your own needs no more to be trained, vectorised over
-    weightings, and unrolled.
+    A recipe adds the optimiser itself as pure functions on ``(R, P)`` tensors: `start`, `update`,
+    and the transpose `pull_back` of one update. A recipe of your own needs no more to be trained,
+    vectorised over weightings, and unrolled.
     """
 
     decoupled: ClassVar[bool] = False  # weight decay acts on θ directly, not through the gradient
@@ -84,9 +88,13 @@ class MiniBatch(ABC):
             if not isinstance(getattr(self, name), int):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number")
         if not self.lr > 0 or self.epochs < 1 or self.batch_size < 1 or self.warmup < 0:
-            raise ValueError(f"{self}: lr must be positive, epochs and batch_size at least 1, warmup at least 0")
+            raise ValueError(
+                f"{self}: lr must be positive, epochs and batch_size at least 1, warmup at least 0"
+            )
         if not callable(self.schedule) and self.schedule not in ("constant", "linear", "cosine"):
-            raise ValueError(f"schedule={self.schedule!r} must be 'constant', 'linear', 'cosine' or a function")
+            raise ValueError(
+                f"schedule={self.schedule!r} must be 'constant', 'linear', 'cosine' or a function"
+            )
 
     # --- the optimiser, defined by each recipe ----------------------------------------------------
 
@@ -95,15 +103,27 @@ class MiniBatch(ABC):
         """The optimiser's memory before the first step."""
 
     @abstractmethod
-    def update(self, theta: Tensor, state: State, gradient: Tensor, step: int, rate: float, decay: float):
-        """One step: ``(θ, state, ∇L_B) → (θ, state, saved)``; ``saved`` is what `pull_back` will need."""
+    def update(
+        self, theta: Tensor, state: State, gradient: Tensor, step: int, rate: float, decay: float
+    ):
+        """One step: ``(θ, state, ∇L_B) → (θ, state, saved)``; ``saved`` is what `pull_back` will
+        need.
+        """
 
     @abstractmethod
-    def pull_back(self, theta_bar: Tensor, state_bar: State, saved: State, step: int, rate: float, decay: float):
+    def pull_back(
+        self,
+        theta_bar: Tensor,
+        state_bar: State,
+        saved: State,
+        step: int,
+        rate: float,
+        decay: float,
+    ):
         """The transpose of `update`: from derivatives of q after the step to those before it.
 
-        ``(θ̄, state̅) → (ḡ, θ̄, state̅)``, all ``(Q, P)``. ``ḡ = ∂q/∂∇L_B``; how ∇L_B hangs on θ is not its business:
-        the caller adds ``∇²L_B ḡ`` to θ̄.
+        ``(θ̄, state̅) → (ḡ, θ̄, state̅)``, all ``(Q, P)``. ``ḡ = ∂q/∂∇L_B``; how ∇L_B hangs on θ is
+        not its business: the caller adds ``∇²L_B ḡ`` to θ̄.
         """
 
     # --- the run ----------------------------------------------------------------------------------
@@ -122,7 +142,9 @@ class MiniBatch(ABC):
         rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
         if callable(self.schedule):
             return rise * float(self.schedule(step, total))
-        passed = torch.tensor(max(0, step - self.warmup) / max(1, total - self.warmup), dtype=torch.float64)
+        passed = torch.tensor(
+            max(0, step - self.warmup) / max(1, total - self.warmup), dtype=torch.float64
+        )
         decay = {
             "constant": 1.0,
             "linear": 1 - float(passed),
@@ -134,8 +156,11 @@ class MiniBatch(ABC):
         """λ of decoupled weight decay; 0 where the penalty is part of the gradient."""
         return lanes.objective.weight_decay if self.decoupled else 0.0
 
-    def advance(self, lanes: Lanes, theta: Tensor, state: State, step: int, batch: Tensor, rate: float):
-        """One step on one mini-batch: ``(θ, state, saved)`` after it. Training and its replay both come through here.
+    def advance(
+        self, lanes: Lanes, theta: Tensor, state: State, step: int, batch: Tensor, rate: float
+    ):
+        """One step on one mini-batch: ``(θ, state, saved)`` after it. Training and its replay both
+        come through here.
 
         Raises:
             NotConvergedError: NaN or inf.
@@ -144,7 +169,8 @@ class MiniBatch(ABC):
         check_finite(value, gradient, step, f"lower lr={self.lr}")
         decay = self.decay(lanes)
         if decay:
-            gradient = gradient - decay * theta  # the penalty's share, which `update` applies itself
+            # the penalty's share, which `update` applies itself
+            gradient = gradient - decay * theta
         return self.update(theta, state, gradient, step, rate, decay)
 
     def run(self, lanes: Lanes, theta: Tensor, progress: bool = True) -> tuple[Tensor, FitReport]:
@@ -152,14 +178,21 @@ class MiniBatch(ABC):
         start = time.perf_counter()
         m = len(lanes.objective.data)
         theta, state = theta.clone(), self.start(theta)
-        with progress_bar(self.epochs * -(-m // self.batch_size), type(self).__name__, progress) as bar:
+        with progress_bar(
+            self.epochs * -(-m // self.batch_size), type(self).__name__, progress
+        ) as bar:
             for step, (batch, rate) in enumerate(self.steps(m)):
                 theta, state, _ = self.advance(lanes, theta, state, step, batch, rate)
                 bar.update()
         value, gradient = lanes.value_and_grad(theta)
         norm = gradient.norm(dim=1)
         return theta, FitReport(
-            str(self), step + 1, value, norm, norm <= noise_floor(lanes, theta), time.perf_counter() - start
+            str(self),
+            step + 1,
+            value,
+            norm,
+            norm <= noise_floor(lanes, theta),
+            time.perf_counter() - start,
         )
 
 
@@ -167,7 +200,8 @@ class MiniBatch(ABC):
 class SGD(MiniBatch):
     """Mini-batch gradient descent with heavy-ball momentum, as ``torch.optim.SGD`` does it.
 
-    ``v ← μ v + ∇L_B(θ)``, ``θ ← θ − η_t v`` with ``L_B`` the mini-batch mean plus the stage's penalties.
+    ``v ← μ v + ∇L_B(θ)``, ``θ ← θ − η_t v`` with ``L_B`` the mini-batch mean plus the stage's
+    penalties.
 
     Args:
         lr: learning rate η.
@@ -175,7 +209,8 @@ class SGD(MiniBatch):
         epochs: passes over the data.
         batch_size: examples a step; the last batch of an epoch holds what is left.
         seed: of the batch order.
-        schedule: factor on η: ``"constant"``, ``"linear"`` (to zero), ``"cosine"``, or ``f(step, steps)``.
+        schedule: factor on η: ``"constant"``, ``"linear"`` (to zero), ``"cosine"``, or
+            ``f(step, steps)``.
         warmup: steps over which η first rises linearly.
         nesterov: Nesterov's look-ahead, ``θ ← θ − η_t (∇L_B + μ v)``.
     """
@@ -210,10 +245,11 @@ class SGD(MiniBatch):
         return v_bar, theta_bar, (self.momentum * v_bar,)
 
     def equivalent_alpha(self, m: int) -> float:
-        """The α whose `Proximal` link acts like this run from W* on ``m`` examples: ``2α = (1 − μ) / Σ_t η_t``.
+        """The α whose `Proximal` link acts like this run from W* on ``m`` examples:
+        ``2α = (1 − μ) / Σ_t η_t``.
 
-        Gradient descent for a time ``τ = Σ η_t / (1 − μ)`` filters curvature s by ``exp(−τ s)``, the proximal
-        optimum by ``2α / (s + 2α)``; they agree for small s at ``2α = 1/τ``.
+        Gradient descent for a time ``τ = Σ η_t / (1 − μ)`` filters curvature s by ``exp(−τ s)``,
+        the proximal optimum by ``2α / (s + 2α)``; they agree for small s at ``2α = 1/τ``.
 
         >>> round(SGD(lr=0.1, momentum=0.0, epochs=10, batch_size=5).equivalent_alpha(m=10), 6)
         0.25
@@ -223,10 +259,11 @@ class SGD(MiniBatch):
 
 @dataclass(frozen=True)
 class Adam(MiniBatch):
-    """Adam (Kingma & Ba 2015) as ``torch.optim.Adam`` does it, the stage's penalties part of the gradient.
+    """Adam (Kingma & Ba 2015) as ``torch.optim.Adam`` does it, the stage's penalties part of the
+    gradient.
 
-    ``m ← β₁ m + (1 − β₁) g``, ``s ← β₂ s + (1 − β₂) g²``, ``θ ← θ − η_t m̂ / (√ŝ + ε)`` with the bias-corrected
-    ``m̂ = m / (1 − β₁ᵗ)``, ``ŝ = s / (1 − β₂ᵗ)``. Neither moment crosses stages.
+    ``m ← β₁ m + (1 − β₁) g``, ``s ← β₂ s + (1 − β₂) g²``, ``θ ← θ − η_t m̂ / (√ŝ + ε)`` with the
+    bias-corrected ``m̂ = m / (1 − β₁ᵗ)``, ``ŝ = s / (1 − β₂ᵗ)``. Neither moment crosses stages.
 
     Args:
         lr: learning rate η.
@@ -267,7 +304,8 @@ class Adam(MiniBatch):
     def pull_back(self, theta_bar, state_bar, saved, step, rate, decay):
         (b1, b2), (gradient, first, second) = self.betas, saved
         mean, root, c1, c2 = self._corrected(first, second, step)
-        # d(m̂ / (√ŝ + ε)) by s; where s is 0 every gradient so far was, m̂ is 0 with it and so is the product
+        # d(m̂ / (√ŝ + ε)) by s; where s is 0 every gradient so far was, m̂ is 0 with it and so is
+        # the product
         by_second = torch.where(root > 0, mean / (2 * c2 * root * (root + self.eps) ** 2), 0.0)
         first_bar = state_bar[0] - rate / c1 / (root + self.eps) * theta_bar
         second_bar = state_bar[1] + rate * by_second * theta_bar
@@ -279,8 +317,8 @@ class Adam(MiniBatch):
 class AdamW(Adam):
     """`Adam` with decoupled weight decay (Loshchilov & Hutter 2019), as ``torch.optim.AdamW``.
 
-    The stage's ``weight_decay`` λ shrinks θ by ``1 − η_t λ`` each step and stays out of the moments; a
-    proximal term remains part of the gradient.
+    The stage's ``weight_decay`` λ shrinks θ by ``1 − η_t λ`` each step and stays out of the
+    moments; a proximal term remains part of the gradient.
     """
 
     decoupled: ClassVar[bool] = True

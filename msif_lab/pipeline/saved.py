@@ -1,4 +1,6 @@
-"""A pipeline as one file: the facts that make it this one, its weights, and what its training reported."""
+"""A pipeline as one file: the facts that make it this one, its weights, and what its training
+reported.
+"""
 
 from collections.abc import Sequence
 
@@ -13,7 +15,9 @@ REPORTED = ("value", "gradient_norm", "converged")  # of a `FitReport`, one numb
 
 
 def facts(stages: Sequence[Stage], functional: Sequence[FunctionalStage]) -> dict:
-    """Names, shapes, settings, and digests of the data, JSON-able: what a file must have in common with a pipeline."""
+    """Names, shapes, settings, and digests of the data, JSON-able: what a file must have in common
+    with a pipeline.
+    """
     return {"stages": [_stage_facts(s, f) for s, f in zip(stages, functional, strict=True)]}
 
 
@@ -45,31 +49,44 @@ def write(
     tensors |= {f"{k}.initial": full for k, full in enumerate(initial)}
     for k, report in enumerate(reports):
         tensors |= {f"{k}.{name}": getattr(report, name) for name in REPORTED}
-    write_tensors(path, "pipeline", tensors, facts | {"iterations": [r.iterations for r in reports]})
+    write_tensors(
+        path, "pipeline", tensors, facts | {"iterations": [r.iterations for r in reports]}
+    )
 
 
-def read(path, ours: dict, initial: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[FitReport]]:
-    """Initial and trained weights, where ``initial`` now are, and the reports of a pipeline with ``ours`` facts.
+def read(
+    path, ours: dict, initial: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor], list[FitReport]]:
+    """Initial and trained weights, where ``initial`` now are, and the reports of a pipeline with
+    ``ours`` facts.
 
     Raises:
         SavedFileError: cut off, changed or foreign file, or one of other stages, data or settings.
     """
     tensors, theirs = read_tensors(path, "pipeline")
-    _require_equal(path, ours["stages"], theirs["stages"], [full.dtype for full in initial], tensors)
+    _require_equal(
+        path, ours["stages"], theirs["stages"], [full.dtype for full in initial], tensors
+    )
 
     def weights(name: str) -> list[Tensor]:
         return [tensors[f"{k}.{name}"].to(full.device) for k, full in enumerate(initial)]
 
     reports = [
-        FitReport(ours["stages"][k]["recipe"], n, *(tensors[f"{k}.{name}"] for name in REPORTED), 0.0)
+        FitReport(
+            ours["stages"][k]["recipe"], n, *(tensors[f"{k}.{name}"] for name in REPORTED), 0.0
+        )
         for k, n in enumerate(theirs["iterations"])
     ]
     return weights("initial"), weights("trained"), reports
 
 
-def _require_equal(path, ours: list[dict], theirs: list[dict], dtypes, tensors: dict[str, Tensor]) -> None:
+def _require_equal(
+    path, ours: list[dict], theirs: list[dict], dtypes, tensors: dict[str, Tensor]
+) -> None:
     if len(ours) != len(theirs):
-        raise SavedFileError(f"{str(path)!r} holds {len(theirs)} stages, this pipeline has {len(ours)}")
+        raise SavedFileError(
+            f"{str(path)!r} holds {len(theirs)} stages, this pipeline has {len(ours)}"
+        )
     differ = [
         f"stage {mine['name']!r}: {key} is {saved[key]!r} in the file, {mine[key]!r} here"
         for mine, saved in zip(ours, theirs, strict=True)
@@ -79,6 +96,11 @@ def _require_equal(path, ours: list[dict], theirs: list[dict], dtypes, tensors: 
     for k, (mine, dtype) in enumerate(zip(ours, dtypes, strict=True)):
         found = tensors[f"{k}.trained"].dtype
         if found != dtype:
-            differ.append(f"stage {mine['name']!r}: weights are {found} in the file, {dtype} here (pipeline.to)")
+            differ.append(
+                f"stage {mine['name']!r}: weights are {found} in the file, {dtype} here "
+                "(pipeline.to)"
+            )
     if differ:
-        raise SavedFileError(f"{str(path)!r} was saved from another pipeline:\n" + "\n".join(differ))
+        raise SavedFileError(
+            f"{str(path)!r} was saved from another pipeline:\n" + "\n".join(differ)
+        )

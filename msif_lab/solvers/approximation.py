@@ -1,4 +1,6 @@
-"""What approximate inverses share: the parts of an operator, and how an approximation answers as a solver."""
+"""What approximate inverses share: the parts of an operator, and how an approximation answers as a
+solver.
+"""
 
 import time
 from typing import NamedTuple
@@ -52,10 +54,11 @@ class Approximation:
         raise TypeError(f"{type(self).__name__} must define apply")
 
     def solve(self, columns: Tensor) -> tuple[Tensor, SolveReport]:
-        """``M⁻¹ B`` and a report with true residuals ``‖A x − b‖ / ‖b‖`` of ``max_iter`` columns, evenly spaced.
+        """``M⁻¹ B`` and a report with true residuals ``‖A x − b‖ / ‖b‖`` of ``max_iter`` columns,
+        evenly spaced.
 
-        The others are given the root mean square of those: the products for 20 exact residuals would cost more than
-        the approximation itself. ``max_iter=10**6`` measures every column.
+        The others are given the root mean square of those: the products for 20 exact residuals
+        would cost more than the approximation itself. ``max_iter=10**6`` measures every column.
         """
         check_columns(self.operator, columns)
         start = time.perf_counter()

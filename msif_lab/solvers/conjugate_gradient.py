@@ -18,8 +18,8 @@ __all__ = ["ConjugateGradient"]
 def _definite(smallest: float, iteration: int) -> None:
     if not smallest > 0:
         raise IndefiniteCurvatureError(
-            f"conjugate gradients met curvature pᵀAp / pᵀp = {smallest:.3e} in iteration {iteration}: the matrix is "
-            f"not positive definite; {WAYS_OUT}, or MINRES",
+            f"conjugate gradients met curvature pᵀAp / pᵀp = {smallest:.3e} in iteration "
+            f"{iteration}: the matrix is not positive definite; {WAYS_OUT}, or MINRES",
             smallest,
         )
 
@@ -28,21 +28,25 @@ def _definite(smallest: float, iteration: int) -> None:
 class ConjugateGradient(Settings):
     """Conjugate gradients on many right-hand sides at once; needs products only, no matrix.
 
-    The columns search one shared Krylov space (block conjugate gradients): each column's best answer in it, so that
-    20 queries need about a third of the products that 20 separate solves do. Converged columns stop adding directions.
+    The columns search one shared Krylov space (block conjugate gradients): each column's best
+    answer in it, so that 20 queries need about a third of the products that 20 separate solves do.
+    Converged columns stop adding directions.
 
     Args:
         tol: relative residual ``‖A x − b‖ / ‖b‖`` at which a column is done.
         max_iter: most iterations; short of ``tol`` a `ConvergenceWarning` names the residual.
         strict: raise `NotConvergedError` instead of warning.
         callback: called with ``(iteration, relative residuals (K,))`` after every iteration.
-        preconditioner: an approximate inverse, `LowRank`, `EKFAC` or `Jacobi`; fewer products, the same answer.
-        block: most columns that share one space, bounding memory at about ``6 P · block`` numbers. 1: every column
-            has its own space and step lengths, as in the textbooks; products are still shared.
-        shares: rising shares of the examples, say ``(0.08, 0.3)``: systems of those that matter most are solved first,
-            roughly, so that fewer directions meet all examples (`nested`). The answer and its residual are those of
-            all. It pays where few examples carry the Hessian, as after training a classifier; with ``block`` columns
-            it takes another ``16 P · block`` numbers for each share and for all.
+        preconditioner: an approximate inverse, `LowRank`, `EKFAC` or `Jacobi`; fewer products, the
+            same answer.
+        block: most columns that share one space, bounding memory at about ``6 P · block`` numbers.
+            1: every column has its own space and step lengths, as in the textbooks; products are
+            still shared.
+        shares: rising shares of the examples, say ``(0.08, 0.3)``: systems of those that matter
+            most are solved first, roughly, so that fewer directions meet all examples (`nested`).
+            The answer and its residual are those of all. It pays where few examples carry the
+            Hessian, as after training a classifier; with ``block`` columns it takes another
+            ``16 P · block`` numbers for each share and for all.
 
     >>> import msif_lab as msif
     >>> train, test = msif.load_digits()
@@ -55,7 +59,8 @@ class ConjugateGradient(Settings):
     >>> bool(attributor.report_["digits"].converged.all())
     True
 
-    Reference: Hestenes & Stiefel (1952); O'Leary (1980) for blocks; Martens (2010) for curvature products.
+    Reference: Hestenes & Stiefel (1952); O'Leary (1980) for blocks; Martens (2010) for curvature
+    products.
     """
 
     preconditioner: object = None
@@ -68,7 +73,9 @@ class ConjugateGradient(Settings):
             raise ValueError(f"block={self.block} must be at least 1")
         check_shares(self.shares)
         if self.preconditioner is not None and not hasattr(self.preconditioner, "prepare"):
-            raise TypeError(f"preconditioner={self.preconditioner!r} must be LowRank(), EKFAC() or Jacobi()")
+            raise TypeError(
+                f"preconditioner={self.preconditioner!r} must be LowRank(), EKFAC() or Jacobi()"
+            )
 
     @property
     def vectors(self) -> int:
@@ -109,16 +116,23 @@ class Preconditioned:
         b = columns[:, some] / norm[some]
         x, relative = torch.zeros_like(columns), (norm > 0).to(norm.dtype)
         iterations, smallest, products = 0, float("inf"), 0
-        way, width = (self._shared, solver.block) if solver.block > 1 else (self._separate, max(1, len(some)))
+        way, width = (
+            (self._shared, solver.block)
+            if solver.block > 1
+            else (self._separate, max(1, len(some)))
+        )
         if self.parts is not None:
             way, width = self._nested, solver.block
         for part in torch.arange(len(some), device=b.device).split(width):
             answer, left, rounds = torch.zeros_like(b[:, part]), b[:, part], 0
             residual, open_columns = left, torch.arange(len(part), device=b.device)
             while len(open_columns) and rounds < solver.max_iter:
-                # A second round happens only when rounding made the recursion of the first too optimistic.
+                # A second round happens only when rounding made the recursion of the first too
+                # optimistic.
                 places = some[part][open_columns]
-                done = way(left[:, open_columns], solver.max_iter - rounds, rounds, relative, places)
+                done = way(
+                    left[:, open_columns], solver.max_iter - rounds, rounds, relative, places
+                )
                 answer[:, open_columns] += done.x
                 rounds, products = rounds + done.iterations, products + done.products
                 smallest = min(smallest, done.smallest)
@@ -140,15 +154,20 @@ class Preconditioned:
         if self.solver.callback is not None:
             self.solver.callback(iteration, relative.clone())
 
-    def _shared(self, b: Tensor, most: int, before: int, relative: Tensor, places: Tensor) -> Solved:
-        """One space for all columns: ``X += P (PᵀAP)⁻¹ PᵀR``, the next P made A-conjugate to this one."""
+    def _shared(
+        self, b: Tensor, most: int, before: int, relative: Tensor, places: Tensor
+    ) -> Solved:
+        """One space for all columns: ``X += P (PᵀAP)⁻¹ PᵀR``, the next P made A-conjugate to this
+        one.
+        """
         x, r, smallest, products, iterations = torch.zeros_like(b), b, float("inf"), 0, 0
         p = basis(self._apply(r))[0]
         while p.shape[1] and iterations < most:
             iterations += 1
             a_p = self.operator @ p
             products += p.shape[1]
-            values, vectors = torch.linalg.eigh(p.T @ a_p)  # of PᵀAP, with P orthonormal: Ritz values
+            # of PᵀAP, with P orthonormal: Ritz values
+            values, vectors = torch.linalg.eigh(p.T @ a_p)
             smallest = min(smallest, float(values[0]))
             _definite(smallest, before + iterations)
 
@@ -166,8 +185,12 @@ class Preconditioned:
             p, _ = basis(z - p @ inverse(a_p.T @ z))
         return Solved(x, r, iterations, smallest, products)
 
-    def _nested(self, b: Tensor, most: int, before: int, relative: Tensor, places: Tensor) -> Solved:
-        """As `_shared`, with rough solves on shares of the examples as preconditioners, see `nested`."""
+    def _nested(
+        self, b: Tensor, most: int, before: int, relative: Tensor, places: Tensor
+    ) -> Solved:
+        """As `_shared`, with rough solves on shares of the examples as preconditioners, see
+        `nested`.
+        """
         made = levels(self.parts, self.solver.shares, getattr(self.made, "apply", None), b.shape[1])
         top, x, r, iterations = made[-1], torch.zeros_like(b), b.clone(), 0
         left = torch.ones_like(b[0], dtype=torch.bool)
@@ -182,11 +205,19 @@ class Preconditioned:
             size = r.norm(dim=0)
             relative[places], left = size, size > self.solver.tol
             self._tell(before + iterations, relative)
-        return Solved(x, r, iterations, top.smallest, math.ceil(sum(level.products for level in made)))
+        return Solved(
+            x, r, iterations, top.smallest, math.ceil(sum(level.products for level in made))
+        )
 
-    def _separate(self, b: Tensor, most: int, before: int, relative: Tensor, places: Tensor) -> Solved:
+    def _separate(
+        self, b: Tensor, most: int, before: int, relative: Tensor, places: Tensor
+    ) -> Solved:
         """Each column its own space; finished columns leave."""
-        x, residual, alive = torch.zeros_like(b), b.clone(), torch.arange(b.shape[1], device=b.device)
+        x, residual, alive = (
+            torch.zeros_like(b),
+            b.clone(),
+            torch.arange(b.shape[1], device=b.device),
+        )
         r, smallest, products, iterations = b, float("inf"), 0, 0
         p = z = self._apply(r)
         product = (r * z).sum(0)

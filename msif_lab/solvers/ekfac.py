@@ -1,4 +1,6 @@
-"""EK-FAC: the Gauss-Newton matrix layer by layer, in Kronecker-factored eigenbases with corrected eigenvalues."""
+"""EK-FAC: the Gauss-Newton matrix layer by layer, in Kronecker-factored eigenbases with corrected
+eigenvalues.
+"""
 
 import copy
 import warnings
@@ -23,7 +25,9 @@ def _curvlinops():
             warnings.simplefilter("ignore", FutureWarning)  # of the libraries it imports
             import curvlinops
     except ImportError as error:
-        raise ImportError("EKFAC needs the package curvlinops: pip install 'curvlinops-for-pytorch>=3'") from error
+        raise ImportError(
+            "EKFAC needs the package curvlinops: pip install 'curvlinops-for-pytorch>=3'"
+        ) from error
     return curvlinops
 
 
@@ -31,15 +35,16 @@ def _curvlinops():
 class EKFAC(Settings):
     """Eigenvalue-corrected Kronecker factorisation of the Gauss-Newton matrix, through curvlinops.
 
-    For models of ``Linear`` and ``Conv2d`` layers under cross-entropy or squared error. Between layers it assumes
-    nothing, within one that inputs and output gradients are independent; its eigenvalues are then made exact in that
-    basis. Penalty and damping are added to the eigenvalues, so they act as in the exact solve. Memory is a few times P
-    whatever the number of classes. As a solver it approximates; as ``ConjugateGradient(preconditioner=EKFAC())`` not.
+    For models of ``Linear`` and ``Conv2d`` layers under cross-entropy or squared error. Between
+    layers it assumes nothing, within one that inputs and output gradients are independent; its
+    eigenvalues are then made exact in that basis. Penalty and damping are added to the eigenvalues,
+    so they act as in the exact solve. Memory is a few times P whatever the number of classes. As a
+    solver it approximates; as ``ConjugateGradient(preconditioner=EKFAC())`` not.
 
     Args:
         tol, max_iter, strict, callback: as in `LowRank`.
-        samples: labels drawn per example from the model's prediction; None takes the exact expectation, at one
-            backward pass per output.
+        samples: labels drawn per example from the model's prediction; None takes the exact
+            expectation, at one backward pass per output.
         batch_size: examples at a time.
         seed: of the drawn labels.
 
@@ -63,15 +68,16 @@ class EKFAC(Settings):
         few = min(self.max_iter, self.batch_size, 1 if self.samples is None else self.samples)
         if not self.tol > 0 or few < 1:
             raise ValueError(
-                f"tol={self.tol} must be positive, max_iter={self.max_iter}, samples={self.samples} and "
-                f"batch_size={self.batch_size} at least 1"
+                f"tol={self.tol} must be positive, max_iter={self.max_iter}, "
+                f"samples={self.samples} and batch_size={self.batch_size} at least 1"
             )
 
     def prepare(self, operator: Operator) -> "Kronecker":
         """Two passes over the data: covariances, then eigenvalues.
 
         Raises:
-            UnsupportedModelError: trained parameters in other layers, another loss, or example weights.
+            UnsupportedModelError: trained parameters in other layers, another loss, or example
+                weights.
             ValueError: neither penalty nor damping on some parameter.
         """
         return Kronecker(self, operator)
@@ -80,10 +86,15 @@ class EKFAC(Settings):
 def _require_known_layers(model: nn.Module, names: list[str]) -> None:
     """Refuse trained parameters of other layers than Linear and Conv2d, all of them at once."""
     owners = {name: type(model.get_submodule(name.rpartition(".")[0])) for name in names}
-    bad = [f"{name} ({kind.__name__})" for name, kind in owners.items() if kind not in (nn.Linear, nn.Conv2d)]
+    bad = [
+        f"{name} ({kind.__name__})"
+        for name, kind in owners.items()
+        if kind not in (nn.Linear, nn.Conv2d)
+    ]
     if bad:
         raise UnsupportedModelError(
-            f"EKFAC knows Linear and Conv2d layers, not {', '.join(bad)}: use LowRank() or ConjugateGradient()"
+            f"EKFAC knows Linear and Conv2d layers, not {', '.join(bad)}: use LowRank() or "
+            "ConjugateGradient()"
         )
 
 
@@ -100,25 +111,34 @@ class Kronecker(Approximation):
         losses = {cross_entropy: nn.CrossEntropyLoss(), mean_squared_error: nn.MSELoss()}
         if o.loss not in losses or not bool((base.weights == 1).all()):
             raise UnsupportedModelError(
-                f"{o.where}: EKFAC knows cross_entropy and mean_squared_error over equally weighted examples, not "
-                f"{getattr(o.loss, '__name__', o.loss)}: use LowRank() or ConjugateGradient()"
+                f"{o.where}: EKFAC knows cross_entropy and mean_squared_error over equally "
+                f"weighted examples, not {getattr(o.loss, '__name__', o.loss)}: use LowRank() or "
+                "ConjugateGradient()"
             )
         _require_known_layers(o.model, o.trained_names)
         self.shapes = [o.layout.shapes[name] for name in o.trained_names]
         sizes = [shape.numel() for shape in self.shapes]
         shifts = [part.unique() for part in p.diagonal.split(sizes)]
         if any(len(s) > 1 for s in shifts):
-            raise ValueError("EKFAC needs one penalty and damping per parameter tensor: add a number, not a vector")
+            raise ValueError(
+                "EKFAC needs one penalty and damping per parameter tensor: add a number, not a "
+                "vector"
+            )
         if not all(float(s) > 0 for s in shifts):
-            raise ValueError("EKFAC needs penalty or damping on every parameter: set weight_decay or damping")
+            raise ValueError(
+                "EKFAC needs penalty or damping on every parameter: set weight_decay or damping"
+            )
         self.shifts = [float(s) for s in shifts]
-        curvlinops, model = _curvlinops(), copy.deepcopy(o.model)  # curvlinops hangs hooks on the layers it looks at
+        # curvlinops hangs hooks on the layers it looks at
+        curvlinops, model = _curvlinops(), copy.deepcopy(o.model)
         parameters = dict(model.named_parameters())
         for name, value in o.layout.named(base.full).items():
             parameters[name].data.copy_(value)
             parameters[name].requires_grad_(name in o.trained_names)
         batch = solver.batch_size
-        data = [(o.data.x[i : i + batch], o.data.y[i : i + batch]) for i in range(0, len(o.data), batch)]
+        data = [
+            (o.data.x[i : i + batch], o.data.y[i : i + batch]) for i in range(0, len(o.data), batch)
+        ]
         kinds = curvlinops.FisherType
         with torch.enable_grad():
             matrix = curvlinops.EKFACLinearOperator(
@@ -133,17 +153,25 @@ class Kronecker(Approximation):
                 num_data=len(o.data),
                 separate_weight_and_bias=self._apart(o.trained_names),
             )
-            # One inverse for each different shift: 2α of a proximal link lies on the shared parameters only.
+            # One inverse for each different shift: 2α of a proximal link lies on the shared
+            # parameters only.
             self.inverses = {
-                shift: curvlinops.KFACInverseLinearOperator(matrix, damping=shift, use_exact_damping=True)
+                shift: curvlinops.KFACInverseLinearOperator(
+                    matrix, damping=shift, use_exact_damping=True
+                )
                 for shift in set(self.shifts)
             }
             for inverse in self.inverses.values():
-                inverse @ [torch.zeros(shape, dtype=operator.dtype, device=operator.device) for shape in self.shapes]
+                inverse @ [
+                    torch.zeros(shape, dtype=operator.dtype, device=operator.device)
+                    for shape in self.shapes
+                ]
         self.bytes = 3 * operator.shape[0] * p.diagonal.element_size()
 
     def _apart(self, names: list[str]) -> bool:
-        """Whether some layer's weight and bias have different shifts, so that they cannot share an eigenbasis."""
+        """Whether some layer's weight and bias have different shifts, so that they cannot share an
+        eigenbasis.
+        """
         shifts = {}
         for name, shift in zip(names, self.shifts, strict=True):
             shifts.setdefault(name.rpartition(".")[0], set()).add(shift)
@@ -154,7 +182,9 @@ class Kronecker(Approximation):
         if not count:
             return columns
         parted = columns.split([shape.numel() for shape in self.shapes])
-        named = [part.reshape(*shape, count) for part, shape in zip(parted, self.shapes, strict=True)]
+        named = [
+            part.reshape(*shape, count) for part, shape in zip(parted, self.shapes, strict=True)
+        ]
         with torch.no_grad():
             answers = {shift: inverse @ named for shift, inverse in self.inverses.items()}
         chosen = [answers[shift][i] for i, shift in enumerate(self.shifts)]

@@ -47,7 +47,9 @@ def schur_complement(matrix: Tensor, keep: Tensor) -> Tensor:
     if not bool(rest.any()):
         return matrix[keep][:, keep]
     factor = _cholesky(matrix[rest][:, rest], "the block that adapts")
-    return matrix[keep][:, keep] - matrix[keep][:, rest] @ torch.cholesky_solve(matrix[rest][:, keep], factor)
+    return matrix[keep][:, keep] - matrix[keep][:, rest] @ torch.cholesky_solve(
+        matrix[rest][:, keep], factor
+    )
 
 
 def _cholesky(matrix: Tensor, what: str) -> Tensor:
@@ -55,7 +57,8 @@ def _cholesky(matrix: Tensor, what: str) -> Tensor:
     if bool(failed):
         smallest = float(torch.linalg.eigvalsh(matrix)[0])
         raise IndefiniteCurvatureError(
-            f"{what} is not positive definite: its smallest eigenvalue is {smallest:.3e}; {WAYS_OUT}",
+            f"{what} is not positive definite: its smallest eigenvalue is {smallest:.3e}; "
+            f"{WAYS_OUT}",
             smallest,
         )
     return factor
@@ -91,7 +94,8 @@ class Exact:
     def spectrum(self, operator: Operator) -> Spectrum:
         """Eigendecomposition, made once per curvature; a uniform shift only moves the eigenvalues."""
         base, shift = operator.unshifted()
-        if base is not operator and shift.ndim:  # a shift that is not uniform turns the eigenvectors
+        # a shift that is not uniform turns the eigenvectors
+        if base is not operator and shift.ndim:
             base = operator
         if base not in self._spectra:
             self._spectra[base] = Spectrum(*torch.linalg.eigh(self.dense(base)))
@@ -134,10 +138,13 @@ class Factorised:
         good = residuals <= 1e-3 if x.dtype == torch.float32 else residuals <= 1e-6
         if not bool(good.all()):
             warnings.warn(
-                f"{self._name}: residual {float(residuals.max()):.1e} after a direct solve: the curvature is nearly "
-                f"singular (smallest eigenvalue about {self.smallest:.1e}); add damping or use float64",
+                f"{self._name}: residual {float(residuals.max()):.1e} after a direct solve: the "
+                f"curvature is nearly singular (smallest eigenvalue about {self.smallest:.1e}); "
+                "add damping or use float64",
                 ConvergenceWarning,
                 stacklevel=2,
             )
-        report = SolveReport(self._name, 0, residuals, good, self.smallest, 0, held, time.perf_counter() - start)
+        report = SolveReport(
+            self._name, 0, residuals, good, self.smallest, 0, held, time.perf_counter() - start
+        )
         return x, report

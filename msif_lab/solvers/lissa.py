@@ -1,4 +1,6 @@
-"""LiSSA: the Neumann series of the inverse, with a scale that fits the matrix and divergence caught."""
+"""LiSSA: the Neumann series of the inverse, with a scale that fits the matrix and divergence
+caught.
+"""
 
 import time
 from dataclasses import dataclass
@@ -9,7 +11,15 @@ from torch import Tensor
 from ..curvature.matrices import DataCurvature
 from ..curvature.operators import Operator
 from ..errors import IndefiniteCurvatureError, NotConvergedError
-from .report import WAYS_OUT, Prepared, Settings, SolveReport, check_columns, ratio, relative_residuals
+from .report import (
+    WAYS_OUT,
+    Prepared,
+    Settings,
+    SolveReport,
+    check_columns,
+    ratio,
+    relative_residuals,
+)
 
 __all__ = ["LiSSA"]
 
@@ -17,7 +27,9 @@ __all__ = ["LiSSA"]
 def largest_eigenvalue(operator: Operator, iterations: int = 20, seed: int = 0) -> float:
     """The eigenvalue largest in size, from below, by the power method."""
     generator = torch.Generator(device=operator.device).manual_seed(seed)
-    v = torch.randn(operator.shape[0], generator=generator, dtype=operator.dtype, device=operator.device)
+    v = torch.randn(
+        operator.shape[0], generator=generator, dtype=operator.dtype, device=operator.device
+    )
     size = 0.0
     for _ in range(iterations):
         v = operator @ (v / v.norm())
@@ -29,15 +41,18 @@ def largest_eigenvalue(operator: Operator, iterations: int = 20, seed: int = 0) 
 
 @dataclass(frozen=True, repr=False)
 class LiSSA(Settings):
-    """``x ← x + (b − A x) / σ``: the series ``Σ (I − A/σ)ʲ b / σ``, with all examples or a fresh mini-batch per step.
+    """``x ← x + (b − A x) / σ``: the series ``Σ (I − A/σ)ʲ b / σ``, with all examples or a fresh
+    mini-batch per step.
 
-    It converges when ``0 < A < 2σ``, at a rate ``1 − λ_min/σ``: far slower than `ConjugateGradient`, which needs no
-    scale either. It is here because much published work uses it, usually with a scale found by trial. Here σ comes
-    from a power iteration, and a series that grows is an error, never an answer.
+    It converges when ``0 < A < 2σ``, at a rate ``1 − λ_min/σ``: far slower than
+    `ConjugateGradient`, which needs no scale either. It is here because much published work uses
+    it, usually with a scale found by trial. Here σ comes from a power iteration, and a series that
+    grows is an error, never an answer.
 
     Args:
-        tol, max_iter, strict, callback: as in `ConjugateGradient`. With mini-batches all ``max_iter`` steps are
-            taken, the second half is averaged, and only the final residual is known.
+        tol, max_iter, strict, callback: as in `ConjugateGradient`. With mini-batches all
+            ``max_iter`` steps are taken, the second half is averaged, and only the final residual
+            is known.
         scale: σ; default 1.1 times the estimated largest eigenvalue.
         batch_size: examples per step, default all.
         seed: of the mini-batches.
@@ -59,8 +74,12 @@ class LiSSA(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        if (self.scale is not None and not self.scale > 0) or (self.batch_size is not None and self.batch_size < 1):
-            raise ValueError(f"scale={self.scale} must be positive and batch_size={self.batch_size} at least 1")
+        if (self.scale is not None and not self.scale > 0) or (
+            self.batch_size is not None and self.batch_size < 1
+        ):
+            raise ValueError(
+                f"scale={self.scale} must be positive and batch_size={self.batch_size} at least 1"
+            )
 
     def prepare(self, operator: Operator) -> Prepared:
         """Nothing to prepare: each solve estimates the scale and starts from zero."""
@@ -71,7 +90,8 @@ class LiSSA(Settings):
 
         Raises:
             IndefiniteCurvatureError: the series grows along a direction of negative curvature.
-            NotConvergedError: the series grows because σ is too small; in strict mode also short of the tolerance.
+            NotConvergedError: the series grows because σ is too small; in strict mode also short of
+                the tolerance.
         """
         check_columns(operator, b)
         start, norm = time.perf_counter(), b.norm(dim=0)
@@ -90,7 +110,9 @@ class LiSSA(Settings):
         way_out = f"raise max_iter, add damping, or use ConjugateGradient (scale was {scale:.2e})"
         return x, self.report(iterations, relative, smallest, products, held, start, way_out)
 
-    def _series(self, operator: Operator, b: Tensor, scale: float, relative: Tensor, places: Tensor):
+    def _series(
+        self, operator: Operator, b: Tensor, scale: float, relative: Tensor, places: Tensor
+    ):
         x, r, smallest, products, iterations = torch.zeros_like(b), b.clone(), float("inf"), 0, 0
         alive = torch.arange(b.shape[1], device=b.device)
         while len(alive) and iterations < self.max_iter:
@@ -103,28 +125,46 @@ class LiSSA(Settings):
             r[:, alive] -= a_r / scale
             size = r[:, alive].norm(dim=0)
             relative[places[alive]] = size
-            self._refuse_growth(float(size.max()), smallest, float(curvature.max()), scale, iterations)
+            self._refuse_growth(
+                float(size.max()), smallest, float(curvature.max()), scale, iterations
+            )
             if self.callback is not None:
                 self.callback(iterations, relative.clone())
             alive = alive[size > self.tol]
         return x, iterations, smallest, products
 
-    def _stochastic(self, operator: Operator, b: Tensor, scale: float, relative: Tensor, places: Tensor):
+    def _stochastic(
+        self, operator: Operator, b: Tensor, scale: float, relative: Tensor, places: Tensor
+    ):
         base, _ = operator.unshifted()
         if not isinstance(base, DataCurvature):
-            raise ValueError(f"batch_size={self.batch_size}: {base!r} has no examples; leave batch_size out")
+            raise ValueError(
+                f"batch_size={self.batch_size}: {base!r} has no examples; leave batch_size out"
+            )
         total = len(base.objective.data)
         count = min(self.batch_size, total)
         generator = torch.Generator().manual_seed(self.seed)
         x, mean, smallest, kept = b / scale, torch.zeros_like(b), float("inf"), 0
         steps = self.max_iter if b.shape[1] else 0
         for iteration in range(1, steps + 1):
-            a_x = on_examples(operator, torch.randperm(total, generator=generator)[:count].to(b.device)) @ x
+            a_x = (
+                on_examples(
+                    operator, torch.randperm(total, generator=generator)[:count].to(b.device)
+                )
+                @ x
+            )
             curvature = (x * a_x).sum(0) / x.square().sum(0)
             smallest = min(smallest, float(curvature.min()))
             left = b - a_x
-            # The batches' noise alone can make this larger than ‖b‖ for a while; a thousandfold it is divergence.
-            self._refuse_growth(float(left.norm(dim=0).max()) / 100, smallest, float(curvature.max()), scale, iteration)
+            # The batches' noise alone can make this larger than ‖b‖ for a while; a thousandfold it
+            # is divergence.
+            self._refuse_growth(
+                float(left.norm(dim=0).max()) / 100,
+                smallest,
+                float(curvature.max()),
+                scale,
+                iteration,
+            )
             x = x + left / scale
             if self.callback is not None:
                 self.callback(iteration, relative.index_copy(0, places, left.norm(dim=0)))
@@ -132,21 +172,28 @@ class LiSSA(Settings):
                 mean, kept = mean + x, kept + 1
         return mean / max(kept, 1), steps, smallest, round(steps * b.shape[1] * count / total)
 
-    def _refuse_growth(self, size: float, smallest: float, largest: float, scale: float, iteration: int) -> None:
+    def _refuse_growth(
+        self, size: float, smallest: float, largest: float, scale: float, iteration: int
+    ) -> None:
         if size <= 10.0:  # of ‖b‖; a convergent series of a symmetric matrix never grows at all
             return
-        message = f"LiSSA diverged: the residual is {size:.1e} times ‖b‖ after {iteration} iterations"
+        message = (
+            f"LiSSA diverged: the residual is {size:.1e} times ‖b‖ after {iteration} iterations"
+        )
         if smallest < 0:
             raise IndefiniteCurvatureError(
                 f"{message}, along curvature {smallest:.3e}; {WAYS_OUT}, or MINRES", smallest
             )
         raise NotConvergedError(
-            f"{message}: scale={scale:.2e} is below half the largest curvature, {largest:.2e}; leave scale out"
+            f"{message}: scale={scale:.2e} is below half the largest curvature, {largest:.2e}; "
+            "leave scale out"
         )
 
 
 def on_examples(operator: Operator, rows: Tensor) -> Operator:
-    """The same curvature estimated on some of the examples: their mean, the same penalty and damping."""
+    """The same curvature estimated on some of the examples: their mean, the same penalty and
+    damping.
+    """
     base, shift = operator.unshifted()
     if base is not operator:
         return on_examples(base, rows) + shift

@@ -1,4 +1,6 @@
-"""Approximate inverses: a few directions of the curvature plus its diagonal; solvers or preconditioners."""
+"""Approximate inverses: a few directions of the curvature plus its diagonal; solvers or
+preconditioners.
+"""
 
 from dataclasses import dataclass
 
@@ -26,7 +28,8 @@ def output_directions(base: DataCurvature, most: int) -> tuple[Tensor, Tensor]:
     for rows, x, y in o.chunks(copies=2):
         with torch.no_grad():
             z = o.outputs(base.full, x)
-        values, vectors = torch.linalg.eigh(base.bend(z, y, base.weights[rows]))  # (B, C), (B, C, C)
+        # (B, C), (B, C, C)
+        values, vectors = torch.linalg.eigh(base.bend(z, y, base.weights[rows]))
         best = values.flatten().topk(min(most, values.numel())).indices
         example, c = best // values.shape[1], best % values.shape[1]
         size = values[example, c].clamp(min=0)
@@ -45,29 +48,35 @@ def jacobian_rows(base: DataCurvature, examples: Tensor, directions: Tensor) -> 
     def along(outputs, directions):
         return (outputs.flatten(1) * directions).sum(1)
 
-    return torch.cat([g for _, g in per_example_gradients(o, base.full, chosen, along, every=base.every)])
+    return torch.cat(
+        [g for _, g in per_example_gradients(o, base.full, chosen, along, every=base.every)]
+    )
 
 
 @dataclass(frozen=True, repr=False)
 class LowRank(Settings):
-    """``(SᵀS + diag)⁻¹`` with ``r`` rows S and the penalty and damping on the diagonal, by Woodbury's formula.
+    """``(SᵀS + diag)⁻¹`` with ``r`` rows S and the penalty and damping on the diagonal, by
+    Woodbury's formula.
 
-    As a solver it is an approximation: it ranks well and its residual, which the report states, says how far the
-    numbers can be trusted. As ``ConjugateGradient(preconditioner=LowRank())`` it makes exact answers cheap.
+    As a solver it is an approximation: it ranks well and its residual, which the report states,
+    says how far the numbers can be trusted. As ``ConjugateGradient(preconditioner=LowRank())`` it
+    makes exact answers cheap.
 
     Args:
-        tol: residual below which the approximation is called good enough; by default a mere improvement on 0.
+        tol: residual below which the approximation is called good enough; by default a mere
+            improvement on 0.
         max_iter: how many columns' residuals are measured, at a product each.
         strict, callback: as in `ConjugateGradient`; the callback comes once.
         rank: r; memory is about ``2 r P`` numbers.
-        method: ``"jacobians"``: Gauss-Newton rows ``√μ Jᵀe`` of those outputs of examples in which the loss bends
-            most, one backward pass each, no products; ``"nystrom"``: randomised, from ``rank`` products; works with
-            any operator, and drops negative curvature.
+        method: ``"jacobians"``: Gauss-Newton rows ``√μ Jᵀe`` of those outputs of examples in which
+            the loss bends most, one backward pass each, no products; ``"nystrom"``: randomised,
+            from ``rank`` products; works with any operator, and drops negative curvature.
         seed: of the random directions of ``"nystrom"``.
         memory: budget for the rows.
 
     Raises:
-        ValueError: neither penalty nor damping on some parameter, so that the inverse does not exist.
+        ValueError: neither penalty nor damping on some parameter, so that the inverse does not
+            exist.
 
     >>> import msif_lab as msif
     >>> train, test = msif.load_digits()
@@ -77,7 +86,8 @@ class LowRank(Settings):
     >>> msif.ImplicitInfluence(solver, curvature="ggn").fit(pipeline).score(test[:5]).values.shape
     torch.Size([5, 1201])
 
-    Reference: Frangella, Tropp & Udell (2023) for Nyström; Roosta-Khorasani & Mahoney (2019) for subsampled curvature.
+    Reference: Frangella, Tropp & Udell (2023) for Nyström; Roosta-Khorasani & Mahoney (2019) for
+    subsampled curvature.
     """
 
     tol: float = 1.0
@@ -90,7 +100,8 @@ class LowRank(Settings):
     def __post_init__(self):
         if not self.tol > 0 or self.max_iter < 1 or self.rank < 1:
             raise ValueError(
-                f"tol={self.tol} must be positive, max_iter={self.max_iter} and rank={self.rank} at least 1"
+                f"tol={self.tol} must be positive, max_iter={self.max_iter} and rank={self.rank} "
+                "at least 1"
             )
         if self.method not in ("jacobians", "nystrom"):
             raise ValueError(f"method={self.method!r} must be 'jacobians' or 'nystrom'")
@@ -110,11 +121,20 @@ class LowRank(Settings):
             o = p.base.objective
             rank = min(self.rank, len(o.data) * o.outputs(p.base.full, o.data[:1].x).numel())
         if not bool((p.diagonal > 0).all()):
-            raise ValueError("LowRank needs penalty or damping on every parameter: set weight_decay or damping")
+            raise ValueError(
+                "LowRank needs penalty or damping on every parameter: set weight_decay or damping"
+            )
         needed = (3 * rank * size + 2 * rank * rank) * p.diagonal.element_size()
-        require_memory(needed, parse_bytes(self.memory), f"a rank-{rank} curvature", "lower rank or give more memory=")
+        require_memory(
+            needed,
+            parse_bytes(self.memory),
+            f"a rank-{rank} curvature",
+            "lower rank or give more memory=",
+        )
         if self.method == "nystrom":
-            return Woodbury(self, operator, _nystrom_rows(p, rank, self.seed), p.diagonal, products=rank)
+            return Woodbury(
+                self, operator, _nystrom_rows(p, rank, self.seed), p.diagonal, products=rank
+            )
         examples, directions = output_directions(p.base, rank)
         return Woodbury(self, operator, jacobian_rows(p.base, examples, directions), p.diagonal)
 
@@ -133,7 +153,9 @@ def _nystrom_rows(p: Parts, rank: int, seed: int) -> Tensor:
 class Woodbury(Approximation):
     """``(SᵀS + D)⁻¹ = D⁻¹ − D⁻¹Sᵀ (I + S D⁻¹ Sᵀ)⁻¹ S D⁻¹``; made by `LowRank.prepare`."""
 
-    def __init__(self, solver: LowRank, operator: Operator, rows: Tensor, diagonal: Tensor, products: int = 0):
+    def __init__(
+        self, solver: LowRank, operator: Operator, rows: Tensor, diagonal: Tensor, products: int = 0
+    ):
         super().__init__(solver, operator)
         self.root, self.diagonal, self.products = rows, diagonal, products
         gram = (rows / diagonal) @ rows.T
@@ -149,7 +171,8 @@ class Woodbury(Approximation):
 
 @dataclass(frozen=True, repr=False)
 class Jacobi(Settings):
-    """Division by the diagonal, estimated from products with random signs: ``diag A ≈ mean z ∘ Az``.
+    """Division by the diagonal, estimated from products with random signs:
+    ``diag A ≈ mean z ∘ Az``.
 
     Cheap and weak; where parameters live on very different scales it helps `ConjugateGradient`.
 
@@ -169,7 +192,8 @@ class Jacobi(Settings):
     def __post_init__(self):
         if not self.tol > 0 or self.max_iter < 1 or self.samples < 1:
             raise ValueError(
-                f"tol={self.tol} must be positive, max_iter={self.max_iter} and samples={self.samples} at least 1"
+                f"tol={self.tol} must be positive, max_iter={self.max_iter} and "
+                f"samples={self.samples} at least 1"
             )
 
     def prepare(self, operator: Operator) -> "Diagonal":
@@ -185,11 +209,22 @@ class Diagonal(Approximation):
         p = parts(operator)
         generator = torch.Generator(device=operator.device).manual_seed(solver.seed)
         size = (operator.shape[0], solver.samples)
-        signs = torch.randint(0, 2, size, generator=generator, device=operator.device).to(operator.dtype) * 2 - 1
+        signs = (
+            torch.randint(0, 2, size, generator=generator, device=operator.device).to(
+                operator.dtype
+            )
+            * 2
+            - 1
+        )
         estimate = (signs * p.data(signs)).mean(1).clamp(min=0)
         # The estimate is noisy: never trust an entry below a hundredth of the average.
-        self.diagonal = (estimate + p.diagonal).clamp(min=float((estimate + p.diagonal).mean()) / 100)
-        self.products, self.bytes = solver.samples, self.diagonal.numel() * self.diagonal.element_size()
+        self.diagonal = (estimate + p.diagonal).clamp(
+            min=float((estimate + p.diagonal).mean()) / 100
+        )
+        self.products, self.bytes = (
+            solver.samples,
+            self.diagonal.numel() * self.diagonal.element_size(),
+        )
 
     def apply(self, columns: Tensor) -> Tensor:
         return columns / self.diagonal[:, None]

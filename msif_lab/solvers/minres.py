@@ -18,8 +18,9 @@ RITZ = 200  # first steps of MINRES that tell its smallest curvature
 class MINRES(Settings):
     """Minimal residuals: solves ``A x = b`` for symmetric A that need not be positive definite.
 
-    An indefinite Hessian belongs to a point that is no minimum; the answer is then the stationary point of the
-    quadratic model, not an effect of retraining. The report's ``smallest_curvature`` says which case it was.
+    An indefinite Hessian belongs to a point that is no minimum; the answer is then the stationary
+    point of the quadratic model, not an effect of retraining. The report's ``smallest_curvature``
+    says which case it was.
 
     Args:
         tol, max_iter, strict, callback: as in `ConjugateGradient`.
@@ -56,16 +57,26 @@ class MINRES(Settings):
         if len(some):
             true, spent = verified(operator, answer, unit, r, self.tol)
             relative[some], products = true.norm(dim=0), products + spent
-        held, way_out = 8 * b.numel() * b.element_size(), "raise max_iter, add damping, or loosen tol"
+        held, way_out = (
+            8 * b.numel() * b.element_size(),
+            "raise max_iter, add damping, or loosen tol",
+        )
         return x, self.report(iterations, relative, smallest, products, held, start, way_out)
 
     def _lanczos(self, operator: Operator, b: Tensor, relative: Tensor, places: Tensor) -> Solved:
-        """Lanczos vectors v, their tridiagonal matrix made triangular by rotations (c, s) as it grows."""
-        x, residual, alive = torch.zeros_like(b), b.clone(), torch.arange(b.shape[1], device=b.device)
+        """Lanczos vectors v, their tridiagonal matrix made triangular by rotations (c, s) as it
+        grows.
+        """
+        x, residual, alive = (
+            torch.zeros_like(b),
+            b.clone(),
+            torch.arange(b.shape[1], device=b.device),
+        )
         v, v_old, w, w_old, r = b, torch.zeros_like(b), torch.zeros_like(b), torch.zeros_like(b), b
         zero = torch.zeros_like(b[0])
         c, s, bar, far, beta, size = zero - 1, zero, zero, zero, zero, zero + 1
-        # Written in place: small tensors kept from every iteration would pin the heap between large ones.
+        # Written in place: small tensors kept from every iteration would pin the heap between large
+        # ones.
         diagonal, beside = (b.new_zeros(min(RITZ, self.max_iter), b.shape[1]) for _ in range(2))
         products = iterations = 0
         while len(alive) and iterations < self.max_iter:
@@ -91,16 +102,27 @@ class MINRES(Settings):
                 self.callback(iterations, relative.clone())
             keep = size > self.tol
             v, v_old, w, w_old, r = (m[:, keep] for m in (v, v_old, w, w_old, r))
-            alive, c, s, bar, far, beta, size = (m[keep] for m in (alive, c, s, bar, far, beta, size))
-        return Solved(x, residual, iterations, _smallest_ritz(diagonal[:iterations], beside[:iterations]), products)
+            alive, c, s, bar, far, beta, size = (
+                m[keep] for m in (alive, c, s, bar, far, beta, size)
+            )
+        return Solved(
+            x,
+            residual,
+            iterations,
+            _smallest_ritz(diagonal[:iterations], beside[:iterations]),
+            products,
+        )
 
 
 def _smallest_ritz(diagonal: Tensor, beside: Tensor) -> float:
-    """Smallest eigenvalue of the columns' tridiagonal matrices, from their first steps (T, K); inf without any."""
+    """Smallest eigenvalue of the columns' tridiagonal matrices, from their first steps (T, K); inf
+    without any.
+    """
     if not diagonal.numel():
         return float("inf")
     a, e = diagonal.T, beside.T[:, :-1]
-    matrix = torch.diag_embed(a.where(a != 0, a[:, :1]))  # after a column's end: its first Rayleigh quotient again
+    # after a column's end: its first Rayleigh quotient again
+    matrix = torch.diag_embed(a.where(a != 0, a[:, :1]))
     if a.shape[1] > 1:
         e = e.where(a[:, 1:] != 0, 0.0)  # a finished column's last coupling leads out of its matrix
         matrix = matrix + torch.diag_embed(e, 1) + torch.diag_embed(e, -1)

@@ -1,9 +1,10 @@
 """Conjugate gradients on shares of the examples, each the preconditioner of the next.
 
-The curvature of m examples is a sum, and in a trained classifier few of them carry most of what is hard about it.
-With ``A_k`` the penalty, damping and the most important examples up to a share, a rough solve of ``A_{k−1}`` is the
-preconditioner of ``A_k``, and knows its own product with what it gives: ``A_k z = A_{k−1} z + (A_k − A_{k−1}) z``.
-So an example meets only as many directions as it matters for; the last ``A_k`` is the whole, its residual the true one.
+The curvature of m examples is a sum, and in a trained classifier few of them carry most of what is
+hard about it. With ``A_k`` the penalty, damping and the most important examples up to a share, a
+rough solve of ``A_{k−1}`` is the preconditioner of ``A_k``, and knows its own product with what it
+gives: ``A_k z = A_{k−1} z + (A_k − A_{k−1}) z``. So an example meets only as many directions as it
+matters for; the last ``A_k`` is the whole, its residual the true one.
 """
 
 import itertools
@@ -26,11 +27,12 @@ def check_shares(shares: tuple[float, ...]) -> None:
 
 
 def basis(columns: Tensor) -> tuple[Tensor, Tensor]:
-    """An orthonormal basis Q of the columns' span and T with ``Q = columns T``: duplicates, zeros and more columns than
-    rows only shrink it.
+    """An orthonormal basis Q of the columns' span and T with ``Q = columns T``: duplicates, zeros
+    and more columns than rows only shrink it.
 
-    What is left out is below a thousandth of the columns, far less than an iteration leaves, and comes back once it is
-    more. A finer sieve would spend products on the rounding in which duplicates differ.
+    What is left out is below a thousandth of the columns, far less than an iteration leaves, and
+    comes back once it is more. A finer sieve would spend products on the rounding in which
+    duplicates differ.
     """
     norm = columns.norm(dim=0)
     scale = 1 / norm.where(norm > 0, 1.0)
@@ -54,21 +56,32 @@ def split(operator: Operator, shares: tuple[float, ...]) -> tuple[Tensor, list[D
 class Level:
     """Block conjugate gradients on ``A_k``, preconditioned by the level below.
 
-    Directions stay, A_k-orthonormal, for the later solves of this level, which start with the best that they offer.
-    They lie in one piece of memory from the start: kept as they come, between chunks of activations, they would leave
-    holes in the heap that cost as much again.
+    Directions stay, A_k-orthonormal, for the later solves of this level, which start with the best
+    that they offer. They lie in one piece of memory from the start: kept as they come, between
+    chunks of activations, they would leave holes in the heap that cost as much again.
 
     Args:
         part: ``A_k − A_{k−1}``.
         below: gives ``z ≈ A⁻¹ r`` and ``A_{k−1} z``.
         rough: relative residual of its own solves.
-        columns: most right-hand sides at a time; `KEPT` directions for each are kept, the oldest go.
-        floor: a smaller curvature of a share says nothing about the whole: the level is passed over from then on.
+        columns: most right-hand sides at a time; `KEPT` directions for each are kept, the oldest
+            go.
+        floor: a smaller curvature of a share says nothing about the whole: the level is passed over
+            from then on.
     """
 
-    def __init__(self, part: DataCurvature, below: Callable, rough: float, columns: int, floor: float):
-        self.part, self.below, self.rough, self.columns, self.floor = part, below, rough, columns, floor
-        self.store = part.theta.new_empty(2, KEPT * columns, len(part.theta))  # directions and their products
+    def __init__(
+        self, part: DataCurvature, below: Callable, rough: float, columns: int, floor: float
+    ):
+        self.part, self.below, self.rough, self.columns, self.floor = (
+            part,
+            below,
+            rough,
+            columns,
+            floor,
+        )
+        # directions and their products
+        self.store = part.theta.new_empty(2, KEPT * columns, len(part.theta))
         self.count = 0  # of directions found so far
         self.products, self.smallest = 0.0, float("inf")  # products with all examples
 
@@ -83,8 +96,9 @@ class Level:
             yield piece[0].T, piece[1].T
 
     def widen(self, r: Tensor) -> tuple[Tensor, Tensor]:
-        """New directions P for residuals ``r`` (P, K), with ``PᵀA_kP = 1``, and ``A_k P``; useless once `smallest` is
-        not above the floor."""
+        """New directions P for residuals ``r`` (P, K), with ``PᵀA_kP = 1``, and ``A_k P``; useless
+        once `smallest` is not above the floor.
+        """
         p, a_p = self.below(r)
         p, turn = basis(p)
         a_p = self._multiply(p, a_p @ turn)
@@ -97,7 +111,9 @@ class Level:
         self.smallest = min(self.smallest, *values.tolist(), float("inf"))
         turn = vectors / values.sqrt()
         p, a_p = p @ turn, a_p @ turn
-        places = torch.arange(self.count, self.count + p.shape[1], device=p.device) % self.store.shape[1]
+        places = (
+            torch.arange(self.count, self.count + p.shape[1], device=p.device) % self.store.shape[1]
+        )
         self.store[0, places], self.store[1, places] = p.T, a_p.T
         self.count += p.shape[1]
         return p, a_p
@@ -124,7 +140,9 @@ class Level:
         return z, self._multiply(z, product)
 
 
-def levels(parts: tuple, shares: tuple[float, ...], approximate: Callable | None, columns: int) -> list[Level]:
+def levels(
+    parts: tuple, shares: tuple[float, ...], approximate: Callable | None, columns: int
+) -> list[Level]:
     """One level a share and the whole, on top of an approximate inverse."""
     diagonal, curvatures = parts
 

@@ -1,4 +1,6 @@
-"""What every solver shares: its settings, the report of a solve, and how true residuals are checked."""
+"""What every solver shares: its settings, the report of a solve, and how true residuals are
+checked.
+"""
 
 import time
 import warnings
@@ -44,8 +46,9 @@ class SolveReport:
     def __str__(self) -> str:
         worst = float(self.residuals.max()) if len(self.residuals) else 0.0
         return (
-            f"{self.solver}: {int(self.converged.sum())} of {len(self.converged)} columns converged, {self.iterations} "
-            f"iterations, worst residual {worst:.1e}, smallest curvature {self.smallest_curvature:.2e}"
+            f"{self.solver}: {int(self.converged.sum())} of {len(self.converged)} columns "
+            f"converged, {self.iterations} iterations, worst residual {worst:.1e}, smallest "
+            f"curvature {self.smallest_curvature:.2e}"
         )
 
     __repr__ = __str__
@@ -62,21 +65,34 @@ class Settings:
 
     def __post_init__(self):
         if not 0 < self.tol < 1 or self.max_iter < 1:
-            raise ValueError(f"tol={self.tol} must lie between 0 and 1, max_iter={self.max_iter} must be at least 1")
+            raise ValueError(
+                f"tol={self.tol} must lie between 0 and 1, max_iter={self.max_iter} must be at "
+                "least 1"
+            )
 
     def __repr__(self) -> str:
-        shown = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default]
+        shown = [
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in fields(self)
+            if getattr(self, f.name) != f.default
+        ]
         return f"{type(self).__name__}({', '.join(shown)})"
 
-    def report(self, iterations, residuals, smallest, products, held, start, way_out) -> SolveReport:
-        """The report of a finished solve; warns, or raises in strict mode, when a column missed the tolerance."""
+    def report(
+        self, iterations, residuals, smallest, products, held, start, way_out
+    ) -> SolveReport:
+        """The report of a finished solve; warns, or raises in strict mode, when a column missed the
+        tolerance.
+        """
         converged, seconds = residuals <= self.tol, time.perf_counter() - start
-        report = SolveReport(repr(self), iterations, residuals, converged, smallest, products, held, seconds)
+        report = SolveReport(
+            repr(self), iterations, residuals, converged, smallest, products, held, seconds
+        )
         if not bool(converged.all()):
             message = (
-                f"{self!r}: {int((~converged).sum())} of {len(residuals)} columns stopped at relative residual up to "
-                f"{float(residuals.max()):.1e} (asked: {self.tol:.0e}) after {iterations} iterations, smallest "
-                f"curvature {smallest:.1e}; {way_out}"
+                f"{self!r}: {int((~converged).sum())} of {len(residuals)} columns stopped at "
+                f"relative residual up to {float(residuals.max()):.1e} (asked: {self.tol:.0e}) "
+                f"after {iterations} iterations, smallest curvature {smallest:.1e}; {way_out}"
             )
             if self.strict:
                 raise NotConvergedError(message)
@@ -96,7 +112,9 @@ class Prepared:
 
 
 def ratio(above: Tensor, below: Tensor) -> Tensor:
-    """Elementwise quotient; 0 / 0 is 0: a zero right-hand side is answered by zero, with residual 0."""
+    """Elementwise quotient; 0 / 0 is 0: a zero right-hand side is answered by zero, with residual
+    0.
+    """
     return above / below.where(below > 0, torch.ones_like(below))
 
 
@@ -105,17 +123,21 @@ def relative_residuals(operator: Operator, x: Tensor, b: Tensor) -> Tensor:
     return ratio((operator @ x - b).norm(dim=0), b.norm(dim=0))
 
 
-def verified(operator: Operator, x: Tensor, b: Tensor, residual: Tensor, tol: float) -> tuple[Tensor, int]:
+def verified(
+    operator: Operator, x: Tensor, b: Tensor, residual: Tensor, tol: float
+) -> tuple[Tensor, int]:
     """True residual vectors ``b − A x`` and the products that took.
 
-    A recursion drifts from the truth by rounding. One product tells: with random signs s, ``A(Xs) − Bs + Rs`` is on
-    average as long as all columns' drifts together. Only where that is not far below ``tol`` is each column's own
-    residual computed.
+    A recursion drifts from the truth by rounding. One product tells: with random signs s,
+    ``A(Xs) − Bs + Rs`` is on average as long as all columns' drifts together. Only where that is
+    not far below ``tol`` is each column's own residual computed.
     """
     count = b.shape[1]
     if count > 1:
         generator = torch.Generator(device=b.device).manual_seed(0)
-        signs = torch.randint(0, 2, (count,), generator=generator, device=b.device).to(b.dtype) * 2 - 1
+        signs = (
+            torch.randint(0, 2, (count,), generator=generator, device=b.device).to(b.dtype) * 2 - 1
+        )
         drift = float((operator @ (x @ signs) - b @ signs + residual @ signs).norm())
         if drift <= 0.1 * tol:
             return residual, 1
@@ -124,13 +146,19 @@ def verified(operator: Operator, x: Tensor, b: Tensor, residual: Tensor, tol: fl
 
 def check_columns(operator: Operator, b: Tensor) -> None:
     if b.ndim != 2 or not bool(torch.isfinite(b).all()):
-        raise ValueError(f"right-hand sides of shape {tuple(b.shape)} must be a finite (P, K) tensor")
+        raise ValueError(
+            f"right-hand sides of shape {tuple(b.shape)} must be a finite (P, K) tensor"
+        )
     if b.shape[0] != operator.shape[0]:
-        raise ValueError(f"operator of shape {operator.shape} times {tuple(b.shape)}: give a (P, K) tensor")
+        raise ValueError(
+            f"operator of shape {operator.shape} times {tuple(b.shape)}: give a (P, K) tensor"
+        )
 
 
 class Solved(NamedTuple):
-    """A solve of normalised columns before its report: residual vectors by recursion, and what it took."""
+    """A solve of normalised columns before its report: residual vectors by recursion, and what it
+    took.
+    """
 
     x: Tensor
     residual: Tensor

@@ -6,4 +6,10 @@ from .influence import InfluenceExplorer
 from .methods import MethodComparison
 from .slider import FigureSlider
 
-__all__ = ["AlphaDampingExplorer", "CleaningExplorer", "FigureSlider", "InfluenceExplorer", "MethodComparison"]
+__all__ = [
+    "AlphaDampingExplorer",
+    "CleaningExplorer",
+    "FigureSlider",
+    "InfluenceExplorer",
+    "MethodComparison",
+]

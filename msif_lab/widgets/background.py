@@ -1,4 +1,6 @@
-"""Work beside the kernel's own: on a copy of the pipeline, with a stop that takes effect at the next forward pass."""
+"""Work beside the kernel's own: on a copy of the pipeline, with a stop that takes effect at the
+next forward pass.
+"""
 
 import copy
 import threading
@@ -15,11 +17,12 @@ class Stopped(Exception):
 
 
 def stoppable_copy(pipeline: Pipeline, stop: threading.Event) -> Pipeline:
-    """A pipeline in the same state with models of its own, whose every forward pass first looks whether to stop.
+    """A pipeline in the same state with models of its own, whose every forward pass first looks
+    whether to stop.
 
-    Training swaps parameters in and out of its modules, so two threads must not share one model; the data are only
-    read and are shared. A recipe calls the model at least once a step, so a stop takes effect within a step, whatever
-    the recipe, and all that it leaves behind is this copy.
+    Training swaps parameters in and out of its modules, so two threads must not share one model;
+    the data are only read and are shared. A recipe calls the model at least once a step, so a stop
+    takes effect within a step, whatever the recipe, and all that it leaves behind is this copy.
     """
 
     def look(*_):
@@ -38,9 +41,10 @@ class Job:
     Args:
         pipeline: copied first; ``work`` gets the copy.
         work: what to do; its result goes to ``done``.
-        done, stopped, failed: what to call at the end, in that thread: ``done(result, seconds)``, ``stopped()``,
-            ``failed(exception)``.
-        tick: called with the seconds so far, about twice a second until the end or a stop, to show that work goes on.
+        done, stopped, failed: what to call at the end, in that thread: ``done(result, seconds)``,
+            ``stopped()``, ``failed(exception)``.
+        tick: called with the seconds so far, about twice a second until the end or a stop, to show
+            that work goes on.
     """
 
     def __init__(

@@ -20,17 +20,19 @@ __all__ = ["CleaningExplorer"]
 
 
 class CleaningExplorer(Explorer):
-    """Slide how many of the most suspicious examples to remove; see precision and recall, then retrain without them.
+    """Slide how many of the most suspicious examples to remove; see precision and recall, then
+    retrain without them.
 
     Args:
         pipeline: trained.
-        scores: an `Influence`, whose most harmful examples on average come first; or rankings by name, each an
-            `Influence` or a suspicion ``(N,)``, larger first (a loss, a confidence turned round).
+        scores: an `Influence`, whose most harmful examples on average come first; or rankings by
+            name, each an `Influence` or a suspicion ``(N,)``, larger first (a loss, a confidence
+            turned round).
         queries: what the scores are of, examples of the target task.
-        judges: examples that judge the pipeline before and after; by default the queries, which then judge what they
-            themselves have chosen.
-        corrupted: which examples are known to be corrupted, a mask ``(N,)`` or positions; without it there is no
-            precision and recall, only the number flagged.
+        judges: examples that judge the pipeline before and after; by default the queries, which
+            then judge what they themselves have chosen.
+        corrupted: which examples are known to be corrupted, a mask ``(N,)`` or positions; without
+            it there is no precision and recall, only the number flagged.
         stage: whose examples are ranked, where no `Influence` says so.
         k: pictures a row.
 
@@ -66,7 +68,10 @@ class CleaningExplorer(Explorer):
         self.table = dict(scores) if isinstance(scores, Mapping) else {"": scores}
         if not self.table:
             raise ValueError("scores is empty; give an Influence or a suspicion (N,)")
-        names = {name: f"scores[{name!r}]" if isinstance(scores, Mapping) else "scores" for name in self.table}
+        names = {
+            name: f"scores[{name!r}]" if isinstance(scores, Mapping) else "scores"
+            for name in self.table
+        }
         stages = {
             check_scores(one, pipeline, queries, names[name])
             for name, one in self.table.items()
@@ -80,9 +85,14 @@ class CleaningExplorer(Explorer):
         self.orders = {name: self._order(one, names[name]) for name, one in self.table.items()}
         self.corrupted = None if corrupted is None else self._mask(corrupted)
         if not isinstance(k, int) or not 1 <= k < self.count:
-            raise ValueError(f"k={k!r} must be a whole number between 1 and {self.count - 1}, fewer than the examples")
+            raise ValueError(
+                f"k={k!r} must be a whole number between 1 and {self.count - 1}, fewer than the "
+                "examples"
+            )
         self.k, self.ranking = k, next(iter(self.table))
-        self.flagged = min(k if self.corrupted is None else int(self.corrupted.sum()), self.count - 1)
+        self.flagged = min(
+            k if self.corrupted is None else int(self.corrupted.sum()), self.count - 1
+        )
         self._before: dict[str, torch.Tensor] | None = None
         self._after: dict[tuple[int, ...], dict[str, torch.Tensor]] = {}
         self._pngs: dict[str, bytes] = {}
@@ -95,8 +105,9 @@ class CleaningExplorer(Explorer):
             values = torch.as_tensor(given).detach().cpu()
             if values.shape != (self.count,):
                 raise ValueError(
-                    f"{name} has shape {tuple(values.shape)}: a suspicion must be ({self.count},), one number for each "
-                    f"example of stage {self.pipeline.stages[self.stage].name!r}"
+                    f"{name} has shape {tuple(values.shape)}: a suspicion must be "
+                    f"({self.count},), one number for each example of stage "
+                    f"{self.pipeline.stages[self.stage].name!r}"
                 )
             if not bool(torch.isfinite(values.double()).all()):
                 raise ValueError(f"{name} holds NaN or inf; every example needs a place")
@@ -106,18 +117,25 @@ class CleaningExplorer(Explorer):
         values = torch.as_tensor(given).detach().cpu()
         if values.dtype == torch.bool and values.shape == (self.count,):
             mask = values
-        elif values.dtype != torch.bool and not values.is_floating_point() and values.ndim == 1 and len(values):
+        elif (
+            values.dtype != torch.bool
+            and not values.is_floating_point()
+            and values.ndim == 1
+            and len(values)
+        ):
             if int(values.min()) < 0 or int(values.max()) >= self.count:
                 raise ValueError(f"corrupted must hold positions between 0 and {self.count - 1}")
             mask = torch.zeros(self.count, dtype=torch.bool)
             mask[values] = True
         else:
             raise ValueError(
-                f"corrupted is {values.dtype} of shape {tuple(values.shape)}: give a mask ({self.count},) of bool, or "
-                "positions"
+                f"corrupted is {values.dtype} of shape {tuple(values.shape)}: give a mask "
+                f"({self.count},) of bool, or positions"
             )
         if not bool(mask.any()):
-            raise ValueError("corrupted marks no example; leave it out where the truth is not known")
+            raise ValueError(
+                "corrupted marks no example; leave it out where the truth is not known"
+            )
         return mask
 
     # --- what is shown ----------------------------------------------------------------------------
@@ -136,7 +154,9 @@ class CleaningExplorer(Explorer):
 
     @property
     def before(self) -> dict[str, torch.Tensor]:
-        """``"loss"`` and, for classes, ``"accuracy"`` of the judges ``(J,)`` with the pipeline as it is."""
+        """``"loss"`` and, for classes, ``"accuracy"`` of the judges ``(J,)`` with the pipeline as
+        it is.
+        """
         if self._before is None:
             self._before = self._judge(self.pipeline)
         return self._before
@@ -153,7 +173,9 @@ class CleaningExplorer(Explorer):
         return found
 
     def predicted(self) -> torch.Tensor | None:
-        """Change of each query's loss that the ranking's scores predict, ``(Q,)``; None where they do not."""
+        """Change of each query's loss that the ranking's scores predict, ``(Q,)``; None where they
+        do not.
+        """
         scores = self.table[self.ranking]
         influence = isinstance(scores, Influence) and scores.target == "loss"
         if not influence or self.flagged == 0 or self.judges is not self.queries:
@@ -167,7 +189,12 @@ class CleaningExplorer(Explorer):
 
         names = list(self.table)
         self.ranking_control = self._control(
-            "Dropdown", "ranking", "Ranking", self._set("ranking"), options=names, value=self.ranking
+            "Dropdown",
+            "ranking",
+            "Ranking",
+            self._set("ranking"),
+            options=names,
+            value=self.ranking,
         )
         self.flagged_control = self._control(
             "IntSlider",
@@ -180,7 +207,11 @@ class CleaningExplorer(Explorer):
             continuous_update=False,
             layout={"width": "min(700px, 98%)"},
         )
-        self.view, self.plot, self.answer = self._html("view"), self._html("plot"), self._html("answer")
+        self.view, self.plot, self.answer = (
+            self._html("view"),
+            self._html("plot"),
+            self._html("answer"),
+        )
         self.title = self._html("view")
         self.row = Cards(self, self.k, "example", self._cut_at)
         wrap = {"flex_flow": "row wrap"}
@@ -212,11 +243,16 @@ class CleaningExplorer(Explorer):
             precision, recall = self.precision_recall()
             found = int(self.corrupted[self.removed].sum()) if self.flagged else 0
             text += f"; {found} of them are among the {int(self.corrupted.sum())} corrupted ones"
-            text += f": precision {precision:.2f}, recall {recall:.2f}" if self.flagged else ": recall 0.00"
+            text += (
+                f": precision {precision:.2f}, recall {recall:.2f}"
+                if self.flagged
+                else ": recall 0.00"
+            )
         self.view.value = f"<div>{html.escape(text)}.</div>"
         start = max(0, min(self.flagged - self.k // 2, self.count - self.k))
         self.title.value = (
-            f"<b>Around the cut</b>: places {start + 1} to {start + self.k} of the ranking; a button cuts there"
+            f"<b>Around the cut</b>: places {start + 1} to {start + self.k} of the ranking; a "
+            "button cuts there"
         )
         cards = []
         for place in range(start, start + self.k):
@@ -224,10 +260,15 @@ class CleaningExplorer(Explorer):
             verdict = "flagged" if place < self.flagged else "kept"
             if self.corrupted is not None:
                 verdict += ", corrupted" if self.corrupted[position] else ", clean"
-            caption = f"{html.escape(self.examples.label(position))}<br>{verdict.replace(', ', '<br>')}"
+            caption = (
+                f"{html.escape(self.examples.label(position))}<br>{verdict.replace(', ', '<br>')}"
+            )
             colour = plots.HARMFUL if place < self.flagged else plots.NEUTRAL
             picture = self.examples.show(
-                position, f"Place {place + 1}, {verdict}", caption=caption, border=f"3px solid {colour}"
+                position,
+                f"Place {place + 1}, {verdict}",
+                caption=caption,
+                border=f"3px solid {colour}",
             )
             cards.append((position, picture, f"cut at {place + 1}", place + 1 == self.flagged))
         self.row.show(cards)
@@ -246,7 +287,9 @@ class CleaningExplorer(Explorer):
             was = float(self.before[name].mean())
             cells = [f"{was:.4f}"]
             cells.append(
-                "no prediction" if predicted is None or name != "loss" else f"{was + float(predicted.mean()):.4f}"
+                "no prediction"
+                if predicted is None or name != "loss"
+                else f"{was + float(predicted.mean()):.4f}"
             )
             if after is None:
                 cells.append("not retrained yet")
@@ -265,7 +308,9 @@ class CleaningExplorer(Explorer):
         if self.ranking not in self._pngs:
             x = range(1, self.count + 1)
             for line, values in zip(
-                (precision, recall), detection(self.orders[self.ranking], self.corrupted), strict=True
+                (precision, recall),
+                detection(self.orders[self.ranking], self.corrupted),
+                strict=True,
             ):
                 line.set_data(x, values.numpy())
             self._pngs[self.ranking] = self._figure.png()
@@ -282,8 +327,12 @@ class CleaningExplorer(Explorer):
         return self._curves(ax)
 
     def _curves(self, ax):
-        (precision,) = ax.plot([], [], "-", color=plots.HELPFUL, label="precision: flagged that are corrupted")
-        (recall,) = ax.plot([], [], "--", color=plots.HARMFUL, label="recall: corrupted that are flagged")
+        (precision,) = ax.plot(
+            [], [], "-", color=plots.HELPFUL, label="precision: flagged that are corrupted"
+        )
+        (recall,) = ax.plot(
+            [], [], "--", color=plots.HARMFUL, label="recall: corrupted that are flagged"
+        )
         ax.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1))
         return precision, recall
 
@@ -297,7 +346,9 @@ class CleaningExplorer(Explorer):
         def work(pipeline):
             weights = torch.ones(self.count)
             weights[removed] = 0
-            return self._judge(pipeline.retrain({self.stage: weights}, warm_start=warm, progress=False))
+            return self._judge(
+                pipeline.retrain({self.stage: weights}, warm_start=warm, progress=False)
+            )
 
         def done(found):
             self._after[tuple(sorted(removed))] = found
@@ -308,7 +359,9 @@ class CleaningExplorer(Explorer):
     # --- without a kernel -------------------------------------------------------------------------
 
     def static(self, ranking: str | None = None) -> list:
-        """One figure: precision and recall of every ranking, and the most suspicious examples of one."""
+        """One figure: precision and recall of every ranking, and the most suspicious examples of
+        one.
+        """
         import matplotlib.pyplot as plt
 
         ranking = self.ranking if ranking is None else ranking
@@ -320,11 +373,25 @@ class CleaningExplorer(Explorer):
         ax = left.subplots()
         if self.corrupted is None:
             ax.axis("off")
-            ax.text(0.5, 0.5, "the truth is not known,\nso no precision and recall", ha="center", fontsize=9)
+            ax.text(
+                0.5,
+                0.5,
+                "the truth is not known,\nso no precision and recall",
+                ha="center",
+                fontsize=9,
+            )
         else:
             for name, marker in zip(self.table, "osxD^v" * len(self.table), strict=False):
                 precision, recall = detection(self.orders[name], self.corrupted)
-                ax.plot(recall, precision, marker=marker, markevery=0.2, ms=4, lw=1, label=name or "ranking")
+                ax.plot(
+                    recall,
+                    precision,
+                    marker=marker,
+                    markevery=0.2,
+                    ms=4,
+                    lw=1,
+                    label=name or "ranking",
+                )
             ax.set(xlim=(0, 1.02), ylim=(0, 1.05), xlabel="recall", ylabel="precision")
             ax.legend(frameon=False, fontsize=7)
         axes = right.subplots(2, columns, squeeze=False)
@@ -338,11 +405,15 @@ class CleaningExplorer(Explorer):
             ax.set_title(self.examples.label(position), fontsize=8)
             if self.corrupted is not None:
                 ax.set_xlabel("corrupted" if self.corrupted[position] else "clean", fontsize=8)
-        right.suptitle(f"most suspicious by {ranking}" if ranking else "most suspicious", fontsize=9)
+        right.suptitle(
+            f"most suspicious by {ranking}" if ranking else "most suspicious", fontsize=9
+        )
         return [figure]
 
     def code(self) -> str:
-        """Python for the view: what is ``removed``, ``precision``, ``recall``, ``before`` and ``after`` retraining."""
+        """Python for the view: what is ``removed``, ``precision``, ``recall``, ``before`` and
+        ``after`` retraining.
+        """
         pipeline, queries = (
             self._name(self.pipeline, "pipeline"),
             self._name(self.judges, "queries" if self.judges is self.queries else "judges"),
@@ -358,14 +429,21 @@ class CleaningExplorer(Explorer):
             "import torch",
             "from msif_lab.ranking import detection",
             "",
-            f"order = {suspicion}.argsort(descending=True, stable=True)  # the most suspicious first",
+            f"order = {suspicion}.argsort(descending=True, stable=True)  # the most suspicious "
+            "first",
             f"removed = order[:{self.flagged}]",
         ]
         if self.corrupted is not None:
             truth = self._name(self._truth_given, "corrupted")
-            lines += [f"truth = torch.zeros({self.count}, dtype=torch.bool)", f"truth[torch.as_tensor({truth})] = True"]
+            lines += [
+                f"truth = torch.zeros({self.count}, dtype=torch.bool)",
+                f"truth[torch.as_tensor({truth})] = True",
+            ]
             if self.flagged:
-                lines.append(f"precision, recall = (share[{self.flagged - 1}] for share in detection(order, truth))")
+                lines.append(
+                    f"precision, recall = (share[{self.flagged - 1}] for share in "
+                    "detection(order, truth))"
+                )
         lines += [
             f"weights = torch.ones({self.count})",
             "weights[removed] = 0",
@@ -375,7 +453,9 @@ class CleaningExplorer(Explorer):
         return "\n".join(lines)
 
     def __repr__(self) -> str:
-        truth = "" if self.corrupted is None else f", {int(self.corrupted.sum())} known to be corrupted"
+        truth = (
+            "" if self.corrupted is None else f", {int(self.corrupted.sum())} known to be corrupted"
+        )
         return f"CleaningExplorer: {self.count} examples{truth}, rankings {[n or 'scores' for n in self.table]}"
 
 

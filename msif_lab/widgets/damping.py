@@ -1,4 +1,6 @@
-"""α and damping under two sliders: what the filter lets through, who comes first, and whether it agrees."""
+"""α and damping under two sliders: what the filter lets through, who comes first, and whether it
+agrees.
+"""
 
 import html
 
@@ -23,10 +25,11 @@ INFINITE = float("inf")
 
 
 class AlphaDampingExplorer(Explorer):
-    """Slide α and the damping; see the filter ``2α / (s + 2α)``, the order of the examples, and its agreement.
+    """Slide α and the damping; see the filter ``2α / (s + 2α)``, the order of the examples, and its
+    agreement.
 
-    Both eigendecompositions are made once (`AlphaSweep`), so a step is three products. The trained weights stay those
-    of the pipeline's own α: the sliders change the question, not the model.
+    Both eigendecompositions are made once (`AlphaSweep`), so a step is three products. The trained
+    weights stay those of the pipeline's own α: the sliders change the question, not the model.
 
     Args:
         pipeline: two stages, the second with a `Proximal` link, trained.
@@ -36,7 +39,8 @@ class AlphaDampingExplorer(Explorer):
         curvature: ``"hessian"`` or ``"ggn"``.
 
     Raises:
-        ValueError, TypeError: another kind of pipeline, effects of other queries, inputs that are no pictures.
+        ValueError, TypeError: another kind of pipeline, effects of other queries, inputs that are
+            no pictures.
 
     >>> import msif_lab as msif
     >>> from msif_lab import widgets
@@ -68,9 +72,14 @@ class AlphaDampingExplorer(Explorer):
             curvature,
         )
         data = pipeline.stages[0].data
-        self.gallery, self.examples = Gallery(queries, "queries"), Gallery(data, "the data of the first stage")
+        self.gallery, self.examples = (
+            Gallery(queries, "queries"),
+            Gallery(data, "the data of the first stage"),
+        )
         if not isinstance(k, int) or not 1 <= k <= len(data):
-            raise ValueError(f"k={k!r} must be a whole number between 1 and {len(data)}, the examples")
+            raise ValueError(
+                f"k={k!r} must be a whole number between 1 and {len(data)}, the examples"
+            )
         self.k, self.sweep = k, AlphaSweep(pipeline, queries, curvature=curvature)
         own, floor = self.sweep.alpha, 1.05 * self.sweep.floor
         grid = [float(f"{own * 10 ** (i / 8):.3g}") for i in range(-24, 25) if i]
@@ -91,14 +100,19 @@ class AlphaDampingExplorer(Explorer):
         return self._kept[2]
 
     def agreements(self, scores: Influence) -> dict[str, float]:
-        """Mean over queries of the rank correlation with the scores at the pipeline's own α and in the frozen limit,
-        and of Pearson r with the real effects, where there are some."""
+        """Mean over queries of the rank correlation with the scores at the pipeline's own α and in
+        the frozen limit, and of Pearson r with the real effects, where there are some.
+        """
         ranks = row_ranks(scores.values.cpu())
         own, frozen = (_mean(row_correlations(ranks, reference)) for reference in self._ranks)
         found = {"Spearman with its own α, no damping": own, "Spearman with α = ∞ (frozen)": frozen}
         if self.effects is not None:
-            predicted = torch.stack([scores.removal_effect(group) for group in self.effects.subsets], 1)
-            found["Pearson r with real removals"] = _mean(row_correlations(predicted, self.effects.values))
+            predicted = torch.stack(
+                [scores.removal_effect(group) for group in self.effects.subsets], 1
+            )
+            found["Pearson r with real removals"] = _mean(
+                row_correlations(predicted, self.effects.values)
+            )
         return found
 
     # --- controls ---------------------------------------------------------------------------------
@@ -112,7 +126,11 @@ class AlphaDampingExplorer(Explorer):
         self.alpha_control = self._slider("alpha", "Strength α", alphas)
         self.damping_control = self._slider("damping", "Damping δ of pretraining", dampings)
         self.query_control = self._slider("query", "Query", queries)
-        self.view, self.plot, self.answer = self._html("view"), self._html("plot"), self._html("answer")
+        self.view, self.plot, self.answer = (
+            self._html("view"),
+            self._html("plot"),
+            self._html("answer"),
+        )
         wrap = {"flex_flow": "row wrap"}
         return [
             self.alpha_control,
@@ -165,13 +183,17 @@ class AlphaDampingExplorer(Explorer):
                 )
                 for place, value in zip(places, ranking.values[q].tolist(), strict=True)
             ]
-            rows.append(f"<div><b>Most {name}</b> ({sign}), score × 1000</div><div>{''.join(cards)}</div>")
+            rows.append(
+                f"<div><b>Most {name}</b> ({sign}), score × 1000</div><div>{''.join(cards)}</div>"
+            )
         query = self.gallery.show(q, "Query", width=112, caption=caption, column=140)
         self.view.value = f'<div style="display:flex">{query}<div>{"".join(rows)}</div></div>'
         about = f"α = {self._alpha_text(self.alpha)}, damping δ = {self.damping:.2g}"
         found = self.agreements(scores) | {
             "mean size of a score, thousandths": 1e3 * float(scores.values.abs().mean()),
-            "largest gain of the filter (above 1: s < 0)": float(self.sweep.filter(self.alpha).max()),
+            "largest gain of the filter (above 1: s < 0)": float(
+                self.sweep.filter(self.alpha).max()
+            ),
             f"of the {2 * self.k} shown, shown at its own α too": same,
         }
         self.answer.value = table(about, [(name, f"{value:.3g}") for name, value in found.items()])
@@ -184,18 +206,27 @@ class AlphaDampingExplorer(Explorer):
         curve, dots = self._figure.artists
         gains = self.sweep.filter(self.alpha)
         s = torch.logspace(*self._decades, 200, dtype=gains.dtype)
-        through = 2 * self.alpha / (s + 2 * self.alpha) if self.alpha < INFINITE else torch.ones_like(s)
+        through = (
+            2 * self.alpha / (s + 2 * self.alpha) if self.alpha < INFINITE else torch.ones_like(s)
+        )
         curve.set_data(s.numpy(), through.numpy())
-        dots.set_data(*(x[self.sweep.eigenvalues > 0].cpu().numpy() for x in (self.sweep.eigenvalues, gains)))
+        dots.set_data(
+            *(x[self.sweep.eigenvalues > 0].cpu().numpy() for x in (self.sweep.eigenvalues, gains))
+        )
         half = int((gains < 0.5).sum())
         alt = (
-            f"Filter 2α / (s + 2α) over the eigenvalues s, α = {self._alpha_text(self.alpha)}: {half} of {len(gains)} "
+            f"Filter 2α / (s + 2α) over the eigenvalues s, α = {self._alpha_text(self.alpha)}: "
+            f"{half} of {len(gains)} "
         )
-        return img(self._figure.png(curve, dots), alt + "directions are let through by less than half")
+        return img(
+            self._figure.png(curve, dots), alt + "directions are let through by less than half"
+        )
 
     @property
     def _decades(self) -> tuple[float, float]:
-        """Exponents between which the eigenvalues lie, what is below a millionth of the largest left out."""
+        """Exponents between which the eigenvalues lie, what is below a millionth of the largest
+        left out.
+        """
         largest = float(self.sweep.eigenvalues[-1])
         top = numpy.ceil(numpy.log10(largest)) if largest > 0 else 0.0
         return float(top - 6), float(top)
@@ -213,17 +244,24 @@ class AlphaDampingExplorer(Explorer):
     # --- without a kernel -------------------------------------------------------------------------
 
     def static(self, damping: float = 0.0) -> list:
-        """One figure: the filter at five α, and how order and agreement change with α at this damping."""
+        """One figure: the filter at five α, and how order and agreement change with α at this
+        damping.
+        """
         import matplotlib.pyplot as plt
 
         figure, (left, right) = plt.subplots(1, 2, figsize=(7.4, 3.0))
         s = torch.logspace(*self._decades, 200, dtype=torch.float64)
         finite = self.alphas[:-1]
-        few = sorted({*(finite[round(i * (len(finite) - 1) / 4)] for i in range(5)), self.sweep.alpha})
+        few = sorted(
+            {*(finite[round(i * (len(finite) - 1) / 4)] for i in range(5)), self.sweep.alpha}
+        )
         styles = ("-", "--", "-.", ":", (0, (1, 1)), (0, (5, 1)))
         for alpha, style in zip(few, styles, strict=False):
             left.semilogx(
-                s.numpy(), (2 * alpha / (s + 2 * alpha)).numpy(), ls=style, label=f"α = {self._alpha_text(alpha)}"
+                s.numpy(),
+                (2 * alpha / (s + 2 * alpha)).numpy(),
+                ls=style,
+                label=f"α = {self._alpha_text(alpha)}",
             )
         left.set_xlabel("eigenvalue s")
         left.set_ylabel("2α / (s + 2α)")
@@ -231,7 +269,9 @@ class AlphaDampingExplorer(Explorer):
         some = finite[::3]
         table = [self.agreements(self.sweep.scores(alpha, damping)) for alpha in some]
         for name, marker in zip(table[0], "osx", strict=False):
-            right.semilogx(some, [row[name] for row in table], marker=marker, ms=3, lw=1, label=name)
+            right.semilogx(
+                some, [row[name] for row in table], marker=marker, ms=3, lw=1, label=name
+            )
         right.axvline(self.sweep.alpha, color=plots.NEUTRAL, lw=0.8, ls=":")
         right.set_xlabel("α (dotted: its own)")
         right.set_ylabel("mean over queries")
@@ -240,7 +280,10 @@ class AlphaDampingExplorer(Explorer):
 
     def code(self) -> str:
         """Python for the view: ``view`` holds the scores at this α and damping."""
-        pipeline, queries = self._name(self.pipeline, "pipeline"), self._name(self.queries, "queries")
+        pipeline, queries = (
+            self._name(self.pipeline, "pipeline"),
+            self._name(self.queries, "queries"),
+        )
         alpha = 'float("inf")' if self.alpha == INFINITE else repr(self.alpha)
         kind = "" if self.curvature == "hessian" else f", curvature={quoted(self.curvature)}"
         lines = [
@@ -250,7 +293,8 @@ class AlphaDampingExplorer(Explorer):
             f"sweep = AlphaSweep({pipeline}, {queries}{kind})",
             f"view = sweep.scores(alpha={alpha}, damping={self.damping!r})",
             f"examples = {pipeline}.stages[0].data",
-            f"figure = plots.influence_grid(view, examples, {queries}, query={self.query}, k={self.k})",
+            f"figure = plots.influence_grid(view, examples, {queries}, query={self.query}, "
+            f"k={self.k})",
         ]
         if self.effects is not None:
             lines.append(f"report = agreement(view, {self._name(self.effects, 'effects')})")
@@ -258,8 +302,9 @@ class AlphaDampingExplorer(Explorer):
 
     def __repr__(self) -> str:
         return (
-            f"AlphaDampingExplorer: {len(self.queries)} queries, {len(self.examples.examples)} examples, "
-            f"{len(self.alphas)} α from {self.alphas[0]:.2g} to ∞, {len(self.dampings)} dampings"
+            f"AlphaDampingExplorer: {len(self.queries)} queries, {len(self.examples.examples)} "
+            f"examples, {len(self.alphas)} α from {self.alphas[0]:.2g} to ∞, {len(self.dampings)} "
+            "dampings"
         )
 
 

@@ -1,4 +1,6 @@
-"""What explorers share: labelled controls, errors in sight, work that can be stopped, the view as code, a picture."""
+"""What explorers share: labelled controls, errors in sight, work that can be stopped, the view as
+code, a picture.
+"""
 
 import base64
 import functools
@@ -18,14 +20,17 @@ WIDE = {"description_width": "initial"}
 
 def _note(text: str) -> str:
     """A line that screen readers announce when it changes."""
-    return f'<div role="status" aria-live="polite" style="min-height:1.5em">{html.escape(text)}</div>'
+    return (
+        f'<div role="status" aria-live="polite" style="min-height:1.5em">{html.escape(text)}</div>'
+    )
 
 
 class Explorer:
-    """The frame of every explorer: a view that redraws, errors in sight, and a mimebundle with picture and text.
+    """The frame of every explorer: a view that redraws, errors in sight, and a mimebundle with
+    picture and text.
 
-    A subclass defines ``kind`` (a word, for the style class), `_build` (its controls), `static` and `code`. Its state
-    is in plain attributes, so that `static` and `code` need no ipywidgets.
+    A subclass defines ``kind`` (a word, for the style class), `_build` (its controls), `static` and
+    `code`. Its state is in plain attributes, so that `static` and `code` need no ipywidgets.
     """
 
     kind = "explorer"
@@ -39,7 +44,9 @@ class Explorer:
 
     @functools.cached_property
     def widget(self):
-        """The live view: labelled controls that work from the keyboard, pictures, and any error in sight."""
+        """The live view: labelled controls that work from the keyboard, pictures, and any error in
+        sight.
+        """
         import ipywidgets
 
         self.error = self._style(ipywidgets.Output(), "error")
@@ -64,12 +71,18 @@ class Explorer:
 
         return self._style(ipywidgets.HTML(), name)
 
-    def _control(self, kind: str, name: str, description: str, on_value: Callable | None = None, **settings):
-        """A labelled control of ipywidgets; ``on_value(value)`` follows every change, its errors in sight."""
+    def _control(
+        self, kind: str, name: str, description: str, on_value: Callable | None = None, **settings
+    ):
+        """A labelled control of ipywidgets; ``on_value(value)`` follows every change, its errors in
+        sight.
+        """
         import ipywidgets
 
         style = {} if kind == "Button" else {"style": WIDE}
-        control = self._style(getattr(ipywidgets, kind)(description=description, **style, **settings), name)
+        control = self._style(
+            getattr(ipywidgets, kind)(description=description, **style, **settings), name
+        )
         if kind == "Button":
             control.on_click(self._guarded(lambda _: on_value()))
         elif on_value is not None:
@@ -82,7 +95,8 @@ class Explorer:
         @functools.wraps(function)
         def call(*given):
             with self._lock:  # an answer from a retraining may arrive while a slider moves
-                self.error.outputs = ()  # before: a retraining that this starts may fail before this returns
+                # before: a retraining that this starts may fail before this returns
+                self.error.outputs = ()
                 try:
                     function(*given)
                 except Exception as error:
@@ -128,12 +142,16 @@ class Explorer:
             self._code_text.value = self.code()
 
     def _name(self, thing, default: str) -> str:
-        """The name that the reader's notebook has for an object, so that the code runs where it is pasted."""
+        """The name that the reader's notebook has for an object, so that the code runs where it is
+        pasted.
+        """
         from IPython import get_ipython
 
         shell = get_ipython()
         known = {} if shell is None else dict(shell.user_ns)
-        names = [name for name, value in known.items() if value is thing and not name.startswith("_")]
+        names = [
+            name for name, value in known.items() if value is thing and not name.startswith("_")
+        ]
         return names[0] if names else default
 
     # --- retraining -------------------------------------------------------------------------------
@@ -144,7 +162,9 @@ class Explorer:
 
         layout = {"width": "auto"}
         self.retrain = self._control("Button", "retrain", text, start, layout=layout)
-        self.stop = self._control("Button", "stop", "Stop", self._stop, layout=layout, disabled=True)
+        self.stop = self._control(
+            "Button", "stop", "Stop", self._stop, layout=layout, disabled=True
+        )
         self.status = self._html("status")
         self.status.value = _note("")
         return ipywidgets.HBox([self.retrain, self.stop, self.status])
@@ -156,7 +176,9 @@ class Explorer:
         self.job.stop()
 
     def _run(self, pipeline: Pipeline, work: Callable, done: Callable) -> None:
-        """Do ``work(copy of the pipeline)`` beside the kernel; ``done(result)`` shows what came of it."""
+        """Do ``work(copy of the pipeline)`` beside the kernel; ``done(result)`` shows what came of
+        it.
+        """
         if self.job is not None and self.job.running:
             raise ValueError("a retraining is still running; stop it, or wait for it")
 
@@ -178,7 +200,9 @@ class Explorer:
         def stopped() -> None:
             end("stopped: nothing was changed")
 
-        stages = {1: "the stage", 2: "both stages"}.get(len(pipeline.stages), f"{len(pipeline.stages)} stages")
+        stages = {1: "the stage", 2: "both stages"}.get(
+            len(pipeline.stages), f"{len(pipeline.stages)} stages"
+        )
         self.status.value = _note(f"retraining {stages} …")
         self.retrain.disabled, self.stop.disabled = True, False
         try:
@@ -210,7 +234,10 @@ class Explorer:
                 raise
             bundle = {}  # a picture is better than nothing
         bundle = dict(bundle[0] if isinstance(bundle, tuple) else bundle)
-        return bundle | {"image/png": base64.b64encode(self._still()).decode(), "text/plain": repr(self)}
+        return bundle | {
+            "image/png": base64.b64encode(self._still()).decode(),
+            "text/plain": repr(self),
+        }
 
 
 def need_choice(name: str, value, options: Sequence) -> None:

@@ -11,7 +11,15 @@ from ..influence.result import Influence
 from ..objective.checks import ask
 from ..pipeline.pipeline import Pipeline
 
-__all__ = ["Given", "check_scores", "one_pipeline", "pipelines", "predicted_class", "quoted", "score_table"]
+__all__ = [
+    "Given",
+    "check_scores",
+    "one_pipeline",
+    "pipelines",
+    "predicted_class",
+    "quoted",
+    "score_table",
+]
 
 
 class Given(NamedTuple):
@@ -21,18 +29,26 @@ class Given(NamedTuple):
     path: str
 
 
-def pipelines(pipeline: Pipeline | Mapping[str, Pipeline], queries: Examples) -> dict[str, Pipeline]:
-    """The pipelines by case; a single one is the case ``""``. All are trained and can answer the queries.
+def pipelines(
+    pipeline: Pipeline | Mapping[str, Pipeline], queries: Examples
+) -> dict[str, Pipeline]:
+    """The pipelines by case; a single one is the case ``""``. All are trained and can answer the
+    queries.
 
     Raises:
         TypeError, ValueError: no pipeline, not trained, queries of another shape or task.
     """
     named = dict(pipeline) if isinstance(pipeline, Mapping) else {"": pipeline}
     if not named:
-        raise ValueError("pipeline is empty; give a Pipeline, or several by case: {'frozen': ..., 'full': ...}")
+        raise ValueError(
+            "pipeline is empty; give a Pipeline, or several by case: {'frozen': ..., 'full': ...}"
+        )
     for case, one in named.items():
         if not isinstance(one, Pipeline):
-            raise TypeError(f"pipeline{f'[{case!r}]' if case else ''} is {type(one).__name__}, not msif_lab.Pipeline")
+            raise TypeError(
+                f"pipeline{f'[{case!r}]' if case else ''} is {type(one).__name__}, not "
+                "msif_lab.Pipeline"
+            )
         one.trained()
         ask(one.objective(-1), queries, "loss")
     return named
@@ -41,47 +57,61 @@ def pipelines(pipeline: Pipeline | Mapping[str, Pipeline], queries: Examples) ->
 def one_pipeline(pipeline: Pipeline, queries: Examples) -> Pipeline:
     """The pipeline, trained and able to answer the queries."""
     if isinstance(pipeline, Mapping):
-        raise TypeError(f"pipeline holds the cases {list(pipeline)}; this explorer takes one: pipeline[...]")
+        raise TypeError(
+            f"pipeline holds the cases {list(pipeline)}; this explorer takes one: pipeline[...]"
+        )
     return pipelines(pipeline, queries)[""]
 
 
 def check_scores(scores, pipeline: Pipeline, queries: Examples, name: str = "scores") -> int:
-    """Position of the stage whose examples are scored; raises where they fit neither it nor the queries."""
+    """Position of the stage whose examples are scored; raises where they fit neither it nor the
+    queries.
+    """
     if not isinstance(scores, Influence):
         raise TypeError(
-            f"{name} is {type(scores).__name__}, not msif_lab.Influence: what attributor.fit(pipeline).score(queries) "
-            "gives, without top="
+            f"{name} is {type(scores).__name__}, not msif_lab.Influence: what "
+            "attributor.fit(pipeline).score(queries) gives, without top="
         )
     stage = pipeline.index(scores.stage) if scores.stage else 0
     data = pipeline.stages[stage].data
     if tuple(scores.values.shape) != (len(queries), len(data)):
         raise ValueError(
-            f"{name} is {tuple(scores.values.shape)}, expected ({len(queries)}, {len(data)}): one row for each query, "
-            f"one column for each example of stage {pipeline.stages[stage].name!r}"
+            f"{name} is {tuple(scores.values.shape)}, expected ({len(queries)}, {len(data)}): one "
+            "row for each query, one column for each example of stage "
+            f"{pipeline.stages[stage].name!r}"
         )
-    for what, ours, theirs in (("queries", scores.query_ids, queries.ids), ("examples", scores.ids, data.ids)):
+    for what, ours, theirs in (
+        ("queries", scores.query_ids, queries.ids),
+        ("examples", scores.ids, data.ids),
+    ):
         if not torch.equal(ours.cpu(), theirs.cpu()):
-            raise ValueError(f"{name} is of other {what}: the ids differ; score the ones you give here")
+            raise ValueError(
+                f"{name} is of other {what}: the ids differ; score the ones you give here"
+            )
     return stage
 
 
-def score_table(named: Mapping[str, Pipeline], scores, queries: Examples) -> dict[tuple[str, str, int], Given]:
+def score_table(
+    named: Mapping[str, Pipeline], scores, queries: Examples
+) -> dict[tuple[str, str, int], Given]:
     """Scores by (case, method, position of the stage), in the order given.
 
     Args:
         named: pipelines by case, of `pipelines`.
-        scores: an `Influence`, or methods by name; for several cases, one of these by case. Where an `Influence`
-            stands, a list of them may stand, one for each stage.
+        scores: an `Influence`, or methods by name; for several cases, one of these by case. Where
+            an `Influence` stands, a list of them may stand, one for each stage.
         queries: of all scores.
 
     Raises:
-        ValueError, TypeError: an unknown case, no scores for a case, the same stage twice, or scores that do not fit.
+        ValueError, TypeError: an unknown case, no scores for a case, the same stage twice, or
+            scores that do not fit.
     """
     several = set(named) != {""}
     if several and (not isinstance(scores, Mapping) or set(scores) != set(named)):
         found = list(scores) if isinstance(scores, Mapping) else type(scores).__name__
         raise ValueError(
-            f"scores are of cases {found}, the pipelines of {list(named)}; give scores for each case by name"
+            f"scores are of cases {found}, the pipelines of {list(named)}; give scores for each "
+            "case by name"
         )
     table: dict[tuple[str, str, int], Given] = {}
     for case, pipeline in named.items():
@@ -91,13 +121,20 @@ def score_table(named: Mapping[str, Pipeline], scores, queries: Examples) -> dic
             raise ValueError(f"scores{path} is empty; give at least one Influence")
         for method, given in by_method.items():
             where = f"{path}[{quoted(method)}]" if isinstance(of_case, Mapping) else path
-            parts = given if isinstance(given, Sequence) and not isinstance(given, Influence) else [given]
+            parts = (
+                given
+                if isinstance(given, Sequence) and not isinstance(given, Influence)
+                else [given]
+            )
             for i, one in enumerate(parts):
                 here = f"{where}[{i}]" if parts is given else where
                 stage = check_scores(one, pipeline, queries, f"scores{here}")
                 key = (case, str(method), stage)
                 if key in table:
-                    raise ValueError(f"scores{here} is of stage {pipeline.stages[stage].name!r} again; one per stage")
+                    raise ValueError(
+                        f"scores{here} is of stage {pipeline.stages[stage].name!r} again; one per "
+                        "stage"
+                    )
                 table[key] = Given(one, here)
     return table
 

@@ -21,23 +21,27 @@ EVERY, WRONG = "all", "misclassified"
 
 
 class InfluenceExplorer(Explorer):
-    """Pick a query; see its most helpful and most harmful examples; choose one, see its predicted effect on all
-    queries, remove it for real and retrain every stage.
+    """Pick a query; see its most helpful and most harmful examples; choose one, see its predicted
+    effect on all queries, remove it for real and retrain every stage.
 
     Args:
         pipeline: trained; or several by case: ``{"frozen": ..., "full": ...}``.
-        scores: one `Influence`; or methods by name, ``{"implicit": ..., "TracIn": ...}``; with several pipelines one of
-            these for each case. Where an `Influence` stands, a list of them may stand, one for each scored stage.
-        queries: what the scores are of; images ``(Q, 1 or 3, H, W)``, as are the scored stages' examples.
+        scores: one `Influence`; or methods by name, ``{"implicit": ..., "TracIn": ...}``; with
+            several pipelines one of these for each case. Where an `Influence` stands, a list of
+            them may stand, one for each scored stage.
+        queries: what the scores are of; images ``(Q, 1 or 3, H, W)``, as are the scored stages'
+            examples.
         k: pictures a row.
-        target: q as a function, for scores of a target of your own; ``"loss"``, ``"margin"`` and ``"output"`` are
-            known from the scores.
+        target: q as a function, for scores of a target of your own; ``"loss"``, ``"margin"`` and
+            ``"output"`` are known from the scores.
 
-    As a cell's last value it shows the live view; `static` draws pictures that need no kernel; `code` gives the view
-    as Python. Retraining works on a copy: the pipeline's models stay as they are, also after a stop.
+    As a cell's last value it shows the live view; `static` draws pictures that need no kernel;
+    `code` gives the view as Python. Retraining works on a copy: the pipeline's models stay as they
+    are, also after a stop.
 
     Raises:
-        ValueError, TypeError: scores of other queries, examples or cases; inputs that are no pictures.
+        ValueError, TypeError: scores of other queries, examples or cases; inputs that are no
+            pictures.
 
     >>> import msif_lab as msif
     >>> from msif_lab import experiments, widgets
@@ -67,13 +71,15 @@ class InfluenceExplorer(Explorer):
         self._given = pipeline, scores
         smallest = min(len(given.scores.ids) for given in self.table.values())
         if not isinstance(k, int) or not 1 <= k <= smallest:
-            raise ValueError(f"k={k!r} must be a whole number between 1 and {smallest}, the examples of a stage")
+            raise ValueError(
+                f"k={k!r} must be a whole number between 1 and {smallest}, the examples of a stage"
+            )
         for given in self.table.values():
             known = ("loss", "margin", "output")
             if target is None and given.scores.target not in known:
                 raise ValueError(
-                    f"scores{given.path} are of the target {given.scores.target!r}, which is none of {known}; give "
-                    "the function itself: target=..."
+                    f"scores{given.path} are of the target {given.scores.target!r}, which is none "
+                    f"of {known}; give the function itself: target=..."
                 )
         self.k, self.gallery, self._galleries = k, Gallery(queries, "queries"), {}
         self.case, self.method, self.stage = next(iter(self.table))
@@ -97,21 +103,29 @@ class InfluenceExplorer(Explorer):
 
     @property
     def actual(self) -> torch.Tensor | None:
-        """Changes of all queries ``(Q,)`` after the chosen example was removed and everything retrained, if it was."""
+        """Changes of all queries ``(Q,)`` after the chosen example was removed and everything
+        retrained, if it was.
+        """
         return self._answers.get((self.case, self.stage, self.scores.target, self.example))
 
     def _examples(self, case: str, stage: int) -> Gallery:
         if (case, stage) not in self._galleries:
             examples = self.pipelines[case].stages[stage]
-            self._galleries[case, stage] = Gallery(examples.data, f"the data of stage {examples.name!r}")
+            self._galleries[case, stage] = Gallery(
+                examples.data, f"the data of stage {examples.name!r}"
+            )
         return self._galleries[case, stage]
 
     def _classes(self, case: str) -> torch.Tensor | None:
-        """The class that the final model gives each query, ``(Q,)``; None where there are no classes."""
+        """The class that the final model gives each query, ``(Q,)``; None where there are no
+        classes.
+        """
         if not self.queries.has_labels or not self.pipelines[case].stages[-1].data.has_labels:
             return None
         if case not in self._predicted:
-            self._predicted[case] = self.pipelines[case].evaluate(self.queries, predicted_class).cpu().long()
+            self._predicted[case] = (
+                self.pipelines[case].evaluate(self.queries, predicted_class).cpu().long()
+            )
         return self._predicted[case]
 
     def _groups(self) -> dict[str, list[int]]:
@@ -148,7 +162,10 @@ class InfluenceExplorer(Explorer):
         if case is not None:
             need_choice("case", case, list(self.pipelines))
             self.case, self.example = case, None
-        for name, value, count in (("query", query, len(self.queries)), ("example", example, len(self.scores.ids))):
+        for name, value, count in (
+            ("query", query, len(self.queries)),
+            ("example", example, len(self.scores.ids)),
+        ):
             if value is not None:
                 if not 0 <= value < count:
                     raise ValueError(f"{name}={value} must be a position between 0 and {count - 1}")
@@ -168,9 +185,15 @@ class InfluenceExplorer(Explorer):
         self._quiet = False
         choose = self._control
         self.case_control = choose("Dropdown", "case", "Case", self._set("case"), options=cases)
-        self.method_control = choose("Dropdown", "method", "Method", self._set("method"), options=methods)
-        self.stage_control = choose("Dropdown", "stage", "Stage", self._set("stage"), options=[("", stages[0])])
-        self.queries_control = choose("Dropdown", "queries", "Show queries", self._set("shown"), options=[EVERY])
+        self.method_control = choose(
+            "Dropdown", "method", "Method", self._set("method"), options=methods
+        )
+        self.stage_control = choose(
+            "Dropdown", "stage", "Stage", self._set("stage"), options=[("", stages[0])]
+        )
+        self.queries_control = choose(
+            "Dropdown", "queries", "Show queries", self._set("shown"), options=[EVERY]
+        )
         self.query_control = choose(
             "SelectionSlider",
             "query",
@@ -186,9 +209,16 @@ class InfluenceExplorer(Explorer):
         self.film = Cards(self, 8, "query-image", self._pick_query)
         self.view = self._html("view")
         self.titles = self._html("view"), self._html("view")
-        self.rows = Cards(self, self.k, "example", self._choose), Cards(self, self.k, "example", self._choose)
+        self.rows = (
+            Cards(self, self.k, "example", self._choose),
+            Cards(self, self.k, "example", self._choose),
+        )
         self.plot, self.answer = self._html("plot"), self._html("answer")
-        ranked = [part for pair in zip(self.titles, (row.box for row in self.rows), strict=True) for part in pair]
+        ranked = [
+            part
+            for pair in zip(self.titles, (row.box for row in self.rows), strict=True)
+            for part in pair
+        ]
         return [
             ipywidgets.HBox([self.queries_control, *choices], layout={"flex_flow": "row wrap"}),
             self.query_control,
@@ -262,15 +292,20 @@ class InfluenceExplorer(Explorer):
         self.view.value = self.gallery.show(q, "Query", width=112, caption=caption, column=140)
         gallery = self._examples(self.case, self.stage)
         word = {False: "(−): they lower", True: "(+): they raise"}
-        rankings = (("helpful", scores.helpful(self.k), margin), ("harmful", scores.harmful(self.k), not margin))
+        rankings = (
+            ("helpful", scores.helpful(self.k), margin),
+            ("harmful", scores.harmful(self.k), not margin),
+        )
         for title, row, (name, ranking, up) in zip(self.titles, self.rows, rankings, strict=True):
             title.value = (
-                f"<b>Most {name}</b> {word[up]} this query's {html.escape(scores.target)}; below each its score "
-                f"× 1000, {self._unit}"
+                f"<b>Most {name}</b> {word[up]} this query's {html.escape(scores.target)}; below "
+                f"each its score × 1000, {self._unit}"
             )
             colour = plots.HELPFUL if name == "helpful" else plots.HARMFUL
             cards = []
-            for place, value in zip(ranking.positions[q].tolist(), ranking.values[q].tolist(), strict=True):
+            for place, value in zip(
+                ranking.positions[q].tolist(), ranking.values[q].tolist(), strict=True
+            ):
                 caption = f"{html.escape(gallery.label(place))}<br>{signed(1e3 * value, 2)}"
                 what = f"{'Helpful' if value < 0 else 'Harmful'} example, score {signed(1e3 * value, 2)} thousandths"
                 picture = gallery.show(place, what, caption=caption, border=f"3px solid {colour}")
@@ -285,14 +320,26 @@ class InfluenceExplorer(Explorer):
             self.plot.value, self.retrain.disabled = "", True
             return
         self.retrain.disabled = self.job is not None and self.job.running
-        gallery, predicted, actual = self._examples(self.case, self.stage), self._effect(), self.actual
+        gallery, predicted, actual = (
+            self._examples(self.case, self.stage),
+            self._effect(),
+            self.actual,
+        )
         name = f"id {gallery.number(self.example)} ({gallery.label(self.example)})"
         stage = self.pipeline.stages[self.stage].name
         rows = [("this query", lambda change: signed(float(change[self.query])))]
-        rows += [(f"mean of {len(predicted)} queries", lambda change: signed(float(change.mean()), 5))]
-        rows += [("queries that go up / down", lambda change: f"{int((change > 0).sum())} / {int((change < 0).sum())}")]
+        rows += [
+            (f"mean of {len(predicted)} queries", lambda change: signed(float(change.mean()), 5))
+        ]
+        rows += [
+            (
+                "queries that go up / down",
+                lambda change: f"{int((change > 0).sum())} / {int((change < 0).sum())}",
+            )
+        ]
         cells = [
-            (text, show(predicted), "not retrained yet" if actual is None else show(actual)) for text, show in rows
+            (text, show(predicted), "not retrained yet" if actual is None else show(actual))
+            for text, show in rows
         ]
         about = f"Without {name} of stage {stage}: change in {self.scores.target}, {self._unit}"
         self.answer.value = table(about, cells, ("predicted", "actual"))
@@ -310,8 +357,17 @@ class InfluenceExplorer(Explorer):
             number = range(len(predicted))
             guess.set_data(number, predicted.numpy())
             truth.set_data(*(([], []) if actual is None else (number, actual.numpy())))
-            truth.set_label("actual: not retrained yet" if actual is None else "actual, after retraining")
-            highest = max(float(change.abs().max()) for change in (predicted, actual) if change is not None) or 1.0
+            truth.set_label(
+                "actual: not retrained yet" if actual is None else "actual, after retraining"
+            )
+            highest = (
+                max(
+                    float(change.abs().max())
+                    for change in (predicted, actual)
+                    if change is not None
+                )
+                or 1.0
+            )
             ax.set(xlim=(-1, len(predicted)), ylim=(-1.35 * highest, 1.35 * highest))
             ax.set_ylabel(f"change in {self.scores.target}, {self._unit}", fontsize=9)
             ax.legend(loc="upper right", fontsize=8, frameon=False, ncols=2)
@@ -333,7 +389,9 @@ class InfluenceExplorer(Explorer):
         stage, example, target = self.stage, self.example, self.target or self.scores.target
 
         def work(pipeline):
-            return removal_effects(pipeline, self.queries, [[example]], stage=stage, target=target, progress=False)
+            return removal_effects(
+                pipeline, self.queries, [[example]], stage=stage, target=target, progress=False
+            )
 
         def done(effects):
             self._answers[key] = effects.values[:, 0]
@@ -344,9 +402,14 @@ class InfluenceExplorer(Explorer):
     # --- without a kernel -------------------------------------------------------------------------
 
     def static(
-        self, queries: Sequence[int] | None = None, case: str | None = None, method: str | None = None, stage=None
+        self,
+        queries: Sequence[int] | None = None,
+        case: str | None = None,
+        method: str | None = None,
+        stage=None,
     ) -> list:
-        """One figure per query position, for readers without a kernel; by default the query in view.
+        """One figure per query position, for readers without a kernel; by default the query in
+        view.
 
         Raises:
             ValueError: unknown case, method or stage.
@@ -365,12 +428,21 @@ class InfluenceExplorer(Explorer):
         scores = self.table[case, method, stage].scores
         examples = self.pipelines[case].stages[stage].data
         places = [self.query] if queries is None else queries
-        return [plots.influence_grid(scores, examples, self.queries, query, self.k) for query in places]
+        return [
+            plots.influence_grid(scores, examples, self.queries, query, self.k) for query in places
+        ]
 
     def code(self) -> str:
-        """Python for the view: the figure, and for the chosen example ``predicted`` and ``actual`` of all queries."""
-        pipeline = self._name(self._given[0], "pipeline") + (f"[{quoted(self.case)}]" if self.case else "")
-        scores = self._name(self._given[1], "scores") + self.table[self.case, self.method, self.stage].path
+        """Python for the view: the figure, and for the chosen example ``predicted`` and ``actual``
+        of all queries.
+        """
+        pipeline = self._name(self._given[0], "pipeline") + (
+            f"[{quoted(self.case)}]" if self.case else ""
+        )
+        scores = (
+            self._name(self._given[1], "scores")
+            + self.table[self.case, self.method, self.stage].path
+        )
         queries = self._name(self.queries, "queries")
         lines = [
             "import msif_lab as msif",
@@ -378,14 +450,21 @@ class InfluenceExplorer(Explorer):
             "",
             f"pipe, view = {pipeline}, {scores}",
             f"examples = pipe.stages[{self.stage}].data",
-            f"figure = plots.influence_grid(view, examples, {queries}, query={self.query}, k={self.k})",
+            f"figure = plots.influence_grid(view, examples, {queries}, query={self.query}, "
+            f"k={self.k})",
         ]
         if self.example is not None:
-            target = quoted(self.scores.target) if self.target is None else self._name(self.target, "target")
+            target = (
+                quoted(self.scores.target)
+                if self.target is None
+                else self._name(self.target, "target")
+            )
             lines += [
-                f"predicted = view.removal_effect([{self.example}])  # without the example at this position",
+                f"predicted = view.removal_effect([{self.example}])  # without the example at "
+                "this position",
                 f"without = [[{self.example}]]",
-                f"effects = msif.removal_effects(pipe, {queries}, without, stage={self.stage}, target={target})",
+                f"effects = msif.removal_effects(pipe, {queries}, without, stage={self.stage}, "
+                f"target={target})",
                 "actual = effects.values[:, 0]",
             ]
         return "\n".join(lines)

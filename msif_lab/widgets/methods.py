@@ -19,10 +19,11 @@ __all__ = ["MethodComparison"]
 
 
 class MethodComparison(Explorer):
-    """Two methods' scores of one query as a scatter, linked with pictures: choose an example, see both its places.
+    """Two methods' scores of one query as a scatter, linked with pictures: choose an example, see
+    both its places.
 
-    Methods have scales of their own, so the scatter shows scores divided by the largest size each method gives for this
-    query; the table has the scores themselves.
+    Methods have scales of their own, so the scatter shows scores divided by the largest size each
+    method gives for this query; the table has the scores themselves.
 
     Args:
         pipeline: trained.
@@ -31,7 +32,8 @@ class MethodComparison(Explorer):
         k: pictures a row.
 
     Raises:
-        ValueError, TypeError: fewer than two methods, other queries or examples, inputs that are no pictures.
+        ValueError, TypeError: fewer than two methods, other queries or examples, inputs that are no
+            pictures.
 
     >>> import msif_lab as msif
     >>> from msif_lab import experiments, widgets
@@ -45,36 +47,52 @@ class MethodComparison(Explorer):
 
     kind = "methods"
 
-    def __init__(self, pipeline: Pipeline, scores: Mapping[str, Influence], queries: Examples, *, k: int = 5):
+    def __init__(
+        self, pipeline: Pipeline, scores: Mapping[str, Influence], queries: Examples, *, k: int = 5
+    ):
         self.pipeline, self.queries = one_pipeline(pipeline, queries), queries
         if not isinstance(scores, Mapping) or len(scores) < 2:
-            raise ValueError("scores must hold two or more methods by name: {'implicit': ..., 'loss': ...}")
-        stages = {name: check_scores(one, pipeline, queries, f"scores[{name!r}]") for name, one in scores.items()}
+            raise ValueError(
+                "scores must hold two or more methods by name: {'implicit': ..., 'loss': ...}"
+            )
+        stages = {
+            name: check_scores(one, pipeline, queries, f"scores[{name!r}]")
+            for name, one in scores.items()
+        }
         if len(set(stages.values())) > 1:
             raise ValueError(f"scores are of different stages, {stages}; compare methods on one")
         self._given, self.table = scores, dict(scores)
         self.stage = next(iter(stages.values()))
         data = pipeline.stages[self.stage].data
         if not isinstance(k, int) or not 1 <= k <= len(data):
-            raise ValueError(f"k={k!r} must be a whole number between 1 and {len(data)}, the examples of the stage")
+            raise ValueError(
+                f"k={k!r} must be a whole number between 1 and {len(data)}, the examples of the "
+                "stage"
+            )
         self.gallery, self.examples = Gallery(queries, "queries"), Gallery(data, "the stage's data")
         self.k, self.query = k, 0
         self.a, self.b = list(self.table)[:2]
         self.example = int(self._ranks()[0].argmin())
 
     def _ranks(self, query: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Place of each example for this query by either method, ``(N,)`` each; 0 is the most harmful."""
+        """Place of each example for this query by either method, ``(N,)`` each; 0 is the most
+        harmful.
+        """
         query = self.query if query is None else query
         both = (self.table[name] for name in (self.a, self.b))
         return tuple(
-            torch.argsort(one.values[query].cpu(), stable=True, descending=one.target != "margin").argsort()
+            torch.argsort(
+                one.values[query].cpu(), stable=True, descending=one.target != "margin"
+            ).argsort()
             for one in both
         )
 
     def correlation(self) -> torch.Tensor:
         """Spearman of the two methods' scores, per query ``(Q,)``."""
         return torch.from_numpy(
-            row_correlations(*(row_ranks(self.table[name].values.cpu()) for name in (self.a, self.b)))
+            row_correlations(
+                *(row_ranks(self.table[name].values.cpu()) for name in (self.a, self.b))
+            )
         )
 
     # --- controls ---------------------------------------------------------------------------------
@@ -82,12 +100,21 @@ class MethodComparison(Explorer):
     def _build(self) -> list:
         import ipywidgets
 
-        names, slider = list(self.table), {"continuous_update": False, "layout": {"width": "min(700px, 98%)"}}
+        names, slider = (
+            list(self.table),
+            {"continuous_update": False, "layout": {"width": "min(700px, 98%)"}},
+        )
         choose = self._control
-        self.a_control = choose("Dropdown", "method-a", "Method A", self._set("a"), options=names, value=self.a)
-        self.b_control = choose("Dropdown", "method-b", "Method B", self._set("b"), options=names, value=self.b)
+        self.a_control = choose(
+            "Dropdown", "method-a", "Method A", self._set("a"), options=names, value=self.a
+        )
+        self.b_control = choose(
+            "Dropdown", "method-b", "Method B", self._set("b"), options=names, value=self.b
+        )
         queries = [(str(q), q) for q in range(len(self.queries))]
-        self.query_control = choose("SelectionSlider", "query", "Query", self._set("query"), options=queries, **slider)
+        self.query_control = choose(
+            "SelectionSlider", "query", "Query", self._set("query"), options=queries, **slider
+        )
         self.rank_control = choose(
             "IntSlider",
             "rank",
@@ -97,10 +124,18 @@ class MethodComparison(Explorer):
             max=len(self.examples.examples),
             **slider,
         )
-        self.view, self.plot, self.answer = self._html("view"), self._html("plot"), self._html("answer")
+        self.view, self.plot, self.answer = (
+            self._html("view"),
+            self._html("plot"),
+            self._html("answer"),
+        )
         self.titles = [self._html("view") for _ in range(3)]
         self.rows = [Cards(self, self.k, "example", self._choose) for _ in range(3)]
-        ranked = [part for title, row in zip(self.titles, self.rows, strict=True) for part in (title, row.box)]
+        ranked = [
+            part
+            for title, row in zip(self.titles, self.rows, strict=True)
+            for part in (title, row.box)
+        ]
         self._quiet, self._correlation = False, None
         wrap = {"flex_flow": "row wrap"}
         return [
@@ -136,7 +171,11 @@ class MethodComparison(Explorer):
         finally:
             self._quiet = False
         query = self.gallery.show(
-            q, "Query", width=96, column=150, caption=f"query {q}<br>{html.escape(self.gallery.label(q))}"
+            q,
+            "Query",
+            width=96,
+            column=150,
+            caption=f"query {q}<br>{html.escape(self.gallery.label(q))}",
         )
         chosen = self.examples.show(
             self.example,
@@ -179,11 +218,14 @@ class MethodComparison(Explorer):
             cards = []
             for place in torch.argsort(order, stable=True)[: self.k].tolist():
                 caption = (
-                    f"{html.escape(self.examples.label(place))}<br>{int(rank_a[place]) + 1}, {int(rank_b[place]) + 1}"
+                    f"{html.escape(self.examples.label(place))}<br>{int(rank_a[place]) + 1}, "
+                    f"{int(rank_b[place]) + 1}"
                 )
                 what = f"Example, place {int(rank_a[place]) + 1} by A and {int(rank_b[place]) + 1} by B"
                 picture = self.examples.show(place, what, caption=caption)
-                cards.append((place, picture, f"id {self.examples.number(place)}", place == self.example))
+                cards.append(
+                    (place, picture, f"id {self.examples.number(place)}", place == self.example)
+                )
             row.show(cards)
 
     def _scaled(self, query: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -198,7 +240,8 @@ class MethodComparison(Explorer):
         cloud.set_data(x.numpy(), y.numpy())
         mark.set_data(x[[self.example]].numpy(), y[[self.example]].numpy())
         alt = (
-            f"Scores of {len(x)} examples for query {self.query}: {self.a} across, {self.b} upwards; the chosen one at "
+            f"Scores of {len(x)} examples for query {self.query}: {self.a} across, {self.b} "
+            "upwards; the chosen one at "
         )
         alt += f"{signed(float(x[self.example]), 2)}, {signed(float(y[self.example]), 2)}"
         return img(self._figure.png(cloud, mark), alt)
@@ -206,7 +249,9 @@ class MethodComparison(Explorer):
     # --- without a kernel -------------------------------------------------------------------------
 
     def static(self, queries=None) -> list:
-        """One figure per query position: the scatter, and the most harmful examples by either method."""
+        """One figure per query position: the scatter, and the most harmful examples by either
+        method.
+        """
         import matplotlib.pyplot as plt
 
         figures = []
@@ -231,7 +276,9 @@ class MethodComparison(Explorer):
         return figures
 
     def code(self) -> str:
-        """Python for the view: both rows of scores, the chosen example's ``pair`` and the rank ``correlation``."""
+        """Python for the view: both rows of scores, the chosen example's ``pair`` and the rank
+        ``correlation``.
+        """
         scores, queries = self._name(self._given, "scores"), self._name(self.queries, "queries")
         pipeline = self._name(self.pipeline, "pipeline")
         return "\n".join(
@@ -240,17 +287,20 @@ class MethodComparison(Explorer):
                 "from msif_lab.comparison import row_correlations, row_ranks",
                 "",
                 f"a, b = {scores}[{quoted(self.a)}], {scores}[{quoted(self.b)}]",
-                f"pair = a.values[{self.query}, {self.example}], b.values[{self.query}, {self.example}]",
-                "correlation = row_correlations(row_ranks(a.values), row_ranks(b.values))  # Spearman, per query",
+                f"pair = a.values[{self.query}, {self.example}], b.values[{self.query}, "
+                f"{self.example}]",
+                "correlation = row_correlations(row_ranks(a.values), row_ranks(b.values))  # "
+                "Spearman, per query",
                 f"examples = {pipeline}.stages[{self.stage}].data",
-                f"figures = [plots.influence_grid(one, examples, {queries}, {self.query}, {self.k}) for one in (a, b)]",
+                f"figures = [plots.influence_grid(one, examples, {queries}, {self.query}, "
+                f"{self.k}) for one in (a, b)]",
             ]
         )
 
     def __repr__(self) -> str:
         return (
-            f"MethodComparison: {len(self.queries)} queries, {len(self.examples.examples)} examples, "
-            f"methods {list(self.table)}"
+            f"MethodComparison: {len(self.queries)} queries, {len(self.examples.examples)} "
+            f"examples, methods {list(self.table)}"
         )
 
 

@@ -1,4 +1,6 @@
-"""Pictures as text: `<img>` with its bytes and its alt text, which a slider can exchange in milliseconds."""
+"""Pictures as text: `<img>` with its bytes and its alt text, which a slider can exchange in
+milliseconds.
+"""
 
 import functools
 import html
@@ -12,7 +14,8 @@ from ..data.examples import Examples
 from ..figures import DRAWING, img
 
 CARD_WIDTH = 92  # pixels of a picture's column, and of the button below it with its margins
-# A button reaches over its picture, up to the edge of their box: a click on the picture is one on the button.
+# A button reaches over its picture, up to the edge of their box: a click on the picture is one on
+# the button.
 CLICKABLE = (
     ".msif-cards{position:relative;overflow:auto hidden}.msif-cards>.widget-hbox{overflow:visible}"
     ".msif-card.jupyter-button{position:relative;overflow:visible}"
@@ -22,7 +25,9 @@ CARD = "display:inline-block;text-align:center;vertical-align:top;line-height:1.
 
 
 def image_png(image: torch.Tensor) -> bytes:
-    """A ``(C, H, W)`` image of one or three channels as PNG: grey from white (least) to black, colours from 0 to 1."""
+    """A ``(C, H, W)`` image of one or three channels as PNG: grey from white (least) to black,
+    colours from 0 to 1.
+    """
     from PIL import Image
 
     values = image.detach().cpu().double()
@@ -43,11 +48,13 @@ class Gallery:
         shape = tuple(examples.x.shape)
         if len(shape) != 4 or shape[1] not in (1, 3):
             raise ValueError(
-                f"{name} hold inputs of shape {shape}: an explorer needs pictures, (N, 1, H, W) or (N, 3, H, W); "
-                "reshape the inputs, and let the model flatten them"
+                f"{name} hold inputs of shape {shape}: an explorer needs pictures, (N, 1, H, W) "
+                "or (N, 3, H, W); reshape the inputs, and let the model flatten them"
             )
         self.examples = examples
-        self.png = functools.lru_cache(maxsize=4096)(lambda position: image_png(examples.x[position]))
+        self.png = functools.lru_cache(maxsize=4096)(
+            lambda position: image_png(examples.x[position])
+        )
 
     def label(self, position: int) -> str:
         """What the example is called: its class by name, or its target."""
@@ -81,9 +88,9 @@ class Gallery:
 class Plot:
     """One matplotlib figure that is kept: artists change, the rest is drawn once.
 
-    ``draw`` gets the figure and returns the artists that the owner will change. No layout engine and no pyplot: those
-    cost more than all of the drawing. What moves with every step is drawn over the rest (`png`), or laid over the
-    picture by the browser (`over`).
+    ``draw`` gets the figure and returns the artists that the owner will change. No layout engine
+    and no pyplot: those cost more than all of the drawing. What moves with every step is drawn over
+    the rest (`png`), or laid over the picture by the browser (`over`).
     """
 
     def __init__(self, draw, width: float = 4.2, height: float = 3.0):
@@ -97,7 +104,9 @@ class Plot:
         self._still = None
 
     def png(self, *moving) -> bytes:
-        """The figure as it is; with ``moving`` artists only these are drawn anew, over what was there at first."""
+        """The figure as it is; with ``moving`` artists only these are drawn anew, over what was
+        there at first.
+        """
         from PIL import Image
 
         with DRAWING:
@@ -111,7 +120,9 @@ class Plot:
             for artist in moving:
                 artist.axes.draw_artist(artist)
             buffer = io.BytesIO()
-            Image.fromarray(numpy.asarray(canvas.buffer_rgba())).convert("RGB").save(buffer, "PNG", compress_level=1)
+            Image.fromarray(numpy.asarray(canvas.buffer_rgba())).convert("RGB").save(
+                buffer, "PNG", compress_level=1
+            )
         return buffer.getvalue()
 
     def over(self, ax, x: float) -> str:
@@ -148,7 +159,9 @@ def signed(value: float, digits: int = 4) -> str:
 
 
 def table(caption: str, rows, head=()) -> str:
-    """``rows`` of a name and its cells below a ``head`` of their names, all plain text, as an HTML table."""
+    """``rows`` of a name and its cells below a ``head`` of their names, all plain text, as an HTML
+    table.
+    """
     gap = "padding:0 0.8em;text-align"
     top = "".join(f"<th scope='col' style='{gap}:right'>{html.escape(text)}</th>" for text in head)
     body = "".join(
@@ -192,7 +205,9 @@ class Cards:
         return len(self.buttons)
 
     def show(self, cards) -> None:
-        """Show ``(place, picture, button's text, whether it is chosen)`` for each; what stays equal is not sent."""
+        """Show ``(place, picture, button's text, whether it is chosen)`` for each; what stays equal
+        is not sent.
+        """
         cards = list(cards)
         self.places = [place for place, *_ in cards]
         self.pictures.value = f'<div style="white-space:nowrap">{"".join(picture for _, picture, _, _ in cards)}</div>'

@@ -17,11 +17,13 @@ class FigureSlider(Explorer):
         values: the settings, in the slider's order.
         description: the slider's label.
         start: the setting shown first; default the first.
-        alt: ``alt(value)`` → what the figure shows, in words, for readers who do not see it; default the setting.
-        precompute: draw all settings when the slider is first shown, so that it then moves without waiting;
-            else each when it is first asked for.
+        alt: ``alt(value)`` → what the figure shows, in words, for readers who do not see it;
+            default the setting.
+        precompute: draw all settings when the slider is first shown, so that it then moves without
+            waiting; else each when it is first asked for.
 
-    As a cell's last value it shows the live slider; `static` draws one figure per setting, no kernel needed.
+    As a cell's last value it shows the live slider; `static` draws one figure per setting, no
+    kernel needed.
     """
 
     kind = "slider"
@@ -90,5 +92,6 @@ class FigureSlider(Explorer):
 
     def __repr__(self) -> str:
         return (
-            f"FigureSlider: {self.description}, {len(self.values)} settings from {self.values[0]} to {self.values[-1]}"
+            f"FigureSlider: {self.description}, {len(self.values)} settings from {self.values[0]} "
+            f"to {self.values[-1]}"
         )

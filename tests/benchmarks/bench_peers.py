@@ -1,23 +1,26 @@
-"""ImplicitInfluence against other libraries: the same jobs, in the same session, each library in its own environment.
+"""ImplicitInfluence against other libraries: the same jobs, in the same session, each library in
+its own environment.
 
     python tests/benchmarks/bench_peers.py --jobs S --peers ours --quick       a minute
     python tests/benchmarks/bench_peers.py --work ~/peers                      everything, an hour
     python tests/benchmarks/bench_peers.py --jobs D --peers ours pydvl --threads 2 --out d.json
 
-Jobs: S softmax regression, 788 parameters, MNIST 2,000 × 20 queries, Hessian + 1e-2; M tanh conv net, 26,698
-parameters, MNIST 10,000 × 20 queries, GGN + 1e-2, relative residual 1e-3; D is M's net on 2,000 examples,
-Hessian + 0.2.
+Jobs: S softmax regression, 788 parameters, MNIST 2,000 × 20 queries, Hessian + 1e-2; M tanh conv
+net, 26,698 parameters, MNIST 10,000 × 20 queries, GGN + 1e-2, relative residual 1e-3; D is M's net
+on 2,000 examples, Hessian + 0.2.
 
-Costs are multiples of a plain forward and backward epoch over the job's data (batches of 250), the median of epochs
-timed in the worker's own process just before and after the job; what a process does once (lazy imports) is paid
-before, in a run on 60 examples, and given as "first". All seconds are CPU seconds of the process: with one thread the
-same as wall time on an idle machine, and still right on a busy one. Memory is the process's VmHWM over the job, and
-what of it came on top of imports and data. Errors are against `peers/run_reference.py`, plain PyTorch:
-max |s − s*| / max |s*| and the median over queries of Pearson's r. The environments reuse this one's PyTorch through
-a .pth file.
+Costs are multiples of a plain forward and backward epoch over the job's data (batches of 250), the
+median of epochs timed in the worker's own process just before and after the job; what a process
+does once (lazy imports) is paid before, in a run on 60 examples, and given as "first". All seconds
+are CPU seconds of the process: with one thread the same as wall time on an idle machine, and still
+right on a busy one. Memory is the process's VmHWM over the job, and what of it came on top of
+imports and data. Errors are against `peers/run_reference.py`, plain PyTorch: max |s − s*| / max
+|s*| and the median over queries of Pearson's r. The environments reuse this one's PyTorch through a
+.pth file.
 
-The reference covers D's and M's first queries only (it solves them one column at a time). Whether an approximation is
-as good as another's is asked of all 20, "r all": to the scores of our fastest solver, which the reference has checked.
+The reference covers D's and M's first queries only (it solves them one column at a time). Whether
+an approximation is as good as another's is asked of all 20, "r all": to the scores of our fastest
+solver, which the reference has checked.
 """
 
 import argparse
@@ -45,7 +48,8 @@ PINNED = {
     "captum": "captum==0.9.0",
     "kronfluence": "kronfluence==1.0.1",
 }
-# Named in the table, not run: pip cannot get it from a package index, so nobody could repeat it by this script.
+# Named in the table, not run: pip cannot get it from a package index, so nobody could repeat it by
+# this script.
 NOT_RUN = {"torch-influence": "not on PyPI; its README installs from a git checkout"}
 VARIANTS = {
     ("S", "ours"): ["exact", "cg"],
@@ -75,11 +79,21 @@ def write_data(work: pathlib.Path) -> None:
             train, test = msif.load_mnist(pool=pool, classes=tuple(classes))
             train, test = train.select(n=jobs.TRAINED_ON[net], seed=0), test.select(n=20, seed=0)
             # Shuffled: `select` orders by position, and D is the first part of M
-            save_file({"x": train.x.clone(), "y": train.y.clone(), "qx": test.x.clone(), "qy": test.y.clone()}, path)
+            save_file(
+                {
+                    "x": train.x.clone(),
+                    "y": train.y.clone(),
+                    "qx": test.x.clone(),
+                    "qy": test.y.clone(),
+                },
+                path,
+            )
 
 
 def environment(peer: str, work: pathlib.Path) -> tuple[str | None, str]:
-    """``(python, "")`` of the peer's own environment, made at first use; ``(None, reason)`` if pip refuses."""
+    """``(python, "")`` of the peer's own environment, made at first use; ``(None, reason)`` if pip
+    refuses.
+    """
     if PINNED[peer] is None:
         return sys.executable, ""
     folder = work / "envs" / peer
@@ -87,9 +101,18 @@ def environment(peer: str, work: pathlib.Path) -> tuple[str | None, str]:
     if not done.exists() or done.read_text() != PINNED[peer]:
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
         (site,) = folder.glob("lib/python3*/site-packages")
-        ours = sysconfig.get_paths()["purelib"]  # the installed torch: 6 GB that need not come once per peer
+        # the installed torch: 6 GB that need not come once per peer
+        ours = sysconfig.get_paths()["purelib"]
         (site / "_ours.pth").write_text(ours + "\n")
-        command = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", PINNED[peer]]
+        command = [
+            python,
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--disable-pip-version-check",
+            PINNED[peer],
+        ]
         made = subprocess.run(command, capture_output=True, text=True, timeout=900)
         if made.returncode:
             errors = [line for line in made.stderr.splitlines() if line.startswith("ERROR")]
@@ -105,17 +128,26 @@ def usage(pid: int) -> tuple[float, float]:
         times = pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13]
     except OSError:  # it has just ended
         return 0.0, 0.0
-    memory = next((int(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith("VmRSS")), 0.0)
+    memory = next(
+        (int(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith("VmRSS")), 0.0
+    )
     return memory, sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
 
 
 def run_worker(python, script, args, name, variant, seconds, out) -> tuple[dict | None, str]:
-    """One job in a process of its own, stopped past its time or memory: ``(facts, "")`` or ``(None, reason)``."""
+    """One job in a process of its own, stopped past its time or memory: ``(facts, "")`` or
+    ``(None, reason)``.
+    """
     repository = str(HERE.parent.parent)
-    env = os.environ | {"PYTHONPATH": repository if script == "ours" else "", "OMP_NUM_THREADS": str(args.threads)}
+    env = os.environ | {
+        "PYTHONPATH": repository if script == "ours" else "",
+        "OMP_NUM_THREADS": str(args.threads),
+    }
     command = [python, HERE / "peers" / f"run_{script}.py", args.work, name, variant, out]
     with open(f"{out}.log", "w") as log:
-        process = subprocess.Popen([*command, "--threads", str(args.threads)], stdout=log, stderr=log, env=env)
+        process = subprocess.Popen(
+            [*command, "--threads", str(args.threads)], stdout=log, stderr=log, env=env
+        )
         reason = ""
         while process.poll() is None:
             time.sleep(0.1)
@@ -142,7 +174,9 @@ def agreement(scores: numpy.ndarray, truth: numpy.ndarray) -> tuple[float, float
 
 
 def compare_all_queries(rows: list[dict], scores: list[numpy.ndarray]) -> None:
-    """Give each row of a job ``"r all"``: over all queries, to our fastest solver that the reference confirms."""
+    """Give each row of a job ``"r all"``: over all queries, to our fastest solver that the
+    reference confirms.
+    """
     correct = [i for i, r in enumerate(rows) if r["library"] == "ours" and r["error"] < CORRECT]
     if correct:
         solved = scores[min(correct, key=lambda i: rows[i]["epochs"])]
@@ -154,7 +188,9 @@ def reference(name: str, args) -> tuple[numpy.ndarray | None, str]:
     """The independent scores of the job's first queries, kept in the work folder."""
     path = args.work / f"{name}-reference"
     if not path.with_suffix(".npy").exists():
-        facts, reason = run_worker(sys.executable, "reference", args, name, "-", args.timeout * 3, str(path))
+        facts, reason = run_worker(
+            sys.executable, "reference", args, name, "-", args.timeout * 3, str(path)
+        )
         if facts is None:
             return None, f"no reference: {reason}"
     facts = json.loads(path.with_suffix(".json").read_text())
@@ -170,7 +206,9 @@ def verdicts(rows: list[dict]) -> list[str]:
 
     def best(some, job):
         return min(
-            (r for r in some if r["job"] == job and r["error"] < CORRECT), key=lambda r: r["epochs"], default=None
+            (r for r in some if r["job"] == job and r["error"] < CORRECT),
+            key=lambda r: r["epochs"],
+            default=None,
         )
 
     for job in dict.fromkeys(r["job"] for r in ours):
@@ -184,7 +222,11 @@ def verdicts(rows: list[dict]) -> list[str]:
         if other is not None:
             ratio = other["epochs"] / mine["epochs"]
             line += f"; fastest correct peer {other['library']} {other['variant']} {other['epochs']:.0f}, {ratio:.1f}×"
-            line += "" if job in MOST else f", at least 2× asked: {'holds' if ratio >= 2 else 'FALLS SHORT'}"
+            line += (
+                ""
+                if job in MOST
+                else f", at least 2× asked: {'holds' if ratio >= 2 else 'FALLS SHORT'}"
+            )
         lines.append(line)
     for r in ours:
         for other in [p for p in peers if (p["job"], p["library"]) == (r["job"], "kronfluence")]:
@@ -196,7 +238,10 @@ def verdicts(rows: list[dict]) -> list[str]:
                 lines.append(line)
     if ours:
         most = max(r["peak"] for r in ours)
-        lines.append(f"memory: at most {most:.0f} MB, 1,000 asked: {'holds' if most < 1000 else 'FALLS SHORT'}")
+        lines.append(
+            f"memory: at most {most:.0f} MB, 1,000 asked: "
+            f"{'holds' if most < 1000 else 'FALLS SHORT'}"
+        )
     return lines
 
 
@@ -209,7 +254,9 @@ def main(args) -> None:
     form = "{:<3} {:<16} {:<17} {:>8} {:>8} {:>6} {:>6} {:>6} {:>8} {:>7}  {}"
     for name in args.jobs:
         job = jobs.load(args.work, name)
-        truth, note = (None, "no reference asked for") if args.no_reference else reference(name, args)
+        truth, note = (
+            (None, "no reference asked for") if args.no_reference else reference(name, args)
+        )
         epoch = min(job.epochs())
         spec = job.spec
         print(
@@ -234,7 +281,9 @@ def main(args) -> None:
                     allowed = min(args.timeout, args.limit_epochs * epoch + 60)
                     with tempfile.TemporaryDirectory() as folder:
                         out = f"{folder}/out"
-                        facts, reason = run_worker(python, peer.replace("-", "_"), args, name, variant, allowed, out)
+                        facts, reason = run_worker(
+                            python, peer.replace("-", "_"), args, name, variant, allowed, out
+                        )
                         scores = None if facts is None else numpy.load(f"{out}.npy").astype(float)
                 if facts is None:
                     print(form.format(name, peer, variant, *"-------", reason), flush=True)
@@ -246,8 +295,22 @@ def main(args) -> None:
                 found.append(scores)
                 cells = [f"{epochs:.1f}", f"{facts['seconds']:.2f}", f"{facts['first']:.1f}"]
                 cells += [f"{facts['peak']:.0f}", f"{facts['added']:.0f}"]
-                drift = "" if 0.8 < facts["drift"] < 1.25 else f"[epochs drifted ×{facts['drift']:.2f}] "
-                print(form.format(name, peer, variant, *cells, f"{error:.1e}", f"{r:.4f}", drift + facts["note"]))
+                drift = (
+                    ""
+                    if 0.8 < facts["drift"] < 1.25
+                    else f"[epochs drifted ×{facts['drift']:.2f}] "
+                )
+                print(
+                    form.format(
+                        name,
+                        peer,
+                        variant,
+                        *cells,
+                        f"{error:.1e}",
+                        f"{r:.4f}",
+                        drift + facts["note"],
+                    )
+                )
                 sys.stdout.flush()
         compare_all_queries([r for r in rows if r["job"] == name and "failed" not in r], found)
     print("\n" + "\n".join(verdicts(rows)))
@@ -256,17 +319,27 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--jobs", nargs="+", default=["S", "D", "M"], choices=list(jobs.SPECS))
-    parser.add_argument("--peers", nargs="+", default=[*PINNED, *NOT_RUN], choices=[*PINNED, *NOT_RUN])
+    parser.add_argument(
+        "--peers", nargs="+", default=[*PINNED, *NOT_RUN], choices=[*PINNED, *NOT_RUN]
+    )
     cache = pathlib.Path(tempfile.gettempdir()) / "msif_peers"
-    parser.add_argument("--work", type=pathlib.Path, default=cache, help=f"environments, data, references; {cache}")
+    parser.add_argument(
+        "--work", type=pathlib.Path, default=cache, help=f"environments, data, references; {cache}"
+    )
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--timeout", type=float, default=900, help="CPU seconds for one job of one library")
+    parser.add_argument(
+        "--timeout", type=float, default=900, help="CPU seconds for one job of one library"
+    )
     parser.add_argument("--limit-epochs", type=float, default=1500, help="the same in plain epochs")
     parser.add_argument("--memory", type=float, default=14, help="GB for one job of one library")
     parser.add_argument(
-        "--no-reference", action="store_true", help="costs only; M's reference takes hundreds of epochs"
+        "--no-reference",
+        action="store_true",
+        help="costs only; M's reference takes hundreds of epochs",
     )
     parser.add_argument("--quick", action="store_true", help="only each library's first variant")
     parser.add_argument("--out", type=pathlib.Path, help="write the rows as JSON")

@@ -1,4 +1,5 @@
-"""Retraining 24 weightings of the digits MLP one by one against all at once: seconds, ratio, same numbers.
+"""Retraining 24 weightings of the digits MLP one by one against all at once: seconds, ratio, same
+numbers.
 
 Run it on an idle machine: ``python tests/benchmarks/bench_retrain.py [--threads 1] [--repeats 3]``.
 """
@@ -25,10 +26,17 @@ def digits_pipeline(link, recipe):
     """Pretrain on 400 of the digits 0-3, finetune on 200 of 4-9; 16 hidden units, float64."""
     train, _ = msif.load_digits(dtype=torch.float64)
     stages = []
-    for name, classes, n in (("pretrain", (0, 1, 2, 3), 400), ("finetune", (4, 5, 6, 7, 8, 9), 200)):
+    for name, classes, n in (
+        ("pretrain", (0, 1, 2, 3), 400),
+        ("finetune", (4, 5, 6, 7, 8, 9), 200),
+    ):
         model = msif.mlp(64, hidden=(16,), classes=len(classes)).double()
         data = train.select(classes=classes, n=n)
-        stages.append(msif.Stage(name, model, data, weight_decay=1e-2, link=link if stages else None, recipe=recipe))
+        stages.append(
+            msif.Stage(
+                name, model, data, weight_decay=1e-2, link=link if stages else None, recipe=recipe
+            )
+        )
     return msif.Pipeline(stages).fit(progress=False)
 
 
@@ -46,7 +54,8 @@ def measure(link, recipe, warm, repeats):
     """(seconds one by one, seconds at once, largest difference of any parameter)."""
     pipeline = digits_pipeline(link, recipe)
     weights = torch.ones(LANES, 400, dtype=torch.float64)
-    weights[range(LANES), range(0, 400, 400 // LANES)[:LANES]] = 0  # each leaves another example out
+    # each leaves another example out
+    weights[range(LANES), range(0, 400, 400 // LANES)[:LANES]] = 0
 
     def one_by_one():
         return [pipeline.retrain(w, warm_start=warm, progress=False).parameters for w in weights]
@@ -58,7 +67,9 @@ def measure(link, recipe, warm, repeats):
     together, fast = timed(at_once, repeats)
     alone, slow = timed(one_by_one, repeats)
     difference = max(
-        float((together[k][lane] - alone[lane][k][0]).abs().max()) for lane in range(LANES) for k in range(2)
+        float((together[k][lane] - alone[lane][k][0]).abs().max())
+        for lane in range(LANES)
+        for k in range(2)
     )
     return slow, fast, difference
 
@@ -66,8 +77,14 @@ def measure(link, recipe, warm, repeats):
 def main(threads=None, repeats=3):
     if threads:
         torch.set_num_threads(threads)
-    print(f"{LANES} weightings, medians of {repeats}, {torch.get_num_threads()} thread(s), torch {torch.__version__}")
-    print(f"{'recipe':<20} {'link':<9} {'one by one':>11} {'at once':>9} {'ratio':>7}  largest difference")
+    print(
+        f"{LANES} weightings, medians of {repeats}, {torch.get_num_threads()} thread(s), torch "
+        f"{torch.__version__}"
+    )
+    print(
+        f"{'recipe':<20} {'link':<9} {'one by one':>11} {'at once':>9} {'ratio':>7}  largest "
+        "difference"
+    )
     failed = []
     for kind, (recipe, warm) in KINDS.items():
         for name, link in LINKS.items():
@@ -76,7 +93,10 @@ def main(threads=None, repeats=3):
             print(row, flush=True)
             if slow / fast < LEAST_RATIO or difference > LARGEST_DIFFERENCE:
                 failed.append(row)
-    assert not failed, f"ratio below {LEAST_RATIO:g} or difference above {LARGEST_DIFFERENCE:g}:\n" + "\n".join(failed)
+    assert not failed, (
+        f"ratio below {LEAST_RATIO:g} or difference above {LARGEST_DIFFERENCE:g}:\n"
+        + "\n".join(failed)
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""Costs of curvature products and scoring, in epochs (one plain forward and backward pass over the same data).
+"""Costs of curvature products and scoring, in epochs (one plain forward and backward pass over the
+same data).
 
     python tests/benchmarks/bench_scoring.py [--quick] [--threads 1]
 
-CPU seconds of this process, not wall-clock time, so that other work on the machine counts less; the epoch is measured
-before and after each figure. Data: MNIST, a tanh conv net; memory is the growth of the process's peak.
+CPU seconds of this process, not wall-clock time, so that other work on the machine counts less; the
+epoch is measured before and after each figure. Data: MNIST, a tanh conv net; memory is the growth
+of the process's peak.
 """
 
 import argparse
@@ -35,7 +37,9 @@ def build(pool, n, width=64):
     train, test = msif.load_mnist(pool=pool) if pool > 1 else msif.load_mnist()
     side = 28 // pool
     model = msif.convnet((1, side, side), channels=(16, 32), width=width, classes=10)
-    pipeline = msif.Pipeline([msif.Stage("mnist", model, train.select(n=n, seed=0), weight_decay=1e-3)]).adopt()
+    pipeline = msif.Pipeline(
+        [msif.Stage("mnist", model, train.select(n=n, seed=0), weight_decay=1e-3)]
+    ).adopt()
     return pipeline, test
 
 
@@ -76,14 +80,22 @@ def main():
         pipeline, _ = build(pool, n)
         o, full = pipeline.objective(0), pipeline.trained()[0]
         what = f"{28 // pool} × {28 // pool}, {o.size:,} parameters, {n:,} examples"
-        epoch, forward = functools.partial(plain, pipeline, True), functools.partial(plain, pipeline, False)
+        epoch, forward = (
+            functools.partial(plain, pipeline, True),
+            functools.partial(plain, pipeline, False),
+        )
         generator = torch.Generator().manual_seed(0)
         for name, kind in (("GGN", "ggn"), ("Hessian", "hessian")):
             operator = pipeline.curvature(0, kind)
             for columns in (1, 20):
                 v = torch.randn(o.size, columns, generator=generator)
                 each = ratio(lambda operator=operator, v=v: operator @ v, epoch) / columns
-                row(f"{what}: {name}, {columns} columns", each, MOST[name] if columns > 1 else 4.0, "epochs")
+                row(
+                    f"{what}: {name}, {columns} columns",
+                    each,
+                    MOST[name] if columns > 1 else 4.0,
+                    "epochs",
+                )
         for queries, unit, most in ((1, forward, FORWARDS), (20, epoch, EPOCHS)):
             v = torch.randn(o.size, queries, generator=generator)
             spent = ratio(functools.partial(msif.example_products, o, full, v), unit)
@@ -100,14 +112,22 @@ def main():
         times.append(seconds(lambda part=part: msif.example_products(o, full, v, part), 2))
         sizes.append(count)
         peaks.append(peak() - before)
-    row(f"log-log slope over N = {sizes}", float(numpy.polyfit(numpy.log(sizes), numpy.log(times), 1)[0]), SLOPE, "")
+    row(
+        f"log-log slope over N = {sizes}",
+        float(numpy.polyfit(numpy.log(sizes), numpy.log(times), 1)[0]),
+        SLOPE,
+        "",
+    )
     row("growth of the peak from first to last N", sum(peaks[1:]), 60, "MB")
     queries, times = [5, 10, 20, 40, 80], []
     for count in queries:
         v = torch.randn(o.size, count, generator=torch.Generator().manual_seed(0))
         times.append(seconds(lambda v=v: msif.example_products(o, full, v, data[:1000]), 2))
     row(
-        f"log-log slope over Q = {queries}", float(numpy.polyfit(numpy.log(queries), numpy.log(times), 1)[0]), SLOPE, ""
+        f"log-log slope over Q = {queries}",
+        float(numpy.polyfit(numpy.log(queries), numpy.log(times), 1)[0]),
+        SLOPE,
+        "",
     )
     print(f"peak memory of the process {peak():,.0f} MB")
     print("all within bounds" if not failed else "beyond bounds:\n  " + "\n  ".join(failed))

@@ -1,16 +1,20 @@
-"""Two-stage influence on a ResNet-18 of 11 million parameters: solvers side by side on a GPU, or a slice on a CPU.
+"""Two-stage influence on a ResNet-18 of 11 million parameters: solvers side by side on a GPU, or a
+slice on a CPU.
 
-    python tests/benchmarks/gpu.py --device cpu --size tiny           dry run, a minute
-    python tests/benchmarks/gpu.py --device cpu --size slice          all 11 million parameters, 64 examples, minutes
-    python tests/benchmarks/gpu.py --pack DIR --n 12000               40 MB of CIFAR-10 for a machine without a network
-    python tests/benchmarks/gpu.py --device cuda --data DIR --out gpu.json [--precision tf32]
+    python tests/benchmarks/gpu.py --device cpu --size tiny           dry run, a minute python
+    tests/benchmarks/gpu.py --device cpu --size slice          all 11 million parameters, 64
+    examples, minutes python tests/benchmarks/gpu.py --pack DIR --n 12000               40 MB of
+    CIFAR-10 for a machine without a network python tests/benchmarks/gpu.py --device cuda --data DIR
+    --out gpu.json [--precision tf32]
 
-torchvision's ResNet-18 with the usual CIFAR stem (3 × 3, stride 1, no pooling) is trained on six classes of CIFAR-10 by
-SGD, then finetuned with a new ``fc`` on the other four: `fc` alone (Frozen), or everything held near the pretrained
-weights (Proximal). BatchNorm normalises by its batch in pretraining and by the statistics of then (eval mode) ever
-after, so that a loss belongs to its example; its scales and shifts stay 1 and 0, since EK-FAC knows only Linear and
-Conv2d. Scores are of the pretraining examples on held-out queries. r is the median over queries of
-Pearson's r with the scores of plain CG. Everything is float32 unless --precision says otherwise, with its error shown.
+torchvision's ResNet-18 with the usual CIFAR stem (3 × 3, stride 1, no pooling) is trained on six
+classes of CIFAR-10 by SGD, then finetuned with a new ``fc`` on the other four: `fc` alone (Frozen),
+or everything held near the pretrained weights (Proximal). BatchNorm normalises by its batch in
+pretraining and by the statistics of then (eval mode) ever after, so that a loss belongs to its
+example; its scales and shifts stay 1 and 0, since EK-FAC knows only Linear and Conv2d. Scores are
+of the pretraining examples on held-out queries. r is the median over queries of Pearson's r with
+the scores of plain CG. Everything is float32 unless --precision says otherwise, with its error
+shown.
 """
 
 import argparse
@@ -89,14 +93,19 @@ def pack(folder: pathlib.Path, n: int) -> None:
         arrays |= {f"{part}_x": torch.cat(images).numpy(), f"{part}_y": numpy.array(labels)}
     numpy.savez(folder / "cifar10-pack.npz", **arrays)
     size = (folder / "cifar10-pack.npz").stat().st_size / 1e6
-    print(f"{folder / 'cifar10-pack.npz'}: {len(arrays['train_x'])} + {len(arrays['test_x'])} images, {size:.0f} MB")
+    print(
+        f"{folder / 'cifar10-pack.npz'}: {len(arrays['train_x'])} + {len(arrays['test_x'])} "
+        f"images, {size:.0f} MB"
+    )
 
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
 def examples(data, classes: tuple[int, ...], n: int, pool: int, part: str) -> msif.Examples:
-    """``n`` images of these classes as normalised floats, from a pack or from whatever `load_cifar10` finds."""
+    """``n`` images of these classes as normalised floats, from a pack or from whatever
+    `load_cifar10` finds.
+    """
     if data is not None and (data / "cifar10-pack.npz").exists():
         with numpy.load(data / "cifar10-pack.npz") as arrays:
             x, y = torch.from_numpy(arrays[f"{part}_x"]), torch.from_numpy(arrays[f"{part}_y"])
@@ -135,7 +144,9 @@ def carried(net: nn.Module) -> list[str]:
 
 
 def train(net, data, epochs, lr, weight_decay, trained, alpha=0.0, centre=None, batch=100) -> float:
-    """SGD on the stage's own objective, penalties included; the gradient norm of F is left to the library."""
+    """SGD on the stage's own objective, penalties included; the gradient norm of F is left to the
+    library.
+    """
     optimiser = torch.optim.SGD(trained, lr=lr, momentum=0.9, weight_decay=weight_decay)
     steps = epochs * -(-len(data) // batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps, pct_start=0.2)
@@ -156,7 +167,10 @@ def train(net, data, epochs, lr, weight_decay, trained, alpha=0.0, centre=None, 
 
 def accuracy(net, data) -> float:
     with torch.no_grad():
-        right = [(net(x).argmax(1) == y).sum() for x, y in zip(data.x.split(200), data.y.split(200), strict=True)]
+        right = [
+            (net(x).argmax(1) == y).sum()
+            for x, y in zip(data.x.split(200), data.y.split(200), strict=True)
+        ]
     return float(sum(right)) / len(data)
 
 
@@ -167,7 +181,10 @@ def build(size: Size, data: dict, device: str, weight_decay: float, alpha: float
     net.eval()
     shared = carried(net)
     backbone = {n: net.get_parameter(n).detach().clone() for n in shared}
-    print(f"pretrained: {accuracy(net, data['pretrain']):.1%} of its training images right", flush=True)
+    print(
+        f"pretrained: {accuracy(net, data['pretrain']):.1%} of its training images right",
+        flush=True,
+    )
     pipelines = {}
     for name in ("frozen", "proximal"):
         fine = resnet(len(FINETUNE), size.blocks, 1).to(device).eval()
@@ -175,9 +192,16 @@ def build(size: Size, data: dict, device: str, weight_decay: float, alpha: float
         fine.load_state_dict(state, strict=False)  # BatchNorm's buffers too: constants from here on
         frozen = name == "frozen"
         trained = list((fine.fc if frozen else fine).parameters())
-        settings = (0.1, weight_decay, trained) if frozen else (0.02, weight_decay, trained, alpha, backbone)
+        settings = (
+            (0.1, weight_decay, trained)
+            if frozen
+            else (0.02, weight_decay, trained, alpha, backbone)
+        )
         train(fine, data["finetune"], size.epochs, *settings)
-        print(f"{name}: {accuracy(fine, data['queries']):.1%} of the held-out images right", flush=True)
+        print(
+            f"{name}: {accuracy(fine, data['queries']):.1%} of the held-out images right",
+            flush=True,
+        )
         link = msif.Frozen(shared) if frozen else msif.Proximal(alpha, shared)
         stages = [
             msif.Stage("pretrain", copy.deepcopy(net), data["pretrain"], weight_decay=weight_decay),
@@ -218,13 +242,17 @@ def set_precision(precision: str) -> None:
 
 
 def products(pipeline, device: str, counts=(1, 4)) -> list[dict]:
-    """Curvature products of the pretraining stage, timed, next to a plain forward and backward pass."""
+    """Curvature products of the pretraining stage, timed, next to a plain forward and backward
+    pass.
+    """
     stage, rows = pipeline.stages[0], []
     net, x, y = stage.model, stage.data.x, stage.data.y
 
     def epoch():
         for a, b in zip(x.split(250), y.split(250), strict=True):
-            torch.autograd.grad(cross_entropy(net(a), b), [p for p in net.parameters() if p.requires_grad])
+            torch.autograd.grad(
+                cross_entropy(net(a), b), [p for p in net.parameters() if p.requires_grad]
+            )
 
     epoch()
     with Meter(device) as meter:
@@ -240,11 +268,18 @@ def products(pipeline, device: str, counts=(1, 4)) -> list[dict]:
             with Meter(device) as meter:
                 operator @ v
             seconds = meter.seconds / count
-            row = {"kind": kind, "columns": count, "seconds": seconds, "epochs": seconds / plain, "peak": meter.peak}
+            row = {
+                "kind": kind,
+                "columns": count,
+                "seconds": seconds,
+                "epochs": seconds / plain,
+                "peak": meter.peak,
+            }
             rows.append(row)
             print(
-                f"{kind:<8} product of {count} column(s): {row['seconds']:.3f} s = {row['epochs']:.1f} epochs "
-                f"a column, {1 / row['seconds']:.2f} products/s, peak {meter.peak:.0f} MB",
+                f"{kind:<8} product of {count} column(s): {row['seconds']:.3f} s = "
+                f"{row['epochs']:.1f} epochs a column, {1 / row['seconds']:.2f} products/s, peak "
+                f"{meter.peak:.0f} MB",
                 flush=True,
             )
     return rows
@@ -257,8 +292,12 @@ def precision_error(pipeline, precision: str, device: str) -> dict:
     set_precision("float32")
     with Meter(device) as slow:
         right = full @ v
-    if precision == "bf16":  # parameters, data and activations alike: autocast does not reach through torch.func
-        net, data = copy.deepcopy(stage.model).bfloat16(), msif.Examples(stage.data.x.bfloat16(), stage.data.y)
+    # parameters, data and activations alike: autocast does not reach through torch.func
+    if precision == "bf16":
+        net, data = (
+            copy.deepcopy(stage.model).bfloat16(),
+            msif.Examples(stage.data.x.bfloat16(), stage.data.y),
+        )
         half = objective.Objective(net, data, stage.loss, stage.weight_decay)
         other = curvature.GGN(half, half.layout.flatten(net))
     else:
@@ -269,13 +308,20 @@ def precision_error(pipeline, precision: str, device: str) -> dict:
     with Meter(device) as fast:
         found = other @ w
     error = float((found.to(right) - right).norm() / right.norm())
-    print(f"{precision}: a GGN product is {slow.seconds / fast.seconds:.1f}× faster, relative error {error:.1e}")
+    print(
+        f"{precision}: a GGN product is {slow.seconds / fast.seconds:.1f}× faster, relative error "
+        f"{error:.1e}"
+    )
     return {"precision": precision, "speedup": slow.seconds / fast.seconds, "error": error}
 
 
 def pearson(a: torch.Tensor, b: torch.Tensor) -> float:
     """Median over queries."""
-    return float(numpy.median([numpy.corrcoef(x, y)[0, 1] for x, y in zip(a.numpy(), b.numpy(), strict=True)]))
+    return float(
+        numpy.median(
+            [numpy.corrcoef(x, y)[0, 1] for x, y in zip(a.numpy(), b.numpy(), strict=True)]
+        )
+    )
 
 
 def study(pipelines: dict, queries, size: Size, args, deadline: float) -> list[dict]:
@@ -283,7 +329,9 @@ def study(pipelines: dict, queries, size: Size, args, deadline: float) -> list[d
 
     def watch(iteration, residuals):
         if time.perf_counter() > deadline:
-            raise OutOfTime(f"stopped in iteration {iteration} at residual {float(residuals.max()):.1e}")
+            raise OutOfTime(
+                f"stopped in iteration {iteration} at residual {float(residuals.max()):.1e}"
+            )
 
     form = "{:<9} {:<11} {:>8} {:>8} {:>6} {:>9} {:>9} {:>8} {:>7}  {}"
     columns = ("fit s", "score s", "iter", "residual", "products", "MB", "r", "")
@@ -296,13 +344,22 @@ def study(pipelines: dict, queries, size: Size, args, deadline: float) -> list[d
             try:
                 if time.perf_counter() > deadline:
                     raise OutOfTime("no time left")
-                solver = METHODS[name](rank=size.rank, tol=size.tol, max_iter=size.max_iter, callback=watch)
+                solver = METHODS[name](
+                    rank=size.rank, tol=size.tol, max_iter=size.max_iter, callback=watch
+                )
                 method = msif.ImplicitInfluence(solver, curvature="ggn", damping=args.damping)
                 with Meter(args.device) as fit:
                     method.fit(pipeline)
                 with Meter(args.device) as score:
                     found[name] = method.score(queries).values.detach().cpu()
-            except (msif.errors.MsifError, AttributeError, TypeError, ImportError, OutOfTime, RuntimeError) as error:
+            except (
+                msif.errors.MsifError,
+                AttributeError,
+                TypeError,
+                ImportError,
+                OutOfTime,
+                RuntimeError,
+            ) as error:
                 reason = f"{type(error).__name__}: {str(error).splitlines()[0][:110]}"
                 print(form.format(link, name, *"-------", reason), flush=True)
                 rows.append(row | {"failed": reason})
@@ -320,9 +377,17 @@ def study(pipelines: dict, queries, size: Size, args, deadline: float) -> list[d
             }
             rows.append(row)
             r = "-" if row["r"] is None else f"{row['r']:.3f}"
-            cells = f"{fit.seconds:.1f}", f"{score.seconds:.1f}", report.iterations, f"{row['residual']:.1e}"
+            cells = (
+                f"{fit.seconds:.1f}",
+                f"{score.seconds:.1f}",
+                report.iterations,
+                f"{row['residual']:.1e}",
+            )
             rate = f"{report.products / report.seconds:.2f} products/s" if report.products else ""
-            print(form.format(link, name, *cells, report.products, f"{row['peak']:.0f}", r, rate), flush=True)
+            print(
+                form.format(link, name, *cells, report.products, f"{row['peak']:.0f}", r, rate),
+                flush=True,
+            )
     return rows
 
 
@@ -336,7 +401,8 @@ def main(args) -> None:
     set_precision("float32")
     cuda = args.device.startswith("cuda")
     memory.WORKING_BYTES = args.working  # None: the library's own choice for the device
-    warnings.simplefilter("ignore", msif.ConvergenceWarning)  # a few epochs of SGD are no optimum; residuals are shown
+    # a few epochs of SGD are no optimum; residuals are shown
+    warnings.simplefilter("ignore", msif.ConvergenceWarning)
     device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} thread(s)"
     print(f"{device}, torch {torch.__version__}, size {args.size}", flush=True)
     parts = (
@@ -345,11 +411,16 @@ def main(args) -> None:
         ("queries", FINETUNE, 50 * size.queries),
     )
     data = {
-        name: examples(args.data, classes, n, size.pool, "test" if name == "queries" else "train").to(args.device)
+        name: examples(
+            args.data, classes, n, size.pool, "test" if name == "queries" else "train"
+        ).to(args.device)
         for name, classes, n in parts
     }
     pipelines = build(size, data, args.device, args.weight_decay, args.alpha)
-    print(f"data and training: {time.perf_counter() - start:.1f} s\n{pipelines['proximal']}", flush=True)
+    print(
+        f"data and training: {time.perf_counter() - start:.1f} s\n{pipelines['proximal']}",
+        flush=True,
+    )
     timed = products(pipelines["proximal"], args.device, (1, 2) if args.size != "full" else (1, 4))
     errors = []
     if args.precision != "float32":
@@ -358,28 +429,59 @@ def main(args) -> None:
     queries = data["queries"][: size.queries]
     rows = study(pipelines, queries, size, args, start + args.budget)
     if args.out:
-        facts = {"device": device, "torch": torch.__version__, "size": vars(size), "damping": args.damping}
+        facts = {
+            "device": device,
+            "torch": torch.__version__,
+            "size": vars(size),
+            "damping": args.damping,
+        }
         facts |= {"products": timed, "precision": errors, "methods": rows}
         args.out.write_text(json.dumps(facts, indent=1))
     print(f"all: {time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--size", choices=SIZES, default="full")
-    parser.add_argument("--data", type=pathlib.Path, help="folder with a pack, or what load_cifar10 reads")
-    parser.add_argument("--pack", type=pathlib.Path, help="only write a pack of --n training images into this folder")
+    parser.add_argument(
+        "--data", type=pathlib.Path, help="folder with a pack, or what load_cifar10 reads"
+    )
+    parser.add_argument(
+        "--pack",
+        type=pathlib.Path,
+        help="only write a pack of --n training images into this folder",
+    )
     parser.add_argument("--n", type=int, default=12_000)
     parser.add_argument("--methods", nargs="+", choices=METHODS)
-    parser.add_argument("--links", nargs="+", default=["frozen", "proximal"], choices=("frozen", "proximal"))
+    parser.add_argument(
+        "--links", nargs="+", default=["frozen", "proximal"], choices=("frozen", "proximal")
+    )
     parser.add_argument("--precision", choices=("float32", "tf32", "bf16"), default="float32")
     parser.add_argument("--damping", type=float, default=1e-2)
     parser.add_argument("--alpha", type=float, default=0.05)
     parser.add_argument("--weight-decay", type=float, default=5e-4)
-    for name in ("pretrain", "finetune", "queries", "epochs", "max-iter", "rank", "threads", "working"):
-        parser.add_argument(f"--{name}", type=int, help="bytes of a chunk" if name == "working" else None)
-    parser.add_argument("--budget", type=float, default=360, help="seconds after which no method is started or goes on")
+    for name in (
+        "pretrain",
+        "finetune",
+        "queries",
+        "epochs",
+        "max-iter",
+        "rank",
+        "threads",
+        "working",
+    ):
+        parser.add_argument(
+            f"--{name}", type=int, help="bytes of a chunk" if name == "working" else None
+        )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=360,
+        help="seconds after which no method is started or goes on",
+    )
     parser.add_argument("--out", type=pathlib.Path)
     args = parser.parse_args()
     pack(args.pack, args.n) if args.pack else main(args)

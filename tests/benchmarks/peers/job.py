@@ -1,7 +1,8 @@
-"""One influence job as every library sees it, and the meter that times it. Needs only torch, numpy, safetensors.
+"""One influence job as every library sees it, and the meter that times it. Needs only torch, numpy,
+safetensors.
 
-All take the mean loss over the N examples, plus damping times the identity on its curvature, and no weight decay;
-scores are ``∂q/∂w_i = −(1/N) ∇qᵀ (C + damping)⁻¹ ∇f_i``, ``(Q, N)``.
+All take the mean loss over the N examples, plus damping times the identity on its curvature, and no
+weight decay; scores are ``∂q/∂w_i = −(1/N) ∇qᵀ (C + damping)⁻¹ ∇f_i``, ``(Q, N)``.
 """
 
 import argparse
@@ -42,7 +43,9 @@ TRAINED_ON = {"softmax": 2000, "conv": 10_000}
 
 
 def network(net: str) -> nn.Module:
-    """``softmax``: 196 inputs × 4 classes + bias = 788; ``conv``: tanh, 28 × 28 inputs, 26,698 parameters."""
+    """``softmax``: 196 inputs × 4 classes + bias = 788; ``conv``: tanh, 28 × 28 inputs, 26,698
+    parameters.
+    """
     if net == "softmax":
         return nn.Sequential(nn.Flatten(), nn.Linear(196, 4))
     convolutions = [nn.Conv2d(1, 8, 3, padding=1), nn.Tanh(), nn.AvgPool2d(2)]
@@ -52,7 +55,9 @@ def network(net: str) -> nn.Module:
 
 @dataclass
 class Job:
-    """A loaded job: trained network, ``x`` (N, 1, s, s), ``y`` (N,), queries ``qx``, ``qy``, settings."""
+    """A loaded job: trained network, ``x`` (N, 1, s, s), ``y`` (N,), queries ``qx``, ``qy``,
+    settings.
+    """
 
     name: str
     folder: pathlib.Path
@@ -74,9 +79,13 @@ class Job:
         return torch.utils.data.TensorDataset(self.qx, self.qy)
 
     def small(self) -> "Job":
-        """The first 60 examples and two queries, to run what happens only once per process; damped to be easy."""
+        """The first 60 examples and two queries, to run what happens only once per process; damped
+        to be easy.
+        """
         easy = replace(self.spec, damping=10.0)
-        return replace(self, x=self.x[:60], y=self.y[:60], qx=self.qx[:2], qy=self.qy[:2], spec=easy)
+        return replace(
+            self, x=self.x[:60], y=self.y[:60], qx=self.qx[:2], qy=self.qy[:2], spec=easy
+        )
 
     def epoch(self) -> float:
         """CPU seconds of one plain forward and backward pass over the data."""
@@ -108,7 +117,9 @@ def train(net: str, x: torch.Tensor, y: torch.Tensor, path: pathlib.Path, epochs
 
 
 def load(folder, name: str) -> Job:
-    """The job from the work folder; its data must be there, its network is trained when it is first asked for."""
+    """The job from the work folder; its data must be there, its network is trained when it is first
+    asked for.
+    """
     folder, spec = pathlib.Path(folder), SPECS[name]
     arrays = load_file(folder / f"{spec.net}-data.safetensors")
     weights = folder / f"{spec.net}.safetensors"
@@ -117,7 +128,9 @@ def load(folder, name: str) -> Job:
     net = network(spec.net)
     net.load_state_dict(load_file(weights))
     n = spec.examples
-    return Job(name, folder, net.eval(), arrays["x"][:n], arrays["y"][:n], arrays["qx"], arrays["qy"], spec)
+    return Job(
+        name, folder, net.eval(), arrays["x"][:n], arrays["y"][:n], arrays["qx"], arrays["qy"], spec
+    )
 
 
 def status(key: str) -> float:
@@ -129,7 +142,8 @@ def status(key: str) -> float:
 
 
 def work(run) -> None:
-    """Main of a worker: ``run(job, variant)`` -> ``(Q, N)`` scores, or those and a line of facts; timed and written.
+    """Main of a worker: ``run(job, variant)`` -> ``(Q, N)`` scores, or those and a line of facts;
+    timed and written.
 
     Lazy imports and the like are paid in a first run on a few examples, which is reported apart.
     """

@@ -1,4 +1,6 @@
-"""captum: the dense inverse on all parameters (NaiveInfluenceFunction), or a rank-50 Arnoldi projection."""
+"""captum: the dense inverse on all parameters (NaiveInfluenceFunction), or a rank-50 Arnoldi
+projection.
+"""
 
 import inspect
 
@@ -13,7 +15,11 @@ def run(job: Job, variant: str):
     path = job.folder / "captum.pt"
     torch.save(job.net.state_dict(), path)
     kind = NaiveInfluenceFunction if variant == "naive" else ArnoldiInfluenceFunction
-    settings = {"projection_dim": job.parameters} if variant == "naive" else {"projection_dim": 50, "arnoldi_dim": 100}
+    settings = (
+        {"projection_dim": job.parameters}
+        if variant == "naive"
+        else {"projection_dim": 50, "arnoldi_dim": 100}
+    )
     assert set(settings) <= set(inspect.signature(kind).parameters)
     method = kind(
         job.net,
@@ -23,7 +29,8 @@ def run(job: Job, variant: str):
         loss_fn=nn.CrossEntropyLoss(reduction="sum"),
         batch_size=500,
         sample_wise_grads_per_batch=True,
-        hessian_reg=job.spec.damping * len(job.x),  # captum's Hessian is the sum over the data, not the mean
+        # captum's Hessian is the sum over the data, not the mean
+        hessian_reg=job.spec.damping * len(job.x),
         hessian_inverse_tol=0.0,
         **settings,
     )

@@ -1,7 +1,13 @@
-"""dattri: explicit inverse, conjugate gradients, EK-FAC. All data in one batch: with several it sums their inverses."""
+"""dattri: explicit inverse, conjugate gradients, EK-FAC. All data in one batch: with several it
+sums their inverses.
+"""
 
 import torch
-from dattri.algorithm.influence_function import IFAttributorCG, IFAttributorEKFAC, IFAttributorExplicit
+from dattri.algorithm.influence_function import (
+    IFAttributorCG,
+    IFAttributorEKFAC,
+    IFAttributorExplicit,
+)
 from dattri.task import AttributionTask
 from job import Job, work
 from torch.utils.data import DataLoader

@@ -27,9 +27,14 @@ def run(job: Job, variant: str):
     task = Classification()
     with tempfile.TemporaryDirectory() as folder:
         net = prepare_model(copy.deepcopy(job.net), task)
-        analyzer = Analyzer("bench", net, task, cpu=True, output_dir=folder, disable_tqdm=True, log_level=40)
+        analyzer = Analyzer(
+            "bench", net, task, cpu=True, output_dir=folder, disable_tqdm=True, log_level=40
+        )
         analyzer.fit_all_factors(
-            "factors", job.data(), per_device_batch_size=500, factor_args=FactorArguments(strategy=variant)
+            "factors",
+            job.data(),
+            per_device_batch_size=500,
+            factor_args=FactorArguments(strategy=variant),
         )
         analyzer.compute_pairwise_scores(
             "scores",

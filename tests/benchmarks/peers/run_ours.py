@@ -11,7 +11,9 @@ SOLVERS = {
     "cg": lambda tol: msif.ConjugateGradient(tol=tol),
     "cg-jacobi": lambda tol: msif.ConjugateGradient(tol=tol, preconditioner=msif.Jacobi()),
     "cg-lowrank": lambda tol: msif.ConjugateGradient(tol=tol, preconditioner=msif.LowRank()),
-    "cg-nested": lambda tol: msif.ConjugateGradient(tol=tol, preconditioner=msif.LowRank(rank=100), shares=(0.08, 0.3)),
+    "cg-nested": lambda tol: msif.ConjugateGradient(
+        tol=tol, preconditioner=msif.LowRank(rank=100), shares=(0.08, 0.3)
+    ),
     "cg-ekfac": lambda tol: msif.ConjugateGradient(tol=tol, preconditioner=msif.EKFAC()),
     "minres": lambda tol: msif.MINRES(tol=tol),
     "lissa": lambda tol: msif.LiSSA(tol=tol),
@@ -21,11 +23,14 @@ SOLVERS = {
 
 
 def run(job: Job, variant: str):
-    warnings.simplefilter("ignore", msif.ConvergenceWarning)  # trained by a short SGD run: no optimum, on purpose
+    # trained by a short SGD run: no optimum, on purpose
+    warnings.simplefilter("ignore", msif.ConvergenceWarning)
     s = job.spec
     data, queries = msif.Examples(job.x, job.y), msif.Examples(job.qx, job.qy)
     pipeline = msif.Pipeline([msif.Stage("only", job.net, data)]).adopt()
-    method = msif.ImplicitInfluence(SOLVERS[variant](s.residual), curvature=s.curvature, damping=s.damping)
+    method = msif.ImplicitInfluence(
+        SOLVERS[variant](s.residual), curvature=s.curvature, damping=s.damping
+    )
     scores = method.fit(pipeline).score(queries)
     return scores.values, str(method.report_["only"])
 

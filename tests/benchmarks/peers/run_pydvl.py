@@ -1,9 +1,17 @@
-"""pyDVL: dense solve, or conjugate gradients with all queries in one block; queries solved once, data in batches."""
+"""pyDVL: dense solve, or conjugate gradients with all queries in one block; queries solved once,
+data in batches.
+"""
 
 import torch
 from job import Job, work
 from pydvl.influence import InfluenceMode
-from pydvl.influence.torch import CgInfluence, DirectInfluence, EkfacInfluence, NystroemPreconditioner, SecondOrderMode
+from pydvl.influence.torch import (
+    CgInfluence,
+    DirectInfluence,
+    EkfacInfluence,
+    NystroemPreconditioner,
+    SecondOrderMode,
+)
 from torch.utils.data import DataLoader
 
 
@@ -17,7 +25,14 @@ def run(job: Job, variant: str):
         model = EkfacInfluence(job.net, update_diagonal=True, hessian_regularization=s.damping)
     else:
         conditioner = NystroemPreconditioner(rank=50) if variant == "block-cg-nystrom" else None
-        model = CgInfluence(job.net, loss, s.damping, preconditioner=conditioner, second_order_mode=mode, **iterative)
+        model = CgInfluence(
+            job.net,
+            loss,
+            s.damping,
+            preconditioner=conditioner,
+            second_order_mode=mode,
+            **iterative,
+        )
     model = model.fit(DataLoader(job.data(), batch_size=500))
     if variant == "ekfac":  # has no factors for a joint block
         return -model.influences(job.qx, job.qy, job.x, job.y, mode=InfluenceMode.Up) / len(job.x)

@@ -1,4 +1,6 @@
-"""The right answer, by plain PyTorch alone: float64 closed form (S), or conjugate gradients on double backward."""
+"""The right answer, by plain PyTorch alone: float64 closed form (S), or conjugate gradients on
+double backward.
+"""
 
 import copy
 
@@ -13,7 +15,10 @@ CHUNK = 500
 def softmax_regression(job: Job) -> torch.Tensor:
     """``H = (1/N) Σ (diag p − ppᵀ) ⊗ x̃x̃ᵀ`` in float64, solved densely."""
     net = copy.deepcopy(job.net).double()
-    x, q = (torch.cat([a.double().flatten(1), torch.ones(len(a), 1).double()], 1) for a in (job.x, job.qx))
+    x, q = (
+        torch.cat([a.double().flatten(1), torch.ones(len(a), 1).double()], 1)
+        for a in (job.x, job.qx)
+    )
     p, p_query = net(job.x.double()).softmax(1), net(job.qx.double()).softmax(1)
     bend = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
     size = x.shape[1]
@@ -27,7 +32,9 @@ def softmax_regression(job: Job) -> torch.Tensor:
 
 
 class Product:
-    """``(C + damping) V`` for ``V`` (P, K), one column and one chunk of examples at a time, by double backward."""
+    """``(C + damping) V`` for ``V`` (P, K), one column and one chunk of examples at a time, by
+    double backward.
+    """
 
     def __init__(self, job: Job):
         self.job, self.parameters = job, list(job.net.parameters())
@@ -41,7 +48,11 @@ class Product:
         for x, y in zip(job.x.split(CHUNK), job.y.split(CHUNK), strict=True):
             z = job.net(x)
             if job.spec.curvature == "hessian":
-                first = grad(cross_entropy(z, y, reduction="sum") / len(job.x), self.parameters, create_graph=True)
+                first = grad(
+                    cross_entropy(z, y, reduction="sum") / len(job.x),
+                    self.parameters,
+                    create_graph=True,
+                )
             else:
                 dummy, p = torch.zeros_like(z, requires_grad=True), z.detach().softmax(1)
                 first = grad(z, self.parameters, dummy, create_graph=True)
@@ -58,7 +69,9 @@ class Product:
 
 
 def solve(product, b, tol, most=400):
-    """Textbook conjugate gradients, each column its own; returns the solution and its true residuals."""
+    """Textbook conjugate gradients, each column its own; returns the solution and its true
+    residuals.
+    """
     x, r, p = torch.zeros_like(b), b.clone(), b.clone()
     square = (r * r).sum(0)
     for _ in range(most):
@@ -76,7 +89,9 @@ def iterative(job: Job) -> tuple[torch.Tensor, str]:
     product, queries = Product(job), job.spec.checked
     parameters = product.parameters
     losses = [cross_entropy(job.net(job.qx[[q]]), job.qy[[q]]) for q in range(queries)]
-    b = torch.stack([torch.cat([g.flatten() for g in grad(loss, parameters)]) for loss in losses], 1)
+    b = torch.stack(
+        [torch.cat([g.flatten() for g in grad(loss, parameters)]) for loss in losses], 1
+    )
     v, residuals = solve(product, b, 1e-5)
     scores = torch.empty(queries, len(job.x))
     for start in range(0, len(job.x), CHUNK):
