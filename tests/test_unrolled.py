@@ -394,11 +394,6 @@ def test_leave_one_out_is_the_second_derivative_where_that_is_all_there_is():
     assert float((estimate - expected).norm() / (expected - plain).norm()) < 0.1
 
 
-def test_leave_one_out_and_groups_are_different_questions():
-    with refused(ValueError, "leave_one_out", "group_fraction", "choose one"):
-        msif.UnrolledInfluence(leave_one_out=True, group_fraction=0.1)
-
-
 # ---- Diagnostics ----
 
 

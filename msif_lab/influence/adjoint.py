@@ -30,10 +30,13 @@ class Probes:
     Attributes:
         run: the 2R runs, first all ``+``, then all ``−``.
         signs: ``z / h``, ``(R, m)``.
+        share: of the correction that is wanted: all of it for a removal on its own, ``1 − 2p`` for one among
+            random others that are removed with probability p.
     """
 
     run: Trajectory
     signs: Tensor
+    share: float = 1.0
 
     def responses(self, theta: Tensor, examples: Tensor) -> Tensor:
         """``∂θ/∂w_i`` of some examples ``(B, P)`` at a step where the runs have parameters
@@ -150,7 +153,7 @@ class Adjoint:
         for part in batch.split(max(1, self.memory // 4 // (8 * row))):
             responses = self.probes.responses(probed, part)
             bent = own_products("hessian", o, full, o.data.x[part], o.data.y[part], responses)
-            self.scores[:, part] -= g_bar @ bent.T / len(batch)
+            self.scores[:, part] -= self.probes.share * (g_bar @ bent.T) / len(batch)
 
     def before(self, size: int) -> Tensor:
         """∂q/∂ the final parameters of the stage before, ``(Q, D')`` with D' = ``size``."""

@@ -47,15 +47,19 @@ class UnrolledInfluence:
         segments: cut every stage's run into this many stretches instead of letting the budget
             decide.
         group_fraction: p > 0 predicts the removal of *random groups* holding this fraction of the
-            stage's examples better, at the price of one more training. Instead of at w = 1 the run
-            is differentiated at w = 1 − p, the average of such removals, which is the best linear
-            predictor where q is quadratic in w. The scores then predict removal, level included,
-            and are no longer the derivative.
+            stage's examples better, at the price of one more training: the run is differentiated
+            at w̄ = 1 − p, the average of such removals, instead of w = 1. Where q is quadratic in w
+            the best linear predictor has the scores ``∂q/∂w_i(w̄) + ½ (2p − 1) ∂²q/∂w_i²``; so the
+            gradient at w̄ alone is best only for p = ½, or where that diagonal is zero.
+            ``leave_one_out=True`` adds most of the diagonal. The scores then predict removal, level
+            included, and are no longer the derivative.
         leave_one_out: predict the removal of *single examples* better, at the price of about one
             more sweep: without example i its own curvature leaves the steps too, which
             `ImplicitInfluence(leave_one_out=True)` accounts for by ``H − h_i/m`` and the run by
-            ``(1/|B|) ḡᵀ h_i ∂θ/∂w_i`` in each step that holds i. How θ depends on each weight is
-            estimated from runs of the stage with all weights changed a little at random.
+            ``(1/|B|) ḡᵀ h_i ∂θ/∂w_i`` in each step that holds i. That is half of ``∂²q/∂w_i²`` but
+            for the curvature of q itself and third derivatives of the loss; with `group_fraction`
+            1 − 2p of it is taken. How θ depends on each weight is estimated from runs of the stage
+            with all weights changed a little at random.
         probes: pairs of such runs, all at once; more for longer training, whose estimate is
             noisier.
 
@@ -93,10 +97,6 @@ class UnrolledInfluence:
             )
         if not isinstance(probes, int) or probes < 1:
             raise ValueError(f"probes={probes!r} must be a whole number of at least 1")
-        if group_fraction and leave_one_out:
-            raise ValueError(
-                "leave_one_out=True is for single examples, group_fraction for groups; choose one"
-            )
         self.segments, self.group_fraction = segments, float(group_fraction)
         self.leave_one_out, self.probes = bool(leave_one_out), probes
         self.plan_: UnrolledPlan | None = None
@@ -155,17 +155,28 @@ class UnrolledInfluence:
                 previous = runs[-1].final
         return runs
 
-    def _probe(self, k: int) -> Probes:
-        """Stage k once more, under ``2 · probes`` weightings close to its own."""
-        run, o = self._runs[k], self._pipeline.objective(k)
+    def _differentiated_at(
+        self, first: int, progress: bool
+    ) -> tuple[list[Trajectory], Probes | None]:
+        """The runs to be differentiated, and the probes around the stage that is asked about."""
+        runs = self._runs
+        if self.group_fraction:
+            runs = self._replay(self.plan_, {first: 1 - self.group_fraction}, progress)
+        probed = self.leave_one_out and self.group_fraction != 0.5  # where nothing is to be corrected
+        return runs, self._probe(runs[first]) if probed else None
+
+    def _probe(self, run: Trajectory) -> Probes:
+        """A stage's run once more, under ``2 · probes`` weightings close to its own."""
+        o = run.lanes.objective
         h = 1e-3 if o.dtype == torch.float64 else 1e-2
-        signs = torch.randint(
-            0, 2, (self.probes, len(o.data)), generator=torch.Generator().manual_seed(0)
-        )
-        signs = (2 * signs - 1).to(run.lanes.weights)
+        draw = torch.Generator().manual_seed(0)
+        signs = 2 * torch.randint(0, 2, (self.probes, len(o.data)), generator=draw) - 1
+        signs = signs.to(run.lanes.weights)
         one = torch.zeros(2 * self.probes, dtype=torch.int64, device=signs.device)
-        lanes = replace(run.lanes.select(one), weights=torch.cat([1 + h * signs, 1 - h * signs]))
-        return Probes(Trajectory(run.recipe, lanes, run.bounds).run(), signs / h)
+        weights = run.lanes.weights + h * torch.cat([signs, -signs])
+        lanes = replace(run.lanes.select(one), weights=weights)
+        share = 1 - 2 * self.group_fraction
+        return Probes(Trajectory(run.recipe, lanes, run.bounds).run(), signs / h, share)
 
     def score(
         self,
@@ -191,17 +202,9 @@ class UnrolledInfluence:
         pipeline.require_unchanged(self._full)
         function = ask(pipeline.objective(-1), queries, target)
         self.plan_ = self._plan(pipeline, len(queries))
-        runs, probes = self._runs, None
-        if self.group_fraction:
-            if first not in self._at:  # one run more, kept for the next call
-                self._at = {
-                    first: self._replay(self.plan_, {first: 1 - self.group_fraction}, progress)
-                }
-            runs = self._at[first]
-        if self.leave_one_out:
-            if first not in self._at:
-                self._at = {first: self._probe(first)}
-            probes = self._at[first]
+        if first not in self._at:
+            self._at = {first: self._differentiated_at(first, progress)}
+        runs, probes = self._at[first]
         values, self.adjoint_norms_ = self._sweep(
             runs, first, queries, function, self.plan_, probes, progress
         )
