@@ -1,5 +1,4 @@
-"""One stage backwards: from ∂q/∂ its final parameters to ∂q/∂ those of the stage before, scores
-collected on the way.
+"""One stage backwards: from its final parameters to those of the stage before, collecting scores.
 
 A bar means ∂q/∂. One step of gradient descent with momentum, and its reverse, are
 
@@ -22,16 +21,15 @@ CHUNK_BYTES = 150 * 10**6  # of derivatives at once; more only misses the caches
 
 @dataclass
 class Probes:
-    """Pairs of runs of a stage with all weights changed a little at random, ``w̄ ± h z`` for random
-    signs z.
+    """Pairs of runs of a stage whose weights are all changed a little: ``w̄ ± h z``, z random signs.
 
     ``∂θ/∂w_i ≈ (1/R) Σ_r z_ri (θ⁺_r − θ⁻_r) / 2h``: what the other examples add cancels on average.
 
     Attributes:
         run: the 2R runs, first all ``+``, then all ``−``.
         signs: ``z / h``, ``(R, m)``.
-        share: of the correction that is wanted: all of it for a removal on its own, ``1 − 2p`` for one among
-            random others that are removed with probability p.
+        share: of the correction that is wanted: all of it for a removal on its own, ``1 − 2p`` for
+            one among random others, each removed with probability p.
     """
 
     run: Trajectory
@@ -39,15 +37,13 @@ class Probes:
     share: float = 1.0
 
     def responses(self, theta: Tensor, examples: Tensor) -> Tensor:
-        """``∂θ/∂w_i`` of some examples ``(B, P)`` at a step where the runs have parameters
-        ``theta`` (2R, P).
-        """
+        """``∂θ/∂w_i`` of some examples (B, P), from the runs' parameters (2R, P) at one step."""
         plus, minus = theta.chunk(2)
         return self.signs[:, examples].T @ (plus - minus) / (2 * len(self.signs))
 
 
 class Adjoint:
-    """The derivatives of Q queries while they travel backwards through one stage's run.
+    """The derivatives of Q queries on their way backwards through one stage's run.
 
     Args:
         functional: the stage.

@@ -1,5 +1,4 @@
-"""Baselines: what one would look at first, as attributors with the interface of
-`ImplicitInfluence`.
+"""Baselines: what one would look at first, as attributors like `ImplicitInfluence`.
 
 From the pretrained model alone, the same row for every query: `Loss`, `Entropy`, `Margin`,
 `GradientNorm`, `Random`. For each query: `GradientDot`, `TracIn`, `RepresentationSimilarity`,
@@ -83,20 +82,22 @@ class Baseline:
         raise TypeError(f"{type(self).__name__} must define _values")
 
     def _query_gradients(self, k: int, queries: Examples, function: Callable) -> Tensor:
-        """∇q by the parameters stage k trains, ``(Q, P)``, as if shared parameters were all that
-        stages have in common: what a later stage takes over is passed on as it is, its own head is
-        held fixed.
+        """∇q by the parameters stage k trains, ``(Q, P)``, as if later stages did not adapt.
+
+        The gradient by what a later stage took over is passed on as it is; its own head is held
+        fixed.
         """
         o = self._pipeline.objective(-1)
         parts = per_example_gradients(o, self._full[-1], queries, function, every=True)
         cotangent = torch.cat([g for _, g in parts])
         for j in range(len(self._full) - 1, k, -1):
-            p = self._pipeline.functional(j)
-            before = cotangent.new_zeros(
-                len(cotangent), self._pipeline.objective(j - 1).layout.size
+            functional, layout = (
+                self._pipeline.functional(j),
+                self._pipeline.objective(j - 1).layout,
             )
+            before = cotangent.new_zeros(len(cotangent), layout.size)
             for how in ("coupled", "frozen"):
-                p.there[how].put(before, p.here[how].take(cotangent))
+                functional.there[how].put(before, functional.here[how].take(cotangent))
             cotangent = before
         return self._pipeline.objective(k).trained.take(cotangent)
 
@@ -105,19 +106,19 @@ class _PerExample(Baseline):
     """A function of each example's output and target in its own stage's trained model."""
 
     def _values(self, k, queries, function):
-        o = self._pipeline.objective(k)
+        o, full = self._pipeline.objective(k), self._full[k]
         with torch.no_grad():
-            return torch.cat(
-                [self._of(o, o.outputs(self._full[k], x), y) for _, x, y in o.chunks()]
-            )[None]
+            parts = [self._of(o, o.outputs(full, x), y) for _, x, y in o.chunks()]
+        return torch.cat(parts)[None]
 
     def _of(self, objective, outputs: Tensor, targets: Tensor) -> Tensor:
         raise TypeError(f"{type(self).__name__} must define _of")
 
 
 class Loss(_PerExample):
-    """Each example's own loss ``f_i`` after its stage's training, in nats. Unsigned: a hard example
-    matters.
+    """Each example's own loss ``f_i`` after its stage's training, in nats. Unsigned.
+
+    A hard example matters, one way or the other.
     """
 
     def _of(self, objective, outputs, targets):
@@ -125,10 +126,10 @@ class Loss(_PerExample):
 
 
 class Entropy(_PerExample):
-    """Entropy of the predicted class, ``−Σ_c p_c log p_c`` in nats: ambiguous, whatever the label.
-    Unsigned.
+    """Entropy of the predicted class, ``−Σ_c p_c log p_c`` in nats. Unsigned.
 
-    For sequences of predictions ``(B, T, C)`` the mean over the sequence.
+    Large where the model finds an example ambiguous, whatever its label. For sequences of
+    predictions ``(B, T, C)`` the mean over the sequence.
     """
 
     def _of(self, objective, outputs, targets):
@@ -138,8 +139,9 @@ class Entropy(_PerExample):
 
 
 class Margin(_PerExample):
-    """``1 − (p_y − max_{c≠y} p_c)``: 0 where the model is sure and right, 2 where it is sure and
-    wrong. Unsigned.
+    """``1 − (p_y − max_{c≠y} p_c)``. Unsigned.
+
+    0 where the model is sure and right, 2 where it is sure and wrong.
     """
 
     def _of(self, objective, outputs, targets):
@@ -171,7 +173,7 @@ class GradientNorm(Baseline):
 
 
 class Random(Baseline):
-    """Normal random numbers: what agreement looks like where there is nothing to agree.
+    """Normal random numbers: what agreement looks like by chance.
 
     Args:
         seed: another one gives other numbers.
@@ -182,18 +184,15 @@ class Random(Baseline):
 
     def _values(self, k, queries, function):
         shape = len(queries), len(self._pipeline.stages[k].data)
-        values = torch.randn(
-            shape, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64
-        )
-        return values.to(self._full[k])
+        draw = torch.Generator().manual_seed(self.seed)
+        return torch.randn(shape, generator=draw, dtype=torch.float64).to(self._full[k])
 
 
 class GradientDot(Baseline):
-    """``−(1/m) ∇q · ∇f_i`` over the shared parameters: influence without curvature, heads held
-    fixed. Signed.
+    """``−(1/m) ∇q · ∇f_i`` over the shared parameters. Signed.
 
-    With ``cosine=True`` divided by both norms, so that examples that pull hard do not stand out for
-    that alone.
+    Influence without curvature, with the heads held fixed. With ``cosine=True`` it is divided by
+    both norms, so that examples with large gradients do not stand out for that alone.
     """
 
     signed = True
@@ -213,8 +212,7 @@ class GradientDot(Baseline):
 
 
 class TracIn(Baseline):
-    """``−(1/m) Σ_c η_c ∇q · ∇f_i(θ_c)`` over checkpoints of the stage's own run (Pruthi et al.
-    2020). Signed.
+    """``−(1/m) Σ_c η_c ∇q · ∇f_i(θ_c)`` over checkpoints of the stage's own run. Signed.
 
     η_c sums the learning rates of the steps a checkpoint stands for. When q is asked after a later
     stage, its gradient is the one after finetuning: at a checkpoint of pretraining there is no head
@@ -222,6 +220,8 @@ class TracIn(Baseline):
 
     Args:
         checkpoints: how many, at equal distances, the last at the end of the run.
+
+    Reference: Pruthi et al. (2020).
     """
 
     signed = True
@@ -243,10 +243,9 @@ class TracIn(Baseline):
         self._states, previous = [], None
         for k, stage in enumerate(pipeline.stages):
             lanes = pipeline.fresh_lanes(k, previous)
-            steps = len(list(stage.recipe.steps(len(stage.data))))
-            run = Trajectory(
-                stage.recipe, lanes, even_bounds(steps, self.checkpoints), keep=False
-            ).run()
+            steps = sum(1 for _ in stage.recipe.steps(len(stage.data)))
+            bounds = even_bounds(steps, self.checkpoints)
+            run = Trajectory(stage.recipe, lanes, bounds, keep=False).run()
             previous = run.final
             require_same_end(stage.name, previous[0], self._full[k])
             self._states.append([(full[0], rate) for full, rate in run.ends()])
@@ -264,11 +263,12 @@ class TracIn(Baseline):
 
 
 class RepresentationSimilarity(Baseline):
-    """Cosine of example and query in the features that the scored stage's model has learned.
-    Unsigned: an example that looks like the query to the model matters to it, for better or worse.
+    """Cosine of example and query in the features of the scored stage's model. Unsigned.
+
+    An example that looks like the query to the model matters to it, for better or worse.
 
     Args:
-        layer: the features are what the module of this name is given, by default the head.
+        layer: the features are the inputs of the module of this name, by default the head.
     """
 
     def __init__(self, layer: str = "head"):
@@ -311,9 +311,10 @@ class RepresentationSimilarity(Baseline):
 
 
 class SingleStage(Baseline):
-    """Koh & Liang's influence in the scored stage alone: later stages pass the query's gradient on
-    unchanged, as if they did not adapt, ``−(1/m) ∇qᵀ (H + damping)⁻¹ ∇f_i``. Signed. The paper's
-    own formula without its point.
+    """Koh & Liang's influence in the scored stage alone. Signed.
+
+    ``−(1/m) ∇qᵀ (H + damping)⁻¹ ∇f_i``, where later stages pass the query's gradient on unchanged,
+    as if they did not adapt: the multi-stage formula without its second stage.
 
     Args:
         solver, curvature, damping: as in `ImplicitInfluence`.

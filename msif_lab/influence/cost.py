@@ -85,19 +85,16 @@ class Plan:
         return {s.stage: s.solver for s in self.stages}[stage]
 
     def __str__(self) -> str:
-        head = f"{'stage':<14}{'parameters':>11}{'examples':>10}{'products':>10}{'memory':>10}{'time':>9}  solver"
-        rows = [
-            f"{s.stage:<14}{s.parameters:>11,}{s.examples:>10,}{s.products:>10,}{s.bytes / 1e6:>7,.0f} "
-            f"MB{s.seconds:>7,.1f} s  {type(s.solver).__name__}: {s.reason}"
-            for s in self.stages
-        ]
-        return "\n".join(
-            [
-                f"{self.queries} queries, {self.memory / 1e6:,.0f} MB; a probe's estimate",
-                head,
-                *rows,
-            ]
-        )
+        title = f"{self.queries} queries, {self.memory / 1e6:,.0f} MB; a probe's estimate"
+        counted = f"{'parameters':>11}{'examples':>10}{'products':>10}"
+        head = f"{'stage':<14}{counted}{'memory':>10}{'time':>9}  solver"
+        return "\n".join([title, head, *map(self._row, self.stages)])
+
+    @staticmethod
+    def _row(s: StagePlan) -> str:
+        counted = f"{s.parameters:>11,}{s.examples:>10,}{s.products:>10,}"
+        taken = f"{s.bytes / 1e6:>7,.0f} MB{s.seconds:>7,.1f} s"
+        return f"{s.stage:<14}{counted}{taken}  {type(s.solver).__name__}: {s.reason}"
 
     __repr__ = __str__
 
@@ -110,10 +107,9 @@ def plan(
     kind: str = "hessian",
     damping: float = 0.0,
 ) -> Plan:
-    """Parameters, products, bytes and seconds of implicit influence before it is asked for, and a
-    solver per stage.
+    """What implicit influence will cost, stage by stage, and a solver for each.
 
-    A probe of a few seconds: one product, one solve and one scoring with 128 examples a stage.
+    From a probe of a few seconds: one product, one solve and one scoring with 128 examples a stage.
     `Exact` is suggested where its matrices fit the memory and it is about as fast (it has no
     tolerance to worry about and sees the smallest eigenvalue), `ConjugateGradient` elsewhere, with
     `LowRank` as its preconditioner for larger models.
@@ -129,7 +125,8 @@ def plan(
 
     >>> import msif_lab as msif
     >>> train, _ = msif.load_digits(dtype=torch.float64)
-    >>> stage = msif.Stage("digits", msif.softmax_regression(64, 10).double(), train, weight_decay=1e-2)
+    >>> model = msif.softmax_regression(64, 10).double()
+    >>> stage = msif.Stage("digits", model, train, weight_decay=1e-2)
     >>> msif.plan(msif.Pipeline([stage]).fit()).solver("digits")
     Exact(memory=1000000000)
     """
@@ -148,17 +145,13 @@ def plan(
 def _plan_stage(
     pipeline, k: int, full: Tensor, queries: int, memory: int, kind: str, damping: float
 ) -> StagePlan:
-    o, size = pipeline.objective(k), pipeline.objective(k).size
+    o = pipeline.objective(k)
+    size, item = o.size, full.element_size()
     few = o.on(o.data[:: max(1, len(o.data) // PROBE)] if len(o.data) > PROBE else o.data)
-    operator, more = curvature(kind, few, full), len(o.data) / len(few.data)
-    block = torch.cat(
-        [
-            g
-            for _, g in per_example_gradients(
-                few, full, rows=torch.arange(min(queries, len(few.data)))
-            )
-        ]
-    )
+    more = len(o.data) / len(few.data)
+    operator = curvature(kind, few, full)
+    some = torch.arange(min(queries, len(few.data)))
+    block = torch.cat([g for _, g in per_example_gradients(few, full, rows=some)])
     column = seconds(lambda: operator @ block.T) * more / len(block)
     shifted = operator + damping if damping else operator
     solver = _iterative(o, size, damping, memory, full.element_size())
@@ -167,16 +160,17 @@ def _plan_stage(
     scoring = seconds(lambda: example_products(few, full, block.T)) * more * queries / len(block)
     if cheapest_products(o, queries) == "gradients":
         scoring *= len(block) / queries  # once for all queries
-    item = full.element_size()
     dense, columns = 4 * size * size * item, 5 * size * queries * item
     direct, iterative = _dense_seconds(operator, column, len(o.data)), products * column
     exact = dense <= memory and direct <= 2 * iterative
     if exact:
-        reason = f"{dense / 1e6:,.0f} MB of dense matrices fit, and about {direct:,.1f} s against {iterative:,.1f} s"
+        reason = f"{dense / 1e6:,.0f} MB of dense matrices fit, and about {direct:,.1f} s against "
+        reason += f"{iterative:,.1f} s"
     elif dense > memory:
         reason = f"dense matrices would take {dense / 1e6:,.0f} MB; about {products} products{note}"
     else:
-        reason = f"about {products} products, {iterative:,.1f} s, where a dense matrix takes {direct:,.1f} s{note}"
+        reason = f"about {products} products, {iterative:,.1f} s, where a dense matrix takes "
+        reason += f"{direct:,.1f} s{note}"
     return StagePlan(
         stage=pipeline.stages[k].name,
         parameters=size,
@@ -208,10 +202,12 @@ def _scaled(solver: ConjugateGradient, more: float) -> ConjugateGradient:
 
 def _products(operator, solver: ConjugateGradient, columns: Tensor) -> tuple[int, str]:
     """Products to the solver's tolerance on the probe's data, extrapolated where they are many."""
-    seen, most = [], columns.numel()
-    probe = replace(
-        solver, max_iter=STEPS, callback=lambda step, residuals: seen.append(float(residuals.max()))
-    )
+    worst, most = [], columns.numel()
+
+    def note(step: int, residuals: Tensor) -> None:
+        worst.append(float(residuals.max()))
+
+    probe = replace(solver, max_iter=STEPS, callback=note)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         try:
@@ -220,8 +216,8 @@ def _products(operator, solver: ConjugateGradient, columns: Tensor) -> tuple[int
             return most, f"; indefinite on the probe ({error.smallest:.1e}), so use curvature='ggn'"
     if bool(report.converged.all()):
         return max(1, report.products), ""
-    rate = max(1e-3, -math.log(min(seen))) / len(seen)
-    return min(most, round(report.products * -math.log(solver.tol) / rate / len(seen))), ""
+    rate = max(1e-3, -math.log(min(worst))) / len(worst)
+    return min(most, round(report.products * -math.log(solver.tol) / rate / len(worst))), ""
 
 
 def _dense_seconds(operator: DataCurvature, column: float, examples: int) -> float:
@@ -264,9 +260,9 @@ class UnrolledPlan:
         used = f"{(self.stored + self.swept) / 1e6:,.1f} of {self.budget / 1e6:,.1f} MB"
         lines = [f"{self.queries} queries, {self.part} a sweep, {self.sweeps} sweep(s); {used}"]
         for name, count in self.segments.items():
-            how = (
-                "every step kept" if count == 1 else f"{count} checkpoints, recomputed once a sweep"
-            )
+            how = "every step kept"
+            if count > 1:
+                how = f"{count} checkpoints, recomputed once a sweep"
             lines.append(f"  {name}: {self.steps[name]} steps, {how}")
         if not math.isnan(self.seconds[0]):
             lines.append("  estimated: {:.1f} s to fit, {:.1f} s to score".format(*self.seconds))
@@ -276,8 +272,10 @@ class UnrolledPlan:
 def make_plan(
     pipeline: Pipeline, queries: int, memory: int, segments: int | None = None, runs: int = 1
 ) -> UnrolledPlan:
-    """Half of the budget for the states of so many runs, a quarter each for adjoints and for one
-    batch's derivatives.
+    """Cut the runs into segments and the queries into parts, so that a sweep keeps to the budget.
+
+    Half of it is for the states of so many runs, a quarter each for adjoints and for one batch's
+    derivatives.
 
     Raises:
         ValueError: no queries.
@@ -286,15 +284,13 @@ def make_plan(
     if queries < 1:
         raise ValueError(f"queries={queries} must be at least 1")
     steps, segments, stored = _segments(pipeline, memory, segments, runs)
-    quarter, adjoint, example = memory // 4, 0, 0
-    for k in range(len(pipeline.stages)):
-        o = pipeline.objective(k)
-        # θ̄, the optimiser's share, ḡ, the product, and their temporaries
-        adjoint = max(adjoint, 12 * o.layout.size * pipeline.initial(k).element_size())
-        example = max(example, o.bytes_per_example())
-    together = min(
-        16, *(len(s.data) for s in pipeline.stages), quarter // (example * (FIXED + PER_QUERY))
-    )
+    quarter = memory // 4
+    objectives = [pipeline.objective(k) for k in range(len(pipeline.stages))]
+    # θ̄, the optimiser's share, ḡ, the product, and their temporaries
+    adjoint = max(12 * o.layout.size * o.dtype.itemsize for o in objectives)
+    example = max(o.bytes_per_example() for o in objectives)
+    smallest = min(len(o.data) for o in objectives)
+    together = min(16, smallest, quarter // (example * (FIXED + PER_QUERY)))
     if quarter < adjoint or together < 1:
         needed = 4 * max(adjoint, example * (FIXED + PER_QUERY))
         raise MemoryBudgetError(
@@ -308,8 +304,7 @@ def make_plan(
 
 
 def _segments(pipeline: Pipeline, memory: int, segments: int | None, runs: int):
-    """Steps and segments per stage, and the bytes of one run's states, for ``runs`` of them in half
-    the memory.
+    """Steps and segments per stage, and the bytes of one run's states.
 
     Keeps every step where that fits; else √T checkpoints a stage, which with one recomputation is
     the least memory: checkpoints and the stretch between two are then equally large.
@@ -335,13 +330,10 @@ def _segments(pipeline: Pipeline, memory: int, segments: int | None, runs: int):
         stretch = [-(-steps[n] // c) * record[n] for n, c in counts.items() if c > 1]
         return sum(kept) + sum(c * checkpoint[n] for n, c in counts.items()) + max(stretch)
 
-    every = dict.fromkeys(steps, 1)
-    root = {
-        n: max(2, math.ceil(math.sqrt(t * record[n] / checkpoint[n]))) for n, t in steps.items()
-    }
-    chosen = {n: min(segments, t) for n, t in steps.items()} if segments else every
-    if not segments and needed(every) * runs > memory // 2:
-        chosen = {n: min(c, steps[n]) for n, c in root.items()}
+    chosen = {n: min(segments or 1, t) for n, t in steps.items()}
+    if not segments and needed(chosen) * runs > memory // 2:
+        root = {n: math.sqrt(t * record[n] / checkpoint[n]) for n, t in steps.items()}
+        chosen = {n: min(max(2, math.ceil(root[n])), t) for n, t in steps.items()}
     require_memory(
         2 * needed(chosen) * runs,
         memory,

@@ -58,7 +58,8 @@ class ImplicitInfluence:
 
     >>> import msif_lab as msif
     >>> train, test = msif.load_digits(dtype=torch.float64)
-    >>> stage = msif.Stage("digits", msif.softmax_regression(64, 10).double(), train, weight_decay=1e-2)
+    >>> model = msif.softmax_regression(64, 10).double()
+    >>> stage = msif.Stage("digits", model, train, weight_decay=1e-2)
     >>> scores = msif.ImplicitInfluence().fit(msif.Pipeline([stage]).fit()).score(test[:3])
     >>> scores.values.shape
     torch.Size([3, 1201])
@@ -79,23 +80,25 @@ class ImplicitInfluence:
             raise ValueError(f"curvature={curvature!r} must be 'hessian' or 'ggn'")
         if not 0 <= damping < float("inf"):
             raise ValueError(f"damping={damping} must be zero or positive")
-        if solver not in (None, "auto") and (
-            not hasattr(solver, "prepare") or isinstance(solver, type)
-        ):
+        named = solver is None or solver == "auto"
+        if not named and (not hasattr(solver, "prepare") or isinstance(solver, type)):
             raise TypeError(
                 f"solver={solver!r} must be 'auto' or a solver object: Exact(), ConjugateGradient()"
             )
         self.solver = Exact() if solver is None else solver
-        self.curvature, self.damping, self.leave_one_out = curvature, float(damping), leave_one_out
+        self.curvature = curvature
+        self.damping = float(damping)
+        self.leave_one_out = leave_one_out
         self.plan_: Plan | None = None
         self.report_: dict[str, SolveReport] = {}
 
     def __repr__(self) -> str:
-        loo = ", leave_one_out=True" if self.leave_one_out else ""
-        return f"ImplicitInfluence({self.solver}, curvature={self.curvature!r}, damping={self.damping}{loo})"
+        settings = f"{self.solver}, curvature={self.curvature!r}, damping={self.damping}"
+        settings += ", leave_one_out=True" if self.leave_one_out else ""
+        return f"ImplicitInfluence({settings})"
 
     def fit(self, pipeline: Pipeline) -> "ImplicitInfluence":
-        """The work without queries, once: curvature of every stage, prepared for solving.
+        """Do the query-free work once: the curvature of every stage, prepared for solving.
 
         Raises:
             ValueError: the pipeline is not trained, or has a `WarmStart` link.
@@ -106,8 +109,9 @@ class ImplicitInfluence:
         """
         if not isinstance(pipeline, Pipeline):
             raise TypeError(f"pipeline must be a msif_lab.Pipeline, not {type(pipeline).__name__}")
-        trained = pipeline.trained()
-        self._pipeline, self._full, self._steps = pipeline, [t.clone() for t in trained], {}
+        self._full = [full.clone() for full in pipeline.trained()]
+        self._pipeline = pipeline
+        self._steps: dict[int, Tensor] = {}  # by stage, of `removal_steps`
         self._prepared = []
         for stage in pipeline.stages:
             _refuse_warm_start(stage)
@@ -118,20 +122,16 @@ class ImplicitInfluence:
             self._check_stationary(k)
             solver = self.plan_.solver(stage.name) if self.plan_ else self.solver
             operator = pipeline.curvature(k, self.curvature)
+            operator = operator + self.damping if self.damping else operator
             try:
-                self._prepared.append(
-                    solver.prepare(operator + self.damping if self.damping else operator)
-                )
+                self._prepared.append(solver.prepare(operator))
             except IndefiniteCurvatureError as error:
-                raise IndefiniteCurvatureError(
-                    f"stage {stage.name!r}: {error}", error.smallest
-                ) from None
+                message = f"stage {stage.name!r}: {error}"
+                raise IndefiniteCurvatureError(message, error.smallest) from None
         return self
 
     def _check_stationary(self, k: int) -> None:
-        """Warn when the gradient left over is no longer small against what one example pulls,
-        ‖∇f_i‖/m.
-        """
+        """Warn when the gradient that is left is not small beside one example's share, ‖∇f_i‖/m."""
         o = self._pipeline.objective(k)
         left = float(self._pipeline.gradient(k).norm())
         few = 256 if o.size < 10**5 else 32  # an order of magnitude is all that is asked
@@ -162,7 +162,6 @@ class ImplicitInfluence:
             stage: whose training examples to score, by name or index.
             target: q: ``"loss"``, ``"margin"``, ``"output"``, or a function
                 ``(outputs, targets) -> (B,)``.
-
             top: keep only this many lowest and highest scores of each query, so that ``(Q, N)`` is
                 never held.
 
@@ -178,51 +177,50 @@ class ImplicitInfluence:
         if not hasattr(self, "_prepared"):
             raise ValueError("call fit(pipeline) before score(queries)")
         first = self._pipeline.index(stage)
-        last = len(self._pipeline.stages) - 1
         self._pipeline.require_unchanged(self._full)
-        o = self._pipeline.objective(last)
-        function = ask(o, queries, target)
-        groups, reports = torch.arange(len(queries)).split(self._side_by_side(first)), []
-        solved = [self._solve(queries[group], function, first, reports) for group in groups]
-        cotangent, solution = (
-            solved[0] if len(solved) == 1 else map(torch.cat, zip(*solved, strict=True))
-        )
-        solution = solution.T
+        function = ask(self._pipeline.objective(-1), queries, target)
+        reports: list[dict[str, SolveReport]] = []
+        solved = [
+            self._solve(queries[group], function, first, reports)
+            for group in torch.arange(len(queries)).split(self._side_by_side(first))
+        ]
+        cotangent, solution = solved[0]
+        if len(solved) > 1:
+            cotangent, solution = map(torch.cat, zip(*solved, strict=True))
+        solution = solution.T  # (P, Q)
         self.report_ = {name: _together([r[name] for r in reports]) for name in reports[0]}
-        scored, o = self._pipeline.stages[first], self._pipeline.objective(first)
+        o = self._pipeline.objective(first)
+        about = self._pipeline.stages[first].name, target_name(target), repr(self)
         if top is not None:
             chunks = product_chunks(o, self._full[first], solution / -len(o.data))
-            lowest, highest = rank_stream(chunks, min(top, len(o.data)), scored.data.ids)
-            about = scored.name, target_name(target), repr(self)
+            lowest, highest = rank_stream(chunks, min(top, len(o.data)), o.data.ids)
             return TopInfluence(lowest, highest, queries.ids, len(o.data), *about)
         values = self._example_scores(first, cotangent, solution)
-        return Influence(
-            values, scored.data.ids, queries.ids, scored.name, target_name(target), repr(self)
-        )
+        return Influence(values, o.data.ids, queries.ids, *about)
 
     def _side_by_side(self, first: int) -> int:
-        """How many queries are solved at once: a solver holds some vectors of each, mostly six, and
-        four are around.
-        """
+        """How many queries are solved at once, from the vectors that are held of each."""
         sizes = [self._pipeline.objective(k).layout.size for k in range(first, len(self._full))]
-        room = 2 * working_bytes(self._full[-1].device) if self._full[-1].is_cuda else SOLVING_BYTES
-        held = 4 + getattr(self.solver, "vectors", 6)
-        return max(1, room // (held * max(sizes) * self._full[-1].element_size()))
+        last = self._full[-1]
+        room = 2 * working_bytes(last.device) if last.is_cuda else SOLVING_BYTES
+        held = 4 + getattr(self.solver, "vectors", 6)  # by us, and by the solver
+        return max(1, room // (held * max(sizes) * last.element_size()))
 
     def _solve(
-        self, queries: Examples, function, first: int, reports: list
-    ) -> tuple[Tensor, Tensor | None]:
-        """From queries back to stage ``first``: ∇q by what it trains, ``(Q, P)``, where it is still
-        needed, and H⁻¹∇q ``(Q, P)``; appends a report by stage.
+        self, queries: Examples, function: Callable, first: int, reports: list
+    ) -> tuple[Tensor, Tensor]:
+        """From the queries back to stage ``first``, with one solve a stage.
+
+        Returns:
+            ∇q by what the stage trains and ``H⁻¹∇q``, ``(Q, P)`` each; the former without columns
+            where it is no longer needed. The solves' reports by stage are added to ``reports``.
         """
-        last, report = len(self._full) - 1, {}
-        o = self._pipeline.objective(last)
-        # ∇q by all of the last stage
-        cotangent = self._full[last].new_empty(len(queries), o.layout.size)
-        for rows, gradients in per_example_gradients(
-            o, self._full[last], queries, function, every=True
-        ):
+        last = len(self._full) - 1
+        o, full = self._pipeline.objective(last), self._full[last]
+        cotangent = full.new_empty(len(queries), o.layout.size)  # ∇q by all of the last stage
+        for rows, gradients in per_example_gradients(o, full, queries, function, every=True):
             cotangent[rows] = gradients
+        report = {}
         for k in range(last, first - 1, -1):
             right = self._pipeline.objective(k).trained.take(cotangent)
             solution, report[self._pipeline.stages[k].name] = self._prepared[k].solve(right.T)
@@ -232,27 +230,22 @@ class ImplicitInfluence:
         return right if self.leave_one_out else right[:, :0], solution.T
 
     def _pull_back(self, k: int, cotangent: Tensor, solution: Tensor) -> Tensor:
-        """From ∇q by stage k's parameters (Q, D) and v = H⁻¹∇q (Q, P) to ∇q by the previous stage's
-        (Q, D').
-        """
-        p, o, full = self._pipeline.functional(k), self._pipeline.objective(k), self._full[k]
-        before = cotangent.new_zeros(len(cotangent), self._pipeline.objective(k - 1).layout.size)
-        if p.coupled:
-            # proximal: 2α v_S
-            p.there["coupled"].put(before, 2 * o.alpha * o.coupled.take(solution))
-        # frozen: a_W − G_WT v, of the W that a stage before trains
-        if names := [n for n in p.frozen if n in p.live]:
-            here, there = (
-                o.layout.places(names),
-                self._pipeline.objective(k - 1).layout.places(names),
-            )
-            there.put(before, here.take(cotangent) - cross_products(o, full, names, solution))
+        """∇q by the stage before (Q, D'), from ∇q by stage k (Q, D) and ``v = H⁻¹∇q`` (Q, P)."""
+        functional = self._pipeline.functional(k)
+        o, layout = functional.objective, self._pipeline.objective(k - 1).layout
+        before = cotangent.new_zeros(len(cotangent), layout.size)
+        if functional.coupled:  # proximal: 2α v_S
+            pull = 2 * o.alpha * o.coupled.take(solution)
+            functional.there["coupled"].put(before, pull)
+        names = [name for name in functional.frozen if name in functional.live]
+        if names:  # frozen: a_W − G_WT v, of the W that a stage before trains
+            direct = o.layout.places(names).take(cotangent)
+            through_head = cross_products(o, self._full[k], names, solution)
+            layout.places(names).put(before, direct - through_head)
         return before
 
     def _example_scores(self, k: int, cotangent: Tensor, solution: Tensor) -> Tensor:
-        """−(1/m) ∇qᵀH⁻¹∇f_i for the stage's own examples, ``(Q, N)``; with (H − h_i/m)⁻¹ for
-        leave-one-out.
-        """
+        """``−(1/m) ∇qᵀH⁻¹∇f_i`` of the stage's examples, ``(Q, N)``; or with ``(H − h_i/m)⁻¹``."""
         o, full = self._pipeline.objective(k), self._full[k]
         if not self.leave_one_out:
             return -example_products(o, full, solution) / len(o.data)
@@ -266,16 +259,15 @@ class ImplicitInfluence:
 
 def _together(reports: Sequence[SolveReport]) -> SolveReport:
     """The report of queries that were solved in groups."""
-    ways = {
-        "iterations": max,
-        "bytes": max,
-        "smallest_curvature": min,
-        "products": sum,
-        "seconds": sum,
-    }
-    ways |= {"residuals": torch.cat, "converged": torch.cat}
     return replace(
-        reports[0], **{name: way([getattr(r, name) for r in reports]) for name, way in ways.items()}
+        reports[0],
+        iterations=max(r.iterations for r in reports),
+        residuals=torch.cat([r.residuals for r in reports]),
+        converged=torch.cat([r.converged for r in reports]),
+        smallest_curvature=min(r.smallest_curvature for r in reports),
+        products=sum(r.products for r in reports),
+        bytes=max(r.bytes for r in reports),
+        seconds=sum(r.seconds for r in reports),
     )
 
 

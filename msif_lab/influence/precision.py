@@ -1,6 +1,4 @@
-"""Faster, coarser multiplication on hardware that has it: only when asked for, and with its error
-shown.
-"""
+"""Faster, coarser multiplication where hardware has it: on request, and with its error shown."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,10 +16,9 @@ MATMUL = {"float32": "highest", "tf32": "high", "bf16": "medium"}  # PyTorch's w
 def reduced_precision(
     kind: str, pipeline: Pipeline, curvature: str = "ggn"
 ) -> Iterator[dict[str, float]]:
-    """Within this block float32 products are multiplied as TF32 (10 bits) or bfloat16 (7 bits);
-    weights stay float32.
+    """Multiply float32 matrices as TF32 (10 bits) or bfloat16 (7 bits) within this block.
 
-    Prints by how much that changes a curvature product of each stage, ``‖H̃v − Hv‖ / ‖Hv‖`` for
+    Weights stay float32. Prints by how much that changes a curvature product of each stage, ``‖H̃v − Hv‖ / ‖Hv‖`` for
     random v, and gives these errors by stage name: no solve inside can reach a residual below them.
     PyTorch's settings return at the end. Where the hardware has no such units, as on most CPUs, the
     errors are zero. ``"float32"`` is for CUDA, where PyTorch by itself lets convolutions use TF32.
@@ -36,7 +33,8 @@ def reduced_precision(
 
     >>> import msif_lab as msif
     >>> train, _ = msif.load_digits(dtype=torch.float32)
-    >>> pipeline = msif.Pipeline([msif.Stage("digits", msif.softmax_regression(64, 10), train)]).adopt()
+    >>> stage = msif.Stage("digits", msif.softmax_regression(64, 10), train)
+    >>> pipeline = msif.Pipeline([stage]).adopt()
     >>> with msif.reduced_precision("float32", pipeline) as errors:
     ...     scores = pipeline.curvature(0, "ggn") @ torch.ones(650)
     digits: float32 changes a ggn product by 0.0e+00
@@ -57,10 +55,8 @@ def reduced_precision(
         found = {}
         for k, stage in enumerate(pipeline.stages):
             operator = pipeline.curvature(k, curvature)
-            v = torch.randn(operator.shape[0], generator=torch.Generator().manual_seed(0)).to(
-                operator.device
-            )
-            found[stage.name] = operator @ v
+            v = torch.randn(operator.shape[0], generator=torch.Generator().manual_seed(0))
+            found[stage.name] = operator @ v.to(operator.device)
         return found
 
     try:

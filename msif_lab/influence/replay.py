@@ -1,4 +1,4 @@
-"""A stage's run, replayed from checkpoints: exact states of every step without keeping every step."""
+"""A stage's run, replayed from checkpoints: the exact state at every step, without keeping all."""
 
 import itertools
 from dataclasses import dataclass, field
@@ -15,13 +15,13 @@ __all__ = ["Trajectory"]
 
 @dataclass
 class Trajectory:
-    """One stage's run as `Pipeline.fit` did it, kept at checkpoints; what lies between is computed
-    again on demand.
+    """One stage's run as `Pipeline.fit` did it, kept at checkpoints and recomputed between them.
 
     Attributes:
         recipe, lanes: what is run, on one lane or several.
-        bounds: first step of each segment, and T. A single segment keeps every step instead,
-        keep: unless this is False.
+        bounds: first step of each segment, and T.
+        keep: whether a run of a single segment keeps the state of every step, so that nothing is
+            computed again.
         steps: batch and rate of each of the T steps.
         final: all parameters after the run ``(R, D)``.
     """
@@ -41,9 +41,8 @@ class Trajectory:
         self._checkpoints, self._kept = [], None
         for segment in range(len(self.bounds) - 1):
             self._checkpoints.append((theta, state))
-            records, theta, state = self._walk(
-                segment, keep=self.keep and len(self.bounds) == 2, bar=bar
-            )
+            every_step = self.keep and len(self.bounds) == 2
+            records, theta, state = self._walk(segment, keep=every_step, bar=bar)
             self._kept = records or None
         self.final = self.lanes.full(theta)
         return self
@@ -53,12 +52,9 @@ class Trajectory:
         return list(self._kept) if self._kept else self._walk(index, keep=True)[0]
 
     def ends(self) -> list[tuple[Tensor, float]]:
-        """All parameters ``(R, D)`` at the end of each segment, and the sum of the learning rates
-        in it.
-        """
-        rates = [
-            sum(rate for _, rate in self.steps[a:b]) for a, b in itertools.pairwise(self.bounds)
-        ]
+        """All parameters ``(R, D)`` at the end of each segment, and its sum of learning rates."""
+        pairs = itertools.pairwise(self.bounds)
+        rates = [sum(rate for _, rate in self.steps[a:b]) for a, b in pairs]
         fulls = [self.lanes.full(theta) for theta, _ in self._checkpoints[1:]] + [self.final]
         return list(zip(fulls, rates, strict=True))
 
@@ -67,9 +63,8 @@ class Trajectory:
         records = []
         for step in range(*self.bounds[segment : segment + 2]):
             before = theta
-            theta, state, saved = self.recipe.advance(
-                self.lanes, theta, state, step, *self.steps[step]
-            )
+            batch, rate = self.steps[step]
+            theta, state, saved = self.recipe.advance(self.lanes, theta, state, step, batch, rate)
             if keep:
                 records.append((before, saved))
             if bar is not None:

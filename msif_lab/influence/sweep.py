@@ -17,8 +17,7 @@ __all__ = ["AlphaSweep"]
 
 
 class AlphaSweep:
-    """Scores of a two-stage `Proximal` pipeline as a function of α and of the damping, the trained
-    weights held fixed.
+    """Scores of a two-stage `Proximal` pipeline for any α and damping, the weights held fixed.
 
     With ``S = G_WW − G_WT G_TT⁻¹ G_TW`` the Schur complement of the finetuning curvature (without
     the proximal term) and ``c = ∇_W q − G_WT G_TT⁻¹ ∇_T q`` the frozen case's cotangent, the full
@@ -26,9 +25,8 @@ class AlphaSweep:
     is multiplied by ``2α / (s + 2α)``. Both decompositions, of S and of the pretraining curvature,
     are made once; then `scores` is three products.
 
-    Retraining with another α would also move the finetuned weights; that is not in here, so the
-    scores are those of `ImplicitInfluence` at the pipeline's own α and a thought experiment at any
-    other.
+    Retraining with another α would also move the finetuned weights, which is left out here: at the
+    pipeline's own α the scores are those of `ImplicitInfluence`, at any other a thought experiment.
 
     Args:
         pipeline: two stages, the second with a `Proximal` link, trained.
@@ -49,9 +47,11 @@ class AlphaSweep:
 
     >>> import msif_lab as msif
     >>> train, test = msif.load_digits(dtype=torch.float64)
-    >>> nets = msif.mlp(64, hidden=(4,), classes=2).double(), msif.mlp(64, hidden=(4,), classes=2).double()
-    >>> first = msif.Stage("first", nets[0], train.select((0, 1), n=60), weight_decay=1e-2)
-    >>> last = msif.Stage("last", nets[1], train.select((2, 3), n=40), weight_decay=1e-2, link=msif.Proximal(alpha=1.0))
+    >>> data = train.select((0, 1), n=60), train.select((2, 3), n=40)
+    >>> nets = [msif.mlp(64, hidden=(4,), classes=2).double() for _ in data]
+    >>> first = msif.Stage("first", nets[0], data[0], weight_decay=1e-2)
+    >>> link = msif.Proximal(alpha=1.0)
+    >>> last = msif.Stage("last", nets[1], data[1], weight_decay=1e-2, link=link)
     >>> pipeline = msif.Pipeline([first, last]).fit(progress=False)
     >>> sweep = AlphaSweep(pipeline, test.select((2, 3), n=5))
     >>> sweep.scores(alpha=2.0, damping=1e-3).values.shape
@@ -77,41 +77,43 @@ class AlphaSweep:
             )
         if curvature not in ("hessian", "ggn"):
             raise ValueError(f"curvature={curvature!r} must be 'hessian' or 'ggn'")
-        first, last = pipeline.objective(0), pipeline.objective(1)
-        full, exact = pipeline.trained(), Exact(memory)
-        function = ask(last, queries, target)
-        self.alpha, self._count = last.alpha, len(first.data)
-        self._about = (first.data.ids, queries.ids, pipeline.stages[0].name, target_name(target))
-
-        matrix = exact.dense(pipeline.curvature(1, curvature)).clone()
-        keep = last.coupled_positions
-        matrix[keep, keep] -= 2 * last.alpha
-        rest = torch.ones(len(matrix), dtype=torch.bool, device=matrix.device)
-        rest[keep] = False
-        schur = Spectrum(*torch.linalg.eigh(schur_complement(matrix, keep)))
+        exact = Exact(memory)
+        o = pipeline.objective(0)
+        self.alpha = pipeline.objective(1).alpha
+        self._about = (o.data.ids, queries.ids, pipeline.stages[0].name, target_name(target))
+        schur, self._cotangents = self._finetuning(pipeline, queries, target, curvature, exact)
         self.eigenvalues = schur.values
-
-        # ∇q, (Q, P)
-        asked = torch.cat([g for _, g in per_example_gradients(last, full[1], queries, function)])
-        frozen = asked[:, keep]
-        if bool(rest.any()):
-            frozen = (
-                frozen
-                - torch.linalg.solve(matrix[rest][:, rest], asked[:, rest].T).T
-                @ matrix[rest][:, keep]
-            )
-        self._cotangents = frozen @ schur.vectors  # c in S's eigenvectors, (Q, S)
 
         spectrum = exact.spectrum(pipeline.curvature(0, curvature))
         self.pretraining = spectrum.values
-        across = schur.vectors.new_zeros(len(keep), first.layout.size)
+        # From S's eigenvectors to those of the pretraining curvature, (S, P).
+        across = schur.vectors.new_zeros(len(schur.values), o.layout.size)
         pipeline.functional(1).there["coupled"].put(across, schur.vectors.T)
-        self._across = (
-            first.trained.take(across) @ spectrum.vectors
-        )  # from one set of eigenvectors to the other, (S, P)
-        gradients = torch.cat([g for _, g in per_example_gradients(first, full[0])])
-        # ∇f_i in the pretraining eigenvectors, (N, P)
+        self._across = o.trained.take(across) @ spectrum.vectors
+        # ∇f_i in the eigenvectors of the pretraining curvature, (N, P).
+        gradients = torch.cat([g for _, g in per_example_gradients(o, pipeline.trained()[0])])
         self._examples = gradients @ spectrum.vectors
+
+    @staticmethod
+    def _finetuning(
+        pipeline: Pipeline, queries: Examples, target, curvature: str, exact: Exact
+    ) -> tuple[Spectrum, Tensor]:
+        """The spectrum of S, and each query's c in its eigenvectors ``(Q, S)``."""
+        o, full = pipeline.objective(1), pipeline.trained()[1]
+        function = ask(o, queries, target)
+        matrix = exact.dense(pipeline.curvature(1, curvature)).clone()
+        keep = o.coupled_positions
+        matrix[keep, keep] -= 2 * o.alpha
+        rest = torch.ones(len(matrix), dtype=torch.bool, device=matrix.device)
+        rest[keep] = False
+        schur = Spectrum(*torch.linalg.eigh(schur_complement(matrix, keep)))
+
+        gradients = torch.cat([g for _, g in per_example_gradients(o, full, queries, function)])
+        cotangents = gradients[:, keep]
+        if bool(rest.any()):
+            adapted = torch.linalg.solve(matrix[rest][:, rest], gradients[:, rest].T).T
+            cotangents = cotangents - adapted @ matrix[rest][:, keep]
+        return schur, cotangents @ schur.vectors
 
     @property
     def floor(self) -> float:
@@ -134,8 +136,7 @@ class AlphaSweep:
         return 2 * alpha / (self.eigenvalues + 2 * alpha)
 
     def scores(self, alpha: float, damping: float = 0.0) -> Influence:
-        """`Influence` ``(Q, N)`` of the pretraining examples with this α, δ added to the
-        pretraining curvature.
+        """`Influence` ``(Q, N)`` of the pretraining examples at this α and damping δ.
 
         Raises:
             IndefiniteCurvatureError: a matrix that is inverted is not positive definite.
@@ -145,19 +146,11 @@ class AlphaSweep:
         _require_positive(
             self.pretraining, damping, "the pretraining curvature H + δI", "more damping"
         )
-        solution = (
-            (self._cotangents * self.filter(alpha)) @ self._across / (self.pretraining + damping)
-        )
-        ids, query_ids, stage, target = self._about
-        values = -solution @ self._examples.T / self._count
-        return Influence(
-            values,
-            ids,
-            query_ids,
-            stage,
-            target,
-            f"AlphaSweep, α = {alpha:g}, damping = {damping:g}",
-        )
+        filtered = (self._cotangents * self.filter(alpha)) @ self._across
+        solution = filtered / (self.pretraining + damping)
+        values = -solution @ self._examples.T / len(self._examples)
+        method = f"AlphaSweep, α = {alpha:g}, damping = {damping:g}"
+        return Influence(values, *self._about, method)
 
 
 def _require_positive(values: Tensor, shift: float, what: str, way_out: str) -> None:

@@ -28,7 +28,7 @@ from .run_check import RunCheck, check_run
 
 __all__ = ["UnrolledInfluence"]
 
-# of the adjoint, backwards: runs below it had r > 0.9 on digits, runs above r = 0 (lesson 09)
+# Of the adjoint, backwards: digits' runs below it had r > 0.9, runs above it r = 0 (lesson 09).
 GROWTH = 30.0
 
 
@@ -51,8 +51,9 @@ class UnrolledInfluence:
             at w̄ = 1 − p, the average of such removals, instead of w = 1. Where q is quadratic in w
             the best linear predictor has the scores ``∂q/∂w_i(w̄) + ½ (2p − 1) ∂²q/∂w_i²``; so the
             gradient at w̄ alone is best only for p = ½, or where that diagonal is zero.
-            ``leave_one_out=True`` adds most of the diagonal. The scores then predict removal, level
-            included, and are no longer the derivative.
+            ``leave_one_out=True`` adds most of the diagonal, which is small in practice: it
+            corrects the slope by a few per cent, and r by 0.002 at most. The scores then predict
+            removal, level included, and are no longer the derivative.
         leave_one_out: predict the removal of *single examples* better, at the price of about one
             more sweep: without example i its own curvature leaves the steps too, which
             `ImplicitInfluence(leave_one_out=True)` accounts for by ``H − h_i/m`` and the run by
@@ -71,7 +72,8 @@ class UnrolledInfluence:
 
     >>> import msif_lab as msif
     >>> train, test = msif.load_digits()
-    >>> stage = msif.Stage("digits", msif.softmax_regression(64, 10), train, recipe=msif.SGD(lr=0.1, epochs=2))
+    >>> recipe = msif.SGD(lr=0.1, epochs=2)
+    >>> stage = msif.Stage("digits", msif.softmax_regression(64, 10), train, recipe=recipe)
     >>> scores = msif.UnrolledInfluence().fit(msif.Pipeline([stage]).fit()).score(test[:3])
     >>> scores.values.shape
     torch.Size([3, 1201])
@@ -123,12 +125,11 @@ class UnrolledInfluence:
         return make_plan(pipeline, queries, self.memory, self.segments, runs)
 
     def fit(self, pipeline: Pipeline, progress: bool = True) -> "UnrolledInfluence":
-        """Replay the pipeline's training, keep its states or checkpoints, and see that it ends at
-        the same weights.
+        """Replay the pipeline's training and keep its states or checkpoints.
 
         Raises:
-            ValueError: not trained, adopted, changed since, trained by `LBFGS`, or the replay ends
-                elsewhere.
+            ValueError: not trained, adopted, changed since, trained by `LBFGS`, or the replay does
+                not end at the trained weights.
             MemoryBudgetError: not even √T checkpoints fit their half of the budget.
         """
         require_run(pipeline)
@@ -144,7 +145,7 @@ class UnrolledInfluence:
     def _replay(
         self, plan: UnrolledPlan, weights: dict[int, float], progress: bool
     ) -> list[Trajectory]:
-        """Every stage's run, at weight one or at another weight of all examples of some stages."""
+        """Every stage's run; ``weights``: of all examples of a stage, where they are not one."""
         runs, previous = [], None
         with progress_bar(sum(plan.steps.values()), "replay", progress) as bar:
             for k, stage in enumerate(self._pipeline.stages):
@@ -162,7 +163,9 @@ class UnrolledInfluence:
         runs = self._runs
         if self.group_fraction:
             runs = self._replay(self.plan_, {first: 1 - self.group_fraction}, progress)
-        probed = self.leave_one_out and self.group_fraction != 0.5  # where nothing is to be corrected
+        probed = (
+            self.leave_one_out and self.group_fraction != 0.5
+        )  # where nothing is to be corrected
         return runs, self._probe(runs[first]) if probed else None
 
     def _probe(self, run: Trajectory) -> Probes:
@@ -185,8 +188,7 @@ class UnrolledInfluence:
         target: str | Callable = "loss",
         progress: bool = True,
     ) -> Influence:
-        """Influence of one stage's examples on each query; arguments as in
-        `ImplicitInfluence.score`.
+        """Influence of one stage's examples on each query, as `ImplicitInfluence.score`.
 
         Raises:
             ValueError, TypeError: queries or target do not fit; the pipeline changed since fit.
@@ -211,25 +213,21 @@ class UnrolledInfluence:
         self._warn_of_growth(self.adjoint_norms_)
         if self.group_fraction:
             values = values + self._level(runs, values, queries, target)
-        scored = pipeline.stages[first]
-        return Influence(
-            values, scored.data.ids, queries.ids, scored.name, target_name(target), repr(self)
-        )
+        about = pipeline.stages[first].name, target_name(target), repr(self)
+        return Influence(values, pipeline.stages[first].data.ids, queries.ids, *about)
 
     def _level(
         self, runs: Sequence[Trajectory], values: Tensor, queries: Examples, target
     ) -> Tensor:
-        """What every score must change by so that −Σ over a group of pN is right on average,
-        ``(Q, 1)``.
+        """What to add to every score so that −Σ over a group of pN is right on average, ``(Q, 1)``.
 
         Around w̄ = 1 − p: ``q(w) ≈ q(w̄) + Σ_j s_j (w_j − w̄)``. Seen from q(1) that is −Σ over the
         group plus ``q(w̄) − q(1) + p Σ_j s_j`` for all; each of the pN members carries its share.
         """
         p, m = self.group_fraction, values.shape[1]
-        at = Retrained(self._pipeline, [run.final for run in runs], []).evaluate(queries, target)
-        return -(
-            at - self._pipeline.evaluate(queries, target)[:, None] + p * values.sum(1, keepdim=True)
-        ) / (p * m)
+        there = Retrained(self._pipeline, [run.final for run in runs], []).evaluate(queries, target)
+        here = self._pipeline.evaluate(queries, target)[:, None]
+        return -(there - here + p * values.sum(1, keepdim=True)) / (p * m)
 
     def _sweep(
         self,
@@ -247,20 +245,15 @@ class UnrolledInfluence:
             the scores of its examples ``(Q, m)``, and by stage the mean ‖θ̄‖ before each step and
             at the end.
         """
-        o = self._pipeline.objective(-1)
-        gradients = [
-            g for _, g in per_example_gradients(o, runs[-1].final[0], queries, function, every=True)
-        ]
+        o, final = self._pipeline.objective(-1), runs[-1].final[0]
+        parts = per_example_gradients(o, final, queries, function, every=True)
+        gradients = torch.cat([g for _, g in parts])  # (Q, D): ∇q by all of the last stage
         stages = range(len(runs) - 1, first - 1, -1)
-        norms = {
-            k: torch.zeros(len(runs[k].steps) + 1, dtype=o.dtype, device=o.device) for k in stages
-        }
+        steps = {k: len(runs[k].steps) for k in stages}
+        norms = {k: final.new_zeros(steps[k] + 1) for k in stages}
         values = []
-        with progress_bar(
-            plan.sweeps * sum(len(runs[k].steps) for k in stages), "sweep", progress
-        ) as bar:
-            # (Q, D): ∇q by all of the last stage
-            for cotangent in torch.cat(gradients).split(plan.part):
+        with progress_bar(plan.sweeps * sum(steps.values()), "sweep", progress) as bar:
+            for cotangent in gradients.split(plan.part):
                 for k in stages:
                     adjoint = Adjoint(
                         self._pipeline.functional(k),
@@ -274,16 +267,12 @@ class UnrolledInfluence:
                     if k > first:
                         cotangent = adjoint.before(self._pipeline.objective(k - 1).layout.size)
                 values.append(adjoint.scores)
-        named = {
-            self._pipeline.stages[k].name: (norms[k] / len(queries)).cpu() for k in reversed(stages)
-        }
-        return torch.cat(values), named
+        names = {k: self._pipeline.stages[k].name for k in reversed(stages)}
+        return torch.cat(values), {n: (norms[k] / len(queries)).cpu() for k, n in names.items()}
 
     @staticmethod
     def _warn_of_growth(norms: dict[str, Tensor]) -> None:
-        growth = {
-            name: float(norm.max() / norm[-1].clamp(min=1e-30)) for name, norm in norms.items()
-        }
+        growth = {n: float(norm.max() / norm[-1].clamp(min=1e-30)) for n, norm in norms.items()}
         worst = max(growth, key=growth.get)
         if growth[worst] > GROWTH:
             warnings.warn(
@@ -302,11 +291,12 @@ class UnrolledInfluence:
         steps: Sequence[float] | None = None,
         seed: int = 0,
     ) -> RunCheck:
-        """Compare the derivatives by n random examples with reruns of all stages: tiny changes of
-        weight, and removal.
+        """Compare the derivatives by n random examples with reruns of all stages.
+
+        Their weights are changed a little, for central differences, and set to 0 and 2.
 
         Args:
-            n: examples to try; the run is repeated ``2 n (len(steps) + 1)`` times, all at once.
+            n: examples to try; all stages are run ``2 n (len(steps) + 1)`` times, side by side.
             queries: default the first five training examples of the last stage.
             stage: whose examples.
             steps: changes h of weight for the central differences ``(q(1 + h) − q(1 − h)) / 2h``.
@@ -319,13 +309,9 @@ class UnrolledInfluence:
         """
         if not hasattr(self, "_runs"):
             raise ValueError("call fit(pipeline) before check()")
-        pipeline = self._pipeline
-        k, queries = (
-            pipeline.index(stage),
-            pipeline.stages[-1].data[:5] if queries is None else queries,
-        )
-
-        norms = {}
+        pipeline, norms = self._pipeline, {}
+        k = pipeline.index(stage)
+        queries = pipeline.stages[-1].data[:5] if queries is None else queries
 
         def derivative() -> Tensor:
             pipeline.require_unchanged(self._full)

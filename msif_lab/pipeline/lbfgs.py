@@ -1,4 +1,4 @@
-"""Full-batch training to a stationary point, which is what the implicit function theorem asks for."""
+"""Full-batch training to a stationary point, as the implicit function theorem asks for."""
 
 import time
 from dataclasses import dataclass
@@ -15,8 +15,7 @@ __all__ = ["LBFGS"]
 
 @dataclass(frozen=True)
 class LBFGS:
-    """Full-batch L-BFGS with a strong-Wolfe line search, then a Newton polish: to a stationary
-    point.
+    """Full-batch L-BFGS with a strong-Wolfe line search and a Newton polish.
 
     Implicit influence differentiates an optimum, so the optimum has to be one: L-BFGS goes to
     gradient norm ``tol``; in stages of up to ``polish_up_to`` parameters Newton's method takes over
@@ -46,39 +45,34 @@ class LBFGS:
         """Minimise F from ``theta`` (R, P); returns the minimisers and their report."""
         start = time.perf_counter()
         tol = self.tol or (1e-8 if theta.dtype == torch.float64 else 1e-5)
-        levels = (
-            [level for level in (1e-3, 1e-4, 1e-5, 1e-6) if level > tol]
-            if theta.shape[1] <= self.polish_up_to
-            else []
-        )
+        polish = theta.shape[1] <= self.polish_up_to
+        levels = [level for level in (1e-3, 1e-4, 1e-5, 1e-6) if polish and level > tol]
         iterations = 0
         for level in (*levels, tol):
-            theta, steps = self._descend(
-                lanes, theta, level, max(1, self.max_iter - iterations), progress
-            )
+            most = max(1, self.max_iter - iterations)
+            theta, steps = self._descend(lanes, theta, level, most, progress)
             iterations += steps
-            if theta.shape[1] <= self.polish_up_to:
+            if polish:
                 theta, steps = _polish(lanes, theta)
                 iterations += steps
         value, gradient = lanes.value_and_grad(theta)
         norm = gradient.norm(dim=1)
         # In float32 rounding alone can exceed tol; what cannot shrink any more has converged.
         converged = norm <= torch.maximum(norm.new_tensor(tol), noise_floor(lanes, theta))
-        report = FitReport(
-            str(self), iterations, value, norm, converged, time.perf_counter() - start
-        )
-        return theta, report
+        seconds = time.perf_counter() - start
+        return theta, FitReport(str(self), iterations, value, norm, converged, seconds)
 
     def _descend(
         self, lanes: Lanes, theta: Tensor, tol: float, most: int, progress: bool
     ) -> tuple[Tensor, int]:
-        """L-BFGS from ``theta`` to gradient norm ``tol``, or to where rounding hides all progress."""
-        result, alive = theta.clone(), torch.arange(len(theta), device=theta.device)
+        """L-BFGS from ``theta`` to gradient norm ``tol``, or until rounding hides all progress."""
+        result = theta.clone()
+        alive = torch.arange(len(theta), device=theta.device)
         value, gradient = lanes.value_and_grad(theta)
         check_finite(value, gradient, 0, "check the starting weights and the loss")
         pairs: list[tuple[Tensor, Tensor, Tensor]] = []
-        # iterations without any progress
-        smallest, stalled = gradient.norm(dim=1), torch.zeros_like(value)
+        smallest = gradient.norm(dim=1)
+        stalled = torch.zeros_like(value)  # iterations without any progress
         with progress_bar(most, "L-BFGS", progress) as bar:
             for iteration in range(most):
                 keep = (gradient.norm(dim=1) > tol) & (stalled < 30)
@@ -95,43 +89,37 @@ class LBFGS:
                 slope = (direction * gradient).sum(1)
                 uphill = slope >= 0  # rounding only; those lanes restart from steepest descent
                 direction = torch.where(uphill[:, None], -gradient, direction)
-                first = (
-                    1 / gradient.norm(dim=1).clamp(min=1) if not pairs else torch.ones_like(value)
-                )
+                step = torch.ones_like(value)
+                if not pairs:
+                    step = 1 / gradient.norm(dim=1).clamp(min=1)
                 new, new_value, new_gradient, moved = strong_wolfe(
-                    lanes, theta, value, gradient, direction, first
+                    lanes, theta, value, gradient, direction, step
                 )
-                check_finite(
-                    new_value,
-                    new_gradient,
-                    iteration,
-                    "the objective is unbounded or not smooth here",
-                )
-                s, y = new - theta, new_gradient - gradient
-                curvature = (s * y).sum(1)
-                good = curvature > 1e-10 * s.norm(dim=1) * y.norm(dim=1)
-                rho = torch.where(good, 1 / curvature.where(good, torch.ones_like(curvature)), 0.0)
-                pairs = (
-                    [*pairs[-self.history + 1 :], (s, y, rho)]
-                    if self.history > 1
-                    else [(s, y, rho)]
-                )
+                advice = "the objective is unbounded or not smooth here"
+                check_finite(new_value, new_gradient, iteration, advice)
+                pairs = [*pairs, _pair(new - theta, new_gradient - gradient)][-self.history :]
                 lower = value - new_value > 4 * torch.finfo(value.dtype).eps * value.abs()
                 smaller = new_gradient.norm(dim=1) < 0.9 * smallest
                 stalled = torch.where(moved & (lower | smaller), 0.0, stalled + 1)
                 smallest = torch.minimum(smallest, new_gradient.norm(dim=1))
                 theta, value, gradient = new, new_value, new_gradient
                 bar.update()
-                bar.set_postfix_str(
-                    f"{len(alive)} running, ‖∇F‖ {float(gradient.norm(dim=1).max()):.1e}",
-                    refresh=False,
-                )
+                largest = float(gradient.norm(dim=1).max())
+                bar.set_postfix_str(f"{len(alive)} running, ‖∇F‖ {largest:.1e}", refresh=False)
         result[alive] = theta
         return result, iteration + 1
 
 
+def _pair(s: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A step, its change of gradient, and ``rho = 1 / sᵀy``, 0 without positive curvature."""
+    curvature = (s * y).sum(1)
+    good = curvature > 1e-10 * s.norm(dim=1) * y.norm(dim=1)
+    rho = torch.where(good, 1 / curvature.where(good, torch.ones_like(curvature)), 0.0)
+    return s, y, rho
+
+
 def _two_loop(gradient: Tensor, pairs: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-    """−H⁻¹∇F of each lane from its last steps; pairs with rho 0 (no positive curvature) drop out."""
+    """``−H⁻¹∇F`` of each lane from its last steps; pairs with rho 0 drop out."""
     q, factors = gradient.clone(), []
     for s, y, rho in reversed(pairs):
         a = rho * (s * q).sum(1)
@@ -147,8 +135,7 @@ def _two_loop(gradient: Tensor, pairs: list[tuple[Tensor, Tensor, Tensor]]) -> T
 
 
 def strong_wolfe(lanes, theta, value, gradient, direction, step, c1=1e-4, c2=0.9, max_tries=25):
-    """A step of each lane that satisfies the strong Wolfe conditions, all lanes in step with each
-    other.
+    """A step of each lane that satisfies the strong Wolfe conditions, all lanes side by side.
 
     Keeps a bracket (lo, hi) per lane: hi is infinite until a step overshoots; then cubic
     interpolation. Near the optimum, where F differences are rounding, the approximate Wolfe
@@ -164,31 +151,22 @@ def strong_wolfe(lanes, theta, value, gradient, direction, step, c1=1e-4, c2=0.9
     lo, lo_value, lo_slope = torch.zeros_like(step), value.clone(), slope.clone()
     hi, hi_value, hi_slope = torch.full_like(step, torch.inf), value.clone(), slope.clone()
     best, best_value, best_gradient = theta.clone(), value.clone(), gradient.clone()
-    open_, moved = (
-        torch.arange(len(step), device=step.device),
-        torch.zeros_like(step, dtype=torch.bool),
-    )
+    open_ = torch.arange(len(step), device=step.device)
+    moved = torch.zeros_like(step, dtype=torch.bool)
     for _ in range(max_tries):  # only lanes whose search is still open are evaluated
         t, d, start, down = step[open_], direction[open_], value[open_], slope[open_]
         trial = theta[open_] + t[:, None] * d
-        t_value, t_gradient = (
-            lanes if len(open_) == len(lanes) else lanes.select(open_)
-        ).value_and_grad(trial)
+        some = lanes if len(open_) == len(lanes) else lanes.select(open_)
+        t_value, t_gradient = some.value_and_grad(trial)
         t_slope = (t_gradient * d).sum(1)
-        decrease = (t_value <= start + c1 * t * down) | (
-            (t_value <= start + slack[open_]) & (t_slope <= (2 * c1 - 1) * down)
-        )
-        worse = (
-            ~decrease
-            | ((t_value > lo_value[open_] + slack[open_]) & (lo[open_] > 0))
-            | ~torch.isfinite(t_value)
-        )
+        wolfe = t_value <= start + c1 * t * down
+        approximate = (t_value <= start + slack[open_]) & (t_slope <= (2 * c1 - 1) * down)
+        above = (t_value > lo_value[open_] + slack[open_]) & (lo[open_] > 0)
+        worse = ~(wolfe | approximate) | above | ~torch.isfinite(t_value)
         kept = open_[~worse]  # every decrease is remembered, in case the tries run out
-        best[kept], best_value[kept], best_gradient[kept] = (
-            trial[~worse],
-            t_value[~worse],
-            t_gradient[~worse],
-        )
+        best[kept] = trial[~worse]
+        best_value[kept] = t_value[~worse]
+        best_gradient[kept] = t_gradient[~worse]
         moved[kept] = True
         turn = ~worse & (t_slope * (hi - lo)[open_] >= 0)
         for high, low, new in (
@@ -201,14 +179,13 @@ def strong_wolfe(lanes, theta, value, gradient, direction, step, c1=1e-4, c2=0.9
         open_ = open_[worse | (t_slope.abs() > -c2 * down)]
         if not len(open_):
             break
-        step = torch.where(
-            torch.isinf(hi), 2 * step, _cubic(lo, lo_value, lo_slope, hi, hi_value, hi_slope)
-        )
+        between = _cubic(lo, lo_value, lo_slope, hi, hi_value, hi_slope)
+        step = torch.where(torch.isinf(hi), 2 * step, between)
     return best, best_value, best_gradient, moved
 
 
 def _cubic(a, fa, ga, b, fb, gb):
-    """Minimiser of the cubic through two values and slopes, kept in the inner 80 % of the bracket."""
+    """Minimiser of the cubic through two values and slopes, in the inner 80 % of the bracket."""
     d1 = ga + gb - 3 * (fa - fb) / (a - b)
     root = (d1**2 - ga * gb).clamp(min=0).sqrt() * torch.sign(b - a)
     point = b - (b - a) * (gb + root - d1) / (gb - ga + 2 * root)
@@ -218,17 +195,18 @@ def _cubic(a, fa, ga, b, fb, gb):
 
 
 def _polish(lanes: Lanes, theta: Tensor, max_steps: int = 60) -> tuple[Tensor, int]:
-    """Newton's method to rounding, for the lanes where it contracts; the others come back
-    unchanged.
+    """Newton's method to rounding, for the lanes where it contracts; the others stay.
 
     The lanes' optima lie close together (one example in m differs), so one factorised Hessian, the
     chord, serves many: each step shrinks the gradient by about the relative change of curvature. A
     lane is kept only while every step halves its gradient, which no step into another basin does.
     """
-    floor, rounding = noise_floor(lanes, theta), 1e3 if theta.dtype == torch.float64 else 4.0
+    floor = noise_floor(lanes, theta)
+    rounding = 1e3 if theta.dtype == torch.float64 else 4.0
     gradient = lanes.value_and_grad(theta)[1]
     norm = gradient.norm(dim=1)
-    waiting, theta, total = norm > floor, theta.clone(), 0
+    waiting, total = norm > floor, 0
+    theta = theta.clone()
     while bool(waiting.any()):
         chord = _hessian_factor(lanes, theta, int(waiting.nonzero()[0]))
         if chord is None:  # not in the convex neighbourhood of a minimum yet
@@ -242,8 +220,7 @@ def _polish(lanes: Lanes, theta: Tensor, max_steps: int = 60) -> tuple[Tensor, i
             t_slope = lanes.select(lane).value_and_grad(trial)[1]
             t_size = t_slope.norm(dim=1)
             halved = t_size < 0.5 * size
-            # Within `rounding` a step that no longer halves the gradient was stopped by rounding,
-            # not by distance.
+            # So near the floor, a step that no longer halves the gradient was stopped by rounding.
             done = (halved & (t_size <= floor[lane])) | (~halved & (size <= rounding * floor[lane]))
             best = torch.where((t_size < size)[:, None], trial, point)
             theta[lane[done]], waiting[lane[done]] = best[done], False
@@ -251,7 +228,7 @@ def _polish(lanes: Lanes, theta: Tensor, max_steps: int = 60) -> tuple[Tensor, i
             lane, point, slope, size = lane[more], trial[more], t_slope[more], t_size[more]
             if not len(lane):
                 break
-        # far lanes go on with L-BFGS rather than Hessians of their own
+        # Lanes far away go on with L-BFGS rather than with Hessians of their own.
         if int(waiting.sum()) == before or before > 8:
             break
     return theta, total
@@ -261,7 +238,6 @@ def _hessian_factor(lanes: Lanes, theta: Tensor, lane: int) -> Tensor | None:
     """Cholesky factor of one lane's Hessian, None where it is not positive definite."""
     one = torch.tensor([lane], device=theta.device)
     full = lanes.select(one).full(theta[one])[0]
-    factor, failed = torch.linalg.cholesky_ex(
-        Hessian(lanes.objective, full, lanes.weights[lane]).dense()
-    )
+    matrix = Hessian(lanes.objective, full, lanes.weights[lane]).dense()
+    factor, failed = torch.linalg.cholesky_ex(matrix)
     return None if bool(failed) else factor

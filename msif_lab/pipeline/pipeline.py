@@ -76,8 +76,7 @@ class Pipeline:
     # --- training ---------------------------------------------------------------------------------
 
     def fit(self, progress: bool = True) -> "Pipeline":
-        """Train the stages one after the other from their initial weights and write the result into
-        the models.
+        """Train the stages one after the other, and write the result into the models.
 
         Starts from the weights the models had when the pipeline was made, so calling it again gives
         the same result. Nothing is written before every stage is done: an interrupt leaves the
@@ -85,9 +84,8 @@ class Pipeline:
         """
         self._prepare()
         check_buffers(self.stages)
-        done, reports = self._run(
-            [None] * len(self.stages), [i[None] for i in self._initial], False, progress
-        )
+        weights = [None] * len(self.stages)
+        done, reports = self._run(weights, [i[None] for i in self._initial], False, progress)
         self._write([full[0] for full in done])
         self.reports = reports
         return self
@@ -100,17 +98,13 @@ class Pipeline:
                 weights.
         """
         self._prepare()
-        present = [
-            p.objective.layout.flatten(s.model)
-            for p, s in zip(self._functional, self.stages, strict=True)
-        ]
-        for k, (stage, full) in enumerate(zip(self.stages, present, strict=True)):
+        present = [p.objective.layout.flatten(p.objective.model) for p in self._functional]
+        for k in range(1, len(present)):
             p = self._functional[k]
-            if k and not torch.equal(
-                p.here["frozen"].take(full), p.there["frozen"].take(present[k - 1])
-            ):
+            ours, theirs = p.here["frozen"].take(present[k]), p.there["frozen"].take(present[k - 1])
+            if not torch.equal(ours, theirs):
                 raise ValueError(
-                    f"stage {stage.name!r}: frozen parameters {p.frozen} differ from those of "
+                    f"{p.objective.where}: frozen parameters {p.frozen} differ from those of "
                     f"stage {self.stages[k - 1].name!r}; copy them over, or train them: "
                     "link=Proximal(alpha=...) or WarmStart()"
                 )
@@ -121,19 +115,18 @@ class Pipeline:
     def _run(
         self, weights, starts, warm: bool, progress: bool
     ) -> tuple[list[Tensor], list[FitReport]]:
-        """Every stage of every lane; ``starts`` (R, D) per stage, trained shared parts restart from
-        W* unless warm.
+        """Every stage of every lane, from ``starts`` (R, D) each.
+
+        Shared parts that are trained start at the W* of their own lane, unless ``warm``.
         """
         done, reports, previous = [], [], None
-        for p, stage, start, weight in zip(
-            self._functional, self.stages, starts, weights, strict=True
-        ):
-            lanes = p.lanes(start, previous, weight)
+        for k, stage in enumerate(self.stages):
+            p = self._functional[k]
+            lanes = p.lanes(starts[k], previous, weights[k])
             if not warm:
                 lanes = p.start(lanes)
-            theta, report = stage.recipe.run(
-                lanes, p.objective.trained.take(lanes.base), progress=progress
-            )
+            theta = p.objective.trained.take(lanes.base)
+            theta, report = stage.recipe.run(lanes, theta, progress=progress)
             previous = lanes.full(theta)
             done.append(previous)
             reports.append(report)
@@ -148,14 +141,12 @@ class Pipeline:
             )
         if changed := self._changed():
             raise ValueError(
-                f"{'; '.join(changed)} changed since fit(), so this is another run; call fit() "
-                "again"
+                f"{'; '.join(changed)} changed since fit(), so this is another run; "
+                "call fit() again"
             )
 
     def require_unchanged(self, full: Sequence[Tensor]) -> None:
-        """Raise `ValueError` where the trained parameters are no longer those ``full`` that a
-        method was fitted to.
-        """
+        """Raise `ValueError` where the trained parameters are no longer ``full``, by stage."""
         for stage, then, now in zip(self.stages, full, self.trained(), strict=True):
             if then.dtype != now.dtype or then.device != now.device or not torch.equal(then, now):
                 raise ValueError(
@@ -168,9 +159,7 @@ class Pipeline:
         return self._initial[stage]
 
     def fresh_lanes(self, stage: int, previous: Tensor | None) -> Lanes:
-        """A stage as `fit` starts it, all weights one; ``previous`` (1, D') are the stage before's
-        final parameters.
-        """
+        """A stage as `fit` starts it, all weights one, after a stage that ended at ``previous``."""
         p = self._functional[stage]
         return p.start(p.lanes(self._initial[stage][None], previous, None))
 
@@ -201,13 +190,15 @@ class Pipeline:
 
     def _changed(self) -> list[str]:
         """Which settings of which stages are no longer those of the fit."""
+
+        def same(key: str, value, before) -> bool:
+            return value is before or (key not in ("model", "data") and value == before)
+
         return [
             f"{key} of stage {stage.name!r}"
             for stage, settings in zip(self.stages, self._settings, strict=True)
             for key, value in vars(stage).items()
-            if not (
-                value is settings[key] or (key not in ("model", "data") and value == settings[key])
-            )
+            if not same(key, value, settings[key])
         ]
 
     # --- the trained state ------------------------------------------------------------------------
@@ -247,8 +238,9 @@ class Pipeline:
         return self._functional[stage]
 
     def curvature(self, stage: int | str, kind: str = "hessian") -> DataCurvature:
-        """Curvature operator of a stage at the trained parameters, penalty included; kept until
-        they change.
+        """Curvature operator of a stage at the trained parameters, penalty included.
+
+        It is kept until they change.
         """
         k, trained = self.index(stage), self.trained()
         if (k, kind) not in self._curvatures:
@@ -258,24 +250,22 @@ class Pipeline:
     def gradient(self, stage: int | str) -> Tensor:
         """∇F of a stage at the trained parameters, ``(P,)``; zero at an optimum."""
         k, trained = self.index(stage), self.trained()
-        lanes = self._functional[k].lanes(
-            trained[k][None], trained[k - 1][None] if k else None, None
-        )
-        return lanes.value_and_grad(self._functional[k].objective.trained.take(trained[k])[None])[
-            1
-        ][0]
+        functional, previous = self._functional[k], trained[k - 1][None] if k else None
+        lanes = functional.lanes(trained[k][None], previous, None)
+        _, gradient = lanes.value_and_grad(functional.objective.trained.take(trained[k])[None])
+        return gradient[0]
 
     def evaluate(self, queries: Examples, target: str | Callable = "loss") -> Tensor:
         """The quantity q of each query at the trained parameters, ``(Q,)``, in nats for losses."""
-        return Retrained(self, [t[None] for t in self.trained()], []).evaluate(queries, target)[
-            :, 0
-        ]
+        as_one_lane = Retrained(self, [full[None] for full in self.trained()], [])
+        return as_one_lane.evaluate(queries, target)[:, 0]
 
     def retrain(
         self, weights: Tensor | Mapping, *, warm_start: bool = False, progress: bool = True
     ) -> "Retrained":
-        """Rerun every stage under example weights, many weightings at once; the models stay as they
-        are.
+        """Rerun every stage under example weights, many weightings at once.
+
+        The models stay as they are.
 
         Args:
             weights: ``(R, N)`` or ``(N,)`` weights of the first stage's examples, or a mapping from
@@ -289,32 +279,7 @@ class Pipeline:
         """
         if not warm_start:
             self.require_repeatable()
-        given = dict(weights) if isinstance(weights, Mapping) else {0: weights}
-        if not given:
-            raise ValueError(
-                "weights are empty: give (R, N) weights of a stage, or a mapping from stages to "
-                "weights"
-            )
-        by_stage: list[Tensor | None] = [None] * len(self.stages)
-        for key, value in given.items():
-            k = self.index(key)
-            if by_stage[k] is not None:
-                raise ValueError(
-                    f"weights of stage {self.stages[k].name!r} are given twice, by name and by "
-                    "index"
-                )
-            value = torch.as_tensor(
-                value, dtype=self._initial[k].dtype, device=self._initial[k].device
-            )
-            value = value[None] if value.ndim == 1 else value
-            if not bool(torch.isfinite(value).all()):
-                raise ValueError(f"weights of stage {self.stages[k].name!r} hold NaN or inf")
-            if value.ndim != 2 or not len(value) or value.shape[1] != len(self.stages[k].data):
-                raise ValueError(
-                    f"weights of stage {self.stages[k].name!r} have shape {tuple(value.shape)}: "
-                    f"expected (R, {len(self.stages[k].data)}) or ({len(self.stages[k].data)},)"
-                )
-            by_stage[k] = value
+        by_stage = self._weights(weights if isinstance(weights, Mapping) else {0: weights})
         counts = {len(w) for w in by_stage if w is not None}
         if len(counts) != 1:
             raise ValueError(
@@ -325,34 +290,49 @@ class Pipeline:
         starts = [s.expand(count, -1) for s in (self.trained() if warm_start else self._initial)]
         return Retrained(self, *self._run(by_stage, starts, warm_start, progress))
 
+    def _weights(self, given: Mapping) -> list[Tensor | None]:
+        """The weights of `retrain` by stage, ``(R, N)`` each, checked; None where left out."""
+        if not given:
+            raise ValueError(
+                "weights are empty: give (R, N) weights of a stage, or a mapping from stages to "
+                "weights"
+            )
+        by_stage: list[Tensor | None] = [None] * len(self.stages)
+        for key, value in given.items():
+            k = self.index(key)
+            which, m = f"weights of stage {self.stages[k].name!r}", len(self.stages[k].data)
+            if by_stage[k] is not None:
+                raise ValueError(f"{which} are given twice, by name and by index")
+            initial = self._initial[k]
+            value = torch.as_tensor(value, dtype=initial.dtype, device=initial.device)
+            value = value[None] if value.ndim == 1 else value
+            if not bool(torch.isfinite(value).all()):
+                raise ValueError(f"{which} hold NaN or inf")
+            if value.ndim != 2 or not len(value) or value.shape[1] != m:
+                raise ValueError(
+                    f"{which} have shape {tuple(value.shape)}: expected (R, {m}) or ({m},)"
+                )
+            by_stage[k] = value
+        return by_stage
+
     # --- where it lives ---------------------------------------------------------------------------
 
     def to(self, *targets: torch.device | torch.dtype | str) -> "Pipeline":
-        """Move every model and its data to a device and / or floating dtype; the models change in
-        place.
-        """
+        """Move every model and its data to a device and / or floating dtype, in place."""
         for stage in self.stages:
             for target in targets:
                 stage.model.to(target)
             stage.data = stage.data.to(*targets)
 
-        def move(flats):
-            return (
-                None
-                if flats is None
-                else [
-                    f.to(s.data.x.device, next(s.model.parameters()).dtype)
-                    for f, s in zip(flats, self.stages, strict=True)
-                ]
-            )
-
-        if any(
-            f.dtype != next(s.model.parameters()).dtype
-            for f, s in zip(self._initial, self.stages, strict=True)
-        ):
+        homes = [(s.data.x.device, next(s.model.parameters()).dtype) for s in self.stages]
+        if any(f.dtype != dtype for f, (_, dtype) in zip(self._initial, homes, strict=True)):
             self.reports = None  # in another precision the run would be another one
+
+        def move(flats: Sequence[Tensor]) -> list[Tensor]:
+            return [flat.to(*home) for flat, home in zip(flats, homes, strict=True)]
+
         self._initial = move(self._initial)
-        self._take(move(self._trained))
+        self._take(None if self._trained is None else move(self._trained))
         self._prepare()
         return self
 
@@ -361,26 +341,22 @@ class Pipeline:
         return self.to(torch.float64)
 
     def facts(self) -> dict:
-        """What makes this pipeline this one, JSON-able: names, shapes, settings, and digests of the
-        data.
-        """
+        """What identifies this pipeline: names, shapes, settings, digests of data; JSON-able."""
         return saved.facts(self.stages, self._functional)
 
     def save(self, path) -> None:
-        """Write initial and trained weights and a description to one safetensors file, all or
-        nothing.
-        """
+        """Write the weights, initial and trained, and `facts` to a safetensors file, or nothing."""
         trained = self.trained()
-        if self._changed():
+        if changed := self._changed():
             raise ValueError(
-                f"{'; '.join(self._changed())} changed since fit(); call fit() or adopt() before "
-                "save()"
+                f"{'; '.join(changed)} changed since fit(); call fit() or adopt() before save()"
             )
         saved.write(path, self.facts(), self._initial, trained, self.reports or [])
 
     def load(self, path) -> "Pipeline":
-        """Take the weights of a saved pipeline of the same stages; models are written only if all
-        is well.
+        """Take the weights of a saved pipeline of the same stages.
+
+        The models are written only if all is well.
 
         Raises:
             SavedFileError: cut off, changed or foreign file, or one of other stages, data or
@@ -400,9 +376,8 @@ class Pipeline:
                 f"  {s.name}: {p.objective.size} of {p.objective.layout.size} parameters trained "
                 f"on {len(s.data)} examples{link}"
             )
-        return (
-            "Pipeline(\n" + "\n".join(lines) + ("\n)" if self._trained else "\n) not trained yet")
-        )
+        lines.append(")" if self._trained else ") not trained yet")
+        return "\n".join(["Pipeline(", *lines])
 
 
 @dataclass
@@ -420,9 +395,7 @@ class Retrained:
     reports: list[FitReport]
 
     def state(self, stage: int | str, lane: int) -> dict[str, Tensor]:
-        """Named parameters of one stage in one lane, ready for
-        ``load_state_dict(..., strict=False)``.
-        """
+        """Named parameters of one stage in one lane, for ``load_state_dict(..., strict=False)``."""
         k = self.pipeline.index(stage)
         return self.pipeline.objective(k).layout.named(self.parameters[k][lane])
 

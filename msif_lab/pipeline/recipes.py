@@ -1,6 +1,7 @@
-"""Mini-batch recipes: how a stage is trained, for many example weightings at once, the same way
-every time, and how one step of it is run backwards (`UnrolledInfluence` differentiates the whole
-run).
+"""Mini-batch recipes: how a stage is trained, and how one step of it is run backwards.
+
+A recipe trains under many example weightings at once, the same way every time; the steps' reverse
+is what `UnrolledInfluence` differentiates the whole run by.
 """
 
 import sys
@@ -42,18 +43,20 @@ class FitReport:
 
     def __str__(self) -> str:
         state = "converged" if bool(self.converged.all()) else "stopped short of an optimum"
-        return f"{self.recipe}: {state} after {self.iterations} steps, ‖∇F‖ = {float(self.gradient_norm.max()):.1e}"
+        largest = float(self.gradient_norm.max())
+        return f"{self.recipe}: {state} after {self.iterations} steps, ‖∇F‖ = {largest:.1e}"
 
 
 def progress_bar(total: int, text: str, show: bool = True) -> tqdm:
     """A text bar that shows itself after two seconds only and leaves nothing behind."""
-    # Notebooks paint standard error red, and the stripe stays when the bar has gone; terminals keep
-    # it out of pipes.
+    # Notebooks paint standard error red, and the stripe stays when the bar has gone. In a terminal
+    # standard error is right: it keeps the bar out of pipes.
     stream = sys.stdout if "ipykernel" in sys.modules else sys.stderr
     return tqdm(total=total, desc=text, leave=False, delay=2.0, disable=not show, file=stream)
 
 
 def check_finite(value: Tensor, gradient: Tensor, step: int, advice: str) -> None:
+    """Raise `NotConvergedError` where a step's risk or gradient is NaN or inf."""
     if not bool(torch.isfinite(value).all() and torch.isfinite(gradient).all()):
         raise NotConvergedError(
             f"training produced NaN or inf at step {step}: the risk is {value.tolist()[:3]}; "
@@ -106,9 +109,7 @@ class MiniBatch(ABC):
     def update(
         self, theta: Tensor, state: State, gradient: Tensor, step: int, rate: float, decay: float
     ):
-        """One step: ``(θ, state, ∇L_B) → (θ, state, saved)``; ``saved`` is what `pull_back` will
-        need.
-        """
+        """One step: ``(θ, state, ∇L_B) → (θ, state, saved)``, with what `pull_back` will need."""
 
     @abstractmethod
     def pull_back(
@@ -122,8 +123,8 @@ class MiniBatch(ABC):
     ):
         """The transpose of `update`: from derivatives of q after the step to those before it.
 
-        ``(θ̄, state̅) → (ḡ, θ̄, state̅)``, all ``(Q, P)``. ``ḡ = ∂q/∂∇L_B``; how ∇L_B hangs on θ is
-        not its business: the caller adds ``∇²L_B ḡ`` to θ̄.
+        ``(θ̄, state̅) → (ḡ, θ̄, state̅)``, all ``(Q, P)``, with ``ḡ = ∂q/∂∇L_B``. The dependence of
+        ∇L_B on θ is left to the caller, who adds ``∇²L_B ḡ`` to θ̄.
         """
 
     # --- the run ----------------------------------------------------------------------------------
@@ -142,15 +143,10 @@ class MiniBatch(ABC):
         rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
         if callable(self.schedule):
             return rise * float(self.schedule(step, total))
-        passed = torch.tensor(
-            max(0, step - self.warmup) / max(1, total - self.warmup), dtype=torch.float64
-        )
-        decay = {
-            "constant": 1.0,
-            "linear": 1 - float(passed),
-            "cosine": float((1 + torch.cos(passed * torch.pi)) / 2),
-        }
-        return rise * decay[self.schedule]
+        passed = max(0, step - self.warmup) / max(1, total - self.warmup)
+        angle = torch.tensor(passed, dtype=torch.float64) * torch.pi
+        cosine = float((1 + torch.cos(angle)) / 2)
+        return rise * {"constant": 1.0, "linear": 1 - passed, "cosine": cosine}[self.schedule]
 
     def decay(self, lanes: Lanes) -> float:
         """λ of decoupled weight decay; 0 where the penalty is part of the gradient."""
@@ -159,8 +155,9 @@ class MiniBatch(ABC):
     def advance(
         self, lanes: Lanes, theta: Tensor, state: State, step: int, batch: Tensor, rate: float
     ):
-        """One step on one mini-batch: ``(θ, state, saved)`` after it. Training and its replay both
-        come through here.
+        """One step on one mini-batch: ``(θ, state, saved)`` after it.
+
+        Training and its replay both come through here.
 
         Raises:
             NotConvergedError: NaN or inf.
@@ -168,8 +165,7 @@ class MiniBatch(ABC):
         value, gradient = lanes.value_and_grad(theta, rows=batch.to(theta.device))
         check_finite(value, gradient, step, f"lower lr={self.lr}")
         decay = self.decay(lanes)
-        if decay:
-            # the penalty's share, which `update` applies itself
+        if decay:  # `update` applies the penalty itself
             gradient = gradient - decay * theta
         return self.update(theta, state, gradient, step, rate, decay)
 
@@ -178,9 +174,8 @@ class MiniBatch(ABC):
         start = time.perf_counter()
         m = len(lanes.objective.data)
         theta, state = theta.clone(), self.start(theta)
-        with progress_bar(
-            self.epochs * -(-m // self.batch_size), type(self).__name__, progress
-        ) as bar:
+        total = self.epochs * -(-m // self.batch_size)
+        with progress_bar(total, type(self).__name__, progress) as bar:
             for step, (batch, rate) in enumerate(self.steps(m)):
                 theta, state, _ = self.advance(lanes, theta, state, step, batch, rate)
                 bar.update()
@@ -245,10 +240,9 @@ class SGD(MiniBatch):
         return v_bar, theta_bar, (self.momentum * v_bar,)
 
     def equivalent_alpha(self, m: int) -> float:
-        """The α whose `Proximal` link acts like this run from W* on ``m`` examples:
-        ``2α = (1 − μ) / Σ_t η_t``.
+        """The α whose `Proximal` link acts like this run from W* on ``m`` examples.
 
-        Gradient descent for a time ``τ = Σ η_t / (1 − μ)`` filters curvature s by ``exp(−τ s)``,
+        ``2α = (1 − μ) / Σ_t η_t``: gradient descent for a time ``τ = Σ η_t / (1 − μ)`` filters curvature s by ``exp(−τ s)``,
         the proximal optimum by ``2α / (s + 2α)``; they agree for small s at ``2α = 1/τ``.
 
         >>> round(SGD(lr=0.1, momentum=0.0, epochs=10, batch_size=5).equivalent_alpha(m=10), 6)
@@ -259,8 +253,7 @@ class SGD(MiniBatch):
 
 @dataclass(frozen=True)
 class Adam(MiniBatch):
-    """Adam (Kingma & Ba 2015) as ``torch.optim.Adam`` does it, the stage's penalties part of the
-    gradient.
+    """Adam (Kingma & Ba 2015) as ``torch.optim.Adam``, the penalties part of the gradient.
 
     ``m ← β₁ m + (1 − β₁) g``, ``s ← β₂ s + (1 − β₂) g²``, ``θ ← θ − η_t m̂ / (√ŝ + ε)`` with the
     bias-corrected ``m̂ = m / (1 − β₁ᵗ)``, ``ŝ = s / (1 − β₂ᵗ)``. Neither moment crosses stages.
@@ -295,17 +288,18 @@ class Adam(MiniBatch):
         return first / c1, (second / c2).sqrt(), c1, c2
 
     def update(self, theta, state, gradient, step, rate, decay):
-        (b1, b2), (first, second) = self.betas, state
-        first, second = b1 * first + (1 - b1) * gradient, b2 * second + (1 - b2) * gradient**2
+        b1, b2 = self.betas
+        first = b1 * state[0] + (1 - b1) * gradient
+        second = b2 * state[1] + (1 - b2) * gradient**2
         mean, root, _, _ = self._corrected(first, second, step)
         theta = (1 - rate * decay) * theta - rate * mean / (root + self.eps)
         return theta, (first, second), (gradient, first, second)
 
     def pull_back(self, theta_bar, state_bar, saved, step, rate, decay):
-        (b1, b2), (gradient, first, second) = self.betas, saved
+        b1, b2 = self.betas
+        gradient, first, second = saved
         mean, root, c1, c2 = self._corrected(first, second, step)
-        # d(m̂ / (√ŝ + ε)) by s; where s is 0 every gradient so far was, m̂ is 0 with it and so is
-        # the product
+        # ∂(m̂ / (√ŝ + ε))/∂s. Where s is 0, so were all gradients, and with them m̂ and the product.
         by_second = torch.where(root > 0, mean / (2 * c2 * root * (root + self.eps) ** 2), 0.0)
         first_bar = state_bar[0] - rate / c1 / (root + self.eps) * theta_bar
         second_bar = state_bar[1] + rate * by_second * theta_bar

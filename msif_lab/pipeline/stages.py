@@ -1,6 +1,7 @@
-"""A stage, and the links that say what it takes over from the stage before."""
+"""A stage, the links that say what it takes over from the stage before, and both as functions."""
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -20,12 +21,11 @@ Shared = str | Sequence[str] | Callable[[str], bool] | None
 
 
 def shared_names(shared: Shared, before: Layout, after: Layout, where: str) -> list[str]:
-    """The parameters a stage takes over, in its own order; see `Frozen` for what ``shared`` may be."""
+    """The parameters a stage takes over, in its own order; see `Frozen` for ``shared``."""
     offered = [name for name in after.shapes if name in before.shapes]
     if shared is None:
-        names = [
-            n for n in offered if n.split(".")[0] != "head" and before.shapes[n] == after.shapes[n]
-        ]
+        alike = [n for n in offered if before.shapes[n] == after.shapes[n]]
+        names = [n for n in alike if n.split(".")[0] != "head"]
     elif isinstance(shared, str):
         names = [n for n in offered if n.startswith(shared)]
     elif callable(shared):
@@ -55,8 +55,7 @@ def shared_names(shared: Shared, before: Layout, after: Layout, where: str) -> l
 
 @dataclass(frozen=True)
 class Frozen:
-    """The shared parameters are taken from the previous stage and stay as they are (the paper's
-    first case).
+    """The shared parameters are taken from the previous stage and stay: the paper's first case.
 
     Args:
         shared: which parameters: None for every equal name and shape outside ``head``, a prefix, a
@@ -68,8 +67,10 @@ class Frozen:
 
 @dataclass(frozen=True)
 class Proximal:
-    """Everything is trained, ``α ‖W' − W*‖²`` holds the shared part W' near the previous stage's W*
-    (second case).
+    """Everything is trained, and the shared part stays near the previous stage's: the second case.
+
+    ``α ‖W' − W*‖²`` is added to the objective, W' being the shared part and W* its value after the
+    previous stage.
 
     Args:
         alpha: strength α > 0. Large: frozen. Plain gradient descent for K steps of rate η acts like
@@ -81,9 +82,7 @@ class Proximal:
     shared: Shared = None
 
     def __post_init__(self):
-        if not isinstance(self.alpha, (int, float, numpy.floating)) or not 0 < self.alpha < float(
-            "inf"
-        ):
+        if not _is_number(self.alpha) or not 0 < self.alpha < math.inf:
             raise ValueError(
                 f"alpha={self.alpha!r} must be positive and finite; for the limit α → ∞ use "
                 "Frozen()"
@@ -92,11 +91,10 @@ class Proximal:
 
 @dataclass(frozen=True)
 class WarmStart:
-    """Everything is trained, starting from the previous stage's W* and simply going on: plain full
-    finetuning.
+    """Everything is trained, starting from the previous stage's W*: plain full finetuning.
 
-    What the finetuned model keeps of W* it keeps only because training stops early, so this link
-    means something with `SGD` or `Adam`, and its influence is `UnrolledInfluence`'s.
+    The finetuned model keeps something of W* only because training stops early. So this link means
+    something with `SGD` or `Adam`, and its influence is `UnrolledInfluence`'s.
     `SGD.equivalent_alpha` gives the `Proximal` link that resembles it.
 
     Args:
@@ -111,8 +109,7 @@ Link = Frozen | Proximal | WarmStart
 
 @dataclass
 class Stage:
-    """One training stage: ``F(θ; w) = (1/m) Σ_i w_i f_i(θ) + (weight_decay/2) ‖θ‖²`` over what it
-    trains.
+    """One training stage: ``F(θ; w) = (1/m) Σ_i w_i f_i(θ) + (λ/2) ‖θ‖²`` over what it trains.
 
     Args:
         name: unique in the pipeline.
@@ -135,19 +132,18 @@ class Stage:
     recipe: LBFGS | object = field(default_factory=LBFGS)
 
     def problems(self, first: bool) -> list[str]:
+        """Everything wrong with the settings; ``first``: whether no stage comes before."""
         problems = []
         if not isinstance(self.model, nn.Module):
             problems.append(f"model is {type(self.model).__name__}, not a torch.nn.Module")
         if not isinstance(self.data, Examples):
             problems.append(
-                f"data is {type(self.data).__name__}, not msif_lab.Examples; wrap it: Examples(x, "
-                "y)"
+                f"data is {type(self.data).__name__}, not msif_lab.Examples; "
+                "wrap it: Examples(x, y)"
             )
         if not callable(self.loss):
             problems.append(f"loss={self.loss!r} is not a function (outputs, targets) -> (B,)")
-        if not isinstance(
-            self.weight_decay, (int, float, numpy.floating)
-        ) or not 0 <= self.weight_decay < float("inf"):
+        if not _is_number(self.weight_decay) or not 0 <= self.weight_decay < math.inf:
             problems.append(f"weight_decay={self.weight_decay!r} must be zero or positive")
         if not hasattr(self.recipe, "run") or isinstance(self.recipe, type):
             problems.append(
@@ -165,8 +161,21 @@ class Stage:
         return [f"stage {self.name!r}: {p}" for p in problems]
 
 
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float, numpy.floating))
+
+
 class FunctionalStage:
-    """A stage made functional: its objective and how its parameters hang on the previous stage's."""
+    """A stage as a function: its objective, and where what it shares lies in both models.
+
+    Attributes:
+        objective: F of the stage.
+        coupled: names of the shared parameters that it trains, starting or held near W*.
+        frozen: names of those it takes over as they are.
+        live: names of what this or any stage before has trained; derivatives by the rest are never
+            asked for.
+        here, there: `Places` of ``"coupled"`` and ``"frozen"`` in its and the previous model.
+    """
 
     def __init__(self, stage: Stage, before: "FunctionalStage | None"):
         where = f"stage {stage.name!r}"
@@ -176,15 +185,13 @@ class FunctionalStage:
                 raise ValueError(
                     f"{where}: parameter {name!r} holds NaN or inf; start from finite weights"
                 )
-        shared = (
-            []
-            if before is None
-            else shared_names(stage.link.shared, before.objective.layout, layout, where)
-        )
+        earlier = layout if before is None else before.objective.layout
+        shared = []
+        if before is not None:
+            shared = shared_names(stage.link.shared, earlier, layout, where)
         free = not isinstance(stage.link, Frozen)
-        # trained from W*, held near by alpha
         self.coupled = [n for n in shared if free and n in layout.trainable]
-        self.frozen = [n for n in shared if n not in self.coupled]  # taken over as they are
+        self.frozen = [n for n in shared if n not in self.coupled]
         trained = [n for n in layout.trainable if n not in self.frozen]
         if not trained:
             raise ValueError(
@@ -201,16 +208,10 @@ class FunctionalStage:
             self.coupled,
             where,
         )
-        # What any stage so far has trained; derivatives by the rest are never asked for.
         self.live = {*trained, *(n for n in self.frozen if n in before.live)}
-        # places of the shared parameters in this model and in the previous one
-        self.here, self.there = (
-            {
-                k: side.places(names)
-                for k, names in (("coupled", self.coupled), ("frozen", self.frozen))
-            }
-            for side in (layout, layout if before is None else before.objective.layout)
-        )
+        names = {"coupled": self.coupled, "frozen": self.frozen}
+        self.here = {how: layout.places(some) for how, some in names.items()}
+        self.there = {how: earlier.places(some) for how, some in names.items()}
 
     def start(self, lanes: Lanes) -> Lanes:
         """The lanes of a fresh run: what is taken over and trained on starts at W*."""
@@ -219,14 +220,19 @@ class FunctionalStage:
         return replace(lanes, base=self.here["coupled"].put(lanes.base.clone(), lanes.centre))
 
     def lanes(self, base: Tensor, previous: Tensor | None, weights: Tensor | None) -> Lanes:
-        """The objective of R weightings: ``base`` (R, D), ``previous`` (R, D') the stage before,
-        ``weights`` (R, m).
+        """The objective of R weightings.
+
+        Args:
+            base: all parameters ``(R, D)``.
+            previous: the final parameters of the stage before, ``(R, D')``; None for the first.
+            weights: of the examples, ``(R, m)``; default one.
         """
         centre = None
         if previous is not None:
             base = self.here["frozen"].put(base.clone(), self.there["frozen"].take(previous))
             centre = self.there["coupled"].take(previous)
-        weights = base.new_ones(len(base), len(self.objective.data)) if weights is None else weights
+        if weights is None:
+            weights = base.new_ones(len(base), len(self.objective.data))
         return Lanes(self.objective, base, centre, weights)
 
 
@@ -235,11 +241,8 @@ def check_buffers(stages: Sequence[Stage]) -> None:
     for before, after in itertools.pairwise(stages):
         old = dict(before.model.named_buffers())
         for name, buffer in after.model.named_buffers():
-            if (
-                name in old
-                and old[name].shape == buffer.shape
-                and not torch.equal(old[name], buffer)
-            ):
+            alike = name in old and old[name].shape == buffer.shape
+            if alike and not torch.equal(old[name], buffer):
                 raise ValueError(
                     f"stage {after.name!r}: buffer {name!r} differs from that of stage "
                     f"{before.name!r}; buffers are constants here, so copy them: "
