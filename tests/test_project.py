@@ -1,10 +1,9 @@
-"""The project's own promises: same packages everywhere, one-way imports, a light import, small
-modules.
-"""
+"""The project's own promises: equal environments, one-way imports, a light import, true tables."""
 
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -19,41 +18,15 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "msif_lab"
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
 
-TOP_LEVEL = {"README.md", "LICENSE", "CONTRIBUTING.md", "pyproject.toml", "environment.yml", ".gitignore"} | {
-    ".ci", "msif_lab", "notebooks", "tests", "binder",
-}  # fmt: skip
+TEXTS = {"README.md", "LICENSE", "CONTRIBUTING.md"}
+SETTINGS = {"pyproject.toml", "environment.yml", ".gitignore"}
+TOP_LEVEL = TEXTS | SETTINGS | {".ci", "msif_lab", "notebooks", "tests", "binder"}
 
-# Data flow down this list; a module imports only from those above it.
+# A file or folder of the package imports only from those above it; README's table is in this order.
 ORDER = [
-    *(
-        "errors",
-        "storage",
-        "data",
-        "formats",
-        "sources",
-        "datasets",
-        "models",
-        "objective",
-        "checks",
-        "layers",
-        "operators",
-        "derivatives",
-        "curvature",
-        "training",
-        "lbfgs",
-        "stages",
-        "pipeline",
-        "precision",
-        "solvers",
-        "nested",
-        "krylov",
-        "lissa",
-        "lowrank",
-        "ekfac",
-    ),
-    *("plan", "ranking", "influence", "sweep", "replay", "unrolled"),
-    *("baselines", "validation", "comparison", "experiments", "studies", "cleaning"),
-    *("marking", "exercises", "plots", "widgets"),
+    *("errors", "storage", "memory", "figures"),
+    *("data", "objective", "curvature", "pipeline", "solvers", "influence", "evaluation"),
+    *("experiments", "studies", "exercises", "plots", "widgets"),
 ]
 
 CONDA_NAME = {"torch": "pytorch-cpu", "matplotlib": "matplotlib-base", "seaborn": "seaborn-base"}
@@ -124,76 +97,143 @@ def _run(*command: str) -> str:
 # ---- The package ----
 
 
-def imports_below(source: str, module: str, depth: int = 1) -> list[str]:
-    """The package's modules that ``module`` imports as it loads although they are not above it in
-    ORDER.
+def imported(source: str, module: str) -> set[str]:
+    """The package's modules that ``module`` imports, by their dotted names below the package.
 
-    ``depth`` is 2 for a file in a folder of the package: one dot stays within the folder, two lead
-        out of it.
+    Everywhere, in functions too: an import that waits for its function still ties the two together.
     """
-    found = []
-    for node in _loaded(ast.parse(source)):
+    package = module.split(".")[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found += [a.name.split(".")[1] for a in node.names if a.name.startswith("msif_lab.")]
+            names = [alias.name for alias in node.names]
+            found |= {name.partition(".")[2] for name in names if name.startswith("msif_lab.")}
         elif isinstance(node, ast.ImportFrom):
-            origin = (node.module or "").split(".")
-            if (node.level == 0 and origin[0] != "msif_lab") or 0 < node.level < depth:
-                continue
-            inside = origin if node.level else origin[1:]
-            found += [inside[0]] if inside and inside[0] else [alias.name for alias in node.names]
-    above = ORDER[: ORDER.index(module)]
-    return [name for name in found if name not in above]
+            origin = (node.module or "").split(".") if node.module else []
+            if node.level == 0:
+                if origin[0] != "msif_lab":
+                    continue
+                place = origin[1:]
+            else:
+                place = [*package[: len(package) - node.level + 1], *origin]
+            for alias in node.names:  # a module of that folder, or a name in that module
+                inside = [*place, alias.name]
+                found.add(".".join(inside if _exists(inside) else place))
+    return found - {""}
 
 
-def _loaded(node: ast.AST):
-    """The nodes that run at import: not the bodies of functions, nor what only a type checker
-    reads.
-    """
-    for child in ast.iter_child_nodes(node):
-        lazy = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-        typing = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
-        if not lazy and not typing:
-            yield child
-            yield from _loaded(child)
+def _exists(place: list[str]) -> bool:
+    path = PACKAGE.joinpath(*place)
+    return path.is_dir() or path.with_suffix(".py").is_file()
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
-def test_imports_point_up(path):
-    folders = path.relative_to(PACKAGE).with_suffix("").parts
-    assert folders[0] in ORDER, f"{path.name} has no place in ORDER"
-    assert imports_below(path.read_text(encoding="utf-8"), folders[0], depth=len(folders)) == []
+def imports_below(source: str, module: str) -> list[str]:
+    """The files and folders that ``module`` imports although they are not above it in ORDER."""
+    home = module.split(".")[0]
+    above = ORDER[: ORDER.index(home)]
+    rooms = {name.split(".")[0] for name in imported(source, module)}
+    return sorted(rooms - {home, *above})
 
 
-@pytest.mark.parametrize(
-    ("line", "below"),
-    [
-        ("from .errors import ShapeError", []),
-        ("from msif_lab.storage import save", []),
-        ("import torch\nfrom numpy import data", []),
-        ("from . import models, errors", ["models"]),
-        ("from .pipeline import Stage", ["pipeline"]),
-        ("import msif_lab.plots", ["plots"]),
-        ("from msif_lab import widgets", ["widgets"]),
-        ("try:\n    from .plots import use_style\nexcept ImportError:\n    pass", ["plots"]),
-        ("def draw():\n    from .plots import use_style", []),
-        ("if TYPE_CHECKING:\n    from .pipeline import Stage", []),
-    ],
-)
-def test_import_check_sees(line, below):
-    assert imports_below(line, "data") == below
+def circle(imports: dict[str, set[str]]) -> list[str]:
+    """The names along one circle of imports, or an empty list."""
+    done: set[str] = set()
+
+    def visit(name: str, path: list[str]) -> list[str]:
+        if name in path:
+            return [*path[path.index(name) :], name]
+        if name in done:
+            return []
+        for other in sorted(imports.get(name, ())):
+            if found := visit(other, [*path, name]):
+                return found
+        done.add(name)
+        return []
+
+    return next(filter(None, (visit(name, []) for name in sorted(imports))), [])
 
 
-def test_import_check_sees_out_of_a_folder():
-    lines = "from . import lesson_00\nfrom ..marking import Exercise\nfrom ..plots import use_style"
-    assert imports_below(lines, "exercises", depth=2) == ["plots"]
+def _module(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
 
 
-@pytest.mark.parametrize(
-    "path", [*MODULES, PACKAGE / "__init__.py"], ids=lambda p: p.relative_to(PACKAGE).as_posix()
-)
-def test_modules_stay_readable(path):
-    lines = len(path.read_text(encoding="utf-8").splitlines())
-    assert lines <= 400, f"{path.name} has {lines} lines: split it by concept"
+def test_imports_point_up():
+    below = {}
+    for path in MODULES:
+        module = _module(path)
+        assert module.split(".")[0] in ORDER, f"{module} has no place in ORDER"
+        below[module] = imports_below(path.read_text(encoding="utf-8"), module)
+    assert {module: names for module, names in below.items() if names} == {}
+    assert {_module(path).split(".")[0] for path in MODULES} == set(ORDER)
+
+
+def test_no_circle_of_imports():
+    """Neither between files nor between folders; `__init__` only hands on what others make."""
+    files = [path for path in MODULES if path.name != "__init__.py"]
+    imports = {
+        _module(path): imported(path.read_text(encoding="utf-8"), _module(path)) for path in files
+    }
+    assert circle(imports) == []
+    rooms: dict[str, set[str]] = {}
+    for module, names in imports.items():
+        room = module.split(".")[0]
+        rooms.setdefault(room, set()).update({name.split(".")[0] for name in names} - {room})
+    assert circle(rooms) == []
+
+
+def test_import_checks_see():
+    for module, line, below in [
+        ("data.examples", "from ..errors import SavedFileError", []),
+        ("data.examples", "from msif_lab.storage import digest", []),
+        ("data.examples", "import torch\nfrom numpy import ndarray", []),
+        ("data.examples", "from . import formats\nfrom .sources import raw_arrays", []),
+        ("data.examples", "from .. import plots, errors", ["plots"]),
+        ("data.examples", "from ..pipeline import Stage", ["pipeline"]),
+        ("data.examples", "from ..pipeline.stages import Stage", ["pipeline"]),
+        ("data.examples", "import msif_lab.plots", ["plots"]),
+        ("data.examples", "from msif_lab import widgets", ["widgets"]),
+        (
+            "data.examples",
+            "try:\n    from ..plots import use_style\nexcept ImportError:\n    pass",
+            ["plots"],
+        ),
+        ("data.examples", "def draw():\n    from ..plots import use_style", ["plots"]),
+        ("storage", "from .memory import parse_bytes", ["memory"]),
+        (
+            "exercises.lesson_00",
+            "from . import lesson_01\nfrom ..plots import use_style",
+            ["plots"],
+        ),
+    ]:
+        assert imports_below(line, module) == below, (module, line)
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}}) == ["a", "b", "c", "a"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_functions_fit_a_screen():
+    """At most 60 lines without the docstring; how long a file is depends on its subject alone."""
+    long = {}
+    for path in [*MODULES, PACKAGE / "__init__.py"]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                documented = len((ast.get_docstring(node, clean=False) or "").splitlines())
+                lines = node.end_lineno - node.lineno + 1 - documented
+                if lines > 60:
+                    long[f"{_module(path)}.{node.name}"] = lines
+    assert long == {}, "one job a function"
+
+
+def test_no_module_is_shadowed_by_a_name():
+    """`import msif_lab.plan as p` once gave a function: names of a folder and modules differ."""
+    shadowed = []
+    for path in MODULES:
+        if path.name == "__init__.py":
+            continue
+        folder, _, name = f"msif_lab.{_module(path)}".rpartition(".")
+        module = importlib.import_module(f"{folder}.{name}")
+        if getattr(importlib.import_module(folder), name) is not module:
+            shadowed.append(module.__name__)
+    assert shadowed == []
 
 
 def test_every_folder_of_the_package_is_installed():
@@ -229,7 +269,15 @@ def test_public_names_exist_and_are_documented():
     assert not bare, f"without a docstring: {bare}"
 
 
-# ---- The README's figures ----
+# ---- The README's tables ----
+
+
+def test_readme_lists_the_package_from_below():
+    """Every file and folder of the package has its row, in the order of the imports."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = text.partition("| in `msif_lab/` |")[2].partition("\n\n")[0]
+    rows = [line.split("|")[1] for line in table.splitlines()[2:]]
+    assert [name for row in rows for name in re.findall(r"`(\w+)(?:/|\.py)`", row)] == ORDER
 
 
 def results_row(title: str, setting: str, link: str) -> str:

@@ -242,8 +242,9 @@ class SGD(MiniBatch):
     def equivalent_alpha(self, m: int) -> float:
         """The α whose `Proximal` link acts like this run from W* on ``m`` examples.
 
-        ``2α = (1 − μ) / Σ_t η_t``: gradient descent for a time ``τ = Σ η_t / (1 − μ)`` filters curvature s by ``exp(−τ s)``,
-        the proximal optimum by ``2α / (s + 2α)``; they agree for small s at ``2α = 1/τ``.
+        ``2α = (1 − μ) / Σ_t η_t``: gradient descent for a time ``τ = Σ η_t / (1 − μ)`` filters
+        curvature s by ``exp(−τ s)``, the proximal optimum by ``2α / (s + 2α)``; they agree for
+        small s at ``2α = 1/τ``.
 
         >>> round(SGD(lr=0.1, momentum=0.0, epochs=10, batch_size=5).equivalent_alpha(m=10), 6)
         0.25
