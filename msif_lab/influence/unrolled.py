@@ -51,9 +51,9 @@ class UnrolledInfluence:
             at w̄ = 1 − p, the average of such removals, instead of w = 1. Where q is quadratic in w
             the best linear predictor has the scores ``∂q/∂w_i(w̄) + ½ (2p − 1) ∂²q/∂w_i²``; so the
             gradient at w̄ alone is best only for p = ½, or where that diagonal is zero.
-            ``leave_one_out=True`` adds most of the diagonal, which is small in practice: it
-            corrects the slope by a few per cent, and r by 0.002 at most. The scores then predict
-            removal, level included, and are no longer the derivative.
+            ``leave_one_out=True`` adds most of the diagonal; where that is small the noise of the
+            probes can cost more than it gains. The scores then predict removal, level included,
+            and are no longer the derivative.
         leave_one_out: predict the removal of *single examples* better, at the price of about one
             more sweep: without example i its own curvature leaves the steps too, which
             `ImplicitInfluence(leave_one_out=True)` accounts for by ``H − h_i/m`` and the run by
