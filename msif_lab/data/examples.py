@@ -321,7 +321,7 @@ class Examples:
         """The classes that `select` is to keep, as they are in ``self.classes``."""
         if not self.has_labels:
             raise ValueError(
-                f"select needs class labels, "
+                "select needs class labels, "
                 f"but y has shape {tuple(self.y.shape)} and {self.y.dtype}"
             )
         if isinstance(classes, str) or (classes is not None and not isinstance(classes, Iterable)):
