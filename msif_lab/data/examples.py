@@ -256,7 +256,8 @@ class Examples:
                 f"index selects {tuple(keep.shape)} of {keep.dtype}: "
                 "give a non-empty list of positions"
             )
-        lowest, highest = int(keep.min()), int(keep.max())
+        lowest = int(keep.min())
+        highest = int(keep.max())
         if lowest < -len(self) or highest >= len(self):
             worst = highest if highest >= len(self) else lowest
             raise IndexError(f"index {worst} is out of range: there are {len(self)} examples")
