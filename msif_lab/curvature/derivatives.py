@@ -223,7 +223,7 @@ def own_products(
 def cross_products(
     o: Objective, full: Tensor, names: Sequence[str], vectors: Tensor, weights: Tensor | None = None
 ) -> Tensor:
-    """``G_WT v = ∂_W (1/m) Σ_i w_i ∇_T f_i · v``: the mean loss's slope along v, derived by W.
+    """``G_WT v = ∂_W (1/m) Σ_i w_i ∇_T f_i · v``: the derivative by W of the mean slope along v.
 
     Each chunk takes one gradient by T, and each v one backward pass through its graph, to W only.
 

@@ -222,7 +222,7 @@ def _examples(
     data: DataSet, images, labels, classes, n, seed, pool: int, dtype: torch.dtype
 ) -> Examples:
     """What `Examples.select` would keep; only those images become floats, block by block."""
-    positions = torch.arange(len(labels))  # stand in for the images during the selection
+    positions = torch.arange(len(labels))  # in place of the images during the selection
     kept = Examples(positions, labels.astype(np.int64), classes=data.classes)
     if classes is not None or n is not None:
         kept = kept.select(classes, n, seed)

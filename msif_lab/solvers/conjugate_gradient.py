@@ -180,8 +180,8 @@ class Preconditioned:
         if self.solver.callback is not None:
             self.solver.callback(iteration, relative.clone())
 
-    # The three ways to solve. Each takes normalised columns, how many iterations are left and how
-    # many were taken before, and the relative residuals with the columns' places in them.
+    # The three ways to solve. Each takes normalised columns, how many iterations are left, how many
+    # were taken before, and the relative residuals of all columns with the places of these.
 
     def _shared(
         self, b: Tensor, most: int, before: int, relative: Tensor, places: Tensor

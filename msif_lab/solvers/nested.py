@@ -81,9 +81,8 @@ class Level:
         self.rough = rough
         self.columns = columns
         self.floor = floor
-        self.store = part.theta.new_empty(
-            2, KEPT * columns, len(part.theta)
-        )  # P and A_k P, as rows
+        # P and A_k P, a direction a row
+        self.store = part.theta.new_empty(2, KEPT * columns, len(part.theta))
         self.count = 0  # of directions found so far
         self.products = 0.0  # in units of a product with all examples
         self.smallest = float("inf")  # curvature met so far
