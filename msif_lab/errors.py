@@ -1,4 +1,4 @@
-"""The error family: every message names what was found and the way out."""
+"""Errors and warnings of msif_lab; every message names what was found and the way out."""
 
 __all__ = [
     "ConvergenceWarning",
@@ -14,8 +14,9 @@ __all__ = [
 
 
 class MsifError(Exception):
-    """Base of the errors that msif_lab defines; wrong arguments raise ``ValueError`` /
-    ``TypeError``.
+    """Base of the errors that msif_lab defines.
+
+    Arguments that are wrong in themselves raise a plain ``ValueError`` or ``TypeError``.
     """
 
 
@@ -48,14 +49,15 @@ class SavedFileError(MsifError, ValueError):
 
 
 class UnsupportedModelError(MsifError, ValueError):
-    """The model is not a deterministic per-example function (dropout or batch statistics are on)."""
+    """The model is no deterministic function of each example, or not one the method can treat.
+
+    The usual causes are dropout or batch statistics that are switched on.
+    """
 
 
 class ConvergenceWarning(UserWarning):
-    """Training or a solve stopped short of its tolerance; the number is in the message."""
+    """Training or a solve stopped short of its tolerance; the message says by how much."""
 
 
 class UnsmoothTrainingWarning(UserWarning):
-    """A training run reacts so unevenly to example weights that its derivative will not predict
-    removals.
-    """
+    """A run responds so unevenly to example weights that its derivative predicts no removals."""

@@ -1,28 +1,31 @@
-"""Figures as PNG, as `<img>` with an alt text, and as JupyterLab shows them."""
+"""Figures as PNG bytes, as `<img>` elements with alt texts, and as JupyterLab shows them."""
 
 import base64
 import html
 import io
 import threading
 
-# matplotlib is not made for two threads, and an answer may come from another one
+# Matplotlib is not thread-safe, and a widget may draw from a background thread.
 DRAWING = threading.RLock()
 
 
 def data_uri(png: bytes) -> str:
+    """The image itself as an address, so that the HTML needs no second file."""
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def img(png: bytes, alt: str, width: int | None = None) -> str:
-    """An image element; ``alt`` says in words what it shows."""
-    size = (
-        f"display:block;width:{width}px;image-rendering:pixelated;" if width else "max-width:100%;"
-    )
-    return f'<img src="{data_uri(png)}" alt="{html.escape(alt, quote=True)}" style="{size}background:white">'
+    """An image element; ``alt`` says in words what it shows, ``width`` is in pixels."""
+    if width:
+        size = f"display:block;width:{width}px;image-rendering:pixelated;"
+    else:
+        size = "max-width:100%;"
+    described = html.escape(alt, quote=True)
+    return f'<img src="{data_uri(png)}" alt="{described}" style="{size}background:white">'
 
 
 def figure_png(figure) -> bytes:
-    """Any figure as notebooks show it."""
+    """The PNG of any Matplotlib figure, in the size in which notebooks show it."""
     buffer = io.BytesIO()
     with DRAWING:
         figure.savefig(buffer, format="png")
@@ -30,12 +33,12 @@ def figure_png(figure) -> bytes:
 
 
 def describe_figures() -> None:
-    """From now on JupyterLab shows figures with the alt text of their cell's metadata: ``"alt"``,
-    one or a list.
+    """Let JupyterLab show figures with the alt texts from their cell's metadata.
 
-    It tells the kernel that metadata, but gives a PNG's `<img>` no alt text (Jupyter's enhancement
-    proposal 120); so a figure goes out as HTML too, which it prefers. Elsewhere, and for cells
-    without alt texts, nothing changes.
+    The metadata's ``"alt"`` is one text, or a list with one for each figure of the cell. JupyterLab
+    passes the metadata to the kernel, but its `<img>` for a PNG gets no alt text (Jupyter
+    enhancement proposal 120). So a figure is sent as HTML too, which JupyterLab prefers. Elsewhere,
+    and for cells without alt texts, nothing changes.
     """
     from IPython import get_ipython
     from matplotlib.figure import FigureBase
@@ -43,17 +46,18 @@ def describe_figures() -> None:
     shell = get_ipython()
     if not hasattr(shell, "get_parent"):  # no kernel
         return
-    cell, shown = None, 0
+    last_run = None
+    shown = 0  # figures of this run of the cell
 
     def described(figure) -> str | None:
-        nonlocal cell, shown
+        nonlocal last_run, shown
         parent = shell.get_parent()
         alts = parent.get("metadata", {}).get("alt", [])
         alts = [alts] if isinstance(alts, str) else alts
         run = parent.get("header", {}).get("msg_id")
-        cell, shown = run, shown + 1 if run == cell else 1
+        shown = shown + 1 if run == last_run else 1
+        last_run = run
         return img(figure_png(figure), alts[shown - 1]) if shown <= len(alts) else None
 
-    # For the base class, since whoever chooses the inline backend forgets all formatters of
-    # `Figure`.
+    # Registered for the base class: choosing the inline backend drops all formatters of `Figure`.
     shell.display_formatter.formatters["text/html"].for_type(FigureBase, described)

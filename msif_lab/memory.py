@@ -1,6 +1,4 @@
-"""How much memory work may take: sizes in words, a budget checked before the work, and the size of
-one chunk.
-"""
+"""Memory budgets: sizes as text, checks made before the work, and the size of one chunk."""
 
 import os
 
@@ -39,23 +37,24 @@ def require_memory(needed: int, budget: int, what: str, way_out: str) -> None:
         )
 
 
-# set it, or MSIF_WORKING_BYTES="2GB" in the environment: then chunks take just that
+# Set it, or MSIF_WORKING_BYTES="2GB" in the environment, and chunks take exactly that much.
 WORKING_BYTES: int | None = None
 
 
 def working_bytes(device: torch.device, example: int = 0) -> int:
-    """What one chunk of activations may take.
+    """How many bytes one chunk of activations may take.
 
-    On a CPU 32 MB (less pays for Python, more misses the caches, and Binder guarantees 1 GB in
-    all), and where one example is large, up to 256 MB for 16 of them. On a GPU an eighth of its
-    memory, if that much is free: smaller chunks would leave it waiting for Python.
+    On a CPU 32 MB: with less, Python's overhead dominates, with more the chunk leaves the caches,
+    and Binder guarantees only 1 GB in all. Where examples are large it is enough for 16 of them,
+    up to 256 MB. On a GPU an eighth of its memory, but at most half of what is free: smaller chunks
+    would leave it waiting for Python.
 
     Args:
         device: where the work is done.
         example: bytes that one example takes.
     """
-    if own := WORKING_BYTES or os.environ.get("MSIF_WORKING_BYTES"):
-        return parse_bytes(own, "MSIF_WORKING_BYTES") if isinstance(own, str) else own
+    if given := WORKING_BYTES or os.environ.get("MSIF_WORKING_BYTES"):
+        return parse_bytes(given, "MSIF_WORKING_BYTES") if isinstance(given, str) else given
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

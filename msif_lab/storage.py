@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, checked reads, never a pickle."""
+"""Saved files: written whole or not at all, checked when read, and never a pickle."""
 
 import functools
 import hashlib
@@ -17,7 +17,7 @@ from safetensors.torch import save as to_bytes
 from .errors import SavedFileError
 
 FORMAT = 2
-# Format 1 (version 0.1.0) named losses by the file they then lived in.
+# Format 1 (version 0.1.0) named each loss by the module it was then defined in.
 _FORMER_NAMES = re.compile(
     r"\bmsif_lab\.objective\.(?=(?:cross_entropy|mean_squared_error|next_token_loss)\b)"
 )
@@ -30,20 +30,19 @@ def digest(*tensors: torch.Tensor) -> str:
     for tensor in tensors:
         tensor = tensor.detach().cpu().contiguous()
         sha.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        sha.update(
-            tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
-        )
+        if tensor.numel():  # an empty tensor cannot be viewed as bytes
+            sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
 
 
 def describe(thing, seen: tuple = ()) -> str:
     """Text that tells settings apart and is the same in every process, so it holds no addresses.
 
-    Importable functions go by name, ours by their public one, which stays when code moves; other
-    functions by name and content: code, defaults and what they close over; objects by class and
-    attributes, tensors by digest.
+    Importable functions are described by their name (msif_lab's own by their public name, which
+    stays when code moves), other functions by name and content: code, defaults and the values they
+    close over. Objects are described by class and attributes, tensors by digest.
     """
-    if id(thing) in seen:
+    if id(thing) in seen:  # a cycle
         return "..."
     seen = (*seen, id(thing))
     if isinstance(thing, torch.Tensor):
@@ -51,7 +50,8 @@ def describe(thing, seen: tuple = ()) -> str:
     if isinstance(thing, (list, tuple)):
         return f"[{', '.join(describe(item, seen) for item in thing)}]"
     if isinstance(thing, dict):
-        return f"{{{', '.join(f'{key}: {describe(value, seen)}' for key, value in sorted(thing.items(), key=str))}}}"
+        items = [f"{key}: {describe(value, seen)}" for key, value in sorted(thing.items(), key=str)]
+        return f"{{{', '.join(items)}}}"
     if isinstance(thing, functools.partial):
         return f"partial{describe([thing.func, thing.args, thing.keywords], seen)}"
     if isinstance(thing, types.CodeType):
@@ -59,25 +59,28 @@ def describe(thing, seen: tuple = ()) -> str:
             [thing.co_code.hex(), thing.co_names, thing.co_varnames, thing.co_consts], seen
         )
     if isinstance(thing, types.FunctionType):
-        place = functools.reduce(
-            lambda owner, name: getattr(owner, name, None),
-            thing.__qualname__.split("."),
-            sys.modules.get(thing.__module__),
-        )
-        if place is thing:
-            package = thing.__module__.partition(".")[0]
-            public = (
-                getattr(sys.modules[package], thing.__qualname__, None) is thing
-                and package == _PACKAGE
-            )
-            return f"{package if public else thing.__module__}.{thing.__qualname__}"
-        closed = [cell.cell_contents for cell in thing.__closure__ or ()]
-        content = describe([thing.__code__, thing.__defaults__, thing.__kwdefaults__, closed], seen)
-        return f"{thing.__name__}#{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+        return _describe_function(thing, seen)
     if isinstance(thing, type) or not hasattr(thing, "__dict__"):
         return getattr(thing, "__qualname__", repr(thing))
     settings = ", ".join(f"{name}={describe(value, seen)}" for name, value in vars(thing).items())
     return f"{type(thing).__qualname__}({settings})"
+
+
+def _describe_function(function: types.FunctionType, seen: tuple) -> str:
+    found_by_name = functools.reduce(
+        lambda owner, name: getattr(owner, name, None),
+        function.__qualname__.split("."),
+        sys.modules.get(function.__module__),
+    )
+    if found_by_name is function:
+        package = function.__module__.partition(".")[0]
+        exported = getattr(sys.modules[package], function.__qualname__, None)
+        public = package == _PACKAGE and exported is function
+        return f"{package if public else function.__module__}.{function.__qualname__}"
+    closed = [cell.cell_contents for cell in function.__closure__ or ()]
+    parts = [function.__code__, function.__defaults__, function.__kwdefaults__, closed]
+    content = describe(parts, seen)
+    return f"{function.__name__}#{hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
 
 def check_writable(path: str | os.PathLike) -> None:
@@ -111,9 +114,10 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> Path:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        # mkstemp makes the file private; a saved result gets the permissions of any new file
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes the file private; a saved result is not
+        os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -124,9 +128,7 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> Path:
 def write_tensors(
     path: str | os.PathLike, kind: str, tensors: dict[str, torch.Tensor], facts: dict
 ) -> Path:
-    """Write named tensors and JSON-able ``facts`` as one safetensors file, with a checksum over
-    both.
-    """
+    """Write named tensors and JSON-able ``facts`` as one safetensors file with a checksum."""
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     header = json.dumps({"kind": kind, "format": FORMAT, "facts": facts}, sort_keys=True)
     metadata = {"msif_lab": header, "sha256": _content_digest(tensors, header)}
@@ -146,17 +148,18 @@ def read_tensors(path: str | os.PathLike, kind: str) -> tuple[dict[str, torch.Te
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            names = list(file.keys())
+            tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError, ValueError) as error:
         raise SavedFileError(
-            f"{str(path)!r} is cut off or is not a safetensors file ({error}); save it again from "
-            "its source"
+            f"{str(path)!r} is cut off or is not a safetensors file ({error}); "
+            "save it again from its source"
         ) from error
     header = metadata.get("msif_lab")
     if header is None:
         raise SavedFileError(
-            f"{str(path)!r} was not written by msif_lab; load foreign weights into the model "
-            "yourself"
+            f"{str(path)!r} was not written by msif_lab; "
+            "load foreign weights into the model yourself"
         )
     if metadata.get("sha256") != _content_digest(tensors, header):
         raise SavedFileError(
@@ -165,8 +168,8 @@ def read_tensors(path: str | os.PathLike, kind: str) -> tuple[dict[str, torch.Te
     facts = json.loads(_FORMER_NAMES.sub("msif_lab.", header))
     if facts["format"] > FORMAT:
         raise SavedFileError(
-            f"{str(path)!r} has format {facts['format']}, this msif_lab reads up to {FORMAT}; "
-            "update"
+            f"{str(path)!r} has format {facts['format']}, "
+            f"this msif_lab reads up to {FORMAT}; update"
         )
     if facts["kind"] != kind:
         raise SavedFileError(f"{str(path)!r} holds a saved {facts['kind']}, not a {kind}")

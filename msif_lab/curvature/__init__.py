@@ -1,4 +1,4 @@
-"""Hessian and Gauss-Newton matrices as operators with algebra, and derivatives of single examples."""
+"""Hessians and Gauss-Newton matrices as operators with algebra; derivatives of single examples."""
 
 from .derivatives import (
     example_products,

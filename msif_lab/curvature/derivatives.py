@@ -1,6 +1,4 @@
-"""Derivatives of single examples and of mini-batches: gradients, their products with many vectors,
-own curvature.
-"""
+"""Derivatives of single examples and mini-batches, and their products with many vectors."""
 
 import functools
 import warnings
@@ -25,9 +23,7 @@ __all__ = [
 
 @functools.cache
 def _load_forward_mode() -> None:
-    """PyTorch loads its forward-mode rules at first use and, in some versions, warns about its own
-    code.
-    """
+    """Make PyTorch load its forward-mode rules, which warns about its own code in some versions."""
     one = torch.ones(())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
@@ -43,11 +39,10 @@ def jvp(function, primals, tangents):
 def pull_back(
     outputs: Tensor, inputs: Tensor | Sequence[Tensor], cotangents: Tensor
 ) -> tuple[Tensor, ...]:
-    """``uᵀ ∂outputs/∂inputs`` for cotangents u ``(K, *outputs)``: ``(K, *input)`` for each input;
-    the graph stays.
+    """``uᵀ ∂outputs/∂inputs`` for cotangents u ``(K, *outputs)``: ``(K, *input)`` for each input.
 
-    Not by `torch.func.vjp`, whose first use in a process imports torch._dynamo, 110 MB; nor by
-    ``is_grads_batched``, which takes convolutions one by one.
+    The graph is kept. `torch.func.vjp` is avoided because its first use in a process imports
+    torch._dynamo, 110 MB, and ``is_grads_batched`` because it takes convolutions one by one.
     """
     inputs = [inputs] if isinstance(inputs, Tensor) else list(inputs)
     if not outputs.requires_grad or not len(cotangents):
@@ -57,15 +52,21 @@ def pull_back(
     )
     if len(cotangents) > 2:
         return vmap(through)(cotangents)
-    # vmap would only cost
-    return tuple(map(torch.stack, zip(*map(through, cotangents), strict=True)))
+    # For one or two cotangents vmap is pure overhead.
+    by_cotangent = [through(cotangent) for cotangent in cotangents]
+    return tuple(torch.stack(by_input) for by_input in zip(*by_cotangent, strict=True))
 
 
 def push_forward(function: Callable, point: Tensor, tangents: Tensor) -> Tensor:
     """``J v`` of a function at a point for tangents v ``(K, *point)``: ``(K, *output)``."""
+
+    def along(v):
+        return jvp(function, (point,), (v,))[1]
+
     if len(tangents) > 2:
-        return vmap(lambda v: jvp(function, (point,), (v,))[1])(tangents)
-    return torch.stack([jvp(function, (point,), (v,))[1] for v in tangents])  # vmap would only cost
+        return vmap(along)(tangents)
+    # For one or two tangents vmap is pure overhead.
+    return torch.stack([along(v) for v in tangents])
 
 
 def per_example_gradients(
@@ -87,16 +88,18 @@ def per_example_gradients(
         every: derivatives by all D parameters instead of the trained P.
         rows: only these positions.
     """
-    o, function, layers = objective, function or objective.loss, find_layers(objective, every)
+    o = objective
+    function = function or o.loss
+    layers = find_layers(o, every)
     theta = full if every else o.trained.take(full)
 
     def value(theta, x, y):
-        return function(o.outputs(theta if every else o.parameters(theta, full), x[None]), y[None])[
-            0
-        ]
+        outputs = o.outputs(theta if every else o.parameters(theta, full), x[None])
+        return function(outputs, y[None])[0]
 
-    # a few (B, P) beside the activations
-    copies = 2 + (2 if layers else 8) * len(theta) * full.element_size() // o.bytes_per_example()
+    # Besides the activations an example costs a few vectors of P numbers.
+    gradient_bytes = (2 if layers else 8) * len(theta) * full.element_size()
+    copies = 2 + gradient_bytes // o.bytes_per_example()
     for part, x, y in o.chunks(examples, copies, rows):
         if layers is None:
             yield part, vmap(grad(value), in_dims=(None, 0, 0))(theta, x, y)
@@ -113,12 +116,12 @@ def example_products(
     *,
     mode: str = "auto",
 ) -> Tensor:
-    """``∇f_iᵀ v_q`` for every example and vector: ``vectors`` (P, Q) → ``(Q, N)``; see
-    `product_chunks`.
+    """``∇f_iᵀ v_q`` for every example and vector, ``vectors`` (P, Q) → ``(Q, N)``.
+
+    See `product_chunks` for the modes.
     """
-    result = vectors.new_empty(
-        vectors.shape[-1], len(objective.data if examples is None else examples)
-    )
+    count = len(objective.data if examples is None else examples)
+    result = vectors.new_empty(vectors.shape[-1], count)
     for rows, products in product_chunks(objective, full, vectors, examples, mode=mode):
         result[:, rows] = products
     return result
@@ -132,19 +135,29 @@ def product_chunks(
     *,
     mode: str = "auto",
 ) -> Iterator[tuple[slice, Tensor]]:
-    """``(positions, ∇f_iᵀ v_q (Q, B))`` chunk by chunk, so that data of any length pass through.
+    """``(positions, ∇f_iᵀ v_q (Q, B))`` chunk by chunk, so the data may be of any length.
 
-    Three ways to the same numbers: ``"layers"``, one backward pass for all queries and layer by
-    layer ``Σ_l s_lᵀ V a_l`` by whatever takes fewer multiplications (`Layer.along`); ``"forward"``,
-    one directional derivative per vector and no gradient at all; ``"gradients"``, per-example
-    gradients times the (P, Q) matrix.
+    Three modes give the same numbers. ``"layers"`` takes one backward pass for all vectors and then
+    ``Σ_l s_lᵀ V a_l`` layer by layer, in whichever order needs fewer multiplications
+    (`Layer.along`). ``"forward"`` takes one directional derivative per vector and forms no
+    gradient. ``"gradients"`` multiplies per-example gradients by the (P, Q) matrix. ``"auto"``
+    takes the cheapest.
+
+    Args:
+        objective: the stage.
+        full: all its parameters ``(D,)``.
+        vectors: v ``(P, Q)``.
+        examples: default the stage's own data.
+        mode: one of the above.
     """
-    o, layers = objective, find_layers(objective)
-    if mode not in ("auto", "forward", "gradients", "layers") or (
-        mode == "layers" and layers is None
-    ):
-        known = "'auto', 'forward', 'gradients', or 'layers' where `Linear` and `Conv2d` hold all that is trained"
-        raise ValueError(f"mode={mode!r} must be {known}")
+    o = objective
+    layers = find_layers(o)
+    modes = ("auto", "forward", "gradients", "layers")
+    if mode not in modes or (mode == "layers" and layers is None):
+        raise ValueError(
+            f"mode={mode!r} must be 'auto', 'forward', 'gradients', "
+            "or 'layers' where `Linear` and `Conv2d` hold all that is trained"
+        )
     if vectors.ndim != 2 or vectors.shape[0] != o.size:
         raise ValueError(
             f"vectors have shape {tuple(vectors.shape)}, expected (P, Q) with P = {o.size}"
@@ -162,17 +175,20 @@ def product_chunks(
     else:
         theta = o.trained.take(full)
         for rows, x, y in o.chunks(examples, copies=3):
-            at = functools.partial(lambda x, y, t: o.losses(o.parameters(t, full), x, y), x, y)
-            slopes = [jvp(at, (theta,), (v,))[1] for v in vectors.T]
+
+            def losses(theta, x=x, y=y):
+                return o.losses(o.parameters(theta, full), x, y)
+
+            slopes = [jvp(losses, (theta,), (v,))[1] for v in vectors.T]
             yield rows, torch.stack(slopes) if slopes else vectors.new_empty(0, len(x))
 
 
 def cheapest_products(o: Objective, queries: int) -> str:
-    """The mode of `product_chunks` that is cheapest: layers where they hold θ.
+    """The cheapest mode of `product_chunks`: layers where they hold all of θ.
 
-    Elsewhere a directional derivative costs an epoch a query, and per-example gradients 2.6 for all
-    of them. That holds for 11 million parameters too: reading (P, Q) for every few examples takes
-    less than Q derivatives.
+    Elsewhere directional derivatives cost an epoch per query, and per-example gradients 2.6 epochs
+    for all queries. That holds for 11 million parameters too: reading (P, Q) once for every few
+    examples takes less time than Q derivatives.
     """
     if find_layers(o) is not None:
         return "layers"
@@ -182,34 +198,34 @@ def cheapest_products(o: Objective, queries: int) -> str:
 def own_products(
     kind: str, objective: Objective, full: Tensor, x: Tensor, y: Tensor, vectors: Tensor
 ) -> Tensor:
-    """``h_i v_i``: each example's own curvature times a vector of its own, ``vectors`` (B, P) → (B,
-    P).
+    """``h_i v_i``: each example's own curvature times its own vector, ``(B, P)`` → ``(B, P)``.
 
     ``kind`` is ``"hessian"`` for ``h_i = ∇²f_i`` or ``"ggn"`` for ``J_iᵀ Λ_i J_i``.
     """
     o = objective
     with torch.enable_grad():
-        # a copy each, to meet a vector of its own
+        # Each example gets its own copy of θ, to be differentiated along its own vector.
         theta = o.trained.take(full).repeat(len(x), 1).requires_grad_()
         z = vmap(lambda t, x: o.outputs(o.parameters(t, full), x[None])[0])(theta, x)
         if kind == "hessian":
             (gradient,) = torch.autograd.grad(o.loss(z, y).sum(), theta, create_graph=True)
             return pull_back(gradient, theta, vectors[None])[0][0]
-        free, leaf = torch.zeros_like(z, requires_grad=True), z.detach().requires_grad_()
-        # Jᵀ u, linear in u: its transpose is J
-        (back,) = torch.autograd.grad(z, theta, free, create_graph=True)
+        # Jᵀ u is linear in u, so pulling v back through it by u gives J v.
+        u = torch.zeros_like(z, requires_grad=True)
+        (pulled,) = torch.autograd.grad(z, theta, u, create_graph=True)
+        pushed = pull_back(pulled, u, vectors[None])[0]  # J v
+        leaf = z.detach().requires_grad_()
         (slope,) = torch.autograd.grad(o.loss(leaf, y).sum(), leaf, create_graph=True)
-        pushed = pull_back(back, free, vectors[None])[0]
-        return pull_back(z, theta, pull_back(slope, leaf, pushed)[0])[0][0]
+        bent = pull_back(slope, leaf, pushed)[0]  # Λ J v
+        return pull_back(z, theta, bent)[0][0]  # Jᵀ Λ J v
 
 
 def cross_products(
     o: Objective, full: Tensor, names: Sequence[str], vectors: Tensor, weights: Tensor | None = None
 ) -> Tensor:
-    """``G_WT v``: the derivative by W of the mean loss's slope along v,
-    ``∂_W (1/m) Σ_i w_i ∇_T f_i · v``.
+    """``G_WT v = ∂_W (1/m) Σ_i w_i ∇_T f_i · v``: the derivative by W of the mean slope along v.
 
-    One gradient by T a chunk, whose graph each v goes back through once, to W only.
+    Each chunk takes one gradient by T, and each v one backward pass through its graph, to W only.
 
     Args:
         o: the stage, which trains T.
@@ -221,37 +237,40 @@ def cross_products(
     Returns:
         ``(Q, |W|)``, in the order of ``names``.
     """
-    named, theta = o.layout.named(full), o.trained.take(full)
-    result = vectors.new_zeros(len(vectors), sum(len(o.layout.spans[name]) for name in names))
-    parts = result.split([len(o.layout.spans[name]) for name in names], 1)
+    named = o.layout.named(full)
+    theta = o.trained.take(full)
+    sizes = [len(o.layout.spans[name]) for name in names]
+    result = vectors.new_zeros(len(vectors), sum(sizes))
+    parts = result.split(sizes, 1)
     for rows, x, y in o.chunks(copies=2):
         with torch.enable_grad():
-            leaf, shared = (
-                theta.detach().requires_grad_(),
-                [named[n].detach().requires_grad_() for n in names],
-            )
-            losses = o.losses(
-                o.parameters(leaf, full) | dict(zip(names, shared, strict=True)), x, y
-            )
+            leaf = theta.detach().requires_grad_()
+            shared = [named[name].detach().requires_grad_() for name in names]
+            parameters = o.parameters(leaf, full) | dict(zip(names, shared, strict=True))
+            losses = o.losses(parameters, x, y)
             risk = (losses if weights is None else weights[rows] * losses).sum() / len(o.data)
             (slope,) = torch.autograd.grad(risk, leaf, create_graph=True)
-        if not slope.requires_grad:  # a loss that W and T do not share
+        if not slope.requires_grad:  # no part of the loss depends on W and T together
             continue
         for q, v in enumerate(vectors):
-            found = torch.autograd.grad(slope, shared, v, retain_graph=True, materialize_grads=True)
-            for part, by in zip(parts, found, strict=True):
-                part[q] += by.flatten()
+            mixed = torch.autograd.grad(slope, shared, v, retain_graph=True, materialize_grads=True)
+            for part, product in zip(parts, mixed, strict=True):
+                part[q] += product.flatten()
     return result
 
 
 def forward_is_cheaper(o: Objective, dtype: torch.dtype) -> bool:
-    """Whether many directions go faster forward over reverse: PyTorch has fast float64 convolutions
-    forwards only, and everywhere else reverse mode is cheaper (bench_unrolled.py).
+    """Whether many directions are faster by forward over reverse mode.
+
+    Only for float64 convolutions, which PyTorch has fast in the forward direction alone; everywhere
+    else reverse mode is cheaper (bench_unrolled.py).
     """
     return dtype == torch.float64 and any(len(shape) > 2 for shape in o.layout.shapes.values())
 
 
-TRANSPOSE_FIXED, TRANSPOSE_PER_QUERY = 4, 5  # activation sets one example costs below
+# How many sets of activations one example costs in `gradient_transpose`.
+TRANSPOSE_FIXED = 4
+TRANSPOSE_PER_QUERY = 5
 
 
 def gradient_transpose(
@@ -265,8 +284,8 @@ def gradient_transpose(
 ) -> tuple[Tensor, Tensor]:
     """Pull ``ḡ`` back through ``(θ, w) ↦ (1/|B|) Σ_{i∈B} w_i ∇f_i(θ)``.
 
-    By θ that is the Hessian-vector product ``∇²L_B ḡ``, by ``w_i`` the score ``∇f_i·ḡ / |B|``: one
-    pass gives both.
+    The derivative by θ is the Hessian-vector product ``∇²L_B ḡ``, the one by ``w_i`` the score
+    ``∇f_i·ḡ / |B|``: one pass gives both.
 
     Args:
         o: the stage.
@@ -274,42 +293,49 @@ def gradient_transpose(
         batch: positions of B in the stage's data.
         cotangents: ḡ ``(Q, P)``.
         weights: w ``(|B|,)``, one by default.
-        every: derivatives by all D parameters, not only the trained P: the other rows hold G_WT ḡ.
+        every: derivatives by all D parameters, not only the trained P; the others hold G_WT ḡ.
         memory: bytes that the pass may take.
 
     Returns:
-        ``(Q, P or D)`` products, the penalty's left out, and ``(Q, |B|)`` scores.
+        ``(Q, P or D)`` products, without the penalty's part, and ``(Q, |B|)`` scores.
     """
     point = full if every else o.trained.take(full)
     if every:
         cotangents = o.trained.put(cotangents.new_zeros(len(cotangents), len(full)), cotangents)
-    products, scores = torch.zeros_like(cotangents), []
+    products = torch.zeros_like(cotangents)
+    scores = []
     weights = full.new_ones(len(batch)) if weights is None else weights
     forward = forward_is_cheaper(o, full.dtype)
+    copies = TRANSPOSE_FIXED + TRANSPOSE_PER_QUERY * len(cotangents)
     start = 0
-    for _, x, y in o.chunks(
-        copies=TRANSPOSE_FIXED + TRANSPOSE_PER_QUERY * len(cotangents), rows=batch, memory=memory
-    ):
+    for _, x, y in o.chunks(copies=copies, rows=batch, memory=memory):
 
         def risk(theta, w, x=x, y=y):
             return (w * o.losses(theta if every else o.parameters(theta, full), x, y)).sum()
 
-        by_theta, by_weight = _transpose(
-            risk, point, weights[start : start + len(x)] / len(batch), cotangents, forward
-        )
+        shares = weights[start : start + len(x)] / len(batch)
+        by_theta, by_weight = _transpose(risk, point, shares, cotangents, forward)
         start += len(x)
         products += by_theta
         scores.append(by_weight / len(batch))
     return products, torch.cat(scores, dim=1)
 
 
-def _transpose(risk: Callable, theta: Tensor, weights: Tensor, cotangents: Tensor, forward: bool):
-    """Many cotangents through ``(θ, w) ↦ ∂risk/∂θ``, by θ and by w; two ways to the same numbers."""
-    # the Hessian is symmetric, and ∇f_i·ḡ is f_i's derivative along ḡ
+def _transpose(
+    risk: Callable, theta: Tensor, weights: Tensor, cotangents: Tensor, forward: bool
+) -> tuple[Tensor, Tensor]:
+    """Pull many cotangents back through ``(θ, w) ↦ ∂risk/∂θ``, to θ and to w."""
     if forward and len(cotangents) > 1:
+        # Pushed forward instead, to the same numbers: the Hessian is symmetric, and ∇f_i·ḡ is the
+        # derivative of f_i along ḡ.
         gradients = grad(risk, argnums=(0, 1))
-        return vmap(lambda v: jvp(lambda t: gradients(t, weights), (theta,), (v,))[1])(cotangents)
+
+        def along(v):
+            return jvp(lambda t: gradients(t, weights), (theta,), (v,))[1]
+
+        return vmap(along)(cotangents)
     with torch.enable_grad():
-        theta, weights = theta.detach().requires_grad_(), weights.detach().requires_grad_()
+        theta = theta.detach().requires_grad_()
+        weights = weights.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(risk(theta, weights), theta, create_graph=True)
     return pull_back(gradient, (theta, weights), cotangents)

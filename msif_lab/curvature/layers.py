@@ -1,11 +1,10 @@
-"""Derivatives of networks of `Linear`, `Conv2d` and norm layers from each layer's inputs and output
-gradients.
+"""Derivatives of networks of linear, convolution and norm layers, from inputs and output gradients.
 
-A layer ``z = W a + b`` has ``∂q/∂W = Σ_l s_l a_lᵀ`` with ``a`` its inputs at L positions and
-``s = ∂q/∂z``. So one forward and one backward pass that forms no weight gradient give, for every
-example at once, ``∇q·v = Σ_l s_lᵀ V a_l`` for any v, the gradients themselves, and ``J v``,
-``Jᵀ u`` of the outputs: no tangent ever passes through activations or pooling. A norm layer is
-`Scale`, ``z = γ a + β``. Networks with trained parameters elsewhere are left to `torch.func`
+A layer ``z = W a + b`` has ``∂q/∂W = Σ_l s_l a_lᵀ``, where ``a`` is its input at L positions and
+``s = ∂q/∂z``. One forward pass, and one backward pass that forms no weight gradient, therefore give
+for every example at once ``∇q·v = Σ_l s_lᵀ V a_l`` for any v, the gradients themselves, and ``J v``
+and ``Jᵀ u`` of the outputs; no tangent passes through activations or pooling. A norm layer is a
+`Scale`, ``z = γ a + β``. Networks with trained parameters in other layers are left to `torch.func`
 (`find_layers` gives None).
 """
 
@@ -24,15 +23,21 @@ __all__ = ["Layer", "Trace", "find_layers", "trace"]
 
 @dataclass
 class Layer:
-    """Where a layer's weight and bias lie in θ (None: not among it), and what the layer does with
-    them.
+    """A linear or convolution layer ``z = W a + b``, and where its parameters lie in θ.
+
+    Attributes:
+        name: of the module in the model.
+        module: the layer itself; of its parameters only the shapes are used.
+        weight: where W lies in θ; None if it is not trained.
+        bias: where b lies in θ; None if there is none, or it is not trained.
+        size: shape of one example's z.
     """
 
     name: str
     module: nn.Module
     weight: range | None
     bias: range | None
-    size: tuple[int, ...] = ()  # of one example's z
+    size: tuple[int, ...] = ()
 
     @property
     def numel(self) -> int:
@@ -41,39 +46,40 @@ class Layer:
 
     @property
     def positions(self) -> int:
-        """L, at how many places of an example the same weights are used."""
+        """L, at how many positions of an example the same weights are used."""
         return self.numel // len(self.module.weight)
 
     @property
     def conv(self) -> bool:
+        """Whether it is a convolution."""
         return isinstance(self.module, nn.Conv2d)
 
     @property
     def dense(self) -> bool:
-        """Whether it is a `Linear` called at one place."""
+        """Whether it is a `Linear` that is applied at a single position."""
         return isinstance(self.module, nn.Linear) and len(self.size) == 1
 
     def inputs(self, x: Tensor) -> Tensor:
-        """``a``, of what the module was called with."""
+        """``a``, from what the module was called with."""
         return x
 
     def bytes(self, columns: int, element: int) -> int:
-        """What `along` takes for one example."""
+        """Bytes that `along` takes for one example, with ``element`` bytes a number."""
         if self.pushes(columns):
             return columns * self.numel * element
-        return (
-            self.parameters + self.positions * self.parameters // len(self.module.weight)
-        ) * element
+        patches = self.positions * self.parameters // len(self.module.weight)
+        return (self.parameters + patches) * element
 
     def pushes(self, columns: int) -> bool:
-        """Whether ``s·(V a)`` is cheaper than the gradient and its products with all columns:
-        ``L P K`` multiplications against ``L P`` and ``P K``, small matrices one by one that take
-        twice as long each (bench_scoring.py).
+        """Whether ``s·(V a)`` is cheaper than the gradient and its products with all K columns.
+
+        That is ``L P K`` multiplications against ``L P + P K``, where the latter are products of
+        small matrices, one per example, and take twice as long each (bench_scoring.py).
         """
         return self.positions * columns <= 2 * (self.positions + columns)
 
     def along(self, a: Tensor, s: Tensor, vectors: Tensor) -> Tensor:
-        """Each example's ``Σ_l s_lᵀ V a_l`` for ``s`` (B, 1, n): ``vectors`` (P, K) → ``(B, K)``."""
+        """Each example's ``Σ_l s_lᵀ V a_l`` with ``s`` (B, 1, n): ``vectors`` (P, K) → (B, K)."""
         if self.pushes(vectors.shape[1]):
             return (self.push(a, vectors) @ s.transpose(1, 2))[..., 0]
         parts = zip(self.spans, self.gradients(a, s), strict=True)
@@ -81,16 +87,17 @@ class Layer:
 
     @property
     def spans(self) -> list[slice]:
+        """Where its weight and bias lie in θ, as far as they are trained."""
         return [slice(s.start, s.stop) for s in (self.weight, self.bias) if s is not None]
 
     @property
     def parameters(self) -> int:
-        """How many of θ it holds."""
+        """How many numbers of θ it holds."""
         return sum(len(s) for s in (self.weight, self.bias) if s is not None)
 
     @functools.cached_property
     def places(self) -> Tensor:
-        """Positions in θ of each unit's weights and bias, ``(out, J)``, of a dense layer."""
+        """Where in θ each unit's weights and bias lie, ``(out, J)``; for dense layers."""
         parts = [
             torch.arange(s.start, s.stop).view(*self.size, -1)
             for s in (self.weight, self.bias)
@@ -99,71 +106,73 @@ class Layer:
         return torch.cat(parts, 1).to(self.module.weight.device)
 
     def ones(self, a: Tensor) -> Tensor:
-        """What a unit's weights and bias multiply, ``(B, J)``: ``a`` and 1."""
-        parts = [a] * (self.weight is not None) + [a.new_ones(len(a), 1)] * (self.bias is not None)
+        """The factors of a unit's weights and bias, ``a`` and 1: ``(B, J)``; for dense layers."""
+        parts = []
+        if self.weight is not None:
+            parts.append(a)
+        if self.bias is not None:
+            parts.append(a.new_ones(len(a), 1))
         return torch.cat(parts, 1)
 
-    def _how(self) -> dict:
+    def _geometry(self) -> dict:
         return {key: getattr(self.module, key) for key in ("stride", "padding", "dilation")}
 
     def patches(self, a: Tensor) -> Tensor:
-        """What the weights multiply: ``(B, L, J)``, J numbers at L positions."""
+        """The numbers that the weights multiply, J at each of L positions: ``(B, L, J)``."""
         if not self.conv:
             return a.reshape(len(a), -1, a.shape[-1])
-        return nn.functional.unfold(a, self.module.kernel_size, **self._how()).transpose(1, 2)
+        return nn.functional.unfold(a, self.module.kernel_size, **self._geometry()).transpose(1, 2)
 
     def push(self, a: Tensor, vectors: Tensor) -> Tensor:
-        """``V a + v`` for each column of ``vectors`` (P, K): ``(B, K, n)``, n = numbers of z."""
-        width, shape = vectors.shape[1], self.module.weight.shape
-        weight = bias = None
+        """``V a + v`` for each column of ``vectors`` (P, K): ``(B, K, n)``."""
+        width = vectors.shape[1]
+        out, *kernel = self.module.weight.shape
         if self.weight is not None:
-            weight = vectors[self.spans[0]].T.reshape(width * shape[0], *shape[1:])
-        if self.bias is not None:
-            bias = vectors[self.spans[-1]].T.reshape(-1)
-        if weight is None:
-            weight = vectors.new_zeros(width * shape[0], *shape[1:])
+            weight = vectors[self.spans[0]].T.reshape(width * out, *kernel)
+        else:
+            weight = vectors.new_zeros(width * out, *kernel)
+        bias = None if self.bias is None else vectors[self.spans[-1]].T.reshape(-1)
         if self.conv:
-            return nn.functional.conv2d(a, weight, bias, **self._how()).reshape(len(a), width, -1)
+            return nn.functional.conv2d(a, weight, bias, **self._geometry()).reshape(
+                len(a), width, -1
+            )
         z = nn.functional.linear(a.reshape(len(a), -1, a.shape[-1]), weight, bias)  # (B, L, K out)
         return z.unflatten(-1, (width, -1)).transpose(1, 2).reshape(len(a), width, -1)
 
     def pull(self, a: Tensor, cotangents: Tensor, result: Tensor) -> None:
-        """Add ``Σ_i s_i a_iᵀ`` of cotangents ``(B, K, n)`` to the layer's rows of ``result`` (P,
-        K).
-        """
-        width, out = cotangents.shape[1], self.module.weight.shape[0]
+        """Add ``Σ_i s_i a_iᵀ`` to the layer's rows of ``result`` (P, K); cotangents s (B, K, n)."""
+        width = cotangents.shape[1]
+        out, *kernel = self.module.weight.shape
         split = (width, out, -1) if self.conv else (width, -1, out)
         s = cotangents.reshape(len(a), *split)
         if self.weight is not None:
-            # oneDNN has no float64 convolutions, and PyTorch's own are slower than a matrix product
+            # oneDNN has no float64 convolutions, and PyTorch's own are slower than a product.
             if self.conv and a.dtype == torch.float32:
-                kernels = (width * out, *self.module.weight.shape[1:])
-                s_maps = s.reshape(len(a), -1, *self.size[1:])
-                product = torch.nn.grad.conv2d_weight(a, kernels, s_maps, **self._how())
+                maps = s.reshape(len(a), -1, *self.size[1:])
+                kernels = (width * out, *kernel)
+                product = torch.nn.grad.conv2d_weight(a, kernels, maps, **self._geometry())
             else:
-                # (K, out, B, L)
-                flat = s.permute(1, 2, 0, 3) if self.conv else s.permute(1, 3, 0, 2)
-                product = flat.reshape(width * out, -1) @ self.patches(a).reshape(
-                    -1, self.module.weight[0].numel()
-                )
+                by_unit = s.permute(1, 2, 0, 3) if self.conv else s.permute(1, 3, 0, 2)
+                by_unit = by_unit.reshape(width * out, -1)  # (K out, B L)
+                product = by_unit @ self.patches(a).reshape(-1, math.prod(kernel))
             result[self.spans[0]] += product.reshape(width, -1).T
         if self.bias is not None:
             result[self.spans[-1]] += (s.sum((0, 3)) if self.conv else s.sum((0, 2))).T
 
     def outer(self, a: Tensor, s: Tensor, result: Tensor) -> None:
-        """Write each example's ``Σ_l s_l a_lᵀ`` for ``s`` (B, C, n) into the layer's part of
-        ``result`` (B, C, P).
-        """
+        """Write the `gradients` for ``s`` (B, C, n) to the layer's part of ``result`` (B, C, P)."""
         for span, part in zip(self.spans, self.gradients(a, s), strict=True):
             result[..., span] = part
 
     def gradients(self, a: Tensor, s: Tensor) -> list[Tensor]:
-        """Each example's ``Σ_l s_l a_lᵀ`` for ``s`` (B, C, n), then ``Σ_l s_l``; those that θ holds
-        of the two.
+        """Each example's gradients for ``s`` (B, C, n), in the order of `spans`: ``(B, C, ...)``.
+
+        That is ``Σ_l s_l a_lᵀ`` for the weight and ``Σ_l s_l`` for the bias, if θ holds them.
         """
-        out, parts = self.module.weight.shape[0], []
+        out = self.module.weight.shape[0]
         s = s.unflatten(2, (out, -1) if self.conv else (-1, out))
         s = s if self.conv else s.transpose(2, 3)  # (B, C, out, L)
+        parts = []
         if self.weight is not None:
             parts.append((s @ self.patches(a)[:, None]).flatten(2))
         if self.bias is not None:
@@ -172,8 +181,9 @@ class Layer:
 
 
 class Scale(Layer):
-    """A norm layer that knows its statistics: ``z_c = γ_c a_c + β_c`` at L positions, ``a`` its
-    normalised inputs.
+    """A norm layer, ``z_c = γ_c a_c + β_c`` at L positions, with ``a`` the normalised inputs.
+
+    BatchNorm normalises by its running statistics, GroupNorm by those of the example itself.
     """
 
     def inputs(self, x: Tensor) -> Tensor:
@@ -197,9 +207,13 @@ class Scale(Layer):
             result[span] += part.sum(0).T
 
     def gradients(self, a: Tensor, s: Tensor) -> list[Tensor]:
-        s = s.unflatten(2, a.shape[1:])
-        parts = [(s * a[:, None]).sum(3)] * (self.weight is not None)
-        return parts + [s.sum(3)] * (self.bias is not None)
+        s = s.unflatten(2, a.shape[1:])  # (B, K, C, L)
+        parts = []
+        if self.weight is not None:
+            parts.append((s * a[:, None]).sum(3))
+        if self.bias is not None:
+            parts.append(s.sum(3))
+        return parts
 
 
 SCALES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm)
@@ -207,8 +221,9 @@ SCALES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm)
 
 @dataclass
 class Trace:
-    """A chunk's outputs with, for each layer, its inputs ``a`` and its outputs ``z``, ready to be
-    differentiated.
+    """A chunk's outputs, and each layer's inputs ``a`` and outputs ``z`` on the way to them.
+
+    The graph from z to the outputs is kept, so that the outputs can be differentiated by z.
     """
 
     layers: list[Layer]
@@ -217,26 +232,26 @@ class Trace:
     z: list[Tensor]
 
     def output_gradients(self, function: Callable, y: Tensor) -> list[Tensor]:
-        """``∂ function(outputs, y)_i / ∂z`` of each layer for one number per example: ``(B, 1, n)``
-        each.
+        """``∂ function(outputs, y)_i / ∂z`` of each layer: ``(B, 1, n)``.
+
+        Args:
+            function: ``(outputs, targets) -> (B,)``.
+            y: the chunk's targets.
         """
         with torch.enable_grad():
             values = function(self.outputs, y)
-        return [
-            s.flatten(1)[:, None]
-            for s in torch.autograd.grad(values.sum(), self.z, materialize_grads=True)
-        ]
+        gradients = torch.autograd.grad(values.sum(), self.z, materialize_grads=True)
+        return [s.flatten(1)[:, None] for s in gradients]
 
     def jacobians(self) -> list[Tensor]:
-        """``∂ outputs_ic / ∂z``: ``(B, C, n)`` each, by C backward passes side by side."""
+        """``∂ outputs_ic / ∂z`` of each layer, ``(B, C, n)``, by C backward passes side by side."""
         flat = self.outputs.flatten(1)
-        eye = torch.eye(flat.shape[1], dtype=flat.dtype, device=flat.device)[:, None].expand(
-            -1, len(flat), -1
+        eye = torch.eye(flat.shape[1], dtype=flat.dtype, device=flat.device)
+        units = eye[:, None].expand(-1, len(flat), -1)  # (C, B, C)
+        gradients = torch.autograd.grad(
+            flat, self.z, units, is_grads_batched=True, materialize_grads=True
         )
-        parts = torch.autograd.grad(
-            flat, self.z, eye, is_grads_batched=True, materialize_grads=True
-        )
-        return [s.flatten(2).transpose(0, 1).contiguous() for s in parts]
+        return [s.flatten(2).transpose(0, 1).contiguous() for s in gradients]
 
     def push(self, s: Sequence[Tensor], vectors: Tensor) -> Tensor:
         """``J v``: ``vectors`` (P, K) → ``(B, K, C)``."""
@@ -244,8 +259,9 @@ class Trace:
         return sum(layer.push(a, vectors) @ s.transpose(1, 2) for layer, a, s in parts)
 
     def along(self, s: Sequence[Tensor], vectors: Tensor) -> Tensor:
-        """``∇q_iᵀ v`` from the layers' `output_gradients` of q: ``vectors`` (P, K) → ``(B, K)``, no
-        gradient kept.
+        """``∇q_iᵀ v`` from the layers' `output_gradients` of q: ``vectors`` (P, K) → ``(B, K)``.
+
+        No gradient is kept.
         """
         parts = zip(self.layers, self.a, s, strict=True)
         return sum(layer.along(a, s, vectors) for layer, a, s in parts)
@@ -264,11 +280,10 @@ class Trace:
 
 
 def find_layers(o: Objective, every: bool = False) -> list[Layer] | None:
-    """The layers that hold θ, or None where there is more to it than `Linear`, `Conv2d`,
-    `BatchNorm` and `GroupNorm`.
+    """The layers that hold all of θ, or None if part of it lies in layers of other kinds.
 
-    Found once per objective, and held against plain reverse mode at random weights before they are
-    trusted.
+    The kinds are `Linear`, `Conv2d`, `BatchNorm` and `GroupNorm`. The layers are found once per
+    objective, and trusted only after a check against plain reverse mode at random weights.
 
     Args:
         o: the stage.
@@ -283,19 +298,23 @@ def find_layers(o: Objective, every: bool = False) -> list[Layer] | None:
 
 
 def _list(o: Objective, every: bool) -> list[Layer] | None:
+    """The layers of known kinds, or None if they do not hold all of θ."""
     names = list(o.layout.shapes) if every else o.trained_names
-    starts, spans = 0, {}
+    spans: dict[str, range] = {}
+    start = 0
     for name in names:
-        spans[name] = range(starts, starts + len(o.layout.spans[name]))
-        starts += len(o.layout.spans[name])
-    layers, left = [], set(names)
+        stop = start + len(o.layout.spans[name])
+        spans[name] = range(start, stop)
+        start = stop
+    layers = []
+    left = set(names)
     for name, module in o.model.named_modules():
         own = {key: f"{name}.{key}".lstrip(".") for key in ("weight", "bias")}
         if type(module) not in (nn.Linear, nn.Conv2d, *SCALES) or left.isdisjoint(own.values()):
             continue
-        if isinstance(module, nn.Conv2d) and (module.groups > 1 or module.padding_mode != "zeros"):
-            return None
-        if isinstance(module, nn.Conv2d) and isinstance(module.padding, str):
+        if isinstance(module, nn.Conv2d) and (
+            module.groups > 1 or module.padding_mode != "zeros" or isinstance(module.padding, str)
+        ):
             return None
         kind = Scale if type(module) in SCALES else Layer
         layers.append(kind(name, module, spans.get(own["weight"]), spans.get(own["bias"])))
@@ -304,9 +323,16 @@ def _list(o: Objective, every: bool) -> list[Layer] | None:
 
 
 def trace(o: Objective, full: Tensor, x: Tensor, layers: list[Layer]) -> Trace | None:
-    """Run the model at all its parameters ``full`` (D,) on a chunk and keep its layers' inputs and
-    outputs; the user's module is as before. None where a layer is not called exactly once with the
+    """Run the model on a chunk ``x`` and keep the inputs and outputs of its layers.
+
+    The user's module is left as it was. None if some layer is not called exactly once with the
     whole chunk.
+
+    Args:
+        o: the stage.
+        full: all its parameters ``(D,)``.
+        x: inputs ``(B, ...)``.
+        layers: those of `find_layers`.
     """
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {layer.name: [] for layer in layers}
     full = full.detach()
@@ -314,9 +340,10 @@ def trace(o: Objective, full: Tensor, x: Tensor, layers: list[Layer]) -> Trace |
 
     def keep(layer):
         def hook(module, given, z):
+            # Parameters are constants here, so the first layers' outputs are leaves.
             z = z if z.requires_grad else z.detach().requires_grad_()
             seen[layer.name].append((layer.inputs(given[0].detach()), z))
-            return z.clone() if inplace else z
+            return z.clone() if inplace else z  # an in-place activation must not overwrite z
 
         return hook
 
@@ -329,18 +356,20 @@ def trace(o: Objective, full: Tensor, x: Tensor, layers: list[Layer]) -> Trace |
             hook.remove()
     if any(len(calls) != 1 or len(calls[0][1]) != len(x) for calls in seen.values()):
         return None
-    return Trace(layers, outputs, *([calls[0][k] for calls in seen.values()] for k in (0, 1)))
+    a = [calls[0][0] for calls in seen.values()]
+    z = [calls[0][1] for calls in seen.values()]
+    return Trace(layers, outputs, a, z)
 
 
 def _agrees(o: Objective, layers: list[Layer], every: bool) -> bool:
-    """Whether the layers account for all of the gradient: a weight used elsewhere, twice, or behind
-    a hook does not.
+    """Whether the layers account for all of the gradient.
+
+    They do not where a weight is used elsewhere too, twice, or behind a hook.
     """
     full = o.layout.flatten(o.model)
     generator = torch.Generator().manual_seed(0)
-    full = full + 0.1 * torch.randn(len(full), generator=generator, dtype=full.dtype).to(
-        full.device
-    )
+    noise = torch.randn(len(full), generator=generator, dtype=full.dtype).to(full.device)
+    full = full + 0.1 * noise
     x = o.data.x[[0, len(o.data) - 1]]
     try:
         with exact_convolutions():
@@ -349,16 +378,15 @@ def _agrees(o: Objective, layers: list[Layer], every: bool) -> bool:
             return False
         for layer, z in zip(layers, found.z, strict=True):
             layer.size = tuple(z.shape[1:])
-        like = torch.randn(found.outputs.shape, generator=generator, dtype=full.dtype).to(
-            full.device
-        )
-        gradients = found.output_gradients(lambda z, y: (z * y).flatten(1).sum(1), like)
+        shape = found.outputs.shape
+        cotangent = torch.randn(shape, generator=generator, dtype=full.dtype).to(full.device)
+        gradients = found.output_gradients(lambda z, y: (z * y).flatten(1).sum(1), cotangent)
         ours = found.jacobian(gradients, o.layout.size if every else o.size)[:, 0].sum(0)
         with torch.enable_grad(), exact_convolutions():
             leaf = full.requires_grad_()
-            (theirs,) = torch.autograd.grad((o.outputs(leaf, x) * like).sum(), leaf)
+            (theirs,) = torch.autograd.grad((o.outputs(leaf, x) * cotangent).sum(), leaf)
     except (RuntimeError, IndexError, ValueError):
-        return False  # whatever the model does there, torch.func knows how
+        return False  # the layers cannot follow this model; torch.func can
     theirs = theirs if every else o.trained.take(theirs)
     close = 1e-3 if full.dtype != torch.float64 else 1e-9
     return bool((ours - theirs).norm() <= close * theirs.norm())

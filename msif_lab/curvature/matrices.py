@@ -1,8 +1,8 @@
-"""Hessian and generalised Gauss-Newton of a stage as operators with algebra.
+"""Hessian and generalised Gauss-Newton matrix of a stage as operators with algebra.
 
-``H = Hessian(objective, full)`` is used as ``(H + damping) @ V``: it knows shape, dtype and device,
-and multiplies many vectors at once. Averages are weighted by the data, so any chunking gives the
-same product.
+``H = Hessian(objective, full)`` is used as ``(H + damping) @ V``: it knows its shape, dtype and
+device, and multiplies many vectors at once. Means are over all data, so that the product does not
+depend on how the data are cut into chunks.
 """
 
 import copy
@@ -22,15 +22,20 @@ from .operators import Operator
 __all__ = ["GGN", "Hessian"]
 
 
+def _require_length(name: str, tensor: Tensor, size: int) -> None:
+    if tensor.shape != (size,):
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected ({size},)")
+
+
 class DataCurvature(Operator):
-    """Curvature of the mean loss ``(1/m) Σ w_i f_i`` plus, unless ``ridge=False``, of the stage's
-    penalty.
+    """Curvature of a stage's mean loss ``(1/m) Σ_i w_i f_i`` and of its penalty.
 
     Args:
         objective: the stage.
         full: all its parameters ``(D,)``.
         weights: example weights ``(m,)``; default one each.
-        every: over all D parameters instead of the trained P (without the penalty); its
+        ridge: add the penalty's curvature, see `Objective.ridge`.
+        every: over all D parameters instead of the trained P, and without the penalty; the
             off-diagonal block is the ``G_WT`` of the frozen case.
     """
 
@@ -43,36 +48,38 @@ class DataCurvature(Operator):
         ridge: bool = True,
         every: bool = False,
     ):
-        super().__init__(
-            objective.layout.size if every else objective.size, full.dtype, full.device
-        )
-        for name, tensor, size in (
-            ("full", full, objective.layout.size),
-            ("weights", weights, len(objective.data)),
-        ):
-            if tensor is not None and tensor.shape != (size,):
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected ({size},)")
-        self.objective, self.full, self.every = objective, full, every
+        size = objective.layout.size if every else objective.size
+        super().__init__(size, full.dtype, full.device)
+        _require_length("full", full, objective.layout.size)
+        if weights is not None:
+            _require_length("weights", weights, len(objective.data))
+        self.objective = objective
+        self.full = full
+        self.every = every
         self.theta = full if every else objective.trained.take(full)
         self.weights = full.new_ones(len(objective.data)) if weights is None else weights
         self.ridge = objective.ridge if ridge and not every else None
         self.rows: Tensor | None = None  # only these examples
 
     def part(self, rows: Tensor) -> "DataCurvature":
-        """What the examples at ``rows`` add to the mean over all, without the penalty: parts sum to
-        the whole.
+        """What the examples at ``rows`` add to the mean over all, without the penalty.
+
+        Disjoint parts sum to the whole.
         """
         part = copy.copy(self)
-        part.__dict__.pop("_twin", None)  # a Hessian's, of all rows
-        part.rows, part.ridge = rows, None
+        part.__dict__.pop("_twin", None)  # a Hessian's cached twin is that of all rows
+        part.rows = rows
+        part.ridge = None
         return part
 
     def importance(self) -> Tensor:
-        """``|w_i| ‖∂f_i/∂z_i‖`` of each example ``(m,)``, z the outputs: it weighs the model's own
-        second derivatives; small where a classifier is sure of the label, so that the loss does not
-        bend either.
+        """How much each example matters for the curvature: ``|w_i| ‖∂f_i/∂z_i‖``, ``(m,)``.
+
+        With z the outputs, this is the weight of the model's own second derivatives. It is small
+        where a classifier is sure of the right label; the loss has little curvature there too.
         """
-        o, slopes = self.objective, []
+        o = self.objective
+        slopes = []
         for _, x, y in o.chunks(copies=2):
             with torch.no_grad():
                 z = o.outputs(self.full, x)
@@ -82,18 +89,21 @@ class DataCurvature(Operator):
         return self.weights.abs() * torch.cat(slopes)
 
     def bend(self, outputs: Tensor, y: Tensor, weights: Tensor) -> Tensor:
-        """``(w_i / m) Λ_i``: the Hessian of each example's weighted loss in its outputs,
-        ``(B, C, C)``.
+        """``(w_i / m) Λ_i``, ``(B, C, C)``: Hessians of the weighted losses in the outputs.
+
+        Args:
+            outputs: of the model for a chunk, ``(B, ...)``.
+            y: its targets.
+            weights: w of its examples, ``(B,)``.
         """
         with torch.enable_grad():
             z = outputs.detach().requires_grad_()
             risk = (weights * self.objective.loss(z, y)).sum() / len(self.objective.data)
             (slope,) = torch.autograd.grad(risk, z, create_graph=True)
             slope = slope.flatten(1)
-        eye = torch.eye(slope.shape[1], dtype=z.dtype, device=z.device)[:, None].expand(
-            -1, len(z), -1
-        )
-        return pull_back(slope, z, eye)[0].flatten(2).transpose(0, 1)
+        eye = torch.eye(slope.shape[1], dtype=z.dtype, device=z.device)
+        units = eye[:, None].expand(-1, len(z), -1)  # (C, B, C)
+        return pull_back(slope, z, units)[0].flatten(2).transpose(0, 1)
 
     def _chunks(self, copies: int):
         return self.objective.chunks(copies=copies, rows=self.rows)
@@ -102,52 +112,63 @@ class DataCurvature(Operator):
         return theta if self.every else self.objective.parameters(theta, self.full)
 
     def _width(self, column: int, columns: int) -> int:
-        """How many columns go side by side where one takes so many bytes an example: room for 8
-        examples remains, and all pieces are equally wide (11 + 9 columns of a conv net cost a sixth
-        more than 10 + 10).
+        """How many of ``columns`` go side by side if one takes ``column`` bytes per example.
+
+        Few enough that 8 examples fit in memory, in pieces of equal width: for a conv net 11 + 9
+        columns cost a sixth more than 10 + 10.
         """
         most = max(1, min(columns, 256, working_bytes(self.device, column) // (8 * column)))
         return -(-columns // -(-columns // most))
 
     def _product(self, vectors: Tensor) -> Tensor:
-        # Columns share one linearisation, as large as three; both they and the examples are cut so
-        # that tangents fit.
-        vectors = vectors.T.contiguous().T  # each in one piece, and so the results
-        result = torch.zeros_like(vectors) if self.ridge is None else self.ridge[:, None] * vectors
-        o, count = self.objective, len(self.objective.data)
+        # The columns share one linearisation, which takes as much memory as three of them. Both the
+        # columns and the examples are cut so that the tangents fit in memory.
+        vectors, result = self._start(vectors)
+        o = self.objective
+        count = len(o.data)
         width = self._width(o.bytes_per_example() * max(1, min(64, count) // 16), vectors.shape[1])
-        for part, sum_ in zip(vectors.split(width, 1), result.split(width, 1), strict=True):
+        for part, added in zip(vectors.split(width, 1), result.split(width, 1), strict=True):
             for rows, x, y in self._chunks(self._copies(part.shape[1])):
-                sum_ += self._chunk(part, x, y, self.weights[rows] / count)
+                added += self._chunk(part, x, y, self.weights[rows] / count)
         return result
 
+    def _start(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """The vectors, each contiguous in memory, and the penalty's part of their products."""
+        vectors = vectors.T.contiguous().T
+        if self.ridge is None:
+            return vectors, torch.zeros_like(vectors)
+        return vectors, self.ridge[:, None] * vectors
+
     def _copies(self, columns: int) -> int:
-        """How many activation sets so many columns cost an example."""
+        """How many sets of activations one example costs with so many columns."""
         return max(3, columns)
 
     def dense_multiplications(self, examples: int) -> float:
-        """What making the dense matrix from so many examples takes if not by products; inf if it is
-        by products.
+        """Multiplications that making the dense matrix takes from so many examples.
+
+        Infinity if the matrix is made by products with unit vectors.
         """
         return float("inf")
 
     def _chunk(self, vectors: Tensor, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+        """The product that a chunk adds; its weights are already divided by m."""
         raise TypeError(f"{type(self).__name__} must define _chunk")
 
 
 class Hessian(DataCurvature):
     """``∇²F``: exact second derivatives, by differentiating ``∇F`` once more.
 
-    Reverse over reverse: the gradient's graph is made once a chunk and all columns go back through
-    it; or forward over reverse, where `forward_is_cheaper`.
+    By reverse over reverse mode: the gradient's graph is made once per chunk, and all columns are
+    pulled back through it. Where `forward_is_cheaper`, by forward over reverse mode.
     """
 
     def _forward(self, columns: int) -> bool:
         return columns > 2 and forward_is_cheaper(self.objective, self.dtype)
 
     def _copies(self, columns):
-        # tangents of both passes
-        return 2 * columns if self._forward(columns) else super()._copies(columns)
+        if self._forward(columns):
+            return 2 * columns  # tangents of the forward and the backward pass
+        return super()._copies(columns)
 
     def _chunk(self, vectors, x, y, weights):
         o = self.objective
@@ -156,9 +177,11 @@ class Hessian(DataCurvature):
             return (weights * o.losses(self._full(theta), x, y)).sum()
 
         if self._forward(vectors.shape[1]):
-            return vmap(lambda v: jvp(grad(risk), (self.theta,), (v,))[1], in_dims=1, out_dims=1)(
-                vectors
-            )
+
+            def product(v):
+                return jvp(grad(risk), (self.theta,), (v,))[1]
+
+            return vmap(product, in_dims=1, out_dims=1)(vectors)
         with torch.enable_grad():
             theta = self.theta.detach().requires_grad_()
             (gradient,) = torch.autograd.grad(risk(theta), theta, create_graph=True)
@@ -166,13 +189,15 @@ class Hessian(DataCurvature):
 
     @functools.cached_property
     def _twin(self) -> "GGN | None":
-        """The Gauss-Newton matrix where the outputs are linear in θ: then it is the Hessian, and
-        far cheaper.
+        """The Gauss-Newton matrix where the outputs are linear in θ, else None.
+
+        There it equals the Hessian, and is far cheaper.
         """
         if not _is_linear(self):
             return None
         twin = GGN(self.objective, self.full, self.weights, every=self.every)
-        twin.ridge, twin.rows = self.ridge, self.rows
+        twin.ridge = self.ridge
+        twin.rows = self.rows
         return twin
 
     def _product(self, vectors: Tensor) -> Tensor:
@@ -186,12 +211,15 @@ class Hessian(DataCurvature):
 
 
 def _is_linear(operator: DataCurvature) -> bool:
-    """Whether outputs are affine in θ: ``z(θ+v) + z(θ−v) = 2 z(θ)`` to rounding at large random v,
-    3 examples.
+    """Whether the outputs are affine in θ: ``z(θ+v) + z(θ−v) = 2 z(θ)`` up to rounding.
+
+    Tried on up to 3 examples and two large random steps v.
     """
-    o, theta = operator.objective, operator.theta
+    o = operator.objective
+    theta = operator.theta
     few = sorted({0, len(o.data) // 2, len(o.data) - 1})
-    x, generator = o.data.x[few], torch.Generator().manual_seed(0)
+    x = o.data.x[few]
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for scale in (1.0, 0.1):
             step = torch.randn(len(theta), generator=generator, dtype=torch.float64).to(theta)
@@ -204,24 +232,26 @@ def _is_linear(operator: DataCurvature) -> bool:
 
 
 class GGN(DataCurvature):
-    """Generalised Gauss-Newton ``(1/m) Σ w_i J_iᵀ Λ_i J_i`` with ``Λ_i`` the loss's Hessian in the
-    outputs: the Hessian of the model linearised at the parameters; positive semi-definite for
+    """Generalised Gauss-Newton ``(1/m) Σ_i w_i J_iᵀ Λ_i J_i``, ``Λ_i`` the loss's output Hessian.
+
+    It is the Hessian of the model linearised at the parameters, and positive semi-definite for
     convex losses.
 
-    Where layers hold all of θ (`layers`), C backward passes give every example's J in factors, and
-    a column costs less than half an epoch; that pays from C/2 columns on. Otherwise J v is pushed
-    forward and Jᵀ Λ J v pulled back.
+    Where layers hold all of θ (`find_layers`), C backward passes give every example's J in factors,
+    and a column costs less than half an epoch; that pays from C/2 columns on. Otherwise J v is
+    pushed forward and Jᵀ Λ J v pulled back.
     """
 
     def _product(self, vectors: Tensor) -> Tensor:
-        o, layers = self.objective, find_layers(self.objective, self.every)
+        o = self.objective
+        layers = find_layers(o, self.every)
         count = self._outputs()
         if layers is None or count > 2 * vectors.shape[1]:
             return super()._product(vectors)
-        vectors = vectors.T.contiguous().T
-        result = torch.zeros_like(vectors) if self.ridge is None else self.ridge[:, None] * vectors
+        vectors, result = self._start(vectors)
         numbers = count * sum(layer.numel for layer in layers)
-        most, element = max(layer.numel for layer in layers), vectors.element_size()
+        most = max(layer.numel for layer in layers)
+        element = vectors.element_size()
         width = self._width(2 * most * element, vectors.shape[1])
         for part, added in zip(vectors.split(width, 1), result.split(width, 1), strict=True):
             copies = 2 + (numbers + 2 * most * part.shape[1]) * element // o.bytes_per_example()
@@ -250,29 +280,30 @@ class GGN(DataCurvature):
             theta = self.theta.detach().requires_grad_()
             z = model(theta)
             leaf = z.detach().requires_grad_()
-            (slope,) = torch.autograd.grad(
-                (weights * self.objective.loss(leaf, y)).sum(), leaf, create_graph=True
-            )
+            risk = (weights * self.objective.loss(leaf, y)).sum()
+            (slope,) = torch.autograd.grad(risk, leaf, create_graph=True)
         pushed = push_forward(model, self.theta, vectors.T)  # J v
-        return pull_back(z, theta, pull_back(slope, leaf, pushed)[0])[0].T  # Jᵀ Λ J v
+        bent = pull_back(slope, leaf, pushed)[0]  # Λ J v
+        return pull_back(z, theta, bent)[0].T  # Jᵀ Λ J v
 
     def dense_multiplications(self, examples: int) -> float:
-        size, count, layers = (
-            self.shape[0],
-            self._outputs(),
-            find_layers(self.objective, self.every),
-        )
+        size = self.shape[0]
+        count = self._outputs()
+        layers = find_layers(self.objective, self.every)
         if 4 * count > size:
             return float("inf")
-        flat = layers and all(layer.dense for layer in layers)
-        return float(examples * size**2 * (0.5 if flat else count))
+        dense = layers and all(layer.dense for layer in layers)
+        return float(examples * size**2 * (0.5 if dense else count))
 
     def _dense(self) -> Tensor:
-        """``Σ w_i J_iᵀ Λ_i J_i / m`` from each example's Jacobian: C backward passes and one matrix
-        product where P products would each take a forward and a backward pass; several times faster
-        for C ≪ P.
+        """``Σ_i w_i J_iᵀ Λ_i J_i / m`` from each example's Jacobian.
+
+        That takes C backward passes and one matrix product, where P products with unit vectors
+        would each take a forward and a backward pass: several times faster for C ≪ P.
         """
-        o, size, count = self.objective, self.shape[0], self._outputs()
+        o = self.objective
+        size = self.shape[0]
+        count = self._outputs()
         if 4 * count > size:
             return super()._dense()
         result = torch.diag(self.full.new_zeros(size) if self.ridge is None else self.ridge)
@@ -299,26 +330,28 @@ class GGN(DataCurvature):
         return z, vmap(jacrev(outputs), in_dims=(None, 0))(self.theta, x)
 
     def _add_blocks(self, result: Tensor, layers: list[Layer]) -> Tensor:
-        """A dense layer's J is ``s ⊗ (a, 1)``, so a block is ``Σ_i (s_iᵀ Λ_i t_i) ⊗ a_i b_iᵀ``:
-        weighted Gram matrices of the layers' inputs, 2C times less work than the product of
-        Jacobians.
+        """Add each pair of dense layers' block to the penalty's ``result``.
+
+        A dense layer's J is ``s ⊗ (a, 1)``, so two layers share ``Σ_i (s_iᵀ Λ_i t_i) ⊗ a_i b_iᵀ``:
+        weighted Gram matrices of their inputs, 2C times less work than the product of Jacobians.
         """
-        o, size = self.objective, self.shape[0]
+        o = self.objective
+        size = self.shape[0]
         for rows, x, y in self._chunks(2 + 4 * size // o.bytes_per_example()):
             traced = trace(o, self.full, x, layers)
             s = traced.jacobians()
             bend = self.bend(traced.outputs, y, self.weights[rows])
-            # (B, J): inputs, and 1 for the bias
+            # Each (B, J): the layer's inputs, and 1 for its bias.
             a = [layer.ones(a) for layer, a in zip(layers, traced.a, strict=True)]
             for i, j in itertools.combinations_with_replacement(range(len(layers)), 2):
                 between = s[i].transpose(1, 2) @ bend @ s[j]  # (B, out, out')
                 for unit in range(between.shape[1]):
-                    first = unit if i == j else 0  # what is left follows by symmetry
+                    first = unit if i == j else 0  # the rest follows by symmetry
                     block = a[i].T @ (between[:, unit, first:, None] * a[j][:, None]).flatten(1)
+                    # Doubled for the symmetric mean below; a unit's block with itself is not.
                     block[:, a[j].shape[1] * (i == j) :] *= 2
-                    result[layers[i].places[unit][:, None], layers[j].places[first:].flatten()] += (
-                        block
-                    )
+                    rows_of_unit = layers[i].places[unit][:, None]
+                    result[rows_of_unit, layers[j].places[first:].flatten()] += block
         return (result + result.T) / 2
 
 

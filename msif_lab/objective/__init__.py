@@ -1,6 +1,4 @@
-"""A stage as a pure function of flat parameters: layout, losses, small models, checks made up
-front.
-"""
+"""A stage's objective as a pure function of flat parameters; losses, small models and checks."""
 
 from .checks import ask, check_examples, check_layers
 from .layout import Layout, Places

@@ -1,4 +1,4 @@
-"""What would fail later, or worse, would not fail: found before the work, with the way out."""
+"""Checks made up front: what would otherwise fail late, or be silently wrong."""
 
 from collections.abc import Callable
 
@@ -14,18 +14,35 @@ __all__ = ["ask", "check_examples", "check_layers"]
 
 
 def check_examples(objective: Objective, examples: Examples, name: str) -> None:
-    """One forward pass over a few examples that finds what would fail later, or worse, would not
-    fail.
+    """Check by a forward pass over a few examples that the model and its loss can treat them.
+
+    Args:
+        objective: the stage.
+        examples: data or queries.
+        name: how messages call the examples.
 
     Raises:
         ValueError, TypeError: dtype, device, shape or labels do not fit the model and its loss.
         UnsupportedModelError: the model is random or mixes the examples of a batch.
     """
-    o = objective
+    _check_inputs(objective, examples, name)
+    check_layers(objective.model, objective.where)
+    _check_targets(objective, examples, name)
+    few = torch.unique(torch.tensor([0, len(examples) // 2, len(examples) - 1]))
+    x = examples.x[few]
+    y = examples.y[few]
+    outputs = _checked_outputs(objective, examples, x, name)
+    if objective.loss is cross_entropy:
+        _check_labels(objective, examples, outputs, name)
+    _check_losses(objective, outputs, y, name)
+
+
+def _check_inputs(o: Objective, examples: Examples, name: str) -> None:
+    """Type of the examples; device and dtype of their inputs."""
     if not isinstance(examples, Examples):
         raise TypeError(
-            f"{name} must be msif_lab.Examples, not {type(examples).__name__}; wrap it: "
-            "Examples(x, y)"
+            f"{name} must be msif_lab.Examples, not {type(examples).__name__}; "
+            "wrap it: Examples(x, y)"
         )
     parameter = next(o.model.parameters())
     if examples.x.device != parameter.device:
@@ -42,106 +59,128 @@ def check_examples(objective: Objective, examples: Examples, name: str) -> None:
         raise ValueError(
             f"{name}.x is uint8; scale it yourself, e.g. x.to(torch.get_default_dtype()) / 255"
         )
-    check_layers(o.model, o.where)
+
+
+def _check_targets(o: Objective, examples: Examples, name: str) -> None:
+    """Meaning of the labels, and dtype of floating targets."""
     named = examples.has_labels and o.data.has_labels and examples.named and o.data.named
     if named and examples.classes != o.data.classes[: len(examples.classes)]:
         raise ValueError(
-            f"{name} have classes {examples.classes}, {o.where} has {o.data.classes}: labels "
-            "would mean something else; select the queries with the same classes in the same "
-            "order"
+            f"{name} have classes {examples.classes}, {o.where} has {o.data.classes}: "
+            "labels would mean something else; "
+            "select the queries with the same classes in the same order"
         )
-    if examples.y.is_floating_point() and examples.y.dtype != parameter.dtype:
+    dtype = next(o.model.parameters()).dtype
+    if examples.y.is_floating_point() and examples.y.dtype != dtype:
         raise ValueError(
-            f"{name}.y is {examples.y.dtype}, the model is {parameter.dtype}; use "
-            f"{name}.to({parameter.dtype})"
+            f"{name}.y is {examples.y.dtype}, the model is {dtype}; use {name}.to({dtype})"
         )
-    few = torch.unique(torch.tensor([0, len(examples) // 2, len(examples) - 1]))
-    x, y = examples.x[few], examples.y[few]
-    full, probe = o.layout.flatten(o.model), o.on(o.data)
+
+
+def _checked_outputs(o: Objective, examples: Examples, x: Tensor, name: str) -> Tensor:
+    """The outputs for ``x``, checked to be a fixed function of each example alone."""
+    full = o.layout.flatten(o.model)
+    probe = o.on(o.data)
     try:
         with torch.no_grad(), exact_convolutions():
-            outputs, again = probe.outputs(full, x), probe.outputs(full, x)
+            outputs = probe.outputs(full, x)
+            again = probe.outputs(full, x)
             alone = torch.cat([probe.outputs(full, x[i : i + 1]) for i in range(len(x))])
     except (RuntimeError, IndexError, TypeError, ValueError, AssertionError) as error:
         raise ValueError(
-            f"{name}.x of shape {tuple(examples.x.shape)} does not fit the model of {o.where}: "
-            f"{error}"
+            f"{name}.x of shape {tuple(examples.x.shape)} "
+            f"does not fit the model of {o.where}: {error}"
         ) from error
     for buffer, before in o.buffers.items():
         if not torch.equal(before, probe.buffers[buffer]):
             raise UnsupportedModelError(
-                f"{o.where}: calling the model writes into its buffer {buffer!r}, so it is no "
-                "fixed function; call model.eval() first, or replace that layer"
+                f"{o.where}: calling the model writes into its buffer {buffer!r}, "
+                "so it is no fixed function; call model.eval() first, or replace that layer"
             )
-    close = 1e-3 if outputs.dtype in (torch.float32, torch.float16, torch.bfloat16) else 1e-8
+    close = _tolerance(outputs)
     if not torch.equal(outputs, again) or not torch.allclose(
         outputs, alone, rtol=close, atol=close
     ):
         raise UnsupportedModelError(
-            f"{o.where}: the model's outputs change from call to call or with the batch around an "
-            "example; influence needs a deterministic function of each example (call "
-            "model.eval(), drop batch statistics)"
+            f"{o.where}: the model's outputs change from call to call "
+            "or with the batch around an example; influence needs a deterministic function "
+            "of each example (call model.eval(), drop batch statistics)"
         )
-    if o.loss is cross_entropy:
-        if not examples.has_labels:
-            raise ValueError(
-                f"{name}.y {tuple(examples.y.shape)} {examples.y.dtype}: cross_entropy needs "
-                "integer labels (N,)"
-            )
-        if outputs.ndim != 2 or int(examples.y.max()) >= outputs.shape[1]:
-            raise ValueError(
-                f"{name}.y holds the label {int(examples.y.max())}, the model of {o.where} has "
-                f"outputs {tuple(outputs.shape[1:])}: labels must be 0 .. "
-                f"{outputs.shape[-1] - 1}; use select() or more outputs"
-            )
+    return outputs
+
+
+def _check_labels(o: Objective, examples: Examples, outputs: Tensor, name: str) -> None:
+    """Labels for cross-entropy: integers, each with an output of its own."""
+    if not examples.has_labels:
+        raise ValueError(
+            f"{name}.y {tuple(examples.y.shape)} {examples.y.dtype}: "
+            "cross_entropy needs integer labels (N,)"
+        )
+    if outputs.ndim != 2 or int(examples.y.max()) >= outputs.shape[1]:
+        raise ValueError(
+            f"{name}.y holds the label {int(examples.y.max())}, the model of {o.where} has "
+            f"outputs {tuple(outputs.shape[1:])}: labels must be 0 .. {outputs.shape[-1] - 1}; "
+            "use select() or more outputs"
+        )
+
+
+def _check_losses(o: Objective, outputs: Tensor, y: Tensor, name: str) -> None:
+    """The loss gives one number per example, from that example alone."""
+    count = len(y)
     try:
         with torch.no_grad():
             losses = o.loss(outputs, y)
-            singly = [o.loss(outputs[i : i + 1], y[i : i + 1]) for i in range(len(x))]
+            singly = [o.loss(outputs[i : i + 1], y[i : i + 1]) for i in range(count)]
     except (RuntimeError, IndexError, TypeError) as error:
         raise ValueError(f"{o.where}: loss(outputs, targets) fails on {name}: {error}") from error
-    if losses.shape != (len(x),):
+    if losses.shape != (count,):
         raise ValueError(
-            f"{o.where}: loss(outputs, targets) gives {tuple(losses.shape)}, expected one per "
-            f"example ({len(x)},)"
+            f"{o.where}: loss(outputs, targets) gives {tuple(losses.shape)}, "
+            f"expected one per example ({count},)"
         )
-    if not torch.allclose(
-        losses, torch.cat([s.reshape(-1) for s in singly]), rtol=close, atol=close, equal_nan=True
-    ):
+    alone = torch.cat([loss.reshape(-1) for loss in singly])
+    close = _tolerance(outputs)
+    if not torch.allclose(losses, alone, rtol=close, atol=close, equal_nan=True):
         raise ValueError(
-            f"{o.where}: loss(outputs, targets) mixes the examples of a batch; it must give one "
-            "per example"
+            f"{o.where}: loss(outputs, targets) mixes the examples of a batch; "
+            "it must give one per example"
         )
+
+
+def _tolerance(outputs: Tensor) -> float:
+    """How far a result in a batch and alone may lie apart, by the rounding of the dtype."""
+    return 1e-3 if outputs.dtype in (torch.float32, torch.float16, torch.bfloat16) else 1e-8
 
 
 def ask(
     objective: Objective, queries: Examples, target: str | Callable
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """The checked quantity q for these queries.
+    """The quantity q asked about, checked on these queries.
+
+    Args:
+        objective: the stage whose model answers.
+        queries: the test examples.
+        target: a name or a function, see `target_function`.
 
     Raises:
-        ValueError, TypeError: the queries do not fit the model, or the target is no finite number
-            per query.
+        ValueError, TypeError: the queries do not fit the model, or the target is not one finite
+            number per query.
     """
     check_examples(objective, queries, "queries")
     function = target_function(target, objective.loss)
     if target == "margin" and not queries.has_labels:
         raise ValueError(
-            f"target='margin' needs class labels, queries.y is {tuple(queries.y.shape)} "
-            f"{queries.y.dtype}"
+            "target='margin' needs class labels, "
+            f"queries.y is {tuple(queries.y.shape)} {queries.y.dtype}"
         )
     with torch.no_grad():
         outputs = objective.outputs(objective.layout.flatten(objective.model), queries.x[:3])
         values = function(outputs, queries.y[:3])
     if not isinstance(values, Tensor) or values.shape != (len(outputs),):
-        shape = (
-            tuple(getattr(values, "shape", ()))
-            if isinstance(values, Tensor)
-            else type(values).__name__
-        )
+        given = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(
-            f"target(outputs, targets) gives {shape}, expected one number per query, (B,) = "
-            f"({len(outputs)},)"
+            f"target(outputs, targets) gives {given}, "
+            f"expected one number per query, (B,) = ({len(outputs)},)"
         )
     if not bool(torch.isfinite(values).all()):
         raise ValueError(f"target gives NaN or inf on the first queries: {values.tolist()}")
@@ -166,7 +205,7 @@ def check_layers(model: nn.Module, where: str) -> None:
         else:
             continue
         raise UnsupportedModelError(
-            f"{where}: layer {name!r} ({type(layer).__name__}) has {problem}, so an example's "
-            "loss is no function of that example; call model.eval() first, or replace the layer "
-            "(GroupNorm instead of BatchNorm)"
+            f"{where}: layer {name!r} ({type(layer).__name__}) has {problem}, "
+            "so an example's loss is no function of that example; "
+            "call model.eval() first, or replace the layer (GroupNorm instead of BatchNorm)"
         )

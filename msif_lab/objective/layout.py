@@ -8,14 +8,15 @@ from torch import Tensor, nn
 
 
 class Places:
-    """Positions in a flat vector as a few spans: a table of millions of them would take twice what
-    it points to.
+    """Positions in a flat vector, kept as a few spans.
+
+    A table of millions of positions would take twice the memory of the numbers it points to.
     """
 
     def __init__(self, spans: Sequence[range]):
         self.spans: list[range] = []
         for span in spans:
-            if self.spans and self.spans[-1].stop == span.start:
+            if self.spans and self.spans[-1].stop == span.start:  # adjacent: one longer span
                 span = range(self.spans.pop().start, span.stop)
             self.spans.append(span)
         self.size = sum(len(span) for span in self.spans)
@@ -23,36 +24,34 @@ class Places:
     def _parts(self, flat: Tensor) -> list[Tensor]:
         return [flat[..., span.start : span.stop] for span in self.spans]
 
+    def _split(self, values: Tensor) -> tuple[Tensor, ...]:
+        return values.split([len(span) for span in self.spans], -1)
+
     def take(self, flat: Tensor) -> Tensor:
-        """What lies there: ``(..., D)`` → ``(..., S)``; not a copy where it is one span."""
+        """The numbers at these places: ``(..., D)`` → ``(..., S)``; a view if they are one span."""
         parts = self._parts(flat)
         return parts[0] if len(parts) == 1 else torch.cat([flat[..., :0], *parts], -1)
 
     def put(self, flat: Tensor, values: Tensor) -> Tensor:
-        """Write ``values`` (..., S) there, into ``flat`` (..., D) itself, which comes back."""
-        for part, value in zip(
-            self._parts(flat), values.split([len(span) for span in self.spans], -1), strict=True
-        ):
+        """Write ``values`` (..., S) to these places of ``flat`` (..., D), and return ``flat``."""
+        for part, value in zip(self._parts(flat), self._split(values), strict=True):
             part.copy_(value)
         return flat
 
     def add(self, flat: Tensor, values: Tensor | float) -> Tensor:
-        """Add ``values`` there in ``flat`` itself, which comes back."""
-        whole = isinstance(values, float)
-        values = (
-            itertools.repeat(values)
-            if whole
-            else values.split([len(span) for span in self.spans], -1)
-        )
-        for part, value in zip(self._parts(flat), values, strict=not whole):
+        """Add ``values`` at these places of ``flat`` (..., D), and return ``flat``."""
+        if isinstance(values, float):
+            added = itertools.repeat(values, len(self.spans))
+        else:
+            added = self._split(values)
+        for part, value in zip(self._parts(flat), added, strict=True):
             part += value
         return flat
 
     def table(self, device: torch.device) -> Tensor:
         """The positions one by one, int64 ``(S,)``."""
-        return torch.cat(
-            [torch.arange(0), *(torch.arange(span.start, span.stop) for span in self.spans)]
-        ).to(device)
+        spans = [torch.arange(span.start, span.stop) for span in self.spans]
+        return torch.cat([torch.arange(0), *spans]).to(device)
 
 
 class Layout:
@@ -66,20 +65,19 @@ class Layout:
         parameters = dict(model.named_parameters())
         kinds = {(p.dtype, str(p.device)) for p in parameters.values()}
         if len(kinds) != 1:
-            found = (
-                ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
-                or "none at all"
-            )
+            found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
             raise ValueError(
-                f"{where}: the model's parameters must share one dtype and device; found {found}"
+                f"{where}: the model's parameters must share one dtype and device; "
+                f"found {found or 'none at all'}"
             )
         self.shapes = {name: p.shape for name, p in parameters.items()}
         self.trainable = [name for name, p in parameters.items() if p.requires_grad]
-        starts = torch.tensor([0, *(p.numel() for p in parameters.values())]).cumsum(0).tolist()
-        self.spans = {
-            name: range(a, b) for name, a, b in zip(self.shapes, starts, starts[1:], strict=False)
-        }
-        self.size = starts[-1]
+        self.spans: dict[str, range] = {}
+        self.size = 0
+        for name, shape in self.shapes.items():
+            start = self.size
+            self.size += shape.numel()
+            self.spans[name] = range(start, self.size)
 
     def places(self, names: Sequence[str]) -> Places:
         """Where the named parameters lie, in the order of ``names``."""
@@ -87,9 +85,8 @@ class Layout:
 
     def flatten(self, model: nn.Module) -> Tensor:
         """The module's parameters as a new flat vector ``(D,)``."""
-        return torch.cat(
-            [p.detach().reshape(-1) for p in dict(model.named_parameters()).values()]
-        ).clone()
+        parameters = dict(model.named_parameters()).values()
+        return torch.cat([p.detach().reshape(-1) for p in parameters]).clone()
 
     def named(self, flat: Tensor) -> dict[str, Tensor]:
         """Views of a flat vector ``(..., D)`` under their names and shapes."""

@@ -1,4 +1,4 @@
-"""Losses, one number per example, and the quantities q that influence can be asked about."""
+"""Losses with one number per example, and the quantities q whose influence can be asked for."""
 
 from collections.abc import Callable
 
@@ -9,12 +9,14 @@ __all__ = ["cross_entropy", "mean_squared_error", "next_token_loss"]
 
 
 def _negative_log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
-    """``log Σ_c exp z_c − z_y`` in elementwise steps: under forward mode and over lanes, where
-    PyTorch's own cross_entropy falls back to Python decompositions, this is several times faster.
+    """``log Σ_c exp z_c − z_y``, in elementwise steps.
+
+    Under forward mode and over lanes this is several times faster than PyTorch's own cross_entropy,
+    which falls back to Python decompositions there.
     """
     largest = logits.detach().amax(-1, keepdim=True)
     correct = torch.arange(logits.shape[-1], device=logits.device) == labels[..., None]
-    # no output for the label: no number
+    # NaN for a label without an output
     picked = logits.where(correct, 0.0).sum(-1).where(correct.any(-1), torch.nan)
     return (logits - largest).exp().sum(-1).log() + largest[..., 0] - picked
 
@@ -29,26 +31,28 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def mean_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Squared error of each example averaged over its outputs: ``(B, ...)``, ``(B, ...)`` →
-    ``(B,)``.
+    """Squared error of each example, averaged over its outputs.
+
+    Outputs ``(B, ...)`` and targets ``(B, ...)`` → ``(B,)``; a single output may have a dimension
+    of its own or none.
 
     >>> mean_squared_error(torch.tensor([[1.0, 3.0]]), torch.tensor([[1.0, 1.0]]))
     tensor([2.])
     """
     if outputs.shape != targets.shape and outputs.shape[0] == outputs.numel() == targets.numel():
-        # a single output, with or without its own dimension
         outputs = outputs.reshape(targets.shape)
     if outputs.shape != targets.shape:
         raise ValueError(
-            f"outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)} must have equal "
-            "shapes"
+            f"outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)} "
+            "must have equal shapes"
         )
     return ((outputs - targets) ** 2).reshape(len(outputs), -1).mean(1)
 
 
 def next_token_loss(outputs: Tensor, tokens: Tensor) -> Tensor:
-    """Mean negative log-likelihood of each next token, in nats: ``(B, T, V)``, ``(B, T)`` →
-    ``(B,)``.
+    """Negative log-likelihood of each sequence's next tokens in nats, averaged over the tokens.
+
+    Logits ``(B, T, V)`` and tokens ``(B, T)`` → ``(B,)``.
 
     >>> next_token_loss(torch.zeros(1, 3, 2), torch.tensor([[0, 1, 0]]))
     tensor([0.6931])
@@ -57,7 +61,7 @@ def next_token_loss(outputs: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _margin(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Log-odds of the correct class: z_y − log Σ_{c≠y} exp z_c = −log(exp(loss) − 1)."""
+    """Log-odds of the correct class: ``z_y − log Σ_{c≠y} exp z_c = −log(exp(loss) − 1)``."""
     correct = torch.arange(outputs.shape[-1], device=outputs.device) == targets[..., None]
     others = outputs.masked_fill(correct, -torch.inf)
     return (outputs * correct).sum(-1) - others.logsumexp(-1)
@@ -66,9 +70,9 @@ def _margin(outputs: Tensor, targets: Tensor) -> Tensor:
 def _single_output(outputs: Tensor, targets: Tensor) -> Tensor:
     if outputs[0].numel() != 1:
         raise ValueError(
-            "target='output' needs one output per example, the model gives "
-            f"{tuple(outputs.shape[1:])}; use target='loss', 'margin' or a function of (outputs, "
-            "targets)"
+            "target='output' needs one output per example, "
+            f"the model gives {tuple(outputs.shape[1:])}; "
+            "use target='loss', 'margin' or a function of (outputs, targets)"
         )
     return outputs.reshape(len(outputs))
 
@@ -80,12 +84,12 @@ def target_function(target: str | Callable, loss: Callable) -> Callable[[Tensor,
         return target
     if target not in named:
         raise ValueError(
-            f"target={target!r} must be one of {sorted(named)} or a function (outputs, targets) "
-            "-> (B,)"
+            f"target={target!r} must be one of {sorted(named)} "
+            "or a function (outputs, targets) -> (B,)"
         )
     return named[target]
 
 
 def target_name(target: str | Callable) -> str:
-    """How results name their target."""
+    """The name of a target in results: its own, the function's, or ``"custom"``."""
     return target if isinstance(target, str) else getattr(target, "__name__", "custom")

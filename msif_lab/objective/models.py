@@ -1,5 +1,6 @@
-"""Small smooth networks in two named parts, ``embedding`` and ``head``; any ``nn.Module`` works as
-well.
+"""Small smooth networks in two named parts, ``embedding`` and ``head``.
+
+The library takes any ``nn.Module``; these are the ones of the lessons.
 """
 
 import itertools
@@ -21,7 +22,8 @@ class EmbeddingHead(nn.Module):
 
     def __init__(self, embedding: nn.Module, head: nn.Module):
         super().__init__()
-        self.embedding, self.head = embedding, head
+        self.embedding = embedding
+        self.head = head
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.embedding(x))
@@ -52,15 +54,15 @@ def mlp(
     zero_head: bool = False,
     seed: int = 0,
 ) -> EmbeddingHead:
-    """A fully connected net, tanh by default so that curvature exists everywhere.
+    """A fully connected network; tanh by default, so that curvature exists everywhere.
 
     Args:
-        in_features: inputs of any shape are flattened to this many numbers.
+        in_features: how many numbers an input has; inputs of any shape are flattened.
         hidden: widths of the embedding's layers.
         classes: outputs of the head.
-        activation: makes one activation module.
+        activation: makes one activation module; called once per layer.
         zero_head: start the head at zero, the usual choice for finetuning.
-        seed: of the initial weights (the global generator is left as it was).
+        seed: of the initial weights; the global generator is left as it was.
 
     >>> [name for name, _ in mlp(64, hidden=(16,), classes=4).named_parameters()]
     ['embedding.1.weight', 'embedding.1.bias', 'head.weight', 'head.bias']
@@ -68,11 +70,8 @@ def mlp(
     if isinstance(hidden, int):
         raise TypeError(f"hidden={hidden} must be a sequence of widths, e.g. ({hidden},)")
     widths = [in_features, *hidden]
-    _positive(
-        in_features=in_features,
-        classes=classes,
-        **{f"hidden[{i}]": w for i, w in enumerate(hidden)},
-    )
+    named = {f"hidden[{i}]": width for i, width in enumerate(hidden)}
+    _positive(in_features=in_features, classes=classes, **named)
 
     def make():
         layers: list[nn.Module] = [nn.Flatten()]
@@ -86,8 +85,9 @@ def mlp(
 def softmax_regression(
     in_features: int, classes: int, *, zero_head: bool = False, seed: int = 0
 ) -> EmbeddingHead:
-    """A linear model: the embedding only flattens, so the objective with weight decay is strictly
-    convex.
+    """A linear model, whose embedding only flattens.
+
+    With cross-entropy and weight decay its objective is strictly convex.
     """
     return mlp(in_features, hidden=(), classes=classes, zero_head=zero_head, seed=seed)
 
@@ -103,8 +103,10 @@ def convnet(
     zero_head: bool = False,
     seed: int = 0,
 ) -> EmbeddingHead:
-    """A small convolutional net: 3 × 3 convolution, activation, 2 × 2 average pool for each of
-    ``channels``, then one hidden layer of ``width`` features and the head.
+    """A small convolutional network with one hidden layer between its convolutions and the head.
+
+    For each of ``channels`` a 3 × 3 convolution, the activation and a 2 × 2 average pool; then the
+    hidden layer of ``width`` features, and the head.
 
     Args:
         in_shape: ``(channels, height, width)`` of one input.
@@ -126,7 +128,8 @@ def convnet(
             f"in_shape={tuple(in_shape)} must be (channels, height, width) with sides of at least "
             f"{2 ** len(channels)} for {len(channels)} poolings"
         )
-    _positive(width=width, classes=classes, **{f"channels[{i}]": c for i, c in enumerate(channels)})
+    named = {f"channels[{i}]": maps for i, maps in enumerate(channels)}
+    _positive(width=width, classes=classes, **named)
     if norm_groups is not None and (norm_groups < 1 or any(c % norm_groups for c in channels)):
         raise ValueError(
             f"norm_groups={norm_groups} must divide each of channels={tuple(channels)}"
@@ -134,12 +137,14 @@ def convnet(
 
     def make():
         layers: list[nn.Module] = []
-        (maps, height, side) = in_shape
+        maps, height, breadth = in_shape
         for after in channels:
             norm = [] if norm_groups is None else [nn.GroupNorm(norm_groups, after)]
             layers += [nn.Conv2d(maps, after, 3, padding=1), *norm, activation(), nn.AvgPool2d(2)]
-            maps, height, side = after, height // 2, side // 2
-        layers += [nn.Flatten(), nn.Linear(maps * height * side, width), activation()]
+            maps = after
+            height //= 2
+            breadth //= 2
+        layers += [nn.Flatten(), nn.Linear(maps * height * breadth, width), activation()]
         return EmbeddingHead(nn.Sequential(*layers), nn.Linear(width, classes))
 
     return _build(make, seed, zero_head)

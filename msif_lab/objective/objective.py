@@ -1,9 +1,9 @@
 """A stage as a pure function of flat parameters: the user's module is called, never changed.
 
-Letters as in the lessons: ``θ`` the ``P`` parameters a stage trains, ``w`` the example weights,
-``F(θ; w) = (1/m) Σ_i w_i f_i(θ) + λ/2 ‖θ‖² + α ‖θ_S − c‖²`` with the shared part ``θ_S`` held near
-the previous stage's ``c`` (α = 0 without a proximal link). Many weightings at once are *lanes*,
-``(R, P)``.
+The letters are those of the lessons: ``θ`` for the ``P`` parameters that a stage trains, ``w`` for
+the example weights, and ``F(θ; w) = (1/m) Σ_i w_i f_i(θ) + λ/2 ‖θ‖² + α ‖θ_S − c‖²``, where the
+last term holds the shared part ``θ_S`` near the previous stage's ``c`` (α = 0 without a proximal
+link). A stage trained under R weightings at once has R *lanes*, ``(R, P)``.
 """
 
 import copy
@@ -22,8 +22,10 @@ from .layout import Layout, Places
 
 @contextmanager
 def exact_convolutions() -> Iterator[None]:
-    """On CUDA PyTorch's float32 convolutions are TF32 unless told otherwise, 10 bits: two kernels
-    differ by 1e-3, too much to tell whether two ways give the same.
+    """Compute float32 convolutions in full precision on CUDA.
+
+    By default PyTorch computes them in TF32, with 10 bits of mantissa. Two kernels then differ by
+    1e-3, too much to tell whether two ways of computing a number agree.
     """
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
@@ -49,35 +51,37 @@ class Objective:
     def __init__(
         self, model, data, loss, weight_decay=0.0, trained=None, alpha=0.0, shared=(), where="stage"
     ):
-        self.model, self.data, self.loss, self.where = model, data, loss, where
+        self.model = model
+        self.data = data
+        self.loss = loss
+        self.where = where
+        self.device = data.x.device
         self.layout = Layout(model, where)
-        self.weight_decay, self.alpha = float(weight_decay), float(alpha)
+        self.weight_decay = float(weight_decay)
+        self.alpha = float(alpha)
         self.trained_names = list(self.layout.trainable if trained is None else trained)
-        # where θ lies among all D
-        self.trained, self.device = self.layout.places(self.trained_names), data.x.device
+        self.trained = self.layout.places(self.trained_names)  # where θ lies among all D
         trained_spans = {}
+        start = 0
         for name in self.trained_names:
-            start = sum(len(span) for span in trained_spans.values())
-            trained_spans[name] = range(start, start + len(self.layout.spans[name]))
+            stop = start + len(self.layout.spans[name])
+            trained_spans[name] = range(start, stop)
+            start = stop
         self.coupled = Places([trained_spans[n] for n in shared])  # where the coupled S lie in θ
         self._all = self.trained_names == list(self.layout.shapes)
-        # Constants of the function; copies, so that a module that writes into them cannot change
-        # itself.
+        # The function's constants: copies, so that a module that writes into its buffers does not
+        # change itself.
         self.buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
-        self._found: dict = {}  # what was measured once, see `once`
+        self._found: dict = {}  # see `once`
 
     def once(self, name: Hashable, measure: Callable[[], object]):
-        """What ``measure()`` gave the first time it was asked for under this name: a fact about
-        model and loss.
-        """
+        """A fact about model and loss under this name: ``measure()`` is called the first time."""
         if name not in self._found:
             self._found[name] = measure()
         return self._found[name]
 
     def on(self, data: Examples) -> "Objective":
-        """The same function of other examples, with buffers of its own; what is known of the model
-        is shared.
-        """
+        """The same function of other examples, with its own buffers; facts of `once` are shared."""
         other = copy.copy(self)
         other.data = data
         other.buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
@@ -106,6 +110,7 @@ class Objective:
 
     @property
     def dtype(self) -> torch.dtype:
+        """Dtype of the parameters."""
         return next(self.model.parameters()).dtype
 
     def join(self, theta: Tensor, base: Tensor) -> Tensor:
@@ -113,15 +118,15 @@ class Objective:
         return theta if self._all else self.trained.put(base.clone(), theta)
 
     def parameters(self, theta: Tensor, base: Tensor) -> dict[str, Tensor]:
-        """All parameters by name: ``theta`` (P,) in its places, the rest constants from ``base``
-        (D,), so that no derivative by them is formed on the way.
+        """All parameters by name: ``theta`` (P,) in its places, the rest from ``base`` (D,).
+
+        Those of ``base`` are constants, so that no derivative by them is formed on the way.
         """
         named = {} if self._all else self.layout.named(base.detach())
         parts = theta.split([len(self.layout.spans[name]) for name in self.trained_names])
-        return named | {
-            n: part.reshape(self.layout.shapes[n])
-            for n, part in zip(self.trained_names, parts, strict=True)
-        }
+        for name, part in zip(self.trained_names, parts, strict=True):
+            named[name] = part.reshape(self.layout.shapes[name])
+        return named
 
     def outputs(self, full: Tensor | dict[str, Tensor], x: Tensor) -> Tensor:
         """Model outputs ``(B, ...)`` at all parameters, ``full`` (D,) or by name."""
@@ -133,7 +138,7 @@ class Objective:
         return self.loss(self.outputs(full, x), y)
 
     def bytes_per_example(self) -> int:
-        """Measured memory that one example's backward pass keeps, in bytes."""
+        """Bytes that one example's backward pass keeps, measured."""
         return self.once("bytes", self._measure_bytes)
 
     def _measure_bytes(self) -> int:
@@ -149,8 +154,10 @@ class Objective:
                 self.losses(full, self.data.x[[0] * count], self.data.y[[0] * count]).sum()
             return sum(sizes)
 
-        one, three = kept(1), kept(3)
-        return max((three - one) // 2, self.data.x[0].numel() * self.data.x.element_size(), 64)
+        one = kept(1)
+        three = kept(3)
+        input_bytes = self.data.x[0].numel() * self.data.x.element_size()
+        return max((three - one) // 2, input_bytes, 64)
 
     def chunks(
         self,
@@ -159,31 +166,27 @@ class Objective:
         rows: Tensor | None = None,
         memory: int | None = None,
     ) -> Iterator:
-        """``(positions, x, y)`` over examples, in parts so small that ``copies`` of their
-        activations fit.
+        """``(positions, x, y)`` chunk by chunk, each so small that its activations fit in memory.
 
         Args:
             examples: default the stage's own data.
-            copies: how many activation sets one example costs (lanes, tangents).
+            copies: how many sets of activations one example costs (lanes, tangents).
             rows: only these positions, in this order (a mini-batch).
-            memory: bytes all copies of a part may take, default `working_bytes`.
+            memory: bytes that all copies of a chunk may take, default `working_bytes`.
         """
         examples = self.data if examples is None else examples
         count = len(examples) if rows is None else len(rows)
         cost = self.bytes_per_example() * copies
         step = max(1, (memory or working_bytes(self.device, cost)) // cost)
         for start in range(0, count, step):
-            part = (
-                slice(start, min(start + step, count))
-                if rows is None
-                else rows[start : start + step]
-            )
+            stop = min(start + step, count)
+            part = slice(start, stop) if rows is None else rows[start:stop]
             yield part, examples.x[part], examples.y[part]
 
 
 @dataclass
 class Lanes:
-    """F for R weightings at once; what the recipes minimise.
+    """F for R weightings at once: what the recipes minimise.
 
     Attributes:
         objective: the stage.
@@ -210,9 +213,7 @@ class Lanes:
         return self.objective.trained.put(self.base.clone(), theta)
 
     def value_and_grad(self, theta: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """F ``(R,)`` and ∇F ``(R, P)`` at ``theta`` (R, P), over all data or the mini-batch
-        ``rows``.
-        """
+        """F ``(R,)`` and ∇F ``(R, P)`` at ``theta`` (R, P), on all data or a batch ``rows``."""
         o = self.objective
         count = len(o.data) if rows is None else len(rows)
         value, gradient = self._penalty(theta)
@@ -221,18 +222,22 @@ class Lanes:
                 leaf = theta.detach().requires_grad_()
                 risk = (self.weights[:, part] * self._losses(leaf, x, y)).sum(1) / count  # (R,)
                 (gradient_part,) = torch.autograd.grad(risk.sum(), leaf)
-            value, gradient = value + risk.detach(), gradient.add_(gradient_part)
+            value = value + risk.detach()
+            gradient = gradient.add_(gradient_part)
         return value, gradient
 
     def _losses(self, theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """Per-example losses of each lane, ``(R, B)``."""
         o = self.objective
-        if len(self) == 1:  # vmap over one lane would only cost
+        if len(self) == 1:  # vmap over a single lane is pure overhead
             return o.losses(o.parameters(theta[0], self.base[0]), x, y)[None]
         return vmap(lambda t, b: o.losses(o.parameters(t, b), x, y))(theta, self.base)
 
     def _penalty(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight decay and proximal term of each lane ``(R,)``, and their gradient ``(R, P)``."""
         o = self.objective
-        value, gradient = o.weight_decay / 2 * (theta**2).sum(1), o.weight_decay * theta
+        value = o.weight_decay / 2 * (theta**2).sum(1)
+        gradient = o.weight_decay * theta
         if self.centre is not None and o.alpha:
             apart = o.coupled.take(theta) - self.centre
             value = value + o.alpha * (apart**2).sum(1)

@@ -1,4 +1,4 @@
-"""Ways to solve ``H v = a``: one file a method, each solve with its report."""
+"""Solvers of ``H v = a``, one method a file; every solve comes with a report."""
 
 from .conjugate_gradient import ConjugateGradient
 from .ekfac import EKFAC

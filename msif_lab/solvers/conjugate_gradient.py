@@ -1,7 +1,8 @@
-"""Conjugate gradients on many right-hand sides, from curvature products only."""
+"""Conjugate gradients on many right-hand sides, in one shared Krylov space or one for each."""
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from .report import WAYS_OUT, Settings, Solved, SolveReport, check_columns, veri
 __all__ = ["ConjugateGradient"]
 
 
-def _definite(smallest: float, iteration: int) -> None:
+def _require_definite(smallest: float, iteration: int) -> None:
     if not smallest > 0:
         raise IndefiniteCurvatureError(
             f"conjugate gradients met curvature pᵀAp / pᵀp = {smallest:.3e} in iteration "
@@ -28,25 +29,26 @@ def _definite(smallest: float, iteration: int) -> None:
 class ConjugateGradient(Settings):
     """Conjugate gradients on many right-hand sides at once; needs products only, no matrix.
 
-    The columns search one shared Krylov space (block conjugate gradients): each column's best
-    answer in it, so that 20 queries need about a third of the products that 20 separate solves do.
-    Converged columns stop adding directions.
+    The columns share one Krylov space (block conjugate gradients), and each takes its best answer
+    in it; so 20 queries need about a third of the products of 20 separate solves. Converged columns
+    stop adding directions.
 
     Args:
         tol: relative residual ``‖A x − b‖ / ‖b‖`` at which a column is done.
-        max_iter: most iterations; short of ``tol`` a `ConvergenceWarning` names the residual.
+        max_iter: most iterations; short of ``tol`` then, a `ConvergenceWarning` names the residual.
         strict: raise `NotConvergedError` instead of warning.
         callback: called with ``(iteration, relative residuals (K,))`` after every iteration.
-        preconditioner: an approximate inverse, `LowRank`, `EKFAC` or `Jacobi`; fewer products, the
-            same answer.
-        block: most columns that share one space, bounding memory at about ``6 P · block`` numbers.
-            1: every column has its own space and step lengths, as in the textbooks; products are
-            still shared.
-        shares: rising shares of the examples, say ``(0.08, 0.3)``: systems of those that matter
-            most are solved first, roughly, so that fewer directions meet all examples (`nested`).
-            The answer and its residual are those of all. It pays where few examples carry the
-            Hessian, as after training a classifier; with ``block`` columns it takes another
-            ``16 P · block`` numbers for each share and for all.
+        preconditioner: an approximate inverse, `LowRank`, `EKFAC` or `Jacobi`: fewer products for
+            the same answer.
+        block: most columns that share one space, which takes about ``6 P · block`` numbers of
+            memory. With 1, every column has its own space and step lengths, as in textbooks, and
+            products are still computed together.
+        shares: rising shares of the examples, say ``(0.08, 0.3)``. Systems of the examples that
+            matter most are then solved first, roughly, so that fewer directions have to be
+            multiplied with all examples (see the module `nested`). The answer and its residual are
+            those for all examples. It pays where few examples dominate the Hessian, as after
+            training a classifier; it takes another ``16 P · block`` numbers of memory for each
+            share, and once more for the whole.
 
     >>> import msif_lab as msif
     >>> train, test = msif.load_digits()
@@ -80,7 +82,8 @@ class ConjugateGradient(Settings):
     @property
     def vectors(self) -> int:
         """How many vectors a solve holds for each right-hand side."""
-        return 6 + (2 * KEPT * (len(self.shares) + 1) if self.shares else 0)
+        kept = 2 * KEPT * (len(self.shares) + 1) if self.shares else 0
+        return 6 + kept
 
     def prepare(self, operator: Operator) -> "Preconditioned":
         """Make the preconditioner, once for all solves."""
@@ -101,7 +104,9 @@ class Preconditioned:
     """Conjugate gradients ready to solve; made by `ConjugateGradient.prepare`."""
 
     def __init__(self, solver: ConjugateGradient, operator: Operator, made):
-        self.solver, self.operator, self.made = solver, operator, made
+        self.solver = solver
+        self.operator = operator
+        self.made = made
         self.parts = split(operator, solver.shares) if solver.shares else None
 
     def _apply(self, columns: Tensor) -> Tensor:
@@ -110,72 +115,97 @@ class Preconditioned:
     def solve(self, columns: Tensor) -> tuple[Tensor, SolveReport]:
         """``A⁻¹ B`` for ``B`` (P, K), and the report."""
         check_columns(self.operator, columns)
-        start, solver = time.perf_counter(), self.solver
+        start = time.perf_counter()
+        solver = self.solver
         norm = columns.norm(dim=0)
         some = (norm > 0).nonzero().flatten()
         b = columns[:, some] / norm[some]
-        x, relative = torch.zeros_like(columns), (norm > 0).to(norm.dtype)
-        iterations, smallest, products = 0, float("inf"), 0
-        way, width = (
-            (self._shared, solver.block)
-            if solver.block > 1
-            else (self._separate, max(1, len(some)))
-        )
+        x = torch.zeros_like(columns)
+        relative = (norm > 0).to(norm.dtype)
+        iterations = products = 0
+        smallest = float("inf")
+        width = solver.block
         if self.parts is not None:
-            way, width = self._nested, solver.block
+            way = self._nested
+        elif solver.block > 1:
+            way = self._shared
+        else:
+            way = self._separate
+            width = max(1, len(some))
         for part in torch.arange(len(some), device=b.device).split(width):
-            answer, left, rounds = torch.zeros_like(b[:, part]), b[:, part], 0
-            residual, open_columns = left, torch.arange(len(part), device=b.device)
-            while len(open_columns) and rounds < solver.max_iter:
-                # A second round happens only when rounding made the recursion of the first too
-                # optimistic.
-                places = some[part][open_columns]
-                done = way(
-                    left[:, open_columns], solver.max_iter - rounds, rounds, relative, places
-                )
-                answer[:, open_columns] += done.x
-                rounds, products = rounds + done.iterations, products + done.products
-                smallest = min(smallest, done.smallest)
-                left = left.index_copy(1, open_columns, done.residual)
-                before = residual.norm(dim=0)
-                residual, spent = verified(self.operator, answer, b[:, part], left, solver.tol)
-                left, products = residual, products + spent
-                falling = residual.norm(dim=0) <= before / 2
-                open_columns = ((residual.norm(dim=0) > solver.tol) & falling).nonzero().flatten()
-            x[:, some[part]] = answer * norm[some[part]]
-            relative[some[part]] = residual.norm(dim=0)
-            iterations = max(iterations, rounds)
+            places = some[part]
+            done = self._refined(way, b[:, part], relative, places)
+            x[:, places] = done.x * norm[places]
+            relative[places] = done.residual.norm(dim=0)
+            iterations = max(iterations, done.iterations)
+            smallest = min(smallest, done.smallest)
+            products += done.products
         held = solver.vectors * min(width, len(some)) * b.shape[0] * b.element_size()
         held += getattr(self.made, "bytes", 0)
         way_out = "raise max_iter, add damping, use a preconditioner, or loosen tol"
         return x, solver.report(iterations, relative, smallest, products, held, start, way_out)
 
+    def _refined(self, way: Callable, b: Tensor, relative: Tensor, places: Tensor) -> Solved:
+        """Solve one block of columns until its true residuals are small, or stop falling.
+
+        Args:
+            way: one of the three methods below.
+            b: normalised right-hand sides ``(P, K)``.
+            relative: relative residuals of all columns, for the callback; kept up to date.
+            places: where the columns of ``b`` lie in ``relative``.
+        """
+        solver = self.solver
+        x = torch.zeros_like(b)
+        left = residual = b
+        open_columns = torch.arange(b.shape[1], device=b.device)
+        iterations = products = 0
+        smallest = float("inf")
+        # A second round comes only if rounding made the recursion of the first one too optimistic.
+        while len(open_columns) and iterations < solver.max_iter:
+            most = solver.max_iter - iterations
+            done = way(left[:, open_columns], most, iterations, relative, places[open_columns])
+            x[:, open_columns] += done.x
+            iterations += done.iterations
+            smallest = min(smallest, done.smallest)
+            left = left.index_copy(1, open_columns, done.residual)
+            before = residual.norm(dim=0)
+            residual, spent = verified(self.operator, x, b, left, solver.tol)
+            left = residual
+            products += done.products + spent
+            falling = residual.norm(dim=0) <= before / 2
+            open_columns = ((residual.norm(dim=0) > solver.tol) & falling).nonzero().flatten()
+        return Solved(x, residual, iterations, smallest, products)
+
     def _tell(self, iteration: int, relative: Tensor) -> None:
         if self.solver.callback is not None:
             self.solver.callback(iteration, relative.clone())
 
+    # The three ways to solve. Each takes normalised columns, how many iterations are left, how many
+    # were taken before, and the relative residuals of all columns with the places of these.
+
     def _shared(
         self, b: Tensor, most: int, before: int, relative: Tensor, places: Tensor
     ) -> Solved:
-        """One space for all columns: ``X += P (PᵀAP)⁻¹ PᵀR``, the next P made A-conjugate to this
-        one.
-        """
-        x, r, smallest, products, iterations = torch.zeros_like(b), b, float("inf"), 0, 0
-        p = basis(self._apply(r))[0]
+        """One space for all columns: ``X += P (PᵀAP)⁻¹ PᵀR``, each P A-conjugate to the last."""
+        x = torch.zeros_like(b)
+        r = b
+        iterations = products = 0
+        smallest = float("inf")
+        p, _ = basis(self._apply(r))
         while p.shape[1] and iterations < most:
             iterations += 1
             a_p = self.operator @ p
             products += p.shape[1]
-            # of PᵀAP, with P orthonormal: Ritz values
-            values, vectors = torch.linalg.eigh(p.T @ a_p)
+            values, vectors = torch.linalg.eigh(p.T @ a_p)  # P is orthonormal: Ritz values
             smallest = min(smallest, float(values[0]))
-            _definite(smallest, before + iterations)
+            _require_definite(smallest, before + iterations)
 
             def inverse(m, values=values, vectors=vectors):
                 return vectors @ ((vectors.T @ m) / values[:, None])
 
             step = inverse(p.T @ r)
-            x, r = x + p @ step, r - a_p @ step
+            x = x + p @ step
+            r = r - a_p @ step
             size = r.norm(dim=0)
             relative[places] = size
             self._tell(before + iterations, relative)
@@ -188,37 +218,39 @@ class Preconditioned:
     def _nested(
         self, b: Tensor, most: int, before: int, relative: Tensor, places: Tensor
     ) -> Solved:
-        """As `_shared`, with rough solves on shares of the examples as preconditioners, see
-        `nested`.
-        """
+        """One space for all columns, preconditioned by rough solves on shares (`nested`)."""
         made = levels(self.parts, self.solver.shares, getattr(self.made, "apply", None), b.shape[1])
-        top, x, r, iterations = made[-1], torch.zeros_like(b), b.clone(), 0
+        top = made[-1]
+        x = torch.zeros_like(b)
+        r = b.clone()
+        iterations = 0
         left = torch.ones_like(b[0], dtype=torch.bool)
         while bool(left.any()) and iterations < most:
             iterations += 1
             p, a_p = top.widen(r[:, left])
-            _definite(top.smallest, before + iterations)
+            _require_definite(top.smallest, before + iterations)
             if not p.shape[1]:
                 break
             step = p.T @ r
-            x, r = x.addmm_(p, step), r.addmm_(a_p, step, alpha=-1)
+            x = x.addmm_(p, step)
+            r = r.addmm_(a_p, step, alpha=-1)
             size = r.norm(dim=0)
-            relative[places], left = size, size > self.solver.tol
+            relative[places] = size
+            left = size > self.solver.tol
             self._tell(before + iterations, relative)
-        return Solved(
-            x, r, iterations, top.smallest, math.ceil(sum(level.products for level in made))
-        )
+        products = math.ceil(sum(level.products for level in made))
+        return Solved(x, r, iterations, top.smallest, products)
 
     def _separate(
         self, b: Tensor, most: int, before: int, relative: Tensor, places: Tensor
     ) -> Solved:
-        """Each column its own space; finished columns leave."""
-        x, residual, alive = (
-            torch.zeros_like(b),
-            b.clone(),
-            torch.arange(b.shape[1], device=b.device),
-        )
-        r, smallest, products, iterations = b, float("inf"), 0, 0
+        """A space for each column, as in textbooks; converged columns are dropped."""
+        x = torch.zeros_like(b)
+        residual = b.clone()
+        alive = torch.arange(b.shape[1], device=b.device)
+        iterations = products = 0
+        smallest = float("inf")
+        r = b
         p = z = self._apply(r)
         product = (r * z).sum(0)
         while len(alive) and iterations < most:
@@ -227,7 +259,7 @@ class Preconditioned:
             products += len(alive)
             curvature = (p * a_p).sum(0)
             smallest = min(smallest, float((curvature / (p * p).sum(0)).min()))
-            _definite(smallest, before + iterations)
+            _require_definite(smallest, before + iterations)
             step = product / curvature
             x[:, alive] += step * p
             r = r - step * a_p
@@ -236,8 +268,11 @@ class Preconditioned:
             relative[places[alive]] = size
             self._tell(before + iterations, relative)
             keep = size > self.solver.tol
-            alive, r, p, product = alive[keep], r[:, keep], p[:, keep], product[keep]
+            alive = alive[keep]
+            r = r[:, keep]
+            p = p[:, keep]
             z = self._apply(r)
             new = (r * z).sum(0)
-            p, product = z + new / product * p, new
+            p = z + new / product[keep] * p
+            product = new
         return Solved(x, residual, iterations, smallest, products)

@@ -1,6 +1,4 @@
-"""EK-FAC: the Gauss-Newton matrix layer by layer, in Kronecker-factored eigenbases with corrected
-eigenvalues.
-"""
+"""EK-FAC: Gauss-Newton blocks in Kronecker-factored eigenbases with corrected eigenvalues."""
 
 import copy
 import warnings
@@ -18,8 +16,11 @@ from .report import Settings
 
 __all__ = ["EKFAC"]
 
+_LOSSES = {cross_entropy: nn.CrossEntropyLoss, mean_squared_error: nn.MSELoss}
+
 
 def _curvlinops():
+    """The package curvlinops, imported only when it is needed."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of the libraries it imports
@@ -35,16 +36,17 @@ def _curvlinops():
 class EKFAC(Settings):
     """Eigenvalue-corrected Kronecker factorisation of the Gauss-Newton matrix, through curvlinops.
 
-    For models of ``Linear`` and ``Conv2d`` layers under cross-entropy or squared error. Between
-    layers it assumes nothing, within one that inputs and output gradients are independent; its
-    eigenvalues are then made exact in that basis. Penalty and damping are added to the eigenvalues,
-    so they act as in the exact solve. Memory is a few times P whatever the number of classes. As a
-    solver it approximates; as ``ConjugateGradient(preconditioner=EKFAC())`` not.
+    For models of ``Linear`` and ``Conv2d`` layers under cross-entropy or squared error. Blocks
+    between layers are left out. Within a layer the eigenbasis assumes that inputs and output
+    gradients are independent; the eigenvalues are then made exact in that basis. Penalty and
+    damping are added to the eigenvalues, so they act as in the exact solve. Memory is a few times P
+    whatever the number of classes. As a solver it is an approximation; as
+    ``ConjugateGradient(preconditioner=EKFAC())`` it leads to exact answers.
 
     Args:
         tol, max_iter, strict, callback: as in `LowRank`.
         samples: labels drawn per example from the model's prediction; None takes the exact
-            expectation, at one backward pass per output.
+            expectation, which costs one backward pass per output.
         batch_size: examples at a time.
         seed: of the drawn labels.
 
@@ -84,18 +86,45 @@ class EKFAC(Settings):
 
 
 def _require_known_layers(model: nn.Module, names: list[str]) -> None:
-    """Refuse trained parameters of other layers than Linear and Conv2d, all of them at once."""
-    owners = {name: type(model.get_submodule(name.rpartition(".")[0])) for name in names}
-    bad = [
-        f"{name} ({kind.__name__})"
-        for name, kind in owners.items()
-        if kind not in (nn.Linear, nn.Conv2d)
-    ]
+    """Refuse trained parameters of layers other than Linear and Conv2d, naming them all."""
+    bad = []
+    for name in names:
+        kind = type(model.get_submodule(name.rpartition(".")[0]))
+        if kind not in (nn.Linear, nn.Conv2d):
+            bad.append(f"{name} ({kind.__name__})")
     if bad:
         raise UnsupportedModelError(
-            f"EKFAC knows Linear and Conv2d layers, not {', '.join(bad)}: use LowRank() or "
-            "ConjugateGradient()"
+            f"EKFAC knows Linear and Conv2d layers, not {', '.join(bad)}: "
+            "use LowRank() or ConjugateGradient()"
         )
+
+
+def _require_known(base: Operator) -> None:
+    """Refuse what EK-FAC has no formula for: other operators, losses, weights and layers."""
+    if not isinstance(base, DataCurvature) or base.every:
+        raise ValueError(f"EKFAC needs a stage's curvature with its examples, not {base!r}")
+    o = base.objective
+    if o.loss not in _LOSSES or not bool((base.weights == 1).all()):
+        raise UnsupportedModelError(
+            f"{o.where}: EKFAC knows cross_entropy and mean_squared_error "
+            f"over equally weighted examples, not {getattr(o.loss, '__name__', o.loss)}: "
+            "use LowRank() or ConjugateGradient()"
+        )
+    _require_known_layers(o.model, o.trained_names)
+
+
+def _uniform_shifts(diagonal: Tensor, sizes: list[int]) -> list[float]:
+    """Penalty plus damping of each parameter tensor, which must be one positive number each."""
+    shifts = [part.unique() for part in diagonal.split(sizes)]
+    if any(len(different) > 1 for different in shifts):
+        raise ValueError(
+            "EKFAC needs one penalty and damping per parameter tensor: add a number, not a vector"
+        )
+    if not all(float(shift) > 0 for shift in shifts):
+        raise ValueError(
+            "EKFAC needs penalty or damping on every parameter: set weight_decay or damping"
+        )
+    return [float(shift) for shift in shifts]
 
 
 class Kronecker(Approximation):
@@ -103,49 +132,38 @@ class Kronecker(Approximation):
 
     def __init__(self, solver: EKFAC, operator: Operator):
         super().__init__(solver, operator)
-        p = parts(operator)
-        base = p.base
-        if not isinstance(base, DataCurvature) or base.every:
-            raise ValueError(f"EKFAC needs a stage's curvature with its examples, not {base!r}")
-        o = base.objective
-        losses = {cross_entropy: nn.CrossEntropyLoss(), mean_squared_error: nn.MSELoss()}
-        if o.loss not in losses or not bool((base.weights == 1).all()):
-            raise UnsupportedModelError(
-                f"{o.where}: EKFAC knows cross_entropy and mean_squared_error over equally "
-                f"weighted examples, not {getattr(o.loss, '__name__', o.loss)}: use LowRank() or "
-                "ConjugateGradient()"
-            )
-        _require_known_layers(o.model, o.trained_names)
+        known = parts(operator)
+        _require_known(known.base)
+        o = known.base.objective
         self.shapes = [o.layout.shapes[name] for name in o.trained_names]
         sizes = [shape.numel() for shape in self.shapes]
-        shifts = [part.unique() for part in p.diagonal.split(sizes)]
-        if any(len(s) > 1 for s in shifts):
-            raise ValueError(
-                "EKFAC needs one penalty and damping per parameter tensor: add a number, not a "
-                "vector"
-            )
-        if not all(float(s) > 0 for s in shifts):
-            raise ValueError(
-                "EKFAC needs penalty or damping on every parameter: set weight_decay or damping"
-            )
-        self.shifts = [float(s) for s in shifts]
-        # curvlinops hangs hooks on the layers it looks at
-        curvlinops, model = _curvlinops(), copy.deepcopy(o.model)
+        self.shifts = _uniform_shifts(known.diagonal, sizes)
+        self.inverses = self._factorise(known.base)
+        self.bytes = 3 * operator.shape[0] * known.diagonal.element_size()
+
+    def _factorise(self, base: DataCurvature) -> dict:
+        """An inverse for each different shift.
+
+        Shifts differ with a proximal link, whose 2α is added to the shared parameters only.
+        """
+        curvlinops = _curvlinops()
+        o = base.objective
+        model = copy.deepcopy(o.model)  # curvlinops registers hooks on the layers it looks at
         parameters = dict(model.named_parameters())
         for name, value in o.layout.named(base.full).items():
             parameters[name].data.copy_(value)
             parameters[name].requires_grad_(name in o.trained_names)
-        batch = solver.batch_size
-        data = [
-            (o.data.x[i : i + batch], o.data.y[i : i + batch]) for i in range(0, len(o.data), batch)
-        ]
+        solver = self.solver
+        starts = range(0, len(o.data), solver.batch_size)
+        rows = [slice(start, start + solver.batch_size) for start in starts]
+        batches = [(o.data.x[part], o.data.y[part]) for part in rows]
         kinds = curvlinops.FisherType
         with torch.enable_grad():
             matrix = curvlinops.EKFACLinearOperator(
                 model,
-                losses[o.loss],
+                _LOSSES[o.loss](),
                 [parameters[name] for name in o.trained_names],
-                data,
+                batches,
                 check_deterministic=False,
                 seed=solver.seed,
                 fisher_type=kinds.TYPE2 if solver.samples is None else kinds.MC,
@@ -153,39 +171,36 @@ class Kronecker(Approximation):
                 num_data=len(o.data),
                 separate_weight_and_bias=self._apart(o.trained_names),
             )
-            # One inverse for each different shift: 2α of a proximal link lies on the shared
-            # parameters only.
-            self.inverses = {
+            inverses = {
                 shift: curvlinops.KFACInverseLinearOperator(
                     matrix, damping=shift, use_exact_damping=True
                 )
                 for shift in set(self.shifts)
             }
-            for inverse in self.inverses.values():
-                inverse @ [
-                    torch.zeros(shape, dtype=operator.dtype, device=operator.device)
-                    for shape in self.shapes
-                ]
-        self.bytes = 3 * operator.shape[0] * p.diagonal.element_size()
+            # They are computed at their first product: now, not in the first solve.
+            like = {"dtype": base.dtype, "device": base.device}
+            zeros = [torch.zeros(shape, **like) for shape in self.shapes]
+            for inverse in inverses.values():
+                inverse @ zeros
+        return inverses
 
     def _apart(self, names: list[str]) -> bool:
-        """Whether some layer's weight and bias have different shifts, so that they cannot share an
-        eigenbasis.
-        """
-        shifts = {}
+        """Whether a layer's weight and bias have different shifts and so need separate bases."""
+        of_layer: dict[str, set[float]] = {}
         for name, shift in zip(names, self.shifts, strict=True):
-            shifts.setdefault(name.rpartition(".")[0], set()).add(shift)
-        return any(len(different) > 1 for different in shifts.values())
+            of_layer.setdefault(name.rpartition(".")[0], set()).add(shift)
+        return any(len(shifts) > 1 for shifts in of_layer.values())
 
     def apply(self, columns: Tensor) -> Tensor:
+        """``M⁻¹ B`` for ``B`` (P, K), each parameter tensor by the inverse for its shift."""
         count = columns.shape[1]
         if not count:
             return columns
-        parted = columns.split([shape.numel() for shape in self.shapes])
-        named = [
-            part.reshape(*shape, count) for part, shape in zip(parted, self.shapes, strict=True)
+        flat = columns.split([shape.numel() for shape in self.shapes])
+        shaped = [
+            part.reshape(*shape, count) for part, shape in zip(flat, self.shapes, strict=True)
         ]
         with torch.no_grad():
-            answers = {shift: inverse @ named for shift, inverse in self.inverses.items()}
+            answers = {shift: inverse @ shaped for shift, inverse in self.inverses.items()}
         chosen = [answers[shift][i] for i, shift in enumerate(self.shifts)]
         return torch.cat([part.reshape(-1, count) for part in chosen])

@@ -1,4 +1,4 @@
-"""`Exact`: dense factorisations and spectra, for a few thousand parameters."""
+"""Dense factorisations, spectra and Schur complements, for a few thousand parameters."""
 
 import time
 import warnings
@@ -33,7 +33,7 @@ class Spectrum:
 
 
 def schur_complement(matrix: Tensor, keep: Tensor) -> Tensor:
-    """``A_kk − A_kr A_rr⁻¹ A_rk``: what is left for the kept rows when the rest adapts.
+    """``A_kk − A_kr A_rr⁻¹ A_rk``: the curvature that the kept rows see while the rest adapts.
 
     Args:
         matrix: symmetric ``(P, P)`` with a positive definite rest block.
@@ -47,12 +47,12 @@ def schur_complement(matrix: Tensor, keep: Tensor) -> Tensor:
     if not bool(rest.any()):
         return matrix[keep][:, keep]
     factor = _cholesky(matrix[rest][:, rest], "the block that adapts")
-    return matrix[keep][:, keep] - matrix[keep][:, rest] @ torch.cholesky_solve(
-        matrix[rest][:, keep], factor
-    )
+    response = torch.cholesky_solve(matrix[rest][:, keep], factor)
+    return matrix[keep][:, keep] - matrix[keep][:, rest] @ response
 
 
 def _cholesky(matrix: Tensor, what: str) -> Tensor:
+    """The lower Cholesky factor; ``what`` is how the message names the matrix."""
     factor, failed = torch.linalg.cholesky_ex(matrix)
     if bool(failed):
         smallest = float(torch.linalg.eigvalsh(matrix)[0])
@@ -65,10 +65,10 @@ def _cholesky(matrix: Tensor, what: str) -> Tensor:
 
 
 class Exact:
-    """Dense Cholesky factorisation: exact to rounding, for a few thousand parameters.
+    """Dense Cholesky factorisation: exact up to rounding, for a few thousand parameters.
 
-    The dense matrix and its eigendecomposition are kept per curvature operator, so further queries,
-    dampings and shifts cost a triangular solve or two products.
+    The dense matrix and its eigendecomposition are kept for each curvature operator, so further
+    queries, dampings and shifts cost a triangular solve or two products.
 
     Args:
         memory: budget for the dense matrices, e.g. ``"2GB"``.
@@ -92,10 +92,12 @@ class Exact:
         return self._dense[base] + torch.diag(shift.expand(base.shape[0]))
 
     def spectrum(self, operator: Operator) -> Spectrum:
-        """Eigendecomposition, made once per curvature; a uniform shift only moves the eigenvalues."""
+        """The eigendecomposition, made once per curvature.
+
+        A uniform shift only moves the eigenvalues, so all uniform shifts share one decomposition.
+        """
         base, shift = operator.unshifted()
-        # a shift that is not uniform turns the eigenvectors
-        if base is not operator and shift.ndim:
+        if base is not operator and shift.ndim:  # not uniform: the eigenvectors change too
             base = operator
         if base not in self._spectra:
             self._spectra[base] = Spectrum(*torch.linalg.eigh(self.dense(base)))
@@ -116,13 +118,14 @@ class Factorised:
     """A dense factorisation ready to solve; made by `Exact.prepare`."""
 
     def __init__(self, solver: Exact, operator: Operator):
-        self.operator, self.matrix, self._name = operator, solver.dense(operator), repr(solver)
+        self.operator = operator
+        self._name = repr(solver)
+        self.matrix = solver.dense(operator)
         self.factor = _cholesky(self.matrix, "the curvature")
-        # Inverse iteration: the smallest eigenvalue for the price of a few triangular solves.
-        v = (
-            torch.ones_like(self.matrix[:, :1])
-            + 0.1 * torch.cos(torch.arange(len(self.matrix)).to(self.matrix))[:, None]
-        )
+        # Inverse iteration: the smallest eigenvalue at the cost of a few triangular solves. The
+        # cosine keeps the start from being orthogonal to an eigenvector that sums to zero.
+        ripple = torch.cos(torch.arange(len(self.matrix)).to(self.matrix))[:, None]
+        v = torch.ones_like(self.matrix[:, :1]) + 0.1 * ripple
         for _ in range(30):
             v = torch.cholesky_solve(v / v.norm(), self.factor)
         v = v / v.norm()
@@ -138,13 +141,12 @@ class Factorised:
         good = residuals <= 1e-3 if x.dtype == torch.float32 else residuals <= 1e-6
         if not bool(good.all()):
             warnings.warn(
-                f"{self._name}: residual {float(residuals.max()):.1e} after a direct solve: the "
-                f"curvature is nearly singular (smallest eigenvalue about {self.smallest:.1e}); "
-                "add damping or use float64",
+                f"{self._name}: residual {float(residuals.max()):.1e} after a direct solve: "
+                "the curvature is nearly singular "
+                f"(smallest eigenvalue about {self.smallest:.1e}); add damping or use float64",
                 ConvergenceWarning,
                 stacklevel=2,
             )
-        report = SolveReport(
-            self._name, 0, residuals, good, self.smallest, 0, held, time.perf_counter() - start
-        )
+        seconds = time.perf_counter() - start
+        report = SolveReport(self._name, 0, residuals, good, self.smallest, 0, held, seconds)
         return x, report

@@ -1,6 +1,4 @@
-"""LiSSA: the Neumann series of the inverse, with a scale that fits the matrix and divergence
-caught.
-"""
+"""LiSSA: the Neumann series of the inverse, whose scale is estimated and divergence caught."""
 
 import time
 from dataclasses import dataclass
@@ -25,7 +23,7 @@ __all__ = ["LiSSA"]
 
 
 def largest_eigenvalue(operator: Operator, iterations: int = 20, seed: int = 0) -> float:
-    """The eigenvalue largest in size, from below, by the power method."""
+    """The largest absolute eigenvalue, estimated from below by power iteration."""
     generator = torch.Generator(device=operator.device).manual_seed(seed)
     v = torch.randn(
         operator.shape[0], generator=generator, dtype=operator.dtype, device=operator.device
@@ -41,25 +39,25 @@ def largest_eigenvalue(operator: Operator, iterations: int = 20, seed: int = 0) 
 
 @dataclass(frozen=True, repr=False)
 class LiSSA(Settings):
-    """``x ← x + (b − A x) / σ``: the series ``Σ (I − A/σ)ʲ b / σ``, with all examples or a fresh
-    mini-batch per step.
+    """``x ← x + (b − A x) / σ``: the Neumann series ``Σ_j (I − A/σ)ʲ b / σ`` of the inverse.
 
-    It converges when ``0 < A < 2σ``, at a rate ``1 − λ_min/σ``: far slower than
-    `ConjugateGradient`, which needs no scale either. It is here because much published work uses
-    it, usually with a scale found by trial. Here σ comes from a power iteration, and a series that
-    grows is an error, never an answer.
+    Each step takes all examples or a fresh mini-batch. The series converges when ``0 < A < 2σ``, at
+    the rate ``1 − λ_min/σ``: far more slowly than `ConjugateGradient`, which needs no scale either.
+    It is here because much published work uses it, usually with a scale found by trial and error.
+    Here σ comes from a power iteration, and a series that grows is an error, never an answer.
 
     Args:
         tol, max_iter, strict, callback: as in `ConjugateGradient`. With mini-batches all
-            ``max_iter`` steps are taken, the second half is averaged, and only the final residual
-            is known.
+            ``max_iter`` steps are taken, the answer is the mean over their second half, and only
+            the final residual is known.
         scale: σ; default 1.1 times the estimated largest eigenvalue.
         batch_size: examples per step, default all.
         seed: of the mini-batches.
 
     >>> import msif_lab as msif
     >>> train, test = msif.load_digits()
-    >>> stage = msif.Stage("digits", msif.softmax_regression(64, 10), train[:200], weight_decay=1e-1)
+    >>> model = msif.softmax_regression(64, 10)
+    >>> stage = msif.Stage("digits", model, train[:200], weight_decay=1e-1)
     >>> pipeline = msif.Pipeline([stage]).fit(progress=False)
     >>> msif.ImplicitInfluence(msif.LiSSA(tol=1e-3)).fit(pipeline).score(test[:2]).values.shape
     torch.Size([2, 200])
@@ -74,9 +72,9 @@ class LiSSA(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        if (self.scale is not None and not self.scale > 0) or (
-            self.batch_size is not None and self.batch_size < 1
-        ):
+        bad_scale = self.scale is not None and not self.scale > 0
+        bad_batch = self.batch_size is not None and self.batch_size < 1
+        if bad_scale or bad_batch:
             raise ValueError(
                 f"scale={self.scale} must be positive and batch_size={self.batch_size} at least 1"
             )
@@ -94,16 +92,19 @@ class LiSSA(Settings):
                 the tolerance.
         """
         check_columns(operator, b)
-        start, norm = time.perf_counter(), b.norm(dim=0)
+        start = time.perf_counter()
+        norm = b.norm(dim=0)
         some = (norm > 0).nonzero().flatten()
-        unit, x = b[:, some] / norm[some], torch.zeros_like(b)
+        unit = b[:, some] / norm[some]
+        x = torch.zeros_like(b)
         relative = (norm > 0).to(b.dtype)
         held = 4 * b.numel() * b.element_size()
-        products, probes = 0, 20 if self.scale is None and len(some) else 0
+        probes = 20 if self.scale is None and len(some) else 0
         scale = self.scale or (1.1 * largest_eigenvalue(operator, probes) if probes else 1.0)
         run = self._series if self.batch_size is None else self._stochastic
         answer, iterations, smallest, spent = run(operator, unit, scale or 1.0, relative, some)
         x[:, some] = answer * norm[some]
+        products = 0
         if len(some):
             relative[some] = relative_residuals(operator, answer, unit)
             products = probes + spent + len(some)
@@ -112,8 +113,12 @@ class LiSSA(Settings):
 
     def _series(
         self, operator: Operator, b: Tensor, scale: float, relative: Tensor, places: Tensor
-    ):
-        x, r, smallest, products, iterations = torch.zeros_like(b), b.clone(), float("inf"), 0, 0
+    ) -> tuple[Tensor, int, float, int]:
+        """All examples in each step: answers, iterations, smallest curvature, products."""
+        x = torch.zeros_like(b)
+        r = b.clone()
+        iterations = products = 0
+        smallest = float("inf")
         alive = torch.arange(b.shape[1], device=b.device)
         while len(alive) and iterations < self.max_iter:
             iterations += 1
@@ -125,9 +130,8 @@ class LiSSA(Settings):
             r[:, alive] -= a_r / scale
             size = r[:, alive].norm(dim=0)
             relative[places[alive]] = size
-            self._refuse_growth(
-                float(size.max()), smallest, float(curvature.max()), scale, iterations
-            )
+            largest = float(curvature.max())
+            self._refuse_growth(float(size.max()), smallest, largest, scale, iterations)
             if self.callback is not None:
                 self.callback(iterations, relative.clone())
             alive = alive[size > self.tol]
@@ -135,7 +139,8 @@ class LiSSA(Settings):
 
     def _stochastic(
         self, operator: Operator, b: Tensor, scale: float, relative: Tensor, places: Tensor
-    ):
+    ) -> tuple[Tensor, int, float, int]:
+        """A mini-batch in each step: answers, iterations, smallest curvature, products."""
         base, _ = operator.unshifted()
         if not isinstance(base, DataCurvature):
             raise ValueError(
@@ -144,38 +149,35 @@ class LiSSA(Settings):
         total = len(base.objective.data)
         count = min(self.batch_size, total)
         generator = torch.Generator().manual_seed(self.seed)
-        x, mean, smallest, kept = b / scale, torch.zeros_like(b), float("inf"), 0
+        x = b / scale
+        summed = torch.zeros_like(b)
+        kept = 0
+        smallest = float("inf")
         steps = self.max_iter if b.shape[1] else 0
         for iteration in range(1, steps + 1):
-            a_x = (
-                on_examples(
-                    operator, torch.randperm(total, generator=generator)[:count].to(b.device)
-                )
-                @ x
-            )
+            rows = torch.randperm(total, generator=generator)[:count].to(b.device)
+            a_x = on_examples(operator, rows) @ x
             curvature = (x * a_x).sum(0) / x.square().sum(0)
             smallest = min(smallest, float(curvature.min()))
             left = b - a_x
-            # The batches' noise alone can make this larger than ‖b‖ for a while; a thousandfold it
-            # is divergence.
-            self._refuse_growth(
-                float(left.norm(dim=0).max()) / 100,
-                smallest,
-                float(curvature.max()),
-                scale,
-                iteration,
-            )
+            # The noise of mini-batches alone can make the residual larger than ‖b‖ for a while; a
+            # thousand times ‖b‖ is divergence.
+            size = float(left.norm(dim=0).max()) / 100
+            self._refuse_growth(size, smallest, float(curvature.max()), scale, iteration)
             x = x + left / scale
             if self.callback is not None:
                 self.callback(iteration, relative.index_copy(0, places, left.norm(dim=0)))
             if 2 * iteration > steps:
-                mean, kept = mean + x, kept + 1
-        return mean / max(kept, 1), steps, smallest, round(steps * b.shape[1] * count / total)
+                summed = summed + x
+                kept += 1
+        products = round(steps * b.shape[1] * count / total)
+        return summed / max(kept, 1), steps, smallest, products
 
     def _refuse_growth(
         self, size: float, smallest: float, largest: float, scale: float, iteration: int
     ) -> None:
-        if size <= 10.0:  # of ‖b‖; a convergent series of a symmetric matrix never grows at all
+        """Raise once the residual's ``size``, in units of ‖b‖, shows divergence."""
+        if size <= 10.0:  # a convergent series of a symmetric matrix never grows at all
             return
         message = (
             f"LiSSA diverged: the residual is {size:.1e} times ‖b‖ after {iteration} iterations"
@@ -191,9 +193,7 @@ class LiSSA(Settings):
 
 
 def on_examples(operator: Operator, rows: Tensor) -> Operator:
-    """The same curvature estimated on some of the examples: their mean, the same penalty and
-    damping.
-    """
+    """The same curvature estimated as the mean over some examples, with penalty and damping."""
     base, shift = operator.unshifted()
     if base is not operator:
         return on_examples(base, rows) + shift

@@ -1,6 +1,4 @@
-"""Approximate inverses: a few directions of the curvature plus its diagonal; solvers or
-preconditioners.
-"""
+"""Approximate inverses: from a few directions of the curvature, or from its diagonal alone."""
 
 from dataclasses import dataclass
 
@@ -19,19 +17,23 @@ __all__ = ["Jacobi", "LowRank"]
 
 
 def output_directions(base: DataCurvature, most: int) -> tuple[Tensor, Tensor]:
-    """The loss's strongest curvatures in the outputs: ``w_i Λ_i / m = Σ_c μ_ic e_ic e_icᵀ``.
+    """The directions in the outputs of examples in which the loss has most curvature.
+
+    These are eigenvectors in ``w_i Λ_i / m = Σ_c μ_ic e_ic e_icᵀ``.
 
     Returns:
         The examples ``(r,)`` of the ``most`` largest μ over all examples, and ``√μ e`` ``(r, C)``.
     """
-    o, found = base.objective, []
+    o = base.objective
+    found = []
     for rows, x, y in o.chunks(copies=2):
         with torch.no_grad():
             z = o.outputs(base.full, x)
-        # (B, C), (B, C, C)
-        values, vectors = torch.linalg.eigh(base.bend(z, y, base.weights[rows]))
+        bend = base.bend(z, y, base.weights[rows])
+        values, vectors = torch.linalg.eigh(bend)  # (B, C), (B, C, C)
         best = values.flatten().topk(min(most, values.numel())).indices
-        example, c = best // values.shape[1], best % values.shape[1]
+        example = best // values.shape[1]
+        c = best % values.shape[1]
         size = values[example, c].clamp(min=0)
         found.append((rows.start + example, size.sqrt()[:, None] * vectors[example, :, c]))
     examples, directions = (torch.cat(part) for part in zip(*found, strict=True))
@@ -48,29 +50,28 @@ def jacobian_rows(base: DataCurvature, examples: Tensor, directions: Tensor) -> 
     def along(outputs, directions):
         return (outputs.flatten(1) * directions).sum(1)
 
-    return torch.cat(
-        [g for _, g in per_example_gradients(o, base.full, chosen, along, every=base.every)]
-    )
+    chunks = per_example_gradients(o, base.full, chosen, along, every=base.every)
+    return torch.cat([rows for _, rows in chunks])
 
 
 @dataclass(frozen=True, repr=False)
 class LowRank(Settings):
-    """``(SᵀS + diag)⁻¹`` with ``r`` rows S and the penalty and damping on the diagonal, by
-    Woodbury's formula.
+    """``(SᵀS + D)⁻¹`` with r rows S and the penalty and damping on the diagonal D, by Woodbury.
 
-    As a solver it is an approximation: it ranks well and its residual, which the report states,
-    says how far the numbers can be trusted. As ``ConjugateGradient(preconditioner=LowRank())`` it
-    makes exact answers cheap.
+    As a solver it is an approximation: it ranks well, and the residual in its report says how far
+    the numbers can be trusted. As ``ConjugateGradient(preconditioner=LowRank())`` it makes exact
+    answers cheap.
 
     Args:
-        tol: residual below which the approximation is called good enough; by default a mere
-            improvement on 0.
-        max_iter: how many columns' residuals are measured, at a product each.
-        strict, callback: as in `ConjugateGradient`; the callback comes once.
+        tol: residual up to which the approximation counts as good enough; the default only asks
+            that it is no worse than answering 0.
+        max_iter: how many columns' residuals are measured, at the cost of one product each.
+        strict, callback: as in `ConjugateGradient`; the callback is called once.
         rank: r; memory is about ``2 r P`` numbers.
-        method: ``"jacobians"``: Gauss-Newton rows ``√μ Jᵀe`` of those outputs of examples in which
-            the loss bends most, one backward pass each, no products; ``"nystrom"``: randomised,
-            from ``rank`` products; works with any operator, and drops negative curvature.
+        method: ``"jacobians"`` takes Gauss-Newton rows ``√μ Jᵀe`` for the outputs of examples in
+            which the loss has most curvature, by one backward pass each and no products.
+            ``"nystrom"`` is randomised, takes ``rank`` products, works with any operator, and drops
+            negative curvature.
         seed: of the random directions of ``"nystrom"``.
         memory: budget for the rows.
 
@@ -100,8 +101,8 @@ class LowRank(Settings):
     def __post_init__(self):
         if not self.tol > 0 or self.max_iter < 1 or self.rank < 1:
             raise ValueError(
-                f"tol={self.tol} must be positive, max_iter={self.max_iter} and rank={self.rank} "
-                "at least 1"
+                f"tol={self.tol} must be positive, "
+                f"max_iter={self.max_iter} and rank={self.rank} at least 1"
             )
         if self.method not in ("jacobians", "nystrom"):
             raise ValueError(f"method={self.method!r} must be 'jacobians' or 'nystrom'")
@@ -113,13 +114,15 @@ class LowRank(Settings):
         Raises:
             MemoryBudgetError: before any work, if the rows exceed the budget.
         """
-        size, p = operator.shape[0], parts(operator)
+        size = operator.shape[0]
+        p = parts(operator)
         rank = min(self.rank, size)
         if self.method == "jacobians":
             if not isinstance(p.base, DataCurvature):
                 raise ValueError(f"{p.base!r} has no examples: use LowRank(method='nystrom')")
             o = p.base.objective
-            rank = min(self.rank, len(o.data) * o.outputs(p.base.full, o.data[:1].x).numel())
+            outputs = o.outputs(p.base.full, o.data[:1].x).numel()
+            rank = min(self.rank, len(o.data) * outputs)
         if not bool((p.diagonal > 0).all()):
             raise ValueError(
                 "LowRank needs penalty or damping on every parameter: set weight_decay or damping"
@@ -132,18 +135,19 @@ class LowRank(Settings):
             "lower rank or give more memory=",
         )
         if self.method == "nystrom":
-            return Woodbury(
-                self, operator, _nystrom_rows(p, rank, self.seed), p.diagonal, products=rank
-            )
+            rows = _nystrom_rows(p, rank, self.seed)
+            return Woodbury(self, operator, rows, p.diagonal, products=rank)
         examples, directions = output_directions(p.base, rank)
-        return Woodbury(self, operator, jacobian_rows(p.base, examples, directions), p.diagonal)
+        rows = jacobian_rows(p.base, examples, directions)
+        return Woodbury(self, operator, rows, p.diagonal)
 
 
 def _nystrom_rows(p: Parts, rank: int, seed: int) -> Tensor:
-    """``AΩ (ΩᵀAΩ)⁻¹ ΩᵀA = SᵀS``: the best that ``rank`` products with random directions Ω tell."""
-    generator = torch.Generator(device=p.diagonal.device).manual_seed(seed)
-    size, like = len(p.diagonal), {"dtype": p.diagonal.dtype, "device": p.diagonal.device}
-    directions, _ = torch.linalg.qr(torch.randn(size, rank, generator=generator, **like))
+    """S with ``SᵀS = AΩ (ΩᵀAΩ)⁻¹ ΩᵀA``, from products of A with ``rank`` random directions Ω."""
+    like = p.diagonal
+    generator = torch.Generator(device=like.device).manual_seed(seed)
+    random = torch.randn(len(like), rank, generator=generator, dtype=like.dtype, device=like.device)
+    directions, _ = torch.linalg.qr(random)
     seen = p.data(directions)
     values, vectors = torch.linalg.eigh(directions.T @ seen)
     keep = values > torch.finfo(values.dtype).eps ** 0.5 * values.abs().max()
@@ -157,13 +161,16 @@ class Woodbury(Approximation):
         self, solver: LowRank, operator: Operator, rows: Tensor, diagonal: Tensor, products: int = 0
     ):
         super().__init__(solver, operator)
-        self.root, self.diagonal, self.products = rows, diagonal, products
+        self.root = rows
+        self.diagonal = diagonal
+        self.products = products
         gram = (rows / diagonal) @ rows.T
         gram.diagonal().add_(1.0)
         self.factor = torch.linalg.cholesky(gram)
         self.bytes = (rows.numel() + gram.numel()) * rows.element_size()
 
     def apply(self, columns: Tensor) -> Tensor:
+        """``M⁻¹ B`` for ``B`` (P, K)."""
         scaled = columns / self.diagonal[:, None]
         inner = torch.cholesky_solve(self.root @ scaled, self.factor)
         return scaled - (self.root.T @ inner) / self.diagonal[:, None]
@@ -171,10 +178,10 @@ class Woodbury(Approximation):
 
 @dataclass(frozen=True, repr=False)
 class Jacobi(Settings):
-    """Division by the diagonal, estimated from products with random signs:
-    ``diag A ≈ mean z ∘ Az``.
+    """Division by the diagonal, estimated from products with random signs z.
 
-    Cheap and weak; where parameters live on very different scales it helps `ConjugateGradient`.
+    ``diag A ≈ mean z ∘ Az``. It is cheap but weak; it helps `ConjugateGradient` where parameters
+    live on very different scales.
 
     Args:
         tol, max_iter, strict, callback: as in `LowRank`.
@@ -209,22 +216,15 @@ class Diagonal(Approximation):
         p = parts(operator)
         generator = torch.Generator(device=operator.device).manual_seed(solver.seed)
         size = (operator.shape[0], solver.samples)
-        signs = (
-            torch.randint(0, 2, size, generator=generator, device=operator.device).to(
-                operator.dtype
-            )
-            * 2
-            - 1
-        )
+        bits = torch.randint(0, 2, size, generator=generator, device=operator.device)
+        signs = bits.to(operator.dtype) * 2 - 1
         estimate = (signs * p.data(signs)).mean(1).clamp(min=0)
-        # The estimate is noisy: never trust an entry below a hundredth of the average.
-        self.diagonal = (estimate + p.diagonal).clamp(
-            min=float((estimate + p.diagonal).mean()) / 100
-        )
-        self.products, self.bytes = (
-            solver.samples,
-            self.diagonal.numel() * self.diagonal.element_size(),
-        )
+        diagonal = estimate + p.diagonal
+        # The estimate is noisy: no entry below a hundredth of the mean is trusted.
+        self.diagonal = diagonal.clamp(min=float(diagonal.mean()) / 100)
+        self.products = solver.samples
+        self.bytes = self.diagonal.numel() * self.diagonal.element_size()
 
     def apply(self, columns: Tensor) -> Tensor:
+        """``M⁻¹ B`` for ``B`` (P, K)."""
         return columns / self.diagonal[:, None]

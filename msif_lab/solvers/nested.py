@@ -1,10 +1,11 @@
-"""Conjugate gradients on shares of the examples, each the preconditioner of the next.
+"""Conjugate gradients on growing shares of the examples, each preconditioning the next.
 
-The curvature of m examples is a sum, and in a trained classifier few of them carry most of what is
-hard about it. With ``A_k`` the penalty, damping and the most important examples up to a share, a
-rough solve of ``A_{k−1}`` is the preconditioner of ``A_k``, and knows its own product with what it
-gives: ``A_k z = A_{k−1} z + (A_k − A_{k−1}) z``. So an example meets only as many directions as it
-matters for; the last ``A_k`` is the whole, its residual the true one.
+The curvature of m examples is a sum, and in a trained classifier few of them cause most of its
+ill-conditioning. Let ``A_k`` consist of penalty, damping and the most important examples up to the
+k-th share. A rough solve with ``A_{k−1}`` is the preconditioner of ``A_k``. It also gives
+``A_{k−1} z`` for its answer z, and ``A_k z = A_{k−1} z + (A_k − A_{k−1}) z``, so only the examples
+added at level k have to be multiplied. An example is thus multiplied with only as many directions
+as it matters for; the last ``A_k`` is the whole matrix, and its residual the true one.
 """
 
 import itertools
@@ -17,22 +18,24 @@ from torch import Tensor
 from ..curvature.matrices import DataCurvature
 from ..curvature.operators import Operator
 
-ROUGH, INNER = 0.04, 10  # of a solve on a share: relative residual times √share, most iterations
+ROUGH = 0.04  # relative residual of a solve on a share, times √share
+INNER = 10  # most iterations of such a solve
 KEPT = 8  # directions kept for each right-hand side
 
 
 def check_shares(shares: tuple[float, ...]) -> None:
+    """Refuse shares that do not rise between 0 and 1."""
     if not all(0 < a < b for a, b in itertools.pairwise([*shares, 1.0])):
         raise ValueError(f"shares={shares!r} must rise between 0 and 1, as (0.08, 0.3)")
 
 
 def basis(columns: Tensor) -> tuple[Tensor, Tensor]:
-    """An orthonormal basis Q of the columns' span and T with ``Q = columns T``: duplicates, zeros
-    and more columns than rows only shrink it.
+    """An orthonormal basis Q of the columns' span, and T with ``Q = columns T``.
 
-    What is left out is below a thousandth of the columns, far less than an iteration leaves, and
-    comes back once it is more. A finer sieve would spend products on the rounding in which
-    duplicates differ.
+    Q has fewer columns where some are zero, duplicates, or more than rows. Directions that make up
+    less than a thousandth of the columns are left out; that is far less than an iteration leaves
+    over, and they come back once they are more. With a lower threshold, products would be spent on
+    the rounding errors by which duplicates differ.
     """
     norm = columns.norm(dim=0)
     scale = 1 / norm.where(norm > 0, 1.0)
@@ -43,7 +46,7 @@ def basis(columns: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def split(operator: Operator, shares: tuple[float, ...]) -> tuple[Tensor, list[DataCurvature]]:
-    """The known diagonal, and the examples' curvature in parts, the most important first."""
+    """The known diagonal, and the examples' curvature in parts, the most important part first."""
     base, shift = operator.unshifted()
     if not isinstance(base, DataCurvature):
         raise ValueError(f"{base!r} has no examples to take shares={shares} of: leave shares=()")
@@ -56,75 +59,80 @@ def split(operator: Operator, shares: tuple[float, ...]) -> tuple[Tensor, list[D
 class Level:
     """Block conjugate gradients on ``A_k``, preconditioned by the level below.
 
-    Directions stay, A_k-orthonormal, for the later solves of this level, which start with the best
-    that they offer. They lie in one piece of memory from the start: kept as they come, between
-    chunks of activations, they would leave holes in the heap that cost as much again.
+    The directions are kept, A_k-orthonormal, for later solves of this level, which start with the
+    best answer in their span. They have one block of memory from the start: allocated one by one
+    between chunks of activations, they would leave holes in the heap that cost as much again.
 
     Args:
         part: ``A_k − A_{k−1}``.
-        below: gives ``z ≈ A⁻¹ r`` and ``A_{k−1} z``.
+        below: gives ``z``, roughly ``A_k⁻¹ r``, and ``A_{k−1} z``.
         rough: relative residual of its own solves.
-        columns: most right-hand sides at a time; `KEPT` directions for each are kept, the oldest
-            go.
-        floor: a smaller curvature of a share says nothing about the whole: the level is passed over
-            from then on.
+        columns: most right-hand sides at a time; `KEPT` directions are kept for each, and the
+            oldest are overwritten.
+        floor: once a curvature at or below it is met, this level is skipped: such a small curvature
+            of a share says nothing about the whole.
     """
 
     def __init__(
         self, part: DataCurvature, below: Callable, rough: float, columns: int, floor: float
     ):
-        self.part, self.below, self.rough, self.columns, self.floor = (
-            part,
-            below,
-            rough,
-            columns,
-            floor,
-        )
-        # directions and their products
+        self.part = part
+        self.below = below
+        self.rough = rough
+        self.columns = columns
+        self.floor = floor
+        # P and A_k P, a direction a row
         self.store = part.theta.new_empty(2, KEPT * columns, len(part.theta))
         self.count = 0  # of directions found so far
-        self.products, self.smallest = 0.0, float("inf")  # products with all examples
+        self.products = 0.0  # in units of a product with all examples
+        self.smallest = float("inf")  # curvature met so far
 
     def _multiply(self, z: Tensor, product: Tensor) -> Tensor:
-        """``A_k z`` from ``A_{k−1} z``."""
+        """``A_k z`` from z and its ``product`` ``A_{k−1} z``."""
         self.products += z.shape[1] * len(self.part.rows) / len(self.part.weights)
         return product + self.part @ z
 
     def _kept(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Directions and their products, a few columns at a time: each of two pieces ``(P, K)``."""
+        """The kept directions and their products, a few at a time, ``(P, K)`` each."""
         for piece in self.store[:, : self.count].split(self.columns, 1):
             yield piece[0].T, piece[1].T
 
     def widen(self, r: Tensor) -> tuple[Tensor, Tensor]:
-        """New directions P for residuals ``r`` (P, K), with ``PᵀA_kP = 1``, and ``A_k P``; useless
-        once `smallest` is not above the floor.
+        """New directions P for residuals ``r`` (P, K), with ``PᵀA_kP = 1``, and ``A_k P``.
+
+        They are useless once ``smallest`` is no longer above the floor.
         """
         p, a_p = self.below(r)
         p, turn = basis(p)
         a_p = self._multiply(p, a_p @ turn)
         for d, a_d in self._kept():
             along = a_d.T @ p
-            p, a_p = p.addmm_(d, along, alpha=-1), a_p.addmm_(a_d, along, alpha=-1)
+            p = p.addmm_(d, along, alpha=-1)
+            a_p = a_p.addmm_(a_d, along, alpha=-1)
         p, turn = basis(p)
         a_p = a_p @ turn
         values, vectors = torch.linalg.eigh(p.T @ a_p)  # Ritz values
         self.smallest = min(self.smallest, *values.tolist(), float("inf"))
         turn = vectors / values.sqrt()
-        p, a_p = p @ turn, a_p @ turn
-        places = (
-            torch.arange(self.count, self.count + p.shape[1], device=p.device) % self.store.shape[1]
-        )
-        self.store[0, places], self.store[1, places] = p.T, a_p.T
+        p = p @ turn
+        a_p = a_p @ turn
+        new = torch.arange(self.count, self.count + p.shape[1], device=p.device)
+        places = new % self.store.shape[1]  # the oldest are overwritten
+        self.store[0, places] = p.T
+        self.store[1, places] = a_p.T
         self.count += p.shape[1]
         return p, a_p
 
     def solve(self, b: Tensor) -> tuple[Tensor, Tensor]:
         """A rough ``x ≈ A_k⁻¹ b``, and ``A_k x``."""
         if self.smallest > self.floor:
-            x, r, goal = torch.zeros_like(b), b.clone(), self.rough * b.norm(dim=0)
+            x = torch.zeros_like(b)
+            r = b.clone()
+            goal = self.rough * b.norm(dim=0)
             for p, a_p in self._kept():
                 step = p.T @ r
-                x, r = x.addmm_(p, step), r.addmm_(a_p, step, alpha=-1)
+                x = x.addmm_(p, step)
+                r = r.addmm_(a_p, step, alpha=-1)
             for _ in range(INNER):
                 left = r.norm(dim=0) > goal
                 if not bool(left.any()):
@@ -133,9 +141,10 @@ class Level:
                 if not (self.smallest > self.floor and p.shape[1]):
                     break
                 step = p.T @ r
-                x, r = x.addmm_(p, step), r.addmm_(a_p, step, alpha=-1)
+                x = x.addmm_(p, step)
+                r = r.addmm_(a_p, step, alpha=-1)
         if self.smallest > self.floor:
-            return x, r.neg_().add_(b)
+            return x, r.neg_().add_(b)  # A_k x = b − r
         z, product = self.below(b)
         return z, self._multiply(z, product)
 
@@ -143,14 +152,22 @@ class Level:
 def levels(
     parts: tuple, shares: tuple[float, ...], approximate: Callable | None, columns: int
 ) -> list[Level]:
-    """One level a share and the whole, on top of an approximate inverse."""
+    """A level for each share and one for the whole, the lowest on an approximate inverse.
+
+    Args:
+        parts: diagonal and curvatures, of `split`.
+        shares: as in `ConjugateGradient`.
+        approximate: the inverse below the lowest level; None for the identity.
+        columns: most right-hand sides at a time.
+    """
     diagonal, curvatures = parts
 
     def start(r):
         z = r if approximate is None else approximate(r)
         return z, diagonal[:, None] * z
 
-    made, below = [], start
+    made: list[Level] = []
+    below = start
     for part, share in zip(curvatures, (*shares, 1.0), strict=True):
         floor = float(diagonal.mean()) / 100 if share < 1 else 0.0
         made.append(Level(part, below, min(0.5, ROUGH / share**0.5), columns, floor))

@@ -1,6 +1,4 @@
-"""What every solver shares: its settings, the report of a solve, and how true residuals are
-checked.
-"""
+"""What the solvers share: settings, the report of a solve, and the check of true residuals."""
 
 import time
 import warnings
@@ -56,7 +54,7 @@ class SolveReport:
 
 @dataclass(frozen=True)
 class Settings:
-    """What every iterative or approximate solver takes; the fields are explained there."""
+    """Settings of every iterative or approximate solver; each class explains its own."""
 
     tol: float = 1e-6
     max_iter: int = 1000
@@ -66,25 +64,24 @@ class Settings:
     def __post_init__(self):
         if not 0 < self.tol < 1 or self.max_iter < 1:
             raise ValueError(
-                f"tol={self.tol} must lie between 0 and 1, max_iter={self.max_iter} must be at "
-                "least 1"
+                f"tol={self.tol} must lie between 0 and 1, "
+                f"max_iter={self.max_iter} must be at least 1"
             )
 
     def __repr__(self) -> str:
-        shown = [
-            f"{f.name}={getattr(self, f.name)!r}"
-            for f in fields(self)
-            if getattr(self, f.name) != f.default
-        ]
-        return f"{type(self).__name__}({', '.join(shown)})"
+        values = [(f.name, getattr(self, f.name), f.default) for f in fields(self)]
+        changed = [f"{name}={value!r}" for name, value, default in values if value != default]
+        return f"{type(self).__name__}({', '.join(changed)})"
 
     def report(
         self, iterations, residuals, smallest, products, held, start, way_out
     ) -> SolveReport:
-        """The report of a finished solve; warns, or raises in strict mode, when a column missed the
-        tolerance.
+        """The report of a finished solve.
+
+        A column that missed the tolerance is a warning, in strict mode an error.
         """
-        converged, seconds = residuals <= self.tol, time.perf_counter() - start
+        converged = residuals <= self.tol
+        seconds = time.perf_counter() - start
         report = SolveReport(
             repr(self), iterations, residuals, converged, smallest, products, held, seconds
         )
@@ -101,10 +98,11 @@ class Settings:
 
 
 class Prepared:
-    """An operator waiting for right-hand sides."""
+    """An operator that waits for right-hand sides, for solvers that have nothing to prepare."""
 
     def __init__(self, solver, operator: Operator):
-        self.solver, self.operator = solver, operator
+        self.solver = solver
+        self.operator = operator
 
     def solve(self, columns: Tensor) -> tuple[Tensor, SolveReport]:
         """``A⁻¹ B`` for ``B`` (P, K), and the report."""
@@ -112,32 +110,29 @@ class Prepared:
 
 
 def ratio(above: Tensor, below: Tensor) -> Tensor:
-    """Elementwise quotient; 0 / 0 is 0: a zero right-hand side is answered by zero, with residual
-    0.
-    """
+    """Elementwise quotient in which 0 / 0 is 0, so a zero right-hand side has residual 0."""
     return above / below.where(below > 0, torch.ones_like(below))
 
 
 def relative_residuals(operator: Operator, x: Tensor, b: Tensor) -> Tensor:
-    """``‖A x − b‖ / ‖b‖`` of each column, at the price of one product each."""
+    """``‖A x − b‖ / ‖b‖`` of each column, which costs one product each."""
     return ratio((operator @ x - b).norm(dim=0), b.norm(dim=0))
 
 
 def verified(
     operator: Operator, x: Tensor, b: Tensor, residual: Tensor, tol: float
 ) -> tuple[Tensor, int]:
-    """True residual vectors ``b − A x`` and the products that took.
+    """True residual vectors ``b − A x``, and how many products finding them took.
 
-    A recursion drifts from the truth by rounding. One product tells: with random signs s,
-    ``A(Xs) − Bs + Rs`` is on average as long as all columns' drifts together. Only where that is
-    not far below ``tol`` is each column's own residual computed.
+    Rounding makes a recursion's ``residual`` drift away from the true one. One product tells how
+    far: with random signs s, ``A(Xs) − Bs + Rs`` is on average as long as all columns' drifts
+    together. Only if that is not far below ``tol`` is each column's own residual computed.
     """
     count = b.shape[1]
     if count > 1:
         generator = torch.Generator(device=b.device).manual_seed(0)
-        signs = (
-            torch.randint(0, 2, (count,), generator=generator, device=b.device).to(b.dtype) * 2 - 1
-        )
+        bits = torch.randint(0, 2, (count,), generator=generator, device=b.device)
+        signs = bits.to(b.dtype) * 2 - 1
         drift = float((operator @ (x @ signs) - b @ signs + residual @ signs).norm())
         if drift <= 0.1 * tol:
             return residual, 1
@@ -145,6 +140,7 @@ def verified(
 
 
 def check_columns(operator: Operator, b: Tensor) -> None:
+    """Refuse right-hand sides that are not finite or do not fit the operator."""
     if b.ndim != 2 or not bool(torch.isfinite(b).all()):
         raise ValueError(
             f"right-hand sides of shape {tuple(b.shape)} must be a finite (P, K) tensor"
@@ -156,8 +152,14 @@ def check_columns(operator: Operator, b: Tensor) -> None:
 
 
 class Solved(NamedTuple):
-    """A solve of normalised columns before its report: residual vectors by recursion, and what it
-    took.
+    """A solve of normalised columns before its report.
+
+    Attributes:
+        x: the answers ``(P, K)``.
+        residual: residual vectors ``(P, K)``, by recursion.
+        iterations: how many were taken.
+        smallest: smallest curvature seen.
+        products: products spent, counted per column.
     """
 
     x: Tensor
