@@ -1,5 +1,6 @@
 """Memory budgets: sizes as text, checks made before the work, and the size of one chunk."""
 
+import math
 import os
 
 import torch
@@ -15,7 +16,7 @@ def parse_bytes(size: str | int | float, name: str = "memory") -> int:
     >>> parse_bytes("1.5GB")
     1500000000
     """
-    if isinstance(size, (int, float)) and not isinstance(size, bool) and size > 0:
+    if isinstance(size, (int, float)) and not isinstance(size, bool) and 0 < size < math.inf:
         return int(size)
     if isinstance(size, str):
         text = size.strip().upper()

@@ -1,5 +1,6 @@
 """`Examples`: data that keep their identity, with inputs in memory or read when needed."""
 
+import html
 import numbers
 import operator
 from collections.abc import Iterable, Sequence
@@ -361,9 +362,9 @@ class Examples:
 
     def _repr_html_(self) -> str:
         if not self.has_labels:
-            return f"<code>{self!r}</code>"
+            return f"<code>{html.escape(repr(self))}</code>"
         counts = list(self.counts().items())[:10]
-        head = "".join(f"<th>{name}</th>" for name, _ in counts)
+        head = "".join(f"<th>{html.escape(str(name))}</th>" for name, _ in counts)
         row = "".join(f"<td>{count}</td>" for _, count in counts)
         shape = " × ".join(map(str, self.x.shape[1:]))
         caption = f"<caption>{len(self)} examples, {shape}</caption>"
