@@ -23,7 +23,7 @@ def test_a_model_whose_outputs_have_no_batch_is_refused_by_that_name():
 
 @pytest.mark.parametrize("size", [float("inf"), float("nan"), -1, True, "lots"])
 def test_a_size_that_is_none_is_refused(size):
-    with pytest.raises(ValueError, match="memory=.* is not a size"):
+    with pytest.raises(ValueError, match=r"memory=.* is not a size"):
         parse_bytes(size)
 
 
