@@ -4,14 +4,14 @@ beside method.
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
 
 import numpy
 import torch
 from torch import Tensor
 
-from ..influence.result import Influence
+from ..influence.result import AboutTarget, Influence
 from .removals import Effects
 
 __all__ = [
@@ -35,7 +35,7 @@ CEILING = "another seed"
 
 
 @dataclass
-class Agreement:
+class Agreement(AboutTarget):
     """How predictions of removal agree with retraining, per query.
 
     Attributes:
@@ -48,6 +48,8 @@ class Agreement:
             can show.
         pooled: the same five over all pairs.
         intervals: bootstrap 95 % interval over queries of each mean.
+        query_ids: identities of the queries ``(Q,)``.
+        target: what q is.
     """
 
     predicted: numpy.ndarray
@@ -60,6 +62,7 @@ class Agreement:
     pooled: dict[str, float]
     intervals: dict[str, tuple[float, float]]
     query_ids: numpy.ndarray
+    target: str = "loss"
 
     def mean(self, statistic: str = "r") -> float:
         """Mean over queries of ``"r"``, ``"rho"``, ``"slope"``, ``"sign"`` or ``"magnitude"``."""
@@ -108,7 +111,7 @@ class Agreement:
 def agreement(
     scores: Influence, effects: Effects, *, resamples: int = 2000, seed: int = 0
 ) -> Agreement:
-    """Hold predicted removal effects against actual ones, query by query.
+    """Compare predicted removal effects with actual ones, query by query.
 
     Args:
         scores: predictions; the change for a group is ``−Σ`` of its scores.
@@ -123,7 +126,9 @@ def agreement(
         UserWarning: queries whose predictions or effects do not vary, left out of the means.
     """
     predicted, actual = _pairs(scores, effects)
-    return compare(predicted, actual, effects.query_ids.numpy(), resamples=resamples, seed=seed)
+    ids = effects.query_ids.numpy()
+    report = compare(predicted, actual, ids, resamples=resamples, seed=seed)
+    return replace(report, target=scores.target)
 
 
 def _pairs(scores: Influence, effects: Effects) -> tuple[numpy.ndarray, numpy.ndarray]:
