@@ -2,7 +2,7 @@
 
     python -m msif_lab.studies mnist cifar --jobs 2 --out notebooks/results
 
-makes the tables that the README and the lessons show anew.
+makes anew the tables that the README and the lessons show.
 """
 
 import argparse

@@ -17,7 +17,8 @@ from .pictures import Cards, Gallery, Plot, effects_axes, signed, table
 
 __all__ = ["InfluenceExplorer"]
 
-EVERY, WRONG = "all", "misclassified"
+EVERY = "all"
+WRONG = "misclassified"
 
 
 class InfluenceExplorer(Explorer):
