@@ -1,6 +1,6 @@
 """msif_lab: which pretraining examples made this finetuned prediction good or bad?
 
-Multi-stage influence functions (Chen et al., NeurIPS 2020, arXiv 2007.09081), held against real
+Multi-stage influence functions (Chen et al., NeurIPS 2020, arXiv 2007.09081), checked against real
 retraining.
 """
 

@@ -1,6 +1,6 @@
-"""The named settings of lessons and results, data, nets, recipes and link, as one-line builders.
+"""The named settings of lessons and results as one-line builders: data, nets, recipes and link.
 
-`studies` holds every method against retraining on them.
+`studies` compares every method with retraining on them.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,15 +33,13 @@ __all__ = [
 
 LINKS = {"frozen": Frozen(), "warm start": WarmStart(), "proximal": Proximal(0.05)}
 NETS = {"tanh": {"activation": nn.Tanh}, "silu": {"activation": nn.SiLU, "norm_groups": 4}}
-ANIMALS, VEHICLES = (
-    ("bird", "cat", "deer", "dog", "frog", "horse"),
-    ("airplane", "automobile", "ship", "truck"),
-)
+ANIMALS = ("bird", "cat", "deer", "dog", "frog", "horse")
+VEHICLES = ("airplane", "automobile", "ship", "truck")
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A setting, ready to fit.
+    """A setting, ready to be fitted.
 
     Attributes:
         title: what is transferred to what.
@@ -57,23 +55,25 @@ class Experiment:
 
     def accuracy(self) -> float:
         """Share of ``test`` that the fitted pipeline gets right."""
-        o, full = self.pipeline.objective(-1), self.pipeline.trained()[-1]
+        objective = self.pipeline.objective(-1)
+        full = self.pipeline.trained()[-1]
         with torch.no_grad():
-            right = [o.outputs(full, x).argmax(1) == y for _, x, y in o.chunks(self.test)]
+            right = [
+                objective.outputs(full, x).argmax(1) == y for _, x, y in objective.chunks(self.test)
+            ]
         return float(torch.cat(right).double().mean())
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything: examples, passes, and the recipe's numbers; each a keyword of every
-    builder.
+    """The numbers of a setting; each is also a keyword of every builder.
 
     Attributes:
-        pretraining, finetuning: examples of the two stages.
-        queries: test examples asked about.
-        lr: learning rate of both stages, after 20 steps of warm-up falling linearly to zero.
+        pretraining, finetuning: how many examples the two stages have.
+        queries: how many test examples are asked about.
+        lr: learning rate of both stages; it rises for 20 steps, then falls linearly to zero.
         epochs: passes over the data, in pretraining and in finetuning.
-        batch_size: examples a step of pretraining and of finetuning.
+        batch_size: examples in a step of pretraining and of finetuning.
         weight_decay: of both stages.
         channels, width: of the convolutional nets.
     """
@@ -90,6 +90,12 @@ class Sizes:
 
     @classmethod
     def of(cls, size: str, sizes: dict[str, "Sizes"], changes: dict) -> "Sizes":
+        """The sizes of this name, with some numbers changed.
+
+        Raises:
+            ValueError: no such name.
+            TypeError: no such number.
+        """
         if size not in sizes:
             raise ValueError(f"size={size!r} must be one of {sorted(sizes)}")
         unknown = set(changes) - set(cls.__dataclass_fields__)
@@ -102,9 +108,7 @@ class Sizes:
 
 @contextmanager
 def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Initial weights drawn in this precision, so that a setting is the same whatever the user's
-    default is.
-    """
+    """Draw initial weights in this precision, whatever the user's default is."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -126,7 +130,7 @@ def _transfer(
     """Two SGD stages of the same architecture; the finetuned head starts at zero."""
     train, test = second
     stages = []
-    parts = ("pretrain", first, sizes.pretraining), ("finetune", train, sizes.finetuning)
+    parts = (("pretrain", first, sizes.pretraining), ("finetune", train, sizes.finetuning))
     for k, (name, data, n) in enumerate(parts):
         recipe = SGD(
             sizes.lr,
@@ -138,18 +142,17 @@ def _transfer(
         )
         with _default_dtype(data.x.dtype):
             net = model(classes=len(data.classes), seed=seed, zero_head=k == 1)
-        some = data.select(n=n, seed=data_seed)
-        stages.append(
-            Stage(
-                name,
-                net,
-                some,
-                weight_decay=sizes.weight_decay,
-                recipe=recipe,
-                link=link if k else None,
-            )
+        stage = Stage(
+            name,
+            net,
+            data.select(n=n, seed=data_seed),
+            weight_decay=sizes.weight_decay,
+            recipe=recipe,
+            link=link if k else None,
         )
-    return Experiment(title, Pipeline(stages), test.select(n=sizes.queries, seed=data_seed), test)
+        stages.append(stage)
+    queries = test.select(n=sizes.queries, seed=data_seed)
+    return Experiment(title, Pipeline(stages), queries, test)
 
 
 def digits(
@@ -165,10 +168,11 @@ def digits(
 
     Args:
         link: `Frozen()`, `WarmStart()` or `Proximal(alpha)`.
-        size: ``"live"`` for lessons, ``"large"`` for the results files.
+        size: ``"live"`` and ``"large"`` are the same here: the whole setting is small. In the other
+            settings ``"live"`` is for lessons, ``"large"`` for the results files.
         seed: of initial weights and batches.
         data_seed: of the choice of examples.
-        net: ``"tanh"``, or ``"silu"`` (convolutional nets then have GroupNorm too).
+        net: ``"tanh"``, or ``"silu"`` (with which convolutional nets have GroupNorm too).
         changes: any of `Sizes`, e.g. ``epochs=(20, 20)``.
 
     >>> digits(Frozen()).title
@@ -176,11 +180,7 @@ def digits(
     """
     train, test = load_digits(dtype=torch.float64)
     new = tuple(half.select(range(4, 10)) for half in (train, test))
-    sizes = Sizes.of(
-        size,
-        {"live": Sizes(400, 200, epochs=(8, 8)), "large": Sizes(400, 200, epochs=(8, 8))},
-        changes,
-    )
+    sizes = Sizes.of(size, DIGITS_SIZES, changes)
 
     def model(**settings):
         return mlp(64, hidden=(16,), activation=_net(net)["activation"], **settings)
@@ -200,6 +200,8 @@ def _conv(shape, net: str, sizes: Sizes) -> Callable[..., nn.Module]:
     return partial(convnet, shape, sizes.channels, sizes.width, **_net(net))
 
 
+DIGITS_SIZES = dict.fromkeys(("live", "large"), Sizes(400, 200, epochs=(8, 8)))
+OPTIMUM_SIZES = dict.fromkeys(("live", "large"), Sizes(600, 300, weight_decay=1e-2))
 MNIST_SIZES = {
     "live": Sizes(600, 300, epochs=(6, 10)),
     "large": Sizes(2000, 600, epochs=(6, 12), batch_size=(100, 50), channels=(8, 16), width=32),
@@ -210,22 +212,19 @@ CIFAR_SIZES = {
         2000, 600, lr=0.02, epochs=(6, 8), batch_size=(100, 50), channels=(8, 16), width=32
     ),
 }
-# The rate both had before bird/frog was calmed (one of its seeds bent too much); the results file
-# was made with it.
+# The learning rate that both settings had until it was lowered for bird/frog, where one seed of
+# training was unstable; the results file of this setting was made with it.
 VEHICLES_SIZES = CIFAR_SIZES | {"large": replace(CIFAR_SIZES["large"], lr=0.03)}
 
 
 def _drawn(load, root, first, second, sizes: Sizes, data_seed: int, dtype=torch.float32):
-    """Of the classes ``first`` the pretraining examples, of ``second`` those of finetuning, and the
-    test examples.
+    """Pretraining examples of the classes ``first``; (finetuning, test) examples of ``second``.
 
-    The same that `_transfer` selects, but before all the others are made floats.
+    They are those that `_transfer` selects, drawn before all the others are converted to floats.
     """
-    parts = (first, sizes.pretraining), (second, sizes.finetuning)
-    (train, _), new = (
-        load(root, classes=c, pool=2, dtype=dtype, n=n, seed=data_seed) for c, n in parts
-    )
-    return train, new
+    shared = {"pool": 2, "dtype": dtype, "seed": data_seed}
+    train, _ = load(root, classes=first, n=sizes.pretraining, **shared)
+    return train, load(root, classes=second, n=sizes.finetuning, **shared)
 
 
 def mnist(
@@ -238,8 +237,7 @@ def mnist(
     root=None,
     **changes,
 ) -> Experiment:
-    """MNIST 0–3 → 4–9 at 14 × 14 pixels: the paper's four pretraining classes, the other six to
-    finetune.
+    """MNIST 0–3 → 4–9 at 14 × 14 pixels, with the paper's four pretraining classes.
 
     Arguments as in `digits`; ``root`` as in `load_mnist`.
     """
@@ -260,8 +258,9 @@ def mnist_to_digits(
     root=None,
     **changes,
 ) -> Experiment:
-    """A real shift: all ten MNIST digits → the ten of the bundled set, other hands and another
-    scanner, enlarged from 8 × 8 to 14 × 14 pixels. Arguments as in `mnist`.
+    """A real shift: all ten MNIST digits → the ten bundled ones, by other hands and scanners.
+
+    The bundled digits are enlarged from 8 × 8 to 14 × 14 pixels. Arguments as in `mnist`.
     """
     sizes = Sizes.of(size, MNIST_SIZES, changes)
     train, _ = load_mnist(root, pool=2, dtype=torch.float32, n=sizes.pretraining, seed=data_seed)
@@ -303,16 +302,13 @@ def cifar(
     root=None,
     **changes,
 ) -> Experiment:
-    """CIFAR-10 bird / frog → automobile / deer at 16 × 16 pixels: the paper's two pretraining
-    classes.
+    """CIFAR-10 bird/frog → automobile/deer at 16 × 16 pixels, with the paper's pretraining classes.
 
     Arguments as in `mnist`.
     """
-    title, first, second = (
-        "CIFAR-10 bird/frog → automobile/deer",
-        ("bird", "frog"),
-        ("automobile", "deer"),
-    )
+    title = "CIFAR-10 bird/frog → automobile/deer"
+    first = ("bird", "frog")
+    second = ("automobile", "deer")
     return _cifar(
         title, first, second, CIFAR_SIZES, link, size, seed, data_seed, net, root, changes
     )
@@ -328,8 +324,9 @@ def cifar_vehicles(
     root=None,
     **changes,
 ) -> Experiment:
-    """A harder, natural transfer: the six animals of CIFAR-10 → its four vehicles. Arguments as in
-    `mnist`.
+    """A harder, natural transfer: the six animals of CIFAR-10 → its four vehicles.
+
+    Arguments as in `mnist`.
     """
     title = "CIFAR-10 animals → vehicles"
     return _cifar(
@@ -347,21 +344,17 @@ def mnist_at_optimum(
     root=None,
     **changes,
 ) -> Experiment:
-    """MNIST 0–3 → 4–9 with both stages trained to a stationary point, where the paper's formula is
-    exact.
+    """MNIST 0–3 → 4–9 trained to a stationary point, where the paper's formula is exact.
 
     Args:
         link: `Frozen()` or `Proximal(alpha)`.
+        size: ``"live"`` and ``"large"`` are the same here.
         net: ``"softmax"``, a softmax regression whose four logits are the features of finetuning;
             ``"tanh"``, one hidden layer of 8; ``"conv"``, the convolutional net of `mnist`.
-        size, seed, data_seed, root, changes: as in `mnist`; learning rate, epochs and batches mean
-            nothing here.
+        seed, data_seed, root, changes: as in `mnist`; learning rate, epochs and batch size have no
+            effect here.
     """
-    known = {
-        "live": Sizes(600, 300, weight_decay=1e-2),
-        "large": Sizes(600, 300, weight_decay=1e-2),
-    }
-    sizes = Sizes.of(size, known, changes)
+    sizes = Sizes.of(size, OPTIMUM_SIZES, changes)
     conv = _conv((1, 14, 14), "tanh", sizes)
     nets = {"softmax": _logits, "tanh": partial(mlp, 196, hidden=(8,)), "conv": conv}
     if net not in nets:
@@ -377,11 +370,9 @@ def mnist_at_optimum(
 def _logits(classes: int, seed: int, zero_head: bool) -> nn.Module:
     """Stage one: softmax regression with 4 classes. Stage two: another one on its logits."""
     linear = softmax_regression(196, 4, seed=seed)
-    head = (
-        softmax_regression(4, classes, seed=seed, zero_head=True).head
-        if zero_head
-        else nn.Identity()
-    )
+    head = nn.Identity()
+    if zero_head:
+        head = softmax_regression(4, classes, seed=seed, zero_head=True).head
     return EmbeddingHead(nn.Sequential(linear.embedding, linear.head), head)
 
 

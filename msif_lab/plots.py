@@ -22,23 +22,26 @@ __all__ = [
     "v_curve",
 ]
 
-# Seaborn's colourblind blue; its orange and a grey darkened until they can be read as text on white
-# (4.5 : 1).
-HELPFUL, HARMFUL, NEUTRAL = "#0173b2", "#c05600", "#707070"
+# Seaborn's colourblind blue; its orange and a grey, both darkened until they can be read as text on
+# white (contrast 4.5 : 1).
+HELPFUL = "#0173b2"
+HARMFUL = "#c05600"
+NEUTRAL = "#707070"
+COLOURS = {"helpful": HELPFUL, "harmful": HARMFUL, "neutral": NEUTRAL}  # by `Influence.kind`
 
 
 def use_style() -> None:
-    """Seaborn's colourblind palette without its pale colours, readable sizes, 100 dpi; once at a
-    notebook's top.
+    """Set the look of all figures: call it once at the top of a notebook.
 
-    In JupyterLab figures also get the alt text in their cell's metadata (``"alt"``): by itself it
-    shows none.
+    Seaborn's colourblind palette without its pale colours, readable sizes, 100 dpi. In JupyterLab
+    figures also get the alt text from their cell's metadata (``"alt"``), which it does not show by
+    itself.
     """
     import matplotlib.pyplot as plt
     import seaborn
 
-    # Its yellow, pale blue, pink, light orange and tan have less than 3 : 1 on white: thin lines of
-    # them get lost.
+    # Its yellow, pale blue, pink, light orange and tan have a contrast of less than 3 : 1 on white:
+    # thin lines in them get lost.
     palette = [seaborn.color_palette("colorblind")[i] for i in (0, 3, 2, 4, 7)]
     seaborn.set_theme(context="notebook", style="ticks", palette=palette, font_scale=0.9)
     plt.rcParams.update(
@@ -50,22 +53,26 @@ def use_style() -> None:
 
 
 def pipeline_diagram(pipeline: Pipeline, ax=None):
-    """Stages as boxes, from left to right; on each arrow what is handed over, with its shapes, and
-    how; then the query.
+    """Stages as boxes from left to right, then the query.
+
+    Each arrow says what is handed over, with its shapes, and how.
 
     Returns:
         the matplotlib axes.
     """
     import matplotlib.pyplot as plt
 
-    width, gap, count = 2.15, 1.6, len(pipeline.stages)
+    width = 2.15
+    gap = 1.6
+    count = len(pipeline.stages)
     total = count * (width + gap) + 0.9
     if ax is None:
         _, ax = plt.subplots(figsize=(0.88 * total, 1.5))
     ax.set(xlim=(-0.05, total + 0.05), ylim=(0, 1))
     ax.axis("off")
     for k, stage in enumerate(pipeline.stages):
-        o, p = pipeline.objective(k), pipeline.functional(k)
+        o = pipeline.objective(k)
+        p = pipeline.functional(k)
         lines = [
             _examples(stage.data),
             f"trains {_count(o.size)} of {_count(o.layout.size)}",
@@ -76,12 +83,10 @@ def pipeline_diagram(pipeline: Pipeline, ax=None):
         if k:
             shared = [name for name in o.layout.shapes if _holds(p.here, o.layout.spans[name])]
             size = sum(places.size for places in p.here.values())
-            how = {Frozen: "frozen", WarmStart: "start here"}.get(
-                type(stage.link), f"held near, α = {o.alpha:g}"
-            )
-            _arrow(
-                ax, left - gap, left, f"W: {_blocks(o.layout, shared)}\n{_count(size)} shared", how
-            )
+            what = f"W: {_blocks(o.layout, shared)}\n{_count(size)} shared"
+            known = {Frozen: "frozen", WarmStart: "start here"}
+            how = known.get(type(stage.link), f"held near, α = {o.alpha:g}")
+            _arrow(ax, left - gap, left, what, how)
     last = pipeline.objective(count - 1).layout
     _arrow(ax, total - 0.9 - gap, total - 0.9, f"all {_count(last.size)}", "final parameters")
     _box(ax, total - 0.9, 0.9, "query", ["loss q"], HARMFUL)
@@ -105,19 +110,19 @@ def _count(n: int) -> str:
 
 
 def _examples(data: Examples) -> str:
-    """``400 examples of 0–3``, or of how many classes where naming them would be too long for a
-    box.
-    """
+    """``400 examples of 0–3``, or of how many classes where their names are too long for a box."""
     text = f"{len(data):,} examples"
     if not data.has_labels:
         return text
     numbers = [c for c in data.classes if isinstance(c, int)]
-    row = len(numbers) == len(data.classes) > 2 and numbers == list(
+    consecutive = len(numbers) == len(data.classes) > 2 and numbers == list(
         range(numbers[0], numbers[-1] + 1)
     )
-    names = f"{numbers[0]}–{numbers[-1]}" if row else ", ".join(map(str, data.classes))
-    said = (f"{text} of {names}", f"{text} of {len(data.classes)} classes", text)
-    return next((words for words in said if len(words) <= 28), text)
+    names = f"{numbers[0]}–{numbers[-1]}" if consecutive else ", ".join(map(str, data.classes))
+    for words in (f"{text} of {names}", f"{text} of {len(data.classes)} classes"):
+        if len(words) <= 28:
+            return words
+    return text
 
 
 def _box(ax, left: float, width: float, title: str, lines: list[str], colour: str) -> None:
@@ -142,7 +147,7 @@ def _arrow(ax, start: float, end: float, above: str, below: str) -> None:
 
 
 def picture(image: torch.Tensor):
-    """(C, H, W) → what imshow takes."""
+    """An image ``(C, H, W)`` as matplotlib's imshow takes it."""
     image = image.detach().cpu()
     return (image[0] if image.shape[0] == 1 else image.permute(1, 2, 0).clamp(0, 1)).numpy()
 
@@ -150,7 +155,7 @@ def picture(image: torch.Tensor):
 def influence_grid(
     scores: Influence, examples: Examples, queries: Examples, query: int = 0, k: int = 5
 ):
-    """One query with its k most helpful and k most harmful examples: picture, sign, label, id.
+    """One query with its k most helpful and k most harmful examples: picture, label and score.
 
     Args:
         scores: of ``examples`` on ``queries``.
@@ -178,22 +183,21 @@ def influence_grid(
     axes[1, 0].axis("off")
     axes[0, 0].imshow(picture(queries.x[query]), cmap="gray_r")
     axes[0, 0].set_title(f"query: {queries.classes[int(queries.y[query])]}", fontsize=9)
-    rows = (("helpful", HELPFUL, scores.helpful(k)), ("harmful", HARMFUL, scores.harmful(k)))
-    for row, (word, colour, ranking) in enumerate(rows):
+    rankings = {"helpful": scores.helpful(k), "harmful": scores.harmful(k)}
+    for row, (word, ranking) in enumerate(rankings.items()):
         for column, position in enumerate(ranking.positions[query].tolist()):
-            ax, value = axes[row, column + 1], float(ranking.values[query, column])
+            ax = axes[row, column + 1]
+            value = float(ranking.values[query, column])
             ax.imshow(picture(examples.x[position]), cmap="gray_r")
             ax.set_title(f"label {examples.classes[int(examples.y[position])]}", fontsize=9)
             sign = "−" if value < 0 else "+"
             ax.set_xlabel(f"{sign}{abs(value) * 1e3:.1f}", fontsize=9, labelpad=3)
-            ax.spines[:].set(color=colour, linewidth=2)
-        axes[row, 1].set_ylabel(
-            f"{word} ({'+' if word == 'harmful' else '−'})", color=colour, fontsize=9
-        )
-    figure.supxlabel(
-        "score below each image: change in query loss per unit of weight, thousandths of a nat",
-        fontsize=8,
-    )
+            ax.spines[:].set(color=COLOURS[scores.kind(value)], linewidth=2)
+        side = f"{word} ({scores.signs[word]})"
+        axes[row, 1].set_ylabel(side, color=COLOURS[word], fontsize=9)
+    unit = "thousandths of a nat" if scores.unit == "nats" else f"{scores.unit} × 1000"
+    below = f"change in query {scores.target} per unit of weight, {unit}"
+    figure.supxlabel(f"score below each image: {below}", fontsize=8)
     return figure
 
 
@@ -215,8 +219,8 @@ def agreement_scatter(report: Agreement, ax=None, title: str = ""):
     limit = limit if math.isfinite(limit) and limit > 0 else 1.0
     ax.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", title=title)
     ax.locator_params(nbins=5)
-    ax.set_xlabel("predicted change in query loss, nats")
-    ax.set_ylabel("actual change after retraining, nats")
+    ax.set_xlabel(f"predicted change in query {report.target}, {report.unit}")
+    ax.set_ylabel(f"actual change after retraining, {report.unit}")
     text = f"mean per-query r = {report.mean():.3f}\nslope = {report.mean('slope'):.2f}"
     behind = {
         "boxstyle": "square,pad=0.15",
@@ -229,8 +233,7 @@ def agreement_scatter(report: Agreement, ax=None, title: str = ""):
 
 
 def method_intervals(table, statistics=("r", "magnitude"), removals: str | None = None):
-    """Every method's agreement with retraining: dots with their 95 % intervals, one panel a
-    statistic.
+    """Every method's agreement with retraining: dots with 95 % intervals, one panel a statistic.
 
     Args:
         table: of `compare_methods` (one setting and link); rows of `noise_ceiling` become a grey
@@ -262,31 +265,30 @@ def method_intervals(table, statistics=("r", "magnitude"), removals: str | None 
         some = some.loc[order]
         ours = some.index.str.startswith(("unrolled", "implicit"))
         for mask, colour, marker in ((ours, HELPFUL, "o"), (~ours, HARMFUL, "s")):
-            y, part = [i for i, chosen in enumerate(mask) if chosen], some[mask]
+            y = [i for i, chosen in enumerate(mask) if chosen]
+            part = some[mask]
             error = [part["mean"] - part["low"], part["high"] - part["mean"]]
             ax.errorbar(part["mean"], y, xerr=error, fmt=marker, ms=5, color=colour, lw=1.5)
         ax.set_yticks(range(len(order)), order)
-        ax.set_xlabel(
-            STATISTICS[statistic] + (", mean over queries" if statistic != "sign" else "")
-        )
+        over = "" if statistic == "sign" else ", mean over queries"
+        ax.set_xlabel(STATISTICS[statistic] + over)
     if CEILING in table.index:
         axes[0, -1].legend(frameon=False, fontsize=8, loc="lower right")
     return figure
 
 
 def v_curve(steps, errors, ax=None, labels=None):
-    """Relative distance of finite differences from a derivative, over the step, on logarithmic
-    axes.
+    """Relative distance of finite differences from a derivative over the step, on log axes.
 
     Args:
-        steps: H changes that were tried.
+        steps: the H steps that were tried.
         errors: ``(H,)`` or ``(H, n)``, one line for each of n examples.
         ax: matplotlib axes; default new ones.
         labels: names of the lines.
 
     Returns:
-        the matplotlib axes. A right derivative draws a V: truncation falls with the step, rounding
-        rises.
+        the matplotlib axes. A right derivative draws a V: with a smaller step the error of
+        truncation falls and that of rounding rises.
     """
     import matplotlib.pyplot as plt
 
@@ -298,16 +300,11 @@ def v_curve(steps, errors, ax=None, labels=None):
         )
     if ax is None:
         _, ax = plt.subplots(figsize=(5.2, 3.2))
-    for i, (line, style) in enumerate(
-        zip(errors.T, itertools.cycle(("o-", "s--", "^:", "D-.")), strict=False)
-    ):
-        ax.loglog(
-            [float(h) for h in steps],
-            line.clamp(min=1e-17).numpy(),
-            style,
-            ms=5,
-            label=labels[i] if labels else None,
-        )
+    x = [float(h) for h in steps]
+    styles = itertools.cycle(("o-", "s--", "^:", "D-."))
+    for i, (line, style) in enumerate(zip(errors.T, styles, strict=False)):
+        name = labels[i] if labels else None
+        ax.loglog(x, line.clamp(min=1e-17).numpy(), style, ms=5, label=name)
     ax.minorticks_off()
     ax.set_xlabel("step h in one example weight")
     ax.set_ylabel("relative distance")
@@ -334,71 +331,61 @@ def filter_curves(eigenvalues, alphas, times=(), ax=None):
     import matplotlib.pyplot as plt
 
     ticks = torch.as_tensor(eigenvalues, dtype=torch.float64).detach().cpu().flatten()
-    if (
-        not len(ticks)
-        or not bool(torch.isfinite(ticks).all())
-        or not min((*alphas, *times), default=1) > 0
-    ):
+    finite = len(ticks) > 0 and bool(torch.isfinite(ticks).all())
+    if not finite or not min((*alphas, *times), default=1) > 0:
         raise ValueError(
             f"eigenvalues {tuple(ticks.shape)} must be finite and at least one, "
             f"alphas={list(alphas)} and times={list(times)} positive"
         )
     if ax is None:
         _, ax = plt.subplots(figsize=(6.2, 3.4))
-    low, high = float(ticks.min()), float(ticks.max())
+    low = float(ticks.min())
+    high = float(ticks.max())
     near = max(high, -low) / 100 or 1.0  # how far from 0 the axis is linear
-    axis = {"value": "log"} if low > 0 else {"value": "asinh", "linear_width": near}
-    if low > 0:
-        s = torch.logspace(math.log10(low), math.log10(high), 200, dtype=torch.float64)
-    else:
-        s = (
-            near
-            * torch.linspace(
-                math.asinh(low / near), math.asinh(high / near), 400, dtype=torch.float64
-            ).sinh()
-        )
-    for i, (alpha, style) in enumerate(
-        zip(alphas, itertools.cycle(("-", "--", "-.", ":")), strict=False)
-    ):
+    s = _curvatures(low, high, near)
+    styles = itertools.cycle(("-", "--", "-.", ":"))
+    for i, (alpha, style) in enumerate(zip(alphas, styles, strict=False)):
         part = s[s + 2 * alpha > 0]
-        ax.plot(
-            part,
-            2 * alpha / (part + 2 * alpha),
-            style,
-            color=f"C{i}",
-            lw=2,
-            label=f"2α/(s + 2α), α = {alpha:.3g}",
-        )
+        name = f"2α/(s + 2α), α = {alpha:.3g}"
+        ax.plot(part, 2 * alpha / (part + 2 * alpha), style, color=f"C{i}", lw=2, label=name)
     for i, tau in enumerate(times):
         dots = {"marker": "o", "mfc": "white", "ms": 4, "markevery": (5 * i, 20)}
-        ax.plot(
-            s, torch.exp(-tau * s), color=f"C{i}", lw=0.9, label=f"exp(−τs), τ = {tau:.3g}", **dots
-        )
-    ax.plot(
-        ticks,
-        torch.zeros_like(ticks),
-        "|",
-        color=NEUTRAL,
-        ms=9,
-        transform=ax.get_xaxis_transform(),
-        clip_on=False,
-    )
-    shown = torch.cat(
-        [torch.ones(1), *(torch.as_tensor(line.get_ydata()) for line in ax.lines[:-1])]
-    )
-    ax.set_xscale(**axis)
-    if low <= 0:  # matplotlib's own ticks crowd around 0
-        tens = [
-            10.0**k
-            for k in range(math.ceil(math.log10(near)), math.ceil(math.log10(100 * near)) + 1)
-        ]
-        places = [-x for x in reversed(tens) if x <= -low] + [0.0] + [x for x in tens if x <= high]
-        ax.set_xticks(places, [f"{x:g}" for x in places])
-        ax.minorticks_off()
-    ax.set(
-        yscale="log", xlabel="curvature s (ticks: eigenvalues)", ylabel="share that comes through"
-    )
+        name = f"exp(−τs), τ = {tau:.3g}"
+        ax.plot(s, torch.exp(-tau * s), color=f"C{i}", lw=0.9, label=name, **dots)
+    heights = [torch.as_tensor(line.get_ydata()) for line in ax.lines]
+    shown = torch.cat([torch.ones(1), *heights])
+    at_bottom = {"transform": ax.get_xaxis_transform(), "clip_on": False}
+    ax.plot(ticks, torch.zeros_like(ticks), "|", color=NEUTRAL, ms=9, **at_bottom)
+    _curvature_axis(ax, low, high, near)
+    ax.set_yscale("log")
+    ax.set_xlabel("curvature s (ticks: eigenvalues)")
+    ax.set_ylabel("share that comes through")
     ax.set_ylim(max(float(shown.min()) / 1.5, 1e-3), min(float(shown.max()) * 1.5, 1e2))
     if len(ax.lines) > 1:  # without curves there is nothing to name
         ax.legend(frameon=False, fontsize=8)
     return ax
+
+
+def _curvatures(low: float, high: float, near: float) -> torch.Tensor:
+    """Curvatures from low to high, evenly spaced on the axis of `_curvature_axis`."""
+    if low > 0:
+        return torch.logspace(math.log10(low), math.log10(high), 200, dtype=torch.float64)
+    ends = math.asinh(low / near), math.asinh(high / near)
+    return near * torch.linspace(*ends, 400, dtype=torch.float64).sinh()
+
+
+def _curvature_axis(ax, low: float, high: float, near: float) -> None:
+    """A logarithmic x axis, which is linear within ``near`` of 0 if it has to reach 0."""
+    if low > 0:
+        ax.set_xscale("log")
+        return
+    ax.set_xscale("asinh", linear_width=near)
+    # matplotlib's own ticks crowd around 0
+    first = math.ceil(math.log10(near))
+    last = math.ceil(math.log10(100 * near))
+    tens = [10.0**k for k in range(first, last + 1)]
+    below = [-x for x in reversed(tens) if x <= -low]
+    above = [x for x in tens if x <= high]
+    places = [*below, 0.0, *above]
+    ax.set_xticks(places, [f"{x:g}" for x in places])
+    ax.minorticks_off()

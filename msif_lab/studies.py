@@ -1,15 +1,15 @@
-"""Every method on one setting, against real retraining over links and seeds: the tables of lessons
-and README.
+"""Every method compared with real retraining, over links and seeds: the results tables.
 
     python -m msif_lab.studies mnist cifar --jobs 2 --out notebooks/results
 
-reruns the figures that the lessons show beside what they compute live.
+makes anew the tables that the README and the lessons show.
 """
 
 import argparse
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import joblib
@@ -39,60 +39,75 @@ REMOVALS = {"one": None, "2 %": 0.02, "10 %": 0.1}
 
 
 def implicit(experiment: Experiment, solver=None) -> Influence:
-    """The paper's formula at the weights where SGD stopped: GGN, no damping, warm starts read as
-    proximal.
+    """The paper's formula at the weights where SGD stopped, a warm start read as proximal.
 
-    The curvature of a stage that is not at a minimum has no inverse to speak of but the GGN's, and
-    `SGD.equivalent_alpha` is the coupling that resembles so many steps.
+    With the GGN and without damping: of a stage that is not at a minimum, the Hessian may be
+    indefinite. `SGD.equivalent_alpha` is the coupling that resembles the number of steps.
     """
     pipeline = experiment.pipeline
-    stages = [replace(s) for s in pipeline.stages]
+    if any(isinstance(stage.link, WarmStart) for stage in pipeline.stages):
+        pipeline = _as_proximal(pipeline)
+    method = ImplicitInfluence(solver or Exact("4GB"), curvature="ggn")
+    with warnings.catch_warnings():
+        # The stages are not at a minimum; what the formula gives there is the question.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return method.fit(pipeline).score(experiment.queries)
+
+
+def _as_proximal(pipeline: Pipeline) -> Pipeline:
+    """The same trained weights, adopted by stages with `Proximal` links for warm starts."""
+    stages = [replace(stage) for stage in pipeline.stages]
     for stage in stages:
         if isinstance(stage.link, WarmStart):
             stage.link = Proximal(stage.recipe.equivalent_alpha(len(stage.data)), stage.link.shared)
-    same = not any(isinstance(s.link, WarmStart) for s in pipeline.stages)
-    copy = pipeline if same else Pipeline(stages).adopt()
-    with warnings.catch_warnings():
-        # not at a minimum: that is what is being shown
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        return (
-            ImplicitInfluence(solver or Exact("4GB"), curvature="ggn")
-            .fit(copy)
-            .score(experiment.queries)
-        )
+    return Pipeline(stages).adopt()
 
 
 def scorers(
     experiment: Experiment, kinds: Sequence[str], progress: bool
 ) -> Mapping[str | tuple, Callable]:
-    """By name, functions without arguments that score the fitted experiment; those that fit how it
-    was trained.
+    """The methods that suit how the experiment was trained, as functions without arguments.
 
-    Each makes its method when it is called, so that the matrices of one are gone before the next.
+    Each makes its method when it is called, so that the matrices of one are freed before the next.
+
+    Args:
+        experiment: fitted.
+        kinds: of removals, for the methods that are made for one kind.
+        progress: show bars.
+
+    Returns:
+        functions that return scores, by method, or ``(method, kind)`` where they are for one kind.
     """
-    pipeline, queries, solver = experiment.pipeline, experiment.queries, Exact("4GB")
-    ways = {}
-    if all(isinstance(s.recipe, SGD) for s in pipeline.stages):
-        for kind in (None, *kinds):
+    pipeline = experiment.pipeline
+    queries = experiment.queries
+    solver = Exact("4GB")
+
+    def unrolled(group_fraction: float = 0.0) -> Influence:
+        method = UnrolledInfluence(group_fraction=group_fraction).fit(pipeline, progress)
+        return method.score(queries, progress=progress)
+
+    def at_optimum(settings: dict) -> Influence:
+        return ImplicitInfluence(solver, **settings).fit(pipeline).score(queries)
+
+    def baseline(method) -> Influence:
+        return method.fit(pipeline).score(queries)
+
+    ways: dict[str | tuple, Callable] = {}
+    baselines = all_baselines(solver)
+    if all(isinstance(stage.recipe, SGD) for stage in pipeline.stages):
+        ways["unrolled"] = unrolled
+        for kind in kinds:
             fraction = REMOVALS.get(kind)
-            if kind is None or fraction:
-                ways["unrolled" if kind is None else ("unrolled, for groups", kind)] = (
-                    lambda g=fraction or 0.0: (
-                        UnrolledInfluence(group_fraction=g)
-                        .fit(pipeline, progress)
-                        .score(queries, progress=progress)
-                    )
-                )
-        ways["implicit, GGN"] = lambda: implicit(experiment, solver)
-        baselines = all_baselines(solver)
+            if fraction is not None:
+                ways["unrolled, for groups", kind] = partial(unrolled, fraction)
+        ways["implicit, GGN"] = partial(implicit, experiment, solver)
     else:
         for name, settings in OPTIMUM_METHODS.items():
-            ways[name] = lambda s=settings: (
-                ImplicitInfluence(solver, **s).fit(pipeline).score(queries)
-            )
-        # LBFGS leaves no run to trace
-        baselines = {n: b for n, b in all_baselines(solver).items() if n != "TracIn"}
-    return ways | {n: lambda b=b: b.fit(pipeline).score(queries) for n, b in baselines.items()}
+            ways[name] = partial(at_optimum, settings)
+        del baselines["TracIn"]  # LBFGS leaves no run to trace
+    for name, method in baselines.items():
+        ways[name] = partial(baseline, method)
+    return ways
 
 
 def run(
@@ -110,7 +125,7 @@ def run(
         experiment: from one of the builders.
         removals: how many of each kind, drawn at random, the same for every seed of training.
         kinds: of `REMOVALS`: single examples and random groups of 2 % and 10 %.
-        methods: names; default all that fit how the experiment is trained, baselines included.
+        methods: names; default all that suit how the experiment is trained, baselines included.
         folder: keep retrainings here and resume from it.
         progress: show bars.
 
@@ -123,22 +138,23 @@ def run(
     known = {name if isinstance(name, str) else name[0] for name in ways}
     if not set(methods or ()) <= known:
         raise ValueError(f"methods {sorted(set(methods) - known)} are none of {sorted(known)}")
-    m, key = len(pipeline.stages[0].data), digest(*pipeline.trained())[:12]
+    m = len(pipeline.stages[0].data)
+    key = digest(*pipeline.trained())[:12]
     effects = {}
     for kind in kinds:
         groups = random_removals(m, removals, REMOVALS[kind])
-        store = (
-            None if folder is None else Path(folder) / f"{key}-{kind.replace(' %', '')}.safetensors"
-        )
+        store = None
+        if folder is not None:
+            store = Path(folder) / f"{key}-{kind.replace(' %', '')}.safetensors"
         effects[kind] = removal_effects(
             pipeline, experiment.queries, groups, store=store, progress=progress
         )
-    chosen = {
-        n: way
-        for n, way in ways.items()
-        if methods is None or (n if isinstance(n, str) else n[0]) in methods
-    }
-    return {name: way() for name, way in chosen.items()}, effects
+    scores = {}
+    for name, way in ways.items():
+        method = name if isinstance(name, str) else name[0]
+        if methods is None or method in methods:
+            scores[name] = way()
+    return scores, effects
 
 
 def study(
@@ -153,13 +169,12 @@ def study(
     n_jobs: int = 1,
     **changes,
 ):
-    """Every method against real retraining in one setting: links × seeds of training, pooled over
-    seeds.
+    """Compare every method with real retraining in one setting, for some links, over seeds.
 
     Args:
         setting: a name in `experiments.SETTINGS`.
-        links: names in `experiments.LINKS`; default frozen and warm start, for stages at their
-            optimum proximal.
+        links: names in `experiments.LINKS`; default frozen and warm start, or for stages trained to
+            an optimum frozen and proximal.
         seeds: how many seeds of initial weights and batches; data, queries and removals stay the
             same, so that the noise ceiling compares like with like.
         removals, kinds, folder: as in `run`.
@@ -167,8 +182,8 @@ def study(
         n_jobs: processes, one for each link and seed.
 
     Returns:
-        the table of `compare_methods` with the noise ceiling, and for each link its title, sizes,
-        seeds and accuracy.
+        the table of `compare_methods` with the noise ceiling, pooled over seeds, with columns for
+        the setting, the link, sizes, seeds and mean accuracy.
     """
     import pandas
 
@@ -179,12 +194,8 @@ def study(
         scores, effects = run(
             experiment, removals=removals, kinds=kinds, folder=folder, progress=False
         )
-        return (
-            scores,
-            effects,
-            experiment.accuracy(),
-            [len(s.data) for s in experiment.pipeline.stages],
-        )
+        counts = [len(stage.data) for stage in experiment.pipeline.stages]
+        return scores, effects, experiment.accuracy(), counts
 
     jobs = (joblib.delayed(one)(link, seed) for link in links for seed in range(seeds))
     done = joblib.Parallel(n_jobs)(jobs)
@@ -192,7 +203,8 @@ def study(
     for i, link in enumerate(links):
         scores, effects, accuracies, counts = zip(*done[i * seeds : (i + 1) * seeds], strict=True)
         by_kind = {kind: [e[kind] for e in effects] for kind in effects[0]}
-        table = compare_methods({name: [s[name] for s in scores] for name in scores[0]}, by_kind)
+        by_method = {name: [s[name] for s in scores] for name in scores[0]}
+        table = compare_methods(by_method, by_kind)
         if seeds > 1:
             table = pandas.concat([table, noise_ceiling(by_kind)])
         facts = {
@@ -201,14 +213,15 @@ def study(
             "seeds": seeds,
             "count": removals,
             "accuracy": sum(accuracies) / seeds,
+            "pretraining": counts[0][0],
+            "finetuning": counts[0][1],
         }
-        facts |= {"pretraining": counts[0][0], "finetuning": counts[0][1]}
         tables.append(table.assign(**facts))
     return pandas.concat(tables, ignore_index=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line: one CSV a setting."""
+    """The command line: one CSV file for each setting."""
     parser = argparse.ArgumentParser(
         prog="python -m msif_lab.studies", description=__doc__.partition("\n")[0]
     )
@@ -219,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--kinds", nargs="+", choices=list(REMOVALS), default=list(REMOVALS))
     parser.add_argument(
-        "--links", nargs="+", choices=list(LINKS), help="default: both that suit the training"
+        "--links", nargs="+", choices=list(LINKS), help="default: the two that suit the training"
     )
     parser.add_argument("--size", default="large", help="live or large")
     parser.add_argument("--jobs", type=int, default=1, help="processes; a gigabyte or two each")

@@ -1,17 +1,15 @@
-"""How predicted effects agree with actual ones: per query, with intervals, over seeds, method
-beside method.
-"""
+"""How predicted effects agree with actual ones: per query, over seeds, and by method."""
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
 
 import numpy
 import torch
 from torch import Tensor
 
-from ..influence.result import Influence
+from ..influence.result import AboutTarget, Influence
 from .removals import Effects
 
 __all__ = [
@@ -35,7 +33,7 @@ CEILING = "another seed"
 
 
 @dataclass
-class Agreement:
+class Agreement(AboutTarget):
     """How predictions of removal agree with retraining, per query.
 
     Attributes:
@@ -44,10 +42,12 @@ class Agreement:
             subsets), and slope of actual on predicted (1: the units are right); NaN for a query
             without variation.
         sign: ``(Q,)`` share of removals whose effect has the predicted sign.
-        magnitude: ``(Q,)`` Spearman of ``|predicted|`` and ``|actual|``: all that an unsigned score
-            can show.
-        pooled: the same five over all pairs.
-        intervals: bootstrap 95 % interval over queries of each mean.
+        magnitude: ``(Q,)`` Spearman of ``|predicted|`` and ``|actual|``, the only statistic that is
+            fair to an unsigned score.
+        pooled: the same five over all pairs of query and removal.
+        intervals: bootstrap 95 % interval of each mean over queries.
+        query_ids: identities of the queries ``(Q,)``.
+        target: what q is.
     """
 
     predicted: numpy.ndarray
@@ -60,6 +60,7 @@ class Agreement:
     pooled: dict[str, float]
     intervals: dict[str, tuple[float, float]]
     query_ids: numpy.ndarray
+    target: str = "loss"
 
     def mean(self, statistic: str = "r") -> float:
         """Mean over queries of ``"r"``, ``"rho"``, ``"slope"``, ``"sign"`` or ``"magnitude"``."""
@@ -74,26 +75,25 @@ class Agreement:
         )
 
     def _rows(self) -> list[tuple[str, str, str, str]]:
-        return [
-            (
-                label,
-                f"{self.mean(n):.3f}",
-                "{:.3f} – {:.3f}".format(*self.intervals[n]),
-                f"{self.pooled[n]:.3f}",
-            )
-            # the sizes are of interest beside unsigned scores only
-            for n, label in list(STATISTICS.items())[:4]
-        ]
+        """Name, mean, interval and pooled value of each statistic that is printed."""
+        rows = []
+        for name, label in STATISTICS.items():
+            if name == "magnitude":  # of interest beside unsigned scores only
+                continue
+            low, high = self.intervals[name]
+            interval = f"{low:.3f} – {high:.3f}"
+            rows.append((label, f"{self.mean(name):.3f}", interval, f"{self.pooled[name]:.3f}"))
+        return rows
 
     def __str__(self) -> str:
         queries, removals = self.actual.shape
         lines = [
-            f"{queries} queries × {removals} removals; mean per query, 95 % interval over "
-            "queries, pooled"
+            f"{queries} queries × {removals} removals; "
+            "mean per query, 95 % interval over queries, pooled"
         ]
-        return "\n".join(
-            lines + [f"  {a:<25} {b:>7}  ({c})  {d:>7}" for a, b, c, d in self._rows()]
-        )
+        for label, mean, interval, pooled in self._rows():
+            lines.append(f"  {label:<25} {mean:>7}  ({interval})  {pooled:>7}")
+        return "\n".join(lines)
 
     __repr__ = __str__
 
@@ -108,7 +108,7 @@ class Agreement:
 def agreement(
     scores: Influence, effects: Effects, *, resamples: int = 2000, seed: int = 0
 ) -> Agreement:
-    """Hold predicted removal effects against actual ones, query by query.
+    """Compare predicted removal effects with actual ones, query by query.
 
     Args:
         scores: predictions; the change for a group is ``−Σ`` of its scores.
@@ -123,7 +123,9 @@ def agreement(
         UserWarning: queries whose predictions or effects do not vary, left out of the means.
     """
     predicted, actual = _pairs(scores, effects)
-    return compare(predicted, actual, effects.query_ids.numpy(), resamples=resamples, seed=seed)
+    ids = effects.query_ids.numpy()
+    report = compare(predicted, actual, ids, resamples=resamples, seed=seed)
+    return replace(report, target=scores.target)
 
 
 def _pairs(scores: Influence, effects: Effects) -> tuple[numpy.ndarray, numpy.ndarray]:
@@ -141,27 +143,20 @@ def _pairs(scores: Influence, effects: Effects) -> tuple[numpy.ndarray, numpy.nd
         raise ValueError(
             f"{len(effects.subsets)} removals are too few to correlate; at least 3 are needed"
         )
-    predicted = (
-        torch.stack([scores.removal_effect(s) for s in effects.subsets], 1)
-        .detach()
-        .cpu()
-        .double()
-        .numpy()
-    )
-    return predicted, effects.values.double().numpy()
+    predicted = torch.stack([scores.removal_effect(group) for group in effects.subsets], 1)
+    return predicted.detach().cpu().double().numpy(), effects.values.double().numpy()
 
 
 def compare(
     predicted, actual, query_ids=None, *, resamples: int = 2000, seed: int = 0
 ) -> Agreement:
     """`agreement` of two ``(Q, R)`` arrays of predicted and actual changes."""
-    predicted, actual = numpy.asarray(predicted, float), numpy.asarray(actual, float)
+    predicted = numpy.asarray(predicted, float)
+    actual = numpy.asarray(actual, float)
     for name, values in (("predictions", predicted), ("effects", actual)):
         if not numpy.isfinite(values).all():
-            raise ValueError(
-                f"{name} hold NaN or inf, first at (query, removal) "
-                f"{numpy.argwhere(~numpy.isfinite(values))[0]}"
-            )
+            first = numpy.argwhere(~numpy.isfinite(values))[0]
+            raise ValueError(f"{name} hold NaN or inf, first at (query, removal) {first}")
     per_query = numpy.array([_statistics(p, a) for p, a in zip(predicted, actual, strict=True)])
     undefined = int(numpy.isnan(per_query[:, 0]).sum())
     if undefined == len(per_query):
@@ -173,31 +168,35 @@ def compare(
             f"{undefined} of {len(per_query)} queries do not vary and are left out of the means",
             stacklevel=2,
         )
+    pooled = _statistics(predicted.ravel(), actual.ravel())
+    intervals = _intervals(per_query[None], resamples, seed)
     return Agreement(
         predicted,
         actual,
         *per_query.T,
-        pooled=dict(zip(STATISTICS, _statistics(predicted.ravel(), actual.ravel()), strict=True)),
-        intervals=dict(zip(STATISTICS, _intervals(per_query[None], resamples, seed), strict=True)),
+        pooled=dict(zip(STATISTICS, pooled, strict=True)),
+        intervals=dict(zip(STATISTICS, intervals, strict=True)),
         query_ids=numpy.arange(len(actual)) if query_ids is None else query_ids,
     )
 
 
 def _statistics(predicted, actual) -> tuple[float, ...]:
     """The five `STATISTICS` of one row of changes; NaN where they are not defined."""
-    from scipy import stats  # half a second to import; nothing else here needs it
+    from scipy import stats  # takes half a second, so only when it is needed
 
     if numpy.ptp(predicted) == 0 or numpy.ptp(actual) == 0:
         return (float("nan"),) * len(STATISTICS)
     r = float(stats.pearsonr(predicted, actual).statistic)
     rho = float(stats.spearmanr(predicted, actual).statistic)
+    slope = r * float(actual.std() / predicted.std())
+    sign = magnitude = float("nan")
+    signed = (predicted != 0) & (actual != 0)
+    if signed.any():
+        sign = float(((predicted > 0) == (actual > 0))[signed].mean())
     sizes = [abs(predicted), abs(actual)]
-    magnitude = (
-        float("nan") if 0 in map(numpy.ptp, sizes) else float(stats.spearmanr(*sizes).statistic)
-    )
-    told = (predicted != 0) & (actual != 0)
-    sign = float(((predicted > 0) == (actual > 0))[told].mean()) if told.any() else float("nan")
-    return r, rho, r * float(actual.std() / predicted.std()), sign, magnitude
+    if all(numpy.ptp(size) > 0 for size in sizes):
+        magnitude = float(stats.spearmanr(*sizes).statistic)
+    return r, rho, slope, sign, magnitude
 
 
 def row_ranks(values) -> numpy.ndarray:
@@ -208,13 +207,21 @@ def row_ranks(values) -> numpy.ndarray:
 
 
 def row_correlations(a, b) -> numpy.ndarray:
-    """Pearson r of each row of ``a`` with the same row of ``b``, ``(Q, R)`` each; of `row_ranks` it
-    is Spearman's.
+    """Pearson r of each row of ``a`` with the same row of ``b``; of `row_ranks` it is Spearman's.
 
-    Two statistics of `Agreement` for all queries at once, ``(Q,)``, as a slider needs them; NaN for
-    a row that does not vary.
+    Two statistics of `Agreement` for all queries at once, fast enough for a slider.
+
+    Args:
+        a, b: ``(Q, R)`` each.
+
+    Returns:
+        ``(Q,)``; NaN for a row that does not vary.
+
+    Raises:
+        ValueError: different shapes.
     """
-    a, b = numpy.asarray(a, float), numpy.asarray(b, float)
+    a = numpy.asarray(a, float)
+    b = numpy.asarray(b, float)
     if a.shape != b.shape or a.ndim != 2:
         raise ValueError(f"a {a.shape} and b {b.shape} must be two arrays of the same (Q, R)")
     a, b = (x - x.mean(1, keepdims=True) for x in (a, b))
@@ -231,10 +238,8 @@ def _intervals(values: numpy.ndarray, resamples: int, seed: int) -> list[tuple[f
     values = values[:, ~numpy.isnan(values).all((0, 2))]
     runs, queries, _ = values.shape
     rng = numpy.random.default_rng(seed)
-    # How often each run and query is drawn; runs are fixed when there is only one.
-    # (resamples, S)
+    # How often each run (resamples, S) and each query (resamples, Q) is drawn; a single run always.
     by_run = rng.multinomial(runs, numpy.full(runs, 1 / runs), resamples).astype(float)
-    # (resamples, Q)
     by_query = rng.multinomial(queries, numpy.full(queries, 1 / queries), resamples).astype(float)
     known = ~numpy.isnan(values)
 
@@ -248,9 +253,7 @@ def _intervals(values: numpy.ndarray, resamples: int, seed: int) -> list[tuple[f
 
 
 def _mean(values: numpy.ndarray) -> numpy.ndarray:
-    """Mean over runs and queries, NaN left out; NaN, without NumPy's warning, where nothing is
-    left.
-    """
+    """Mean over runs and queries without NaN; NaN, without NumPy's warning, if none are left."""
     count = (~numpy.isnan(values)).sum((0, 1))
     return numpy.where(count > 0, numpy.nansum(values, (0, 1)) / numpy.maximum(count, 1), numpy.nan)
 
@@ -298,8 +301,9 @@ def compare_methods(
 def noise_ceiling(
     effects: Mapping[str, Sequence[Effects]], *, resamples: int = 2000, seed: int = 0
 ):
-    """How well retraining under one seed predicts retraining under another: no method that does not
-    know the seed can be expected to do better.
+    """How well retraining under one seed predicts retraining under another.
+
+    No method that does not know the seed can be expected to agree better.
 
     Args:
         effects: by the name of the removals, those of two or more seeds: same data, queries and
@@ -319,46 +323,39 @@ def noise_ceiling(
             raise ValueError(
                 f"{removals!r}: effects of at least two seeds are needed to compare them"
             )
-        if any(
-            e.subsets != runs[0].subsets or not torch.equal(e.query_ids, runs[0].query_ids)
-            for e in runs
-        ):
-            raise ValueError(
-                f"{removals!r}: the seeds removed different examples or asked different queries"
-            )
-        pairs = [
-            (a.values.double().numpy(), b.values.double().numpy()) for a, b in permutations(runs, 2)
-        ]
+        first = runs[0]
+        for run in runs:
+            if run.subsets != first.subsets or not torch.equal(run.query_ids, first.query_ids):
+                raise ValueError(
+                    f"{removals!r}: the seeds removed different examples or asked different queries"
+                )
+        pairs = permutations([run.values.double().numpy() for run in runs], 2)
         rows += _rows(removals, CEILING, pairs, resamples, seed)
     return _frame(rows)
 
 
 def method_table(table, statistic: str = "r", columns: str = "removals"):
-    """Methods by kinds of removal, each cell ``mean [low, high]``, for reading: from the table of
-    `compare_methods`.
+    """The table of `compare_methods` for reading: methods by kinds of removal.
 
     Args:
-        table: its rows, also of several settings or links with such a column.
-        statistic: which one to show.
+        table: its rows; they may be of several settings or links, with a column that says which.
+        statistic: which one to show, each cell as ``mean [low, high]``.
         columns: name of the column to spread out, or a list of names.
     """
     some = table[table["statistic"] == statistic]
     if some.empty:
         raise ValueError(f"statistic={statistic!r} is none of {sorted(set(table['statistic']))}")
-    figures = zip(some["mean"], some["low"], some["high"], strict=True)
-    # a table does not break them
-    cells = [f"{m:.2f}\u00a0[{a:.2f},\u00a0{b:.2f}]" for m, a, b in figures]
-    return (
-        some.assign(cell=cells)
-        .pivot_table("cell", "method", columns, aggfunc="first", sort=False)
-        .fillna("")
-    )
+    numbers = zip(some["mean"], some["low"], some["high"], strict=True)
+    # with spaces at which a table does not break the line
+    cells = [f"{m:.2f}\u00a0[{low:.2f},\u00a0{high:.2f}]" for m, low, high in numbers]
+    cells = some.assign(cell=cells)
+    return cells.pivot_table("cell", "method", columns, aggfunc="first", sort=False).fillna("")
 
 
 def _rows(removals: str, method: str, pairs, resamples: int, seed: int) -> list[tuple]:
-    values = numpy.array(
-        [compare(*pair, resamples=1).to_frame()[list(STATISTICS)].to_numpy() for pair in pairs]
-    )
+    """Rows of a table: every statistic of one method, from predicted and actual changes per run."""
+    tables = [compare(*pair, resamples=1).to_frame()[list(STATISTICS)] for pair in pairs]
+    values = numpy.array([table.to_numpy() for table in tables])
     means = _mean(values)
     spans = _intervals(values, resamples, seed)
     return [
@@ -388,7 +385,8 @@ def detection(order: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
     >>> detection(torch.tensor([2, 0, 1]), torch.tensor([False, True, True]))
     (tensor([1.0000, 0.5000, 0.6667]), tensor([0.5000, 0.5000, 1.0000]))
     """
-    order, truth = torch.as_tensor(order).cpu(), torch.as_tensor(truth).cpu()
+    order = torch.as_tensor(order).cpu()
+    truth = torch.as_tensor(truth).cpu()
     if truth.dtype != torch.bool or truth.ndim != 1 or not bool(truth.any()):
         raise ValueError(
             f"truth is {truth.dtype} of shape {tuple(truth.shape)}: a mask with something to find "

@@ -1,8 +1,9 @@
-"""Ground truth by real retraining, and how well predictions agree with it."""
+"""Ground truth by real retraining: what happens to the queries when examples are removed."""
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import joblib
 import numpy
@@ -29,9 +30,9 @@ class Effects:
     Attributes:
         values: ``(Q, R)``, q after removal minus q before, in nats (or units of q).
         subsets: the R removed groups, positions in the stage's data.
-        base: ``(Q,)`` q before.
-        query_ids: ``(Q,)``.
-        gradient_norm: ``(R,)`` largest ``‖∇F‖`` over the retrained stages.
+        base: ``(Q,)``, q before.
+        query_ids: identities of the queries ``(Q,)``.
+        gradient_norm: ``(R,)``, largest ``‖∇F‖`` over the retrained stages.
         stage, target, protocol: whose examples, what q is, how the retraining was started.
     """
 
@@ -46,13 +47,18 @@ class Effects:
 
     def __repr__(self) -> str:
         queries, removals = self.values.shape
-        return f"Effects({queries} queries × {removals} removals from stage {self.stage!r}, {self.protocol})"
+        return (
+            f"Effects({queries} queries × {removals} removals from stage {self.stage!r}, "
+            f"{self.protocol})"
+        )
 
     def save(self, path) -> None:
         """Write to one safetensors file, all or nothing."""
-        names = ("values", "base", "query_ids", "gradient_norm")
-        facts = {n: getattr(self, n) for n in ("subsets", "stage", "target", "protocol")}
-        write_tensors(path, "effects", {n: getattr(self, n) for n in names}, facts)
+        tensors = {
+            name: getattr(self, name) for name in ("values", "base", "query_ids", "gradient_norm")
+        }
+        facts = {name: getattr(self, name) for name in ("subsets", "stage", "target", "protocol")}
+        write_tensors(path, "effects", tensors, facts)
 
     @classmethod
     def load(cls, path) -> "Effects":
@@ -64,10 +70,18 @@ class Effects:
 def random_removals(
     m: int, count: int, fraction: float | None = None, *, seed: int = 0
 ) -> list[list[int]]:
-    """``count`` random groups of positions below m: single examples, all different, or groups of a
-    fraction of m.
+    """Random groups of positions in data of m examples, to be removed.
 
     The draws are PyTorch's, so another version of it may draw others.
+
+    Args:
+        m: how many examples there are.
+        count: how many groups.
+        fraction: of m, the size of each group; default groups of one example, all different.
+        seed: of the draws.
+
+    Raises:
+        ValueError: there are not so many groups, or they would be empty or hold everything.
 
     >>> [len(group) for group in random_removals(100, 2, fraction=0.03)]
     [3, 3]
@@ -84,20 +98,19 @@ def random_removals(
 
 
 def _check_subsets(subsets: Sequence[Sequence[int]], m: int) -> list[list[int]]:
+    """The groups as lists of positions below m; a bare number is a group of one."""
     if not isinstance(subsets, Iterable):
         raise TypeError(f"subsets={subsets!r} must be lists of positions, e.g. [[3], [17], [5, 9]]")
     groups = []
     for subset in subsets:
-        members = torch.as_tensor(
-            subset if isinstance(subset, (int, torch.Tensor)) else numpy.asarray(subset)
-        )
-        if len(members.reshape(-1)) and (
-            members.is_floating_point() or members.dtype == torch.bool
-        ):
+        known = isinstance(subset, int | torch.Tensor)
+        members = torch.as_tensor(subset if known else numpy.asarray(subset)).reshape(-1)
+        whole = not members.is_floating_point() and members.dtype != torch.bool
+        if len(members) and not whole:
             raise ValueError(
                 f"subset {subset} must hold positions, whole numbers between 0 and {m - 1}"
             )
-        groups.append([int(i) for i in members.reshape(-1)])
+        groups.append([int(i) for i in members])
     if not groups:
         raise ValueError("subsets is empty; give lists of positions, e.g. [[3], [17], [5, 9]]")
     for group in groups:
@@ -111,6 +124,7 @@ def _check_subsets(subsets: Sequence[Sequence[int]], m: int) -> list[list[int]]:
 def _retrain_without(
     pipeline, stage, groups, queries, target, protocol
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """After retraining: q ``(Q, R)``, ``‖∇F‖`` ``(R,)``, and which missed a tolerance ``(R,)``."""
     weights = torch.ones(len(groups), len(pipeline.stages[stage].data))
     for lane, group in enumerate(groups):
         weights[lane, group] = 0
@@ -124,9 +138,7 @@ def _retrain_without(
 
 
 def default_protocol(pipeline: Pipeline) -> str:
-    """How `removal_effects` retrains if nobody says: from the trained weights where every stage
-    seeks an optimum.
-    """
+    """How `removal_effects` retrains by default: warm if every stage is trained to an optimum."""
     return "warm-start" if all(hasattr(s.recipe, "tol") for s in pipeline.stages) else "same-seed"
 
 
@@ -157,9 +169,9 @@ def removal_effects(
             influence is about), else same seed.
         n_jobs: processes through joblib; ``joblib.parallel_config`` moves them to a cluster.
         lanes: removals retrained at once in one process by vectorising over models.
-        store: a file that keeps what is done after every batch of ``lanes``; the same call resumes
-            from it.
-        progress: show a bar past two seconds.
+        store: a file that keeps the results so far after every batch of ``lanes``; the same call
+            resumes from it.
+        progress: show a bar if it takes longer than two seconds.
 
     Returns:
         `Effects` with values ``(Q, R)``.
@@ -182,40 +194,33 @@ def removal_effects(
     if store is not None:
         check_writable(store)
     base = _base(pipeline, queries, target, protocol)
-    stage_name = pipeline.stages[k].name
-    key = _key(pipeline, queries, groups, stage_name, target, protocol)
-    after, norms, done, short = _open_store(store, key, len(base), groups)
-    todo = [part for part in (~done).nonzero().flatten().split(lanes) if len(part)]
+    name = pipeline.stages[k].name
+    kept = _Kept.open(store, _key(pipeline, queries, groups, name, target, protocol), base, groups)
+    parts = [part for part in kept.missing().split(lanes) if len(part)]
+    retrain = joblib.delayed(_retrain_without)
     jobs = (
-        joblib.delayed(_retrain_without)(
-            pipeline, k, [groups[i] for i in part], queries, target, protocol
-        )
-        for part in todo
+        retrain(pipeline, k, [groups[i] for i in part], queries, target, protocol) for part in parts
     )
     with progress_bar(len(groups), "retraining", progress) as bar:
-        bar.update(int(done.sum()))
-        for part, (values, norm, missed) in zip(
-            todo, joblib.Parallel(n_jobs, return_as="generator")(jobs), strict=True
-        ):
-            after[:, part], norms[part], done[part], short[part] = values, norm, True, missed
-            if store is not None:
-                state = {"after": after, "norms": norms, "done": done, "short": short}
-                write_tensors(store, "removals", state, {"key": key})
+        bar.update(int(kept.done.sum()))
+        results = joblib.Parallel(n_jobs, return_as="generator")(jobs)
+        for part, result in zip(parts, results, strict=True):
+            kept.add(part, *result)
             bar.update(len(part))
-    if bool(short.any()):
+    if bool(kept.short.any()):
         warnings.warn(
             "some retrainings stopped short of their recipe's tolerance: largest ‖∇F‖ is "
-            f"{float(norms.max()):.1e}; raise max_iter or weight_decay",
+            f"{float(kept.norms.max()):.1e}; raise max_iter or weight_decay",
             ConvergenceWarning,
             stacklevel=2,
         )
     return Effects(
-        after - base[:, None],
+        kept.after - base[:, None],
         groups,
         base,
         queries.ids,
-        norms,
-        stage_name,
+        kept.norms,
+        name,
         target_name(target),
         protocol,
     )
@@ -236,18 +241,60 @@ def _key(pipeline, queries, groups, stage, target, protocol) -> str:
     return f"{parts} {groups} {stage} {describe(target)} {protocol} {pipeline.facts()}"
 
 
-def _open_store(store, key: str, queries: int, groups) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    try:
-        tensors, facts = read_tensors(store, "removals") if store is not None else (None, None)
-    except FileNotFoundError:
-        tensors = None
-    if tensors is None:
-        count, kind = len(groups), torch.float64
-        done, short = torch.zeros(2, count, dtype=torch.bool)
-        return torch.zeros(queries, count, dtype=kind), torch.zeros(count, dtype=kind), done, short
-    if facts["key"] != key:
-        raise SavedFileError(
-            f"store={str(store)!r} holds removals of another pipeline, queries or subsets; name "
-            "another file"
-        )
-    return tensors["after"], tensors["norms"], tensors["done"], tensors["short"]
+@dataclass
+class _Kept:
+    """The retrainings that are done, kept in a file if there is a ``store``.
+
+    Attributes:
+        store: the file, or None.
+        key: what the file must be of.
+        after: ``(Q, R)``, q after each removal.
+        norms: ``(R,)``, largest ``‖∇F‖`` over the stages.
+        done, short: ``(R,)``, which are done, and which of them missed a tolerance.
+    """
+
+    store: str | Path | None
+    key: str
+    after: Tensor
+    norms: Tensor
+    done: Tensor
+    short: Tensor
+
+    @classmethod
+    def open(cls, store, key: str, base: Tensor, groups: list) -> "_Kept":
+        """What the store holds, or nothing done yet.
+
+        Raises:
+            SavedFileError: it is of another call.
+        """
+        try:
+            tensors, facts = read_tensors(store, "removals") if store is not None else (None, {})
+        except FileNotFoundError:
+            tensors = None
+        if tensors is None:
+            count = len(groups)
+            after = torch.zeros(len(base), count, dtype=torch.float64)
+            norms = torch.zeros(count, dtype=torch.float64)
+            none = torch.zeros(count, dtype=torch.bool)
+            return cls(store, key, after, norms, done=none, short=none.clone())
+        if facts["key"] != key:
+            raise SavedFileError(
+                f"store={str(store)!r} holds removals of another pipeline, queries or subsets; "
+                "name another file"
+            )
+        return cls(store, key, **tensors)
+
+    def missing(self) -> Tensor:
+        """Numbers of the removals that are still to do."""
+        return (~self.done).nonzero().flatten()
+
+    def add(self, part: Tensor, after: Tensor, norms: Tensor, short: Tensor) -> None:
+        """Keep the results of the removals ``part``, also in the file."""
+        self.after[:, part] = after
+        self.norms[part] = norms
+        self.done[part] = True
+        self.short[part] = short
+        if self.store is not None:
+            names = ("after", "norms", "done", "short")
+            state = {name: getattr(self, name) for name in names}
+            write_tensors(self.store, "removals", state, {"key": self.key})

@@ -1,6 +1,6 @@
-"""The lessons' exercises: what is right, what often goes wrong; `check` is how a lesson asks.
+"""The lessons' exercises: what is right and what often goes wrong; a lesson calls `check`.
 
-One module a lesson. How to get the right answer is written once, folded, in the lesson itself.
+One module for each lesson. How to get the right answer is written once, folded, in the lesson.
 """
 
 import inspect
@@ -37,17 +37,19 @@ EXERCISES = {name: task for lesson in LESSONS for name, task in lesson.EXERCISES
 
 
 def check(exercise: str, answer, /, **given) -> Verdict:
-    """Whether an answer to a lesson's exercise is right; the last line of its cell, so that Jupyter
-    shows it.
+    """Whether an answer to a lesson's exercise is right.
+
+    It is the last line of the exercise's cell, so that Jupyter shows what it returns.
 
     Args:
         exercise: its number, such as "09-3".
-        answer: the reader's; still ``...`` is unattempted and no error, so that Run All passes.
+        answer: the reader's; as long as it is ``...`` it counts as unattempted, which is no error,
+            so that Run All passes.
         given: the quantities that the question starts from.
 
     Returns:
-        `Verdict`: unattempted; wrong, with the largest difference and a hint where the mistake is a
-        known one; or right, with a question to go on with.
+        `Verdict`: unattempted; wrong, with the largest difference, and with a hint if the mistake
+        is a known one; or right, with a question that leads on.
 
     Raises:
         ValueError: no such exercise.

@@ -14,22 +14,22 @@ def _mean_r(predicted, actual) -> float:
 EXERCISES = {
     "00-1": Exercise(
         expected=lambda scores: scores.mean().harmful(5).positions[0].tolist(),
-        next="are the same five the worst when everything is finetuned?",
+        next="are the same five the most harmful when everything is finetuned?",
         mistakes={
             "helpful": (
                 lambda right, given: given["scores"].mean().helpful(5).positions[0],
-                "these are the most helpful; harmful means a positive score, more weight and "
-                "more loss",
+                "these are the most helpful; a harmful example has a positive score: more weight "
+                "on it, more loss",
             ),
             "ids": (
                 lambda right, given: given["scores"].mean().harmful(5).ids[0],
-                "these are ids, who the images are in the whole data set; positions count within "
-                "the pretraining data",
+                "these are ids, which identify the images in the whole data set; positions count "
+                "within the pretraining data",
             ),
             "first query": (
                 lambda right, given: given["scores"].harmful(5).positions[0],
-                "these are the worst for the first query alone; average over the queries before "
-                "you rank",
+                "these are the most harmful for the first query alone; average over the queries "
+                "before you rank",
             ),
         },
     ),
@@ -39,7 +39,7 @@ EXERCISES = {
         mistakes={
             "pooled": (
                 lambda right, given: _mean_r(*(x.reshape(1, -1) for x in given.values())),
-                "all pairs at once; correlate the removals of each query, then take the mean "
+                "that pools all pairs; correlate the removals of each query, then take the mean "
                 "over queries",
             ),
             "over queries": (
@@ -48,14 +48,17 @@ EXERCISES = {
             ),
             "sign": (
                 lambda right, given: -right,
-                "the sign is flipped: a score is for more weight, a removal is less; the "
+                "the sign is flipped: a score is about more weight, a removal means less; the "
                 "prediction is minus the score",
             ),
         },
     ),
     "00-3": Exercise(
         expected=lambda frozen, full: float((frozen.sign() == full.sign()).double().mean()),
-        next="you delete what the frozen case calls harmful and then finetune everything: how often do you do harm?",
+        next=(
+            "you delete what the frozen case calls harmful and then finetune everything: how often "
+            "do you do harm?"
+        ),
         mistakes={
             "disagree": (
                 lambda right, given: 1 - right,
@@ -65,11 +68,11 @@ EXERCISES = {
                 lambda right, given: float(
                     ((given["frozen"] > 0) & (given["full"] > 0)).double().mean()
                 ),
-                "that counts pairs that are harmful in both; helpful in both is agreement as well",
+                "that counts pairs harmful in both cases; helpful in both is agreement as well",
             ),
             "correlation": (
                 lambda right, given: _mean_r(given["frozen"], given["full"]),
-                "that is a correlation, which asks for sizes too; only signs were asked for",
+                "that is a correlation, which depends on sizes too; only signs were asked for",
             ),
         },
     ),

@@ -1,5 +1,6 @@
-"""Exercises of lesson 01: ridge regression with ½(xᵀθ − y)², weight decay λ and a mean over m
-examples.
+"""Exercises of lesson 01, on ridge regression.
+
+Each of the m examples has the loss ½(xᵀθ − y)², the risk is their mean, and λ is the weight decay.
 """
 
 from torch import eye
@@ -51,11 +52,11 @@ def _rescaled(X, y, lam, group):
 EXERCISES = {
     "01-1": Exercise(
         expected=_response,
-        next="and how do the predictions respond to λ itself (∂g/∂λ is shorter still)?",
+        next="and how do the predictions respond to λ itself (its ∂g/∂λ is shorter still)?",
         mistakes={
             "sign": (
                 lambda right, given: -right,
-                "the sign is flipped: ∂g/∂y_i is −x_i/m, and line 3 brings a second minus",
+                "the sign is flipped: ∂g/∂y_i is −x_i/m, and line 3 adds a second minus",
             ),
             "no 1/m": (
                 lambda right, given: right * len(given["X"]),
@@ -73,21 +74,24 @@ EXERCISES = {
     ),
     "01-2": Exercise(
         expected=lambda X, y, lam: _residual(X, y, lam) / (1 - _leverage(X, lam)),
-        next="for whom is it more than 1.5 times the plain residual, and where are they in section 4's figure?",
+        next=(
+            "for whom is it more than 1.5 times the plain residual, and where are they in section "
+            "4's figure?"
+        ),
         mistakes={
             "not left out": (
                 lambda right, given: _residual(**given),
-                "those are errors on patients the model has seen; without patient i the fit "
-                "gives way",
+                "those are errors on patients that the model has seen; a fit without patient i is "
+                "no longer drawn towards y_i",
             ),
             "times": (
                 lambda right, given: _residual(**given) * (1 - _leverage(given["X"], given["lam"])),
-                "a left-out error is larger than the error on seen data; divide by 1 − h",
+                "the error on a patient left out is larger than on one seen; divide by 1 − h",
             ),
             "1 + h": (
                 lambda right, given: _residual(**given) / (1 + _leverage(given["X"], given["lam"])),
-                "1 + h belongs to a patient added a second time; removal takes the share away: 1 "
-                "− h",
+                "1 + h belongs to a patient added a second time; removal takes the share h away: "
+                "1 − h",
             ),
             "change only": (
                 lambda right, given: right - _residual(**given),
@@ -101,11 +105,13 @@ EXERCISES = {
     ),
     "01-3": Exercise(
         expected=_change,
-        next="how wrong is the sum of single changes when the two patients are copies of each other?",
+        next=(
+            "how wrong is the sum of single changes when the two patients are copies of each other?"
+        ),
         mistakes={
             "derivative": (
                 lambda right, given: solve(_curvature(given["X"], given["lam"]), _pull(**given)),
-                "that is the derivative: the curvature still holds the two; take their shares "
+                "that is the derivative: the curvature still includes the two; take their shares "
                 "out of H",
             ),
             "sum of singles": (
@@ -118,8 +124,8 @@ EXERCISES = {
             ),
             "mean over the rest": (
                 lambda right, given: _rescaled(**given),
-                "you took the mean over those who stay; removal keeps the 1/m, so that λ keeps "
-                "its meaning",
+                "you took the mean over the patients that stay; removal keeps the 1/m, so that λ "
+                "keeps its meaning",
             ),
         },
     ),

@@ -6,12 +6,12 @@ from .marking import Exercise
 
 
 def _schur(given):
-    """The curvature that W feels when U follows."""
+    """The effective curvature of W when U follows it."""
     return given["H_WW"] - given["H_WU"] @ linalg.solve(given["H_UU"], given["H_WU"].T)
 
 
 def _pull(given):
-    """The example's pull on W, with what it does to W by pulling on U."""
+    """The example's pull on W, directly and through U."""
     return given["f_W"] - given["H_WU"] @ linalg.solve(given["H_UU"], given["f_U"])
 
 
@@ -20,7 +20,7 @@ def _embedding_moves(**given):
 
 
 def _W_alone(b, H_F, theta, **_):
-    """The answer to λ₁ as if U could not move."""
+    """The response to λ₁ if U could not move."""
     d = b.shape[1]
     return -b @ linalg.solve(H_F[:d, :d], theta[:d])
 
@@ -30,11 +30,11 @@ EXERCISES = {
         expected=lambda H_WW, H_WU, H_UU, f_W, f_U, m: _embedding_moves(
             H_WW=H_WW, H_WU=H_WU, H_UU=H_UU, f_W=f_W, f_U=f_U, m=m
         ),
-        next="for which examples would holding U do no harm at all?",
+        next="for which examples would holding U fixed make no difference?",
         mistakes={
             "U held": (
                 lambda right, given: -linalg.solve(given["H_WW"], given["f_W"]) / given["m"],
-                "the U block is dropped: that is how W would move if U could not answer",
+                "the U block is dropped: that is how W would move if U could not follow",
             ),
             "curvature of W alone": (
                 lambda right, given: -linalg.solve(given["H_WW"], _pull(given)) / given["m"],
@@ -42,8 +42,8 @@ EXERCISES = {
             ),
             "pull on W alone": (
                 lambda right, given: -linalg.solve(_schur(given), given["f_W"]) / given["m"],
-                "the curvature is right, but the example pulls on U too, and U on W: f_W − H_WU "
-                "H_UU⁻¹ f_U",
+                "the curvature is right, but the example pulls on U too, and U on W: "
+                "f_W − H_WU H_UU⁻¹ f_U",
             ),
             "sign": (
                 lambda right, given: -right,
@@ -62,15 +62,15 @@ EXERCISES = {
             "no inverse": (
                 lambda right, given: -given["G_WT"].T @ given["u"],
                 "G_TT⁻¹ is missing: that is how the pull on the head changes, not how far the "
-                "head goes",
+                "head moves",
             ),
             "not solved": (
                 lambda right, given: -given["G_TT"] @ given["G_WT"].T @ given["u"],
-                "multiplied by G_TT instead of its inverse: a stiffer head must move less",
+                "you multiplied by G_TT, not by its inverse: a stiffer head must move less",
             ),
             "transposed": (
                 lambda right, given: right.T,
-                "that is the transpose: one row for each number of T, one column for each example",
+                "that is the transpose: give one row per parameter of T, one column per example",
             ),
         },
     ),
@@ -80,16 +80,15 @@ EXERCISES = {
         mistakes={
             "1/m": (
                 lambda right, given: right / given["m"] if given.get("m") else None,
-                "divided by m; but the penalty is not a mean over examples: no 1/m stands before "
-                "it",
+                "you divided by m; but the penalty is not a mean over examples, so it has no 1/m",
             ),
             "U held": (
                 lambda right, given: _W_alone(**given),
-                "the U block is dropped: the penalty pulls on U as well, and W answers to that",
+                "the U block is dropped: the penalty pulls on U as well, and W responds to that",
             ),
             "half": (
                 lambda right, given: right / 2,
-                "half of it: the gradient of λ₁/2 ‖θ‖² is λ₁ θ, the ½ is used up",
+                "that is half of it: the gradient of λ₁/2 ‖θ‖² is λ₁ θ, without the ½",
             ),
             "sign": (
                 lambda right, given: -right,

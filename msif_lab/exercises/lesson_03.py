@@ -21,10 +21,20 @@ def _shared_part_only(H_G, W, alpha, grad_q, grad_g):
     return -grad_q[W].T @ linalg.solve(block, grad_g[:, W].T) / len(grad_g)
 
 
+def _gain(given, factor):
+    """The filter of each direction, with this factor before α."""
+    pull = factor * given["alpha"]
+    return pull / (given["s"] + pull)
+
+
+def _filtered(given, gain):
+    return given["E"] @ (gain * (given["E"].T @ given["c"]))
+
+
 EXERCISES = {
     "03-1": Exercise(
         expected=lambda G_TT, G_WT, dW: -linalg.solve(G_TT, G_WT.T @ dW),
-        next="what is left of it as α goes to 0, and why does the head then forget W* too?",
+        next="what is left of it as α goes to 0, and why does the head then forget W*, too?",
         mistakes={
             "sign": (
                 lambda right, given: -right,
@@ -36,54 +46,42 @@ EXERCISES = {
             ),
             "frozen": (
                 lambda right, given: -linalg.solve(given["G_TT"], given["G_WT"].T),
-                "that is the frozen case, where W′ moves with W* one to one; here it moves by dW "
+                "that is the frozen case, where W′ moves with W* one to one; here it moves by dW′ "
                 "only",
             ),
         },
     ),
     "03-2": Exercise(
         expected=lambda s, E, c, alpha: E @ (2 * alpha / (s + 2 * alpha) * (E.T @ c)),
-        next="for which s does the filter let through more than everything, and what does that say of the minimum?",
+        next=(
+            "for which s does the filter let through more than everything, and what does that say "
+            "about the minimum?"
+        ),
         mistakes={
             "upside down": (
-                lambda right, given: (
-                    given["E"]
-                    @ (
-                        (given["s"] + 2 * given["alpha"])
-                        / (2 * given["alpha"])
-                        * (given["E"].T @ given["c"])
-                    )
-                ),
-                "upside down: stiff directions must come through least, so s stands below",
+                lambda right, given: _filtered(given, 1 / _gain(given, 2)),
+                "upside down: stiff directions must come through least, so s is in the denominator",
             ),
             "no 2": (
-                lambda right, given: (
-                    given["E"]
-                    @ (given["alpha"] / (given["s"] + given["alpha"]) * (given["E"].T @ given["c"]))
-                ),
+                lambda right, given: _filtered(given, _gain(given, 1)),
                 "the penalty is α‖W′ − W*‖² without a ½, so its curvature is 2α",
             ),
             "no 2α in front": (
                 lambda right, given: right / (2 * given["alpha"]),
-                "that is (S + 2αI)⁻¹c; W* enters the gradient as −2αW*, which puts 2α in front",
+                "that is (S + 2αI)⁻¹c; W* enters the gradient as −2αW*, hence the 2α in front",
             ),
             "eigenvectors as rows": (
-                lambda right, given: (
-                    given["E"].T
-                    @ (
-                        2
-                        * given["alpha"]
-                        / (given["s"] + 2 * given["alpha"])
-                        * (given["E"] @ given["c"])
-                    )
-                ),
+                lambda right, given: _filtered(given | {"E": given["E"].T}, _gain(given, 2)),
                 "eigenvectors are the columns of E, so E.T @ c are the coordinates",
             ),
         },
     ),
     "03-3": Exercise(
         expected=_own_scores,
-        next="as α goes to ∞, which examples can still speak through T alone: pretraining's, finetuning's, or both?",
+        next=(
+            "as α goes to ∞, which examples can still act through T alone: pretraining's, "
+            "finetuning's, or both?"
+        ),
         mistakes={
             "2α in front": (
                 lambda right, given: 2 * given["alpha"] * right,
@@ -91,7 +89,7 @@ EXERCISES = {
             ),
             "P everywhere": (
                 lambda right, given: _own_scores(**given, everywhere=True),
-                "nothing pulls at T: P is the identity on W and zero on T",
+                "nothing pulls on T: P is the identity on W and zero on T",
             ),
             "no P": (
                 lambda right, given: _own_scores(**given | {"alpha": 0.0}),
@@ -99,15 +97,15 @@ EXERCISES = {
             ),
             "shared part only": (
                 lambda right, given: _shared_part_only(**given),
-                "only the rows of W; a finetuning example moves the head as well",
+                "those are only the rows of W; a finetuning example moves the head as well",
             ),
             "sign": (
                 lambda right, given: -right,
-                "the sign is flipped: H d(W′,T) = −∇g_j/n, more weight goes down its gradient",
+                "the sign is flipped: H d(W′,T) = −∇g_j/n, more weight moves down its gradient",
             ),
             "no mean": (
                 lambda right, given: right * len(given["grad_g"]),
-                "g_j enters G with 1/n",
+                "the 1/n is missing: g_j enters G through a mean over n examples",
             ),
         },
     ),

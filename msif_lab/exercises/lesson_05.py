@@ -8,12 +8,12 @@ from .marking import Exercise
 EXERCISES = {
     "05-1": Exercise(
         expected=lambda grad_q, grad_f: -grad_q @ grad_f.T / len(grad_f),
-        next="divide by both norms; which examples lose rank, and why might that be wanted?",
+        next="divide by both norms: which examples fall in rank, and why might one want that?",
         mistakes={
             "sign": (
                 lambda right, given: -right,
-                "the sign is flipped: training moves down the gradient, so gradients that agree "
-                "mean help",
+                "the sign is flipped: training moves down the gradient, so an example whose "
+                "gradient agrees with the query's helps",
             ),
             "sum": (
                 lambda right, given: right * len(given["grad_f"]),
@@ -29,13 +29,16 @@ EXERCISES = {
         expected=lambda predicted, actual: float(
             predicted.abs().corr(actual.abs(), method="spearman")  # pandas series
         ),
-        next="do the same for the entropy: does a second unsigned score know anything that the loss does not?",
+        next=(
+            "do the same for the entropy: does a second unsigned score know anything that the loss "
+            "does not?"
+        ),
         mistakes={
             "signed": (
                 lambda right, given: float(
                     given["predicted"].corr(given["actual"], method="spearman")
                 ),
-                "that compares signs too; take absolute values of both first",
+                "that compares signs too; take the absolute values of both first",
             ),
             "one side": (
                 lambda right, given: float(
@@ -45,8 +48,8 @@ EXERCISES = {
             ),
             "Pearson": (
                 lambda right, given: float(given["predicted"].abs().corr(given["actual"].abs())),
-                "that is Pearson's; compare ranks, since the units of a loss are not those of an "
-                "effect",
+                "that is Pearson's r; compare ranks, since a loss and an effect have different "
+                "scales",
             ),
         },
     ),
@@ -64,7 +67,7 @@ EXERCISES = {
             ),
             "transposed": (
                 lambda right, given: right.T,
-                "that is the transpose: one row a query, as many columns as W has parameters",
+                "that is the transpose: give one row per query, one column per parameter of W",
             ),
         },
     ),

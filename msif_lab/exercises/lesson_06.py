@@ -11,8 +11,9 @@ def _centred(rows):
 
 
 def _mean_correlation(runs, same: bool) -> float:
-    """Mean Pearson r between seeds of ``runs`` (S, Q, R), per query; with or without each seed
-    against itself.
+    """Mean Pearson r between the seeds of ``runs`` (S, Q, R), per query.
+
+    With ``same`` each seed is also compared with itself.
     """
     z = _centred(runs)
     r = einsum("aqr,bqr->abq", z, z).mean(2)
@@ -26,7 +27,7 @@ EXERCISES = {
         mistakes={
             "sign": (
                 lambda right, given: -right,
-                "the sign is flipped: the score is for more weight, and removing takes weight away",
+                "the sign is flipped: a score is about more weight, and a removal takes it away",
             ),
             "mean": (
                 lambda right, given: right / len(given["group"]),
@@ -57,23 +58,26 @@ EXERCISES = {
                 lambda right, given: float(
                     (given["predicted"] * given["actual"]).sum() / (given["predicted"] ** 2).sum()
                 ),
-                "that line goes through the origin; take the mean of the predictions off first",
+                "that line goes through the origin; subtract the mean of the predictions first",
             ),
             "correlation": (
                 lambda right, given: (
                     right * float(given["predicted"].std() / given["actual"].std())
                 ),
-                "that is r; a slope keeps the units, so only the prediction's spread belongs below",
+                "that is r; a slope keeps the units, so divide by the predictions' variance alone",
             ),
         },
     ),
     "06-3": Exercise(
         expected=lambda runs: _mean_correlation(runs, same=False),
-        next="with ten seeds, would you rather average effects first, and what would that ceiling mean?",
+        next=(
+            "with ten seeds, would you rather average effects first, and what would that ceiling "
+            "mean?"
+        ),
         mistakes={
             "itself": (
                 lambda right, given: _mean_correlation(given["runs"], same=True),
-                "a seed compared with itself gives 1 and lifts the ceiling; leave those pairs out",
+                "a seed compared with itself gives 1 and raises the ceiling; leave those pairs out",
             ),
             "pooled": (
                 lambda right, given: _mean_correlation(

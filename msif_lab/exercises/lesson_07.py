@@ -23,7 +23,10 @@ EXERCISES = {
         expected=lambda predicted, actual: float(
             _correlations(_ranks(predicted), _ranks(actual)).mean()
         ),
-        next="why are ranks the safer choice when two or three groups have much larger effects than the rest?",
+        next=(
+            "why are ranks the safer choice when two or three groups have much larger effects than "
+            "the rest?"
+        ),
         mistakes={
             "Pearson": (
                 lambda right, given: float(
@@ -35,25 +38,28 @@ EXERCISES = {
                 lambda right, given: float(
                     _correlations(*(_ranks(x.reshape(1, -1)) for x in given.values()))[0]
                 ),
-                "all pairs in one ranking; rank the subsets of each query, then take the mean "
-                "over queries",
+                "that ranks all pairs together; rank the subsets of each query, then take the "
+                "mean over queries",
             ),
             "order": (
                 lambda right, given: float(
                     _correlations(*(x.argsort(1).double() for x in given.values())).mean()
                 ),
-                "argsort once gives the order, not the ranks; argsort that again",
+                "one argsort gives the order, not the ranks; apply argsort to that again",
             ),
         },
     ),
     "07-2": Exercise(
         expected=lambda runs: runs.mean(0),
-        next="rank the images by it: how many of the ten worst are among the ten worst of a single seed?",
+        next=(
+            "rank the images by it: how many of the ten worst are among the ten worst of a single "
+            "seed?"
+        ),
         mistakes={
             "sizes": (
                 lambda right, given: given["runs"].abs().mean(0),
-                "averaging sizes keeps what differs in sign from seed to seed, which is what "
-                "should cancel",
+                "that averages sizes, so that scores whose sign differs from seed to seed no "
+                "longer cancel, as they should",
             ),
             "one seed": (
                 lambda right, given: given["runs"][0],
@@ -61,27 +67,29 @@ EXERCISES = {
             ),
             "over queries": (
                 lambda right, given: given["runs"].mean(1),
-                "averaged over the queries; what belongs to the data is asked for each query, "
-                "over seeds",
+                "that averages over queries; average over seeds, and keep the queries apart",
             ),
         },
     ),
     "07-3": Exercise(
         expected=lambda r: float(1.96 * r.std() / len(r) ** 0.5),
-        next="the bootstrap interval of `quick` is not symmetric; what does r ≤ 1 have to do with it?",
+        next=(
+            "the bootstrap interval of `quick` is not symmetric; what does r ≤ 1 have to do with "
+            "it?"
+        ),
         mistakes={
             "spread": (
                 lambda right, given: float(1.96 * given["r"].std()),
-                "that is the spread of single queries; the mean of Q of them is √Q times more "
-                "certain",
+                "that is for single queries; the standard error of the mean of Q of them is √Q "
+                "times smaller",
             ),
             "standard error": (
                 lambda right, given: right / 1.96,
-                "that is the standard error; a 95 % interval reaches 1.96 of them to each side",
+                "that is the standard error; a 95 % interval extends 1.96 of them to each side",
             ),
             "whole width": (
                 lambda right, given: 2 * right,
-                "that is the whole width; half was asked",
+                "that is the whole width; half of it was asked for",
             ),
         },
     ),

@@ -5,7 +5,7 @@ from .marking import Exercise
 EXERCISES = {
     "09-1": Exercise(
         expected=lambda gradients, g_bar, m=None: gradients @ g_bar / len(gradients),
-        next="an example sits in one batch of each epoch; how do its scores of all epochs combine?",
+        next="an example is in one batch of each epoch; how do its scores of all epochs combine?",
         mistakes={
             "no mean": (
                 lambda right, given: given["gradients"] @ given["g_bar"],
@@ -16,8 +16,8 @@ EXERCISES = {
                 lambda right, given: (
                     given["gradients"] @ given["g_bar"] / given["m"] if given.get("m") else None
                 ),
-                "divided by m, the size of the data set; this step sees the |B| examples of its "
-                "mini-batch only",
+                "you divided by m, the size of the data set; this step sees only the |B| examples "
+                "of its mini-batch",
             ),
             "sign": (
                 lambda right, given: -right,
@@ -29,16 +29,16 @@ EXERCISES = {
         expected=lambda theta_bar, v_bar, hessian, rate: (
             theta_bar + hessian @ (v_bar - rate * theta_bar)
         ),
-        next="what would the next step back get as its v̄?",
+        next="which v̄ does the next step back receive?",
         mistakes={
             "old v_bar": (
                 lambda right, given: given["theta_bar"] + given["hessian"] @ given["v_bar"],
-                "that is v̄ as it comes from later steps; first add what v receives through θ ← "
-                "θ − ηv",
+                "that is v̄ as it comes from later steps; first add what v receives through "
+                "θ ← θ − ηv",
             ),
             "no Hessian": (
                 lambda right, given: given["theta_bar"],
-                "θ̄ is passed on unchanged; but θ also decides the gradient of this step",
+                "you passed θ̄ on unchanged; but θ also determines the gradient of this step",
             ),
             "minus": (
                 lambda right, given: 2 * given["theta_bar"] - right,
@@ -48,7 +48,10 @@ EXERCISES = {
     ),
     "09-3": Exercise(
         expected=lambda rates, momentum: (1 - momentum) / (2 * float(sum(rates))),
-        next="what happens to α when you finetune twice as long, and does that fit what you know of early stopping?",
+        next=(
+            "what happens to α when you finetune twice as long, and does that fit what you know of "
+            "early stopping?"
+        ),
         mistakes={
             "no 2": (
                 lambda right, given: 2 * right,
@@ -56,8 +59,8 @@ EXERCISES = {
             ),
             "no momentum": (
                 lambda right, given: 1 / (2 * float(sum(given["rates"]))),
-                "momentum repeats each gradient: all in all a step is 1/(1 − momentum) times as "
-                "long",
+                "momentum repeats each gradient, which makes a step 1/(1 − momentum) times as long "
+                "in all",
             ),
         },
     ),

@@ -11,7 +11,10 @@ def _share(order, truth, k):
 EXERCISES = {
     "11-1": Exercise(
         expected=lambda scores, group: float(-scores[:, group].sum(1).mean()),
-        next="retrain without the group: is the real change larger or smaller, and what does a sum leave out?",
+        next=(
+            "retrain without the group: is the real change larger or smaller, and what does a sum "
+            "leave out?"
+        ),
         mistakes={
             "one image": (
                 lambda right, given: right / len(given["group"]),
@@ -19,11 +22,11 @@ EXERCISES = {
             ),
             "all queries": (
                 lambda right, given: right * len(given["scores"]),
-                "summed over the queries too; the question is about the mean query",
+                "you summed over the queries too; the question is about the mean query",
             ),
             "sign": (
                 lambda right, given: -right,
-                "the sign is flipped: a score is the effect of more weight, removing is less",
+                "the sign is flipped: a score is about more weight, a removal means less",
             ),
         },
     ),
@@ -43,7 +46,10 @@ EXERCISES = {
     ),
     "11-3": Exercise(
         expected=lambda order, truth, k: _share(order, truth, k) / float(truth.sum()),
-        next="how many images must be removed before the recall is 1, and how many clean ones go with them?",
+        next=(
+            "how many images must be removed before the recall is 1, and how many clean ones go "
+            "with them?"
+        ),
         mistakes={
             "precision": (
                 lambda right, given: _share(**given) / given["k"],
@@ -54,7 +60,7 @@ EXERCISES = {
                     _share(given["order"].flip(0), given["truth"], given["k"])
                     / float(given["truth"].sum())
                 ),
-                "these are the least suspicious; the ranking starts with the most suspicious",
+                "those are the least suspicious; the ranking starts with the most suspicious",
             ),
         },
     ),

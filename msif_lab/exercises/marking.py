@@ -1,6 +1,4 @@
-"""How an answer is marked: held against the right one, and against those that known mistakes lead
-to.
-"""
+"""How an answer is marked: compared with the right one, and with those of known mistakes."""
 
 import html
 from collections.abc import Callable, Mapping
@@ -24,8 +22,12 @@ WANTED = {
 
 @dataclass(frozen=True, repr=False)
 class Verdict:
-    """What marking an answer came to: ``state`` is "unattempted", "wrong" or "right", ``message``
-    why or what next.
+    """The result of marking an answer.
+
+    Attributes:
+        exercise: its number.
+        state: "unattempted", "wrong" or "right".
+        message: why it is wrong, or what to ask next.
     """
 
     exercise: str
@@ -36,12 +38,10 @@ class Verdict:
         return f"{LOOK[self.state][0]} {self.exercise} {self.state}: {self.message}"
 
     def _repr_html_(self) -> str:
-        # The message keeps the theme's own text colour; these tones of sign and bar show on white
-        # and on black.
-        (sign, colour), rest = (
-            LOOK[self.state],
-            html.escape(f"{self.exercise} {self.state}: {self.message}"),
-        )
+        # The message keeps the theme's own text colour; the colours of sign and bar can be seen on
+        # white and on black.
+        sign, colour = LOOK[self.state]
+        rest = html.escape(f"{self.exercise} {self.state}: {self.message}")
         bar = f"border-left: 4px solid {colour}; padding-left: 0.6em"
         return f'<div style="{bar}"><b style="color: {colour}">{sign}</b> {rest}</div>'
 
@@ -51,23 +51,24 @@ class Exercise:
     """What is right in one exercise, what often goes wrong, and what to ask next.
 
     Attributes:
-        expected: the right answer from the quantities given: numbers, a bool, a word, or positions
-            in any order.
-        next: a question to the reader who has it right.
-        mistakes: by name, what one gets by it from (right answer, quantities), None where it cannot
-            happen; a hint. Flipped signs, factors m, 1/m, 2 and 1/2 and transposition are known
-            without an entry.
-        tolerance: how far off is still right, in units of the right answer's largest number; whole
-            ones are exact.
-        judge: if many answers are right: what is wrong with this one, "" for nothing, from (answer
-            as float64 tensor, bool, lower-case word or set, quantities); `expected` then gives one
-            right answer.
+        expected: returns the right answer from the quantities given: numbers, a bool, a word, or
+            positions in any order.
+        next: a question to the reader whose answer is right.
+        mistakes: by name, a pair: what the mistake leads to, as a function of (right answer,
+            quantities) that returns None where it cannot happen; and a hint. Flipped signs, the
+            factors m, 1/m, 2 and 1/2, and transposition are known without an entry.
+        tolerance: the largest error that still counts as right, relative to the right answer's
+            largest number; whole numbers must be exact.
+        judge: where many answers are right: returns what is wrong with one, "" for nothing, from
+            (answer, quantities); the answer is a float64 tensor, a bool, a lower-case word or a
+            set. `expected` then returns one right answer.
 
-    >>> area = Exercise(lambda side: side**2, "and of a cube?", {"sum": (lambda right, given: 4 * given["side"], "+")})
+    >>> perimeter = (lambda right, given: 4 * given["side"], "that is the perimeter")
+    >>> area = Exercise(lambda side: side**2, "and of a cube?", {"perimeter": perimeter})
     >>> area.mark("area", 9.0, {"side": 3.0})
     ✓ area right: and of a cube?
     >>> area.mark("area", 12.0, {"side": 3.0})
-    ✗ area wrong: the largest difference is 3. Hint: +
+    ✗ area wrong: the largest difference is 3. Hint: that is the perimeter
     """
 
     expected: Callable[..., Any]
@@ -77,8 +78,9 @@ class Exercise:
     judge: Callable[[Any, dict], str] | None = None
 
     def wrong_answers(self, **given) -> dict[str, tuple[Any, str]]:
-        """The known wrong answers for these quantities with their hints: the exercise's own, then
-        the usual ones.
+        """The known wrong answers for these quantities, with their hints, by name.
+
+        First the exercise's own, then the usual ones that have no entry of their own.
         """
         right = self.expected(**given)
         found = {
@@ -86,26 +88,13 @@ class Exercise:
         }
         if self.judge is None and _kind(right) is Tensor:
             right = _read(right, Tensor).double()
-            usual = {"sign": (-right, "the sign is flipped")}
-            if right.ndim == 2:
-                usual["transposed"] = right.T, "rows and columns are swapped"
-            m = given.get("m") or 1
-            for name, factor in {"m": m, "1/m": 1 / m, "2": 2, "1/2": 0.5}.items():
-                at_m = f", with m = {m}" if "m" in name else ""
-                usual[f"factor {name}"] = (
-                    right * factor,
-                    f"a factor: this is {name} times the right answer{at_m}",
-                )
-            different = {
-                name: x for name, x in usual.items() if _difference(x[0], right, self.tolerance)
-            }
-            found = found | {name: x for name, x in different.items() if name not in found}
+            for name, (wrong, hint) in _usual_mistakes(right, given.get("m") or 1).items():
+                if name not in found and _difference(wrong, right, self.tolerance):
+                    found[name] = wrong, hint
         return {name: (wrong, hint) for name, (wrong, hint) in found.items() if wrong is not None}
 
     def mark(self, name: str, answer, given: dict) -> Verdict:
-        """The verdict on an answer to the exercise of this name; never raises because of what the
-        answer is.
-        """
+        """The verdict on an answer to the exercise of this name; no answer makes it raise."""
         parts = answer if isinstance(answer, list | tuple) else [answer]
         if any(part is ... for part in [*parts, *given.values()]):
             return Verdict(name, "unattempted", "replace the dots and run the cell again")
@@ -120,18 +109,28 @@ class Exercise:
             read = read.double()
             if right.ndim == 0 and read.numel() == 1:
                 read = read.reshape(())  # one number is one number, however it is wrapped
-        complaint = (
-            self.judge(read, given) if self.judge else _difference(read, right, self.tolerance)
-        )
+        if self.judge:
+            complaint = self.judge(read, given)
+        else:
+            complaint = _difference(read, right, self.tolerance)
         if not complaint:
             return Verdict(name, "right", self.next)
-        known = self.wrong_answers(**given).values()
-        hints = [
-            hint
-            for wrong, hint in known
-            if not _difference(read, _read(wrong, kind), self.tolerance)
-        ]
-        return Verdict(name, "wrong", ". Hint: ".join([complaint, *hints[:1]]))
+        for wrong, hint in self.wrong_answers(**given).values():
+            if not _difference(read, _read(wrong, kind), self.tolerance):
+                return Verdict(name, "wrong", f"{complaint}. Hint: {hint}")
+        return Verdict(name, "wrong", complaint)
+
+
+def _usual_mistakes(right: Tensor, m: int) -> dict[str, tuple[Tensor, str]]:
+    """Wrong answers with their hints that may come up in any exercise with numbers."""
+    usual = {"sign": (-right, "the sign is flipped")}
+    if right.ndim == 2:
+        usual["transposed"] = (right.T, "rows and columns are swapped")
+    for name, factor in {"m": m, "1/m": 1 / m, "2": 2, "1/2": 0.5}.items():
+        at_m = f", with m = {m}" if "m" in name else ""
+        hint = f"a factor: this is {name} times the right answer{at_m}"
+        usual[f"factor {name}"] = (right * factor, hint)
+    return usual
 
 
 class _UnreadableError(ValueError):
@@ -139,6 +138,7 @@ class _UnreadableError(ValueError):
 
 
 def _kind(right) -> type:
+    """How an exercise's answers are read: as a bool, a word, a set of positions, or numbers."""
     if isinstance(right, bool | str):
         return type(right)
     return set if isinstance(right, set | frozenset | list | tuple | range) else Tensor
@@ -146,7 +146,8 @@ def _kind(right) -> type:
 
 def _read(value, kind: type):
     """A value as a bool, a lower-case word, a set of positions or a finite tensor on the CPU."""
-    wanted, found = f"{WANTED[kind]} asked for, ", f"this is of type {type(value).__name__}"
+    wanted = f"{WANTED[kind]} asked for, "
+    found = f"this is of type {type(value).__name__}"
     try:
         if kind in (bool, str):
             value = value.item() if hasattr(value, "item") else value  # of NumPy and torch
@@ -174,7 +175,8 @@ def _read(value, kind: type):
         return numbers
     if numbers.ndim != 1:
         raise _UnreadableError(f"{wanted}this has the shape {tuple(numbers.shape)}")
-    if len(positions := set(numbers.tolist())) < len(numbers):
+    positions = set(numbers.tolist())
+    if len(positions) < len(numbers):
         raise _UnreadableError("a position comes twice")
     return positions
 
@@ -187,9 +189,15 @@ def _difference(a, b, tolerance: float) -> str:
         return "" if a == b else "it is not so"
     if a.shape != b.shape:
         return f"the shape is {tuple(a.shape)}, it should be {tuple(b.shape)}"
-    gap, size = (a.double() - b.double()).abs(), b.double().abs()
-    allowed = tolerance * (float(size.max()) or 1.0) if b.numel() and b.is_floating_point() else 0.0
-    if not b.numel() or float(gap.max()) <= allowed:
+    if not b.numel():
         return ""
-    place = [int(i) for i in torch.unravel_index(gap.argmax(), gap.shape)] if gap.ndim else ""
-    return f"the largest difference is {float(gap.max()):.2g}{f', at {place}' if gap.ndim else ''}"
+    gap = (a.double() - b.double()).abs()
+    allowed = 0.0  # whole numbers are exact
+    if b.is_floating_point():
+        allowed = tolerance * (float(b.double().abs().max()) or 1.0)
+    if float(gap.max()) <= allowed:
+        return ""
+    text = f"the largest difference is {float(gap.max()):.2g}"
+    if not gap.ndim:
+        return text
+    return f"{text}, at {[int(i) for i in torch.unravel_index(gap.argmax(), gap.shape)]}"

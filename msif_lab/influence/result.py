@@ -15,8 +15,12 @@ __all__ = ["Influence", "Ranking", "TopInfluence", "rank_stream"]
 
 
 class Ranking(NamedTuple):
-    """The first k examples of each query, ``(Q, k)`` each: scores, positions in the stage's data,
-    and ids.
+    """The first k examples of each query, ``(Q, k)`` each.
+
+    Attributes:
+        values: their scores.
+        positions: their positions in the stage's data.
+        ids: their identities.
     """
 
     values: Tensor
@@ -24,10 +28,42 @@ class Ranking(NamedTuple):
     ids: Tensor
 
 
+class AboutTarget:
+    """What follows from ``target``, the name of the quantity q: the sign of harm, and the unit.
+
+    The sign rule of the whole package. A positive score means that more weight on the example
+    raises q. For a loss (and for every q that is not named here) that is harmful; a margin, the
+    log-odds of the correct class, should be large, so there it is helpful.
+    """
+
+    target: str
+
+    @property
+    def harm_sign(self) -> int:
+        """1 where a positive score is harmful, −1 where it is helpful (``target="margin"``)."""
+        return -1 if self.target == "margin" else 1
+
+    @property
+    def signs(self) -> dict[str, str]:
+        """The sign that helpful and harmful scores have, as it is printed: ``"−"`` or ``"+"``."""
+        helpful, harmful = ("−", "+") if self.harm_sign > 0 else ("+", "−")
+        return {"helpful": helpful, "harmful": harmful}
+
+    @property
+    def unit(self) -> str:
+        """The unit of q in words: ``"nats"``, ``"log-odds"`` or ``"units of q"``."""
+        return {"loss": "nats", "margin": "log-odds"}.get(self.target, "units of q")
+
+    def kind(self, score: float) -> str:
+        """What a score says of its example: ``"helpful"``, ``"harmful"``, or ``"neutral"`` at 0."""
+        if score == 0:
+            return "neutral"
+        return "harmful" if score * self.harm_sign > 0 else "helpful"
+
+
 @dataclass
-class TopInfluence:
-    """The k lowest and k highest scores of each query: what `ImplicitInfluence.score` gives with
-    ``top=k``.
+class TopInfluence(AboutTarget):
+    """The k lowest and k highest scores of each query, from `ImplicitInfluence.score` with ``top``.
 
     Attributes:
         lowest, highest: `Ranking` ``(Q, k)`` each, the extreme first.
@@ -56,12 +92,12 @@ class TopInfluence:
         return Ranking(*(part[:, :k] for part in ranking))
 
     def helpful(self, k: int | None = None) -> Ranking:
-        """Each query's k most helpful examples, all kept ones by default; see `Influence.helpful`."""
-        return self._first(self.highest if self.target == "margin" else self.lowest, k)
+        """Each query's k most helpful examples (default: all kept); see `Influence.helpful`."""
+        return self._first(self.lowest if self.harm_sign > 0 else self.highest, k)
 
     def harmful(self, k: int | None = None) -> Ranking:
-        """Each query's k most harmful examples, all kept ones by default; see `Influence.harmful`."""
-        return self._first(self.lowest if self.target == "margin" else self.highest, k)
+        """Each query's k most harmful examples (default: all kept); see `Influence.harmful`."""
+        return self._first(self.highest if self.harm_sign > 0 else self.lowest, k)
 
     def __repr__(self) -> str:
         k = self.lowest.values.shape[1]
@@ -74,11 +110,16 @@ class TopInfluence:
 def rank_stream(
     chunks: Iterable[tuple[slice, Tensor]], k: int, ids: Tensor
 ) -> tuple[Ranking, Ranking]:
-    """Lowest and highest k of each row of ``(Q, N)`` values that come as ``(positions, (Q, B))``;
-    holds 4k a row.
+    """The lowest and the highest k of each row of ``(Q, N)`` values that arrive in chunks.
+
+    Args:
+        chunks: ``(positions, values (Q, B))``, one after the other; at most 4k values of a row are
+            held beside the present chunk.
+        k: how many to keep at either end.
+        ids: identities of the N examples.
 
     Raises:
-        ValueError: NaN or inf among them.
+        ValueError: NaN or inf among the values.
     """
     kept: dict[bool, tuple[Tensor, Tensor]] = {}
     for rows, values in chunks:
@@ -90,20 +131,24 @@ def rank_stream(
             )
         here = torch.arange(rows.start, rows.stop, device=values.device).expand(len(values), -1)
         for largest in (False, True):
-            before = kept.get(largest, (values[:, :0], here[:, :0]))
-            both = torch.cat([before[0], values], 1), torch.cat([before[1], here], 1)
-            best, order = both[0].topk(min(k, both[0].shape[1]), dim=1, largest=largest)
-            kept[largest] = best, both[1].gather(1, order)
-    return tuple(Ranking(*kept[largest], ids[kept[largest][1].cpu()]) for largest in (False, True))
+            kept_values, kept_positions = kept.get(largest, (values[:, :0], here[:, :0]))
+            all_values = torch.cat([kept_values, values], 1)
+            all_positions = torch.cat([kept_positions, here], 1)
+            best, order = all_values.topk(min(k, all_values.shape[1]), dim=1, largest=largest)
+            kept[largest] = best, all_positions.gather(1, order)
+    lowest, highest = (
+        Ranking(values, positions, ids[positions.cpu()])
+        for values, positions in (kept[False], kept[True])
+    )
+    return lowest, highest
 
 
 @dataclass
-class Influence:
-    """Scores ``∂q/∂w_i`` of examples on queries, in nats (or units of q) per unit of example
-    weight.
+class Influence(AboutTarget):
+    """Scores ``∂q/∂w_i`` of examples on queries, in the `unit` of q per unit of example weight.
 
-    Positive: the example raises q, so for a loss it is harmful; removing it changes q by minus the
-    score, to first order. ``m ·`` score is the paper's I(z, x_t).
+    Positive: the example raises q, so for a loss it is harmful (`harm_sign`); removing it changes q
+    by minus the score, to first order. ``m ·`` score is the paper's I(z, x_t).
 
     Attributes:
         values: ``(Q, N)``.
@@ -153,24 +198,30 @@ class Influence:
         return Ranking(values, positions, self.ids[positions.cpu()])
 
     def helpful(self, k: int = 5) -> Ranking:
-        """Each query's k most helpful examples: those that lower q most (raise it, for a margin)."""
-        return self._ranked(k, largest=self.target == "margin")
+        """Each query's k most helpful examples: they lower q most, or raise it most if a margin."""
+        return self._ranked(k, largest=self.harm_sign < 0)
 
     def harmful(self, k: int = 5) -> Ranking:
-        """Each query's k most harmful examples: those that raise q most (lower it, for a margin)."""
-        return self._ranked(k, largest=self.target != "margin")
+        """Each query's k most harmful examples: they raise q most, or lower it most if a margin."""
+        return self._ranked(k, largest=self.harm_sign > 0)
 
     def removal_effect(self, indices: Sequence[int]) -> Tensor:
-        """Predicted change of each query when the examples at these positions are removed,
-        ``(Q,)``: −Σ scores.
+        """Predicted change of each query when these examples are removed, ``(Q,)``: −Σ scores.
+
+        Args:
+            indices: positions of the examples in the stage's data.
+
+        Raises:
+            ValueError: no positions, unknown ones, or the same one twice.
         """
         positions = torch.as_tensor(indices).reshape(-1).to(self.values.device)
-        whole = (
-            len(positions) > 0
-            and not positions.is_floating_point()
-            and positions.dtype != torch.bool
-        )
-        if not whole or int(positions.min()) < 0 or int(positions.max()) >= len(self.ids):
+        whole = not positions.is_floating_point() and positions.dtype != torch.bool
+        if (
+            len(positions) == 0
+            or not whole
+            or int(positions.min()) < 0
+            or int(positions.max()) >= len(self.ids)
+        ):
             raise ValueError(
                 f"indices={indices!r} must be positions between 0 and {len(self.ids) - 1}"
             )
@@ -201,12 +252,8 @@ class Influence:
     def save(self, path) -> None:
         """Write to one safetensors file, all or nothing."""
         tensors = {"values": self.values, "ids": self.ids, "query_ids": self.query_ids}
-        write_tensors(
-            path,
-            "influence",
-            tensors,
-            {"stage": self.stage, "target": self.target, "method": self.method},
-        )
+        facts = {"stage": self.stage, "target": self.target, "method": self.method}
+        write_tensors(path, "influence", tensors, facts)
 
     @classmethod
     def load(cls, path) -> "Influence":
@@ -216,26 +263,26 @@ class Influence:
 
     def __repr__(self) -> str:
         queries, examples = self.values.shape
+        positive = float((self.values > 0).double().mean())
         return (
             f"Influence({queries} queries × {examples} examples of {self.stage!r} on "
-            f"{self.target}; {self.method}; {float((self.values > 0).double().mean()):.0%} "
-            "positive)"
+            f"{self.target}; {self.method}; {positive:.0%} positive)"
         )
 
     def _repr_html_(self) -> str:
-        mean, k, more = self.mean(), min(4, len(self.ids)), 1 if self.target == "margin" else -1
-        rows = "".join(
-            f"<tr><td>{word}</td><td>{int(i)}</td><td>{float(v):+.2e}</td></tr>"
-            for word, sign, ranking in (
-                ("helpful", more, mean.helpful(k)),
-                ("harmful", -more, mean.harmful(k)),
-            )
-            for v, i in zip(ranking.values[0], ranking.ids[0], strict=True)
-            if sign * float(v) > 0  # of few examples, those ranked last are none of the kind
+        mean = self.mean()
+        k = min(4, len(self.ids))
+        rows = [
+            f"<tr><td>{word}</td><td>{int(i)}</td><td>{float(score):+.2e}</td></tr>"
+            for word, ranking in (("helpful", mean.helpful(k)), ("harmful", mean.harmful(k)))
+            for score, i in zip(ranking.values[0], ranking.ids[0], strict=True)
+            if self.kind(float(score)) == word  # among few examples the last ones may not be
+        ]
+        queries = f"{len(self)} {'query' if len(self) == 1 else 'queries'}"
+        title = (
+            f"{queries} × {len(self.ids)} examples of stage {html.escape(repr(self.stage))}; "
+            f"mean effect on {html.escape(str(self.target))}"
         )
-        counted = (
-            f"{len(self)} {'query' if len(self) == 1 else 'queries'} × {len(self.ids)} examples"
-        )
-        title = f"{counted} of stage {html.escape(repr(self.stage))}; mean effect on {html.escape(str(self.target))}"
         caption = f"<caption style='white-space: nowrap'>{title}</caption>"
-        return f"<table>{caption}<tr><th></th><th>id</th><th>score</th></tr>{rows}</table>"
+        head = "<tr><th></th><th>id</th><th>score</th></tr>"
+        return f"<table>{caption}{head}{''.join(rows)}</table>"

@@ -1,6 +1,4 @@
-"""Work beside the kernel's own: on a copy of the pipeline, with a stop that takes effect at the
-next forward pass.
-"""
+"""Work in a thread of its own, on a copy of the pipeline, that can be stopped between steps."""
 
 import copy
 import threading
@@ -17,21 +15,20 @@ class Stopped(Exception):
 
 
 def stoppable_copy(pipeline: Pipeline, stop: threading.Event) -> Pipeline:
-    """A pipeline in the same state with models of its own, whose every forward pass first looks
-    whether to stop.
+    """A copy of the pipeline whose every forward pass raises `Stopped` once ``stop`` is set.
 
     Training swaps parameters in and out of its modules, so two threads must not share one model;
-    the data are only read and are shared. A recipe calls the model at least once a step, so a stop
-    takes effect within a step, whatever the recipe, and all that it leaves behind is this copy.
+    the data are only read, and are shared. A recipe calls the model at least once a step, so a stop
+    takes effect within a step, whatever the recipe, and leaves nothing behind but this copy.
     """
 
-    def look(*_):
+    def check_stop(*_):
         if stop.is_set():
             raise Stopped
 
     mine = copy.deepcopy(pipeline, {id(stage.data): stage.data for stage in pipeline.stages})
     for stage in mine.stages:
-        stage.model.register_forward_pre_hook(look)
+        stage.model.register_forward_pre_hook(check_stop)
     return mine
 
 
@@ -57,8 +54,10 @@ class Job:
         failed: Callable,
         tick: Callable[[float], None],
     ):
-        self._stop, self._over = threading.Event(), threading.Event()
-        mine, start = stoppable_copy(pipeline, self._stop), time.perf_counter()
+        self._stop = threading.Event()
+        self._over = threading.Event()
+        mine = stoppable_copy(pipeline, self._stop)
+        start = time.perf_counter()
 
         def run():
             try:
@@ -72,13 +71,13 @@ class Job:
             watch.join()
             ending[0](*ending[1:])
 
-        def look():
+        def report_time():
             while not self._over.wait(0.5):
                 if not self._stop.is_set():
                     tick(time.perf_counter() - start)
 
-        # Daemons: a kernel that shuts down does not wait for them.
-        watch = threading.Thread(target=look, name="msif-watch", daemon=True)
+        # Daemons, so that a kernel that shuts down does not wait for them.
+        watch = threading.Thread(target=report_time, name="msif-watch", daemon=True)
         self.thread = threading.Thread(target=run, name="msif-retraining", daemon=True)
         watch.start()
         self.thread.start()
@@ -89,10 +88,10 @@ class Job:
         return not self._over.is_set()
 
     def stop(self) -> None:
-        """Ask it to end at its next forward pass."""
+        """Ask it to stop at its next forward pass."""
         self._stop.set()
 
     def wait(self, seconds: float | None = None) -> bool:
-        """Whether it has ended, and its last callback with it, within so many seconds."""
+        """Wait at most so many seconds; returns whether it, and its last callback, have ended."""
         self.thread.join(seconds)
         return not self.thread.is_alive()

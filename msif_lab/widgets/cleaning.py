@@ -1,4 +1,4 @@
-"""Find corrupted examples by a ranking, take them out, retrain: does the target task gain?"""
+"""Find corrupted examples by a ranking, remove them, retrain: does the target task gain?"""
 
 import html
 from collections.abc import Mapping, Sequence
@@ -20,17 +20,18 @@ __all__ = ["CleaningExplorer"]
 
 
 class CleaningExplorer(Explorer):
-    """Slide how many of the most suspicious examples to remove; see precision and recall, then
-    retrain without them.
+    """Slide how many of the most suspicious examples to remove, then retrain without them.
+
+    Where the corrupted examples are known, precision and recall are shown too.
 
     Args:
         pipeline: trained.
         scores: an `Influence`, whose most harmful examples on average come first; or rankings by
-            name, each an `Influence` or a suspicion ``(N,)``, larger first (a loss, a confidence
-            turned round).
+            name, each an `Influence` or a suspicion ``(N,)``, larger first (a loss, say, or a
+            negated confidence).
         queries: what the scores are of, examples of the target task.
-        judges: examples that judge the pipeline before and after; by default the queries, which
-            then judge what they themselves have chosen.
+        judges: examples on which the pipeline is evaluated before and after; by default the
+            queries, which then judge a removal that they have chosen themselves.
         corrupted: which examples are known to be corrupted, a mask ``(N,)`` or positions; without
             it there is no precision and recall, only the number flagged.
         stage: whose examples are ranked, where no `Influence` says so.
@@ -43,8 +44,10 @@ class CleaningExplorer(Explorer):
     >>> from msif_lab import experiments, widgets
     >>> experiment = experiments.digits(msif.Frozen(), pretraining=80, finetuning=60, queries=12)
     >>> pipeline, queries = experiment.pipeline.fit(progress=False), experiment.queries
-    >>> scores = msif.UnrolledInfluence().fit(pipeline, progress=False).score(queries, progress=False)
-    >>> widgets.CleaningExplorer(pipeline, scores, queries, corrupted=[3, 17])  # in a notebook: a threshold, pictures
+    >>> unrolled = msif.UnrolledInfluence().fit(pipeline, progress=False)
+    >>> scores = unrolled.score(queries, progress=False)
+    >>> # in a notebook: a slider and pictures
+    >>> widgets.CleaningExplorer(pipeline, scores, queries, corrupted=[3, 17])
     CleaningExplorer: 80 examples, 2 known to be corrupted, rankings ['scores']
     """
 
@@ -61,10 +64,12 @@ class CleaningExplorer(Explorer):
         stage: int | str = 0,
         k: int = 8,
     ):
-        self.pipeline, self.queries = one_pipeline(pipeline, queries), queries
+        self.pipeline = one_pipeline(pipeline, queries)
+        self.queries = queries
         self.judges = queries if judges is None else judges
         one_pipeline(pipeline, self.judges)
-        self._given, self._truth_given = scores, corrupted
+        self._given = scores
+        self._truth_given = corrupted
         self.table = dict(scores) if isinstance(scores, Mapping) else {"": scores}
         if not self.table:
             raise ValueError("scores is empty; give an Influence or a suspicion (N,)")
@@ -89,10 +94,10 @@ class CleaningExplorer(Explorer):
                 f"k={k!r} must be a whole number between 1 and {self.count - 1}, fewer than the "
                 "examples"
             )
-        self.k, self.ranking = k, next(iter(self.table))
-        self.flagged = min(
-            k if self.corrupted is None else int(self.corrupted.sum()), self.count - 1
-        )
+        self.k = k
+        self.ranking = next(iter(self.table))
+        first = k if self.corrupted is None else int(self.corrupted.sum())
+        self.flagged = min(first, self.count - 1)
         self._before: dict[str, torch.Tensor] | None = None
         self._after: dict[tuple[int, ...], dict[str, torch.Tensor]] = {}
         self._pngs: dict[str, bytes] = {}
@@ -100,7 +105,7 @@ class CleaningExplorer(Explorer):
     def _order(self, given, name: str) -> torch.Tensor:
         """All positions, the most suspicious first."""
         if isinstance(given, Influence):
-            values = given.mean().values[0].detach().cpu() * (-1 if given.target == "margin" else 1)
+            values = given.harm_sign * given.mean().values[0].detach().cpu()
         else:
             values = torch.as_tensor(given).detach().cpu()
             if values.shape != (self.count,):
@@ -110,19 +115,18 @@ class CleaningExplorer(Explorer):
                     f"{self.pipeline.stages[self.stage].name!r}"
                 )
             if not bool(torch.isfinite(values.double()).all()):
-                raise ValueError(f"{name} holds NaN or inf; every example needs a place")
+                raise ValueError(
+                    f"{name} holds NaN or inf; every example needs a number to be ranked by"
+                )
         return values.argsort(descending=True, stable=True)
 
     def _mask(self, given) -> torch.Tensor:
+        """Which examples are corrupted, ``(N,)``, from a mask or from positions."""
         values = torch.as_tensor(given).detach().cpu()
+        whole = values.dtype != torch.bool and not values.is_floating_point()
         if values.dtype == torch.bool and values.shape == (self.count,):
             mask = values
-        elif (
-            values.dtype != torch.bool
-            and not values.is_floating_point()
-            and values.ndim == 1
-            and len(values)
-        ):
+        elif whole and values.ndim == 1 and len(values):
             if int(values.min()) < 0 or int(values.max()) >= self.count:
                 raise ValueError(f"corrupted must hold positions between 0 and {self.count - 1}")
             mask = torch.zeros(self.count, dtype=torch.bool)
@@ -146,7 +150,7 @@ class CleaningExplorer(Explorer):
         return self.orders[self.ranking][: self.flagged].tolist()
 
     def precision_recall(self) -> tuple[float, float]:
-        """Of the flagged, the share that is corrupted; of the corrupted, the share that is flagged."""
+        """Share of the flagged that are corrupted, and share of the corrupted that are flagged."""
         if self.flagged == 0:
             return float("nan"), 0.0
         precision, recall = detection(self.orders[self.ranking], self.corrupted)
@@ -154,16 +158,14 @@ class CleaningExplorer(Explorer):
 
     @property
     def before(self) -> dict[str, torch.Tensor]:
-        """``"loss"`` and, for classes, ``"accuracy"`` of the judges ``(J,)`` with the pipeline as
-        it is.
-        """
+        """The judges' ``"loss"`` and, for classes, ``"accuracy"`` ``(J,)``, before any removal."""
         if self._before is None:
             self._before = self._judge(self.pipeline)
         return self._before
 
     @property
     def after(self) -> dict[str, torch.Tensor] | None:
-        """The same after removing what is flagged and retraining, where that was done."""
+        """The same after removing what is flagged and retraining; None until that is done."""
         return self._after.get(tuple(sorted(self.removed)))
 
     def _judge(self, trained) -> dict[str, torch.Tensor]:
@@ -173,9 +175,7 @@ class CleaningExplorer(Explorer):
         return found
 
     def predicted(self) -> torch.Tensor | None:
-        """Change of each query's loss that the ranking's scores predict, ``(Q,)``; None where they
-        do not.
-        """
+        """Predicted change of each query's loss, ``(Q,)``; None if the ranking predicts none."""
         scores = self.table[self.ranking]
         influence = isinstance(scores, Influence) and scores.target == "loss"
         if not influence or self.flagged == 0 or self.judges is not self.queries:
@@ -207,11 +207,9 @@ class CleaningExplorer(Explorer):
             continuous_update=False,
             layout={"width": "min(700px, 98%)"},
         )
-        self.view, self.plot, self.answer = (
-            self._html("view"),
-            self._html("plot"),
-            self._html("answer"),
-        )
+        self.view = self._html("view")
+        self.plot = self._html("plot")
+        self.answer = self._html("answer")
         self.title = self._html("view")
         self.row = Cards(self, self.k, "example", self._cut_at)
         wrap = {"flex_flow": "row wrap"}
@@ -238,65 +236,65 @@ class CleaningExplorer(Explorer):
         self.flagged_control.value = int((self.orders[self.ranking] == position).nonzero()) + 1
 
     def _show(self) -> None:
-        text = f"{self.flagged} of {self.count} examples flagged ({self.flagged / self.count:.0%})"
-        if self.corrupted is not None:
-            precision, recall = self.precision_recall()
-            found = int(self.corrupted[self.removed].sum()) if self.flagged else 0
-            text += f"; {found} of them are among the {int(self.corrupted.sum())} corrupted ones"
-            text += (
-                f": precision {precision:.2f}, recall {recall:.2f}"
-                if self.flagged
-                else ": recall 0.00"
-            )
-        self.view.value = f"<div>{html.escape(text)}.</div>"
+        self.view.value = f"<div>{html.escape(self._count_text())}.</div>"
         start = max(0, min(self.flagged - self.k // 2, self.count - self.k))
         self.title.value = (
             f"<b>Around the cut</b>: places {start + 1} to {start + self.k} of the ranking; a "
             "button cuts there"
         )
-        cards = []
-        for place in range(start, start + self.k):
-            position = int(self.orders[self.ranking][place])
-            verdict = "flagged" if place < self.flagged else "kept"
-            if self.corrupted is not None:
-                verdict += ", corrupted" if self.corrupted[position] else ", clean"
-            caption = (
-                f"{html.escape(self.examples.label(position))}<br>{verdict.replace(', ', '<br>')}"
-            )
-            colour = plots.HARMFUL if place < self.flagged else plots.NEUTRAL
-            picture = self.examples.show(
-                position,
-                f"Place {place + 1}, {verdict}",
-                caption=caption,
-                border=f"3px solid {colour}",
-            )
-            cards.append((position, picture, f"cut at {place + 1}", place + 1 == self.flagged))
-        self.row.show(cards)
+        self.row.show([self._card(place) for place in range(start, start + self.k)])
         self._show_answer()
         self.plot.value = "" if self.corrupted is None else self._draw()
         self._refresh_code()
 
+    def _count_text(self) -> str:
+        """How many are flagged, and how many of them rightly."""
+        share = self.flagged / self.count
+        text = f"{self.flagged} of {self.count} examples flagged ({share:.0%})"
+        if self.corrupted is None:
+            return text
+        found = int(self.corrupted[self.removed].sum()) if self.flagged else 0
+        text += f"; {found} of them are among the {int(self.corrupted.sum())} corrupted ones"
+        if not self.flagged:
+            return f"{text}: recall 0.00"
+        precision, recall = self.precision_recall()
+        return f"{text}: precision {precision:.2f}, recall {recall:.2f}"
+
+    def _card(self, place: int) -> tuple:
+        """The example at this place of the ranking, as `Cards` shows it."""
+        position = int(self.orders[self.ranking][place])
+        flagged = place < self.flagged
+        words = ["flagged" if flagged else "kept"]
+        if self.corrupted is not None:
+            words.append("corrupted" if self.corrupted[position] else "clean")
+        label = html.escape(self.examples.label(position))
+        colour = plots.HARMFUL if flagged else plots.NEUTRAL
+        picture = self.examples.show(
+            position,
+            f"Place {place + 1}, {', '.join(words)}",
+            caption="<br>".join([label, *words]),
+            border=f"3px solid {colour}",
+        )
+        return position, picture, f"cut at {place + 1}", place + 1 == self.flagged
+
     def _show_answer(self) -> None:
         running = self.job is not None and self.job.running
         self.retrain.disabled = running or self.flagged == 0
-        after, predicted = self.after, self.predicted()
+        after = self.after
+        predicted = self.predicted()
         rows = []
-        for name, unit in (("loss", "mean loss, nats"), ("accuracy", "accuracy")):
+        for name, words in (("loss", "mean loss, nats"), ("accuracy", "accuracy")):
             if name not in self.before:
                 continue
             was = float(self.before[name].mean())
-            cells = [f"{was:.4f}"]
-            cells.append(
-                "no prediction"
-                if predicted is None or name != "loss"
-                else f"{was + float(predicted.mean()):.4f}"
-            )
-            if after is None:
-                cells.append("not retrained yet")
-            else:
+            guess = "no prediction"
+            if predicted is not None and name == "loss":
+                guess = f"{was + float(predicted.mean()):.4f}"
+            truth = "not retrained yet"
+            if after is not None:
                 now = float(after[name].mean())
-                cells.append(f"{now:.4f} ({signed(now - was)})")
-            rows.append((unit, *cells))
+                truth = f"{now:.4f} ({signed(now - was)})"
+            rows.append((words, f"{was:.4f}", guess, truth))
         others = "" if self.judges is self.queries else ", other than the queries"
         about = f"{len(self.judges)} examples of the target task{others}"
         self.answer.value = table(about, rows, ("before", "predicted", "after retraining"))
@@ -307,15 +305,14 @@ class CleaningExplorer(Explorer):
         precision, recall = self._figure.artists
         if self.ranking not in self._pngs:
             x = range(1, self.count + 1)
-            for line, values in zip(
-                (precision, recall),
-                detection(self.orders[self.ranking], self.corrupted),
-                strict=True,
-            ):
+            found = detection(self.orders[self.ranking], self.corrupted)
+            for line, values in zip((precision, recall), found, strict=True):
                 line.set_data(x, values.numpy())
             self._pngs[self.ranking] = self._figure.png()
-        alt = f"Precision and recall over the number removed, ranking {self.ranking or 'by score'}; at {self.flagged}: "
-        alt += "precision {:.2f}, recall {:.2f}".format(*self.precision_recall())
+        ranking = self.ranking or "by score"
+        alt = f"Precision and recall over the number removed, ranking {ranking}; "
+        at = "at {}: precision {:.2f}, recall {:.2f}"
+        alt += at.format(self.flagged, *self.precision_recall())
         line = self._figure.over(precision.axes, self.flagged)
         return f'<div style="position:relative">{img(self._pngs[self.ranking], alt)}{line}</div>'
 
@@ -341,14 +338,14 @@ class CleaningExplorer(Explorer):
     def _remove(self) -> None:
         if self.flagged == 0:
             raise ValueError("nothing is flagged; move the slider first")
-        removed, warm = self.removed, default_protocol(self.pipeline) == "warm-start"
+        removed = self.removed
+        warm = default_protocol(self.pipeline) == "warm-start"
 
         def work(pipeline):
             weights = torch.ones(self.count)
             weights[removed] = 0
-            return self._judge(
-                pipeline.retrain({self.stage: weights}, warm_start=warm, progress=False)
-            )
+            again = pipeline.retrain({self.stage: weights}, warm_start=warm, progress=False)
+            return self._judge(again)
 
         def done(found):
             self._after[tuple(sorted(removed))] = found
@@ -359,8 +356,13 @@ class CleaningExplorer(Explorer):
     # --- without a kernel -------------------------------------------------------------------------
 
     def static(self, ranking: str | None = None) -> list:
-        """One figure: precision and recall of every ranking, and the most suspicious examples of
-        one.
+        """One figure: precision and recall of every ranking, and the first examples of one.
+
+        Args:
+            ranking: whose most suspicious examples to show; default that in view.
+
+        Raises:
+            ValueError: there is no such ranking.
         """
         import matplotlib.pyplot as plt
 
@@ -370,30 +372,7 @@ class CleaningExplorer(Explorer):
         columns = self.k // 2 + self.k % 2
         figure = plt.figure(figsize=(3.6 + 0.95 * columns, 2.9))
         left, right = figure.subfigures(1, 2, width_ratios=(3.6, 0.95 * columns))
-        ax = left.subplots()
-        if self.corrupted is None:
-            ax.axis("off")
-            ax.text(
-                0.5,
-                0.5,
-                "the truth is not known,\nso no precision and recall",
-                ha="center",
-                fontsize=9,
-            )
-        else:
-            for name, marker in zip(self.table, "osxD^v" * len(self.table), strict=False):
-                precision, recall = detection(self.orders[name], self.corrupted)
-                ax.plot(
-                    recall,
-                    precision,
-                    marker=marker,
-                    markevery=0.2,
-                    ms=4,
-                    lw=1,
-                    label=name or "ranking",
-                )
-            ax.set(xlim=(0, 1.02), ylim=(0, 1.05), xlabel="recall", ylabel="precision")
-            ax.legend(frameon=False, fontsize=7)
+        self._compare_rankings(left.subplots())
         axes = right.subplots(2, columns, squeeze=False)
         for ax in axes.flat:
             ax.set(xticks=[], yticks=[])
@@ -405,32 +384,41 @@ class CleaningExplorer(Explorer):
             ax.set_title(self.examples.label(position), fontsize=8)
             if self.corrupted is not None:
                 ax.set_xlabel("corrupted" if self.corrupted[position] else "clean", fontsize=8)
-        right.suptitle(
-            f"most suspicious by {ranking}" if ranking else "most suspicious", fontsize=9
-        )
+        title = f"most suspicious by {ranking}" if ranking else "most suspicious"
+        right.suptitle(title, fontsize=9)
         return [figure]
 
+    def _compare_rankings(self, ax) -> None:
+        """Precision over recall of every ranking; a note where the truth is not known."""
+        if self.corrupted is None:
+            ax.axis("off")
+            note = "the truth is not known,\nso no precision and recall"
+            ax.text(0.5, 0.5, note, ha="center", fontsize=9)
+            return
+        style = {"markevery": 0.2, "ms": 4, "lw": 1}
+        for name, marker in zip(self.table, "osxD^v" * len(self.table), strict=False):
+            precision, recall = detection(self.orders[name], self.corrupted)
+            ax.plot(recall, precision, marker=marker, label=name or "ranking", **style)
+        ax.set(xlim=(0, 1.02), ylim=(0, 1.05), xlabel="recall", ylabel="precision")
+        ax.legend(frameon=False, fontsize=7)
+
     def code(self) -> str:
-        """Python for the view: what is ``removed``, ``precision``, ``recall``, ``before`` and
-        ``after`` retraining.
-        """
-        pipeline, queries = (
-            self._name(self.pipeline, "pipeline"),
-            self._name(self.judges, "queries" if self.judges is self.queries else "judges"),
-        )
-        scores = self._name(self._given, "scores") + (
-            f"[{quoted(self.ranking)}]" if isinstance(self._given, Mapping) else ""
-        )
-        given, warm = self.table[self.ranking], default_protocol(self.pipeline) == "warm-start"
+        """Python for the view: ``removed``, ``precision``, ``recall``, ``before`` and ``after``."""
+        pipeline = self._name(self.pipeline, "pipeline")
+        queries = self._name(self.judges, "queries" if self.judges is self.queries else "judges")
+        scores = self._name(self._given, "scores")
+        if isinstance(self._given, Mapping):
+            scores += f"[{quoted(self.ranking)}]"
+        warm = default_protocol(self.pipeline) == "warm-start"
         suspicion = f"torch.as_tensor({scores})"
-        if isinstance(given, Influence):
-            suspicion = f"{'-' if given.target == 'margin' else ''}{scores}.mean().values[0]"
+        if isinstance(self.table[self.ranking], Influence):
+            suspicion = f"{scores}.harm_sign * {scores}.mean().values[0]"
         lines = [
             "import torch",
-            "from msif_lab.ranking import detection",
+            "from msif_lab.evaluation import detection",
             "",
-            f"order = {suspicion}.argsort(descending=True, stable=True)  # the most suspicious "
-            "first",
+            f"suspicion = {suspicion}",
+            "order = suspicion.argsort(descending=True, stable=True)  # the most suspicious first",
             f"removed = order[:{self.flagged}]",
         ]
         if self.corrupted is not None:
@@ -453,10 +441,11 @@ class CleaningExplorer(Explorer):
         return "\n".join(lines)
 
     def __repr__(self) -> str:
-        truth = (
-            "" if self.corrupted is None else f", {int(self.corrupted.sum())} known to be corrupted"
-        )
-        return f"CleaningExplorer: {self.count} examples{truth}, rankings {[n or 'scores' for n in self.table]}"
+        known = ""
+        if self.corrupted is not None:
+            known = f", {int(self.corrupted.sum())} known to be corrupted"
+        names = [name or "scores" for name in self.table]
+        return f"CleaningExplorer: {self.count} examples{known}, rankings {names}"
 
 
 def _right(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

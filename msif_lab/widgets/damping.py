@@ -1,6 +1,4 @@
-"""α and damping under two sliders: what the filter lets through, who comes first, and whether it
-agrees.
-"""
+"""α and damping under two sliders: the filter, the order of the examples, and the agreement."""
 
 import html
 
@@ -17,7 +15,7 @@ from ..influence.sweep import AlphaSweep
 from ..pipeline.pipeline import Pipeline
 from .frame import Explorer
 from .given import one_pipeline, quoted
-from .pictures import Gallery, Plot, open_axes, signed, table
+from .pictures import Gallery, Plot, open_axes, table
 
 __all__ = ["AlphaDampingExplorer"]
 
@@ -25,16 +23,16 @@ INFINITE = float("inf")
 
 
 class AlphaDampingExplorer(Explorer):
-    """Slide α and the damping; see the filter ``2α / (s + 2α)``, the order of the examples, and its
-    agreement.
+    """Slide α and the damping; see what the filter ``2α / (s + 2α)`` does to the scores.
 
-    Both eigendecompositions are made once (`AlphaSweep`), so a step is three products. The trained
+    Shown are the filter, the order of the examples, and how well it agrees. Both
+    eigendecompositions are made once (`AlphaSweep`), so a step is three products. The trained
     weights stay those of the pipeline's own α: the sliders change the question, not the model.
 
     Args:
         pipeline: two stages, the second with a `Proximal` link, trained.
         queries: images ``(Q, 1 or 3, H, W)``, as are the pretraining examples.
-        effects: real removals to agree with, of these queries and the first stage.
+        effects: real removals to compare with, of these queries and the first stage.
         k: pictures a row.
         curvature: ``"hessian"`` or ``"ggn"``.
 
@@ -46,11 +44,13 @@ class AlphaDampingExplorer(Explorer):
     >>> from msif_lab import widgets
     >>> train, test = msif.load_digits()
     >>> queries = test.select(range(4, 10), n=12)
-    >>> pre = msif.Stage("pre", msif.mlp(64, hidden=(4,), classes=4), train.select(range(4), n=80), weight_decay=0.1)
-    >>> new = train.select(range(4, 10), n=60)
-    >>> fine = msif.Stage("fine", msif.mlp(64, hidden=(4,), classes=6), new, weight_decay=0.1, link=msif.Proximal(0.1))
+    >>> old, new = train.select(range(4), n=80), train.select(range(4, 10), n=60)
+    >>> nets = [msif.mlp(64, hidden=(4,), classes=c) for c in (4, 6)]
+    >>> pre = msif.Stage("pre", nets[0], old, weight_decay=0.1)
+    >>> fine = msif.Stage("fine", nets[1], new, weight_decay=0.1, link=msif.Proximal(0.1))
     >>> pipeline = msif.Pipeline([pre, fine]).fit(progress=False)
-    >>> widgets.AlphaDampingExplorer(pipeline, queries, curvature="ggn")  # in a notebook: sliders and pictures
+    >>> # in a notebook: sliders and pictures
+    >>> widgets.AlphaDampingExplorer(pipeline, queries, curvature="ggn")
     AlphaDampingExplorer: 12 queries, 80 examples, 50 α from 0.0001 to ∞, 30 dampings
     """
 
@@ -65,31 +65,33 @@ class AlphaDampingExplorer(Explorer):
         k: int = 5,
         curvature: str = "hessian",
     ):
-        self.pipeline, self.queries, self.effects, self.curvature = (
-            one_pipeline(pipeline, queries),
-            queries,
-            effects,
-            curvature,
-        )
+        self.pipeline = one_pipeline(pipeline, queries)
+        self.queries = queries
+        self.effects = effects
+        self.curvature = curvature
         data = pipeline.stages[0].data
-        self.gallery, self.examples = (
-            Gallery(queries, "queries"),
-            Gallery(data, "the data of the first stage"),
-        )
+        self.gallery = Gallery(queries, "queries")
+        self.examples = Gallery(data, "the data of the first stage")
         if not isinstance(k, int) or not 1 <= k <= len(data):
             raise ValueError(
                 f"k={k!r} must be a whole number between 1 and {len(data)}, the examples"
             )
-        self.k, self.sweep = k, AlphaSweep(pipeline, queries, curvature=curvature)
-        own, floor = self.sweep.alpha, 1.05 * self.sweep.floor
+        self.k = k
+        self.sweep = AlphaSweep(pipeline, queries, curvature=curvature)
+        own = self.sweep.alpha
+        floor = 1.05 * self.sweep.floor
         grid = [float(f"{own * 10 ** (i / 8):.3g}") for i in range(-24, 25) if i]
         self.alphas = [*sorted([own, *(alpha for alpha in grid if alpha > floor)]), INFINITE]
         self.dampings = [0.0, *(float(f"{10 ** (i / 4):.3g}") for i in range(-24, 5))]
-        self.alpha, self.damping, self.query = own, 0.0, 0
-        self.own, self.frozen = self.sweep.scores(own), self.sweep.scores(INFINITE)
+        self.alpha = own
+        self.damping = 0.0
+        self.query = 0
+        self.own = self.sweep.scores(own)
+        self.frozen = self.sweep.scores(INFINITE)
         self._ranks = row_ranks(self.own.values.cpu()), row_ranks(self.frozen.values.cpu())
         if effects is not None:
-            agreement(self.own, effects, resamples=1)  # of the same queries, stage and target
+            # raises unless they are of the same queries, stage and target
+            agreement(self.own, effects, resamples=1)
         self._kept: tuple = ()
 
     @property
@@ -100,12 +102,17 @@ class AlphaDampingExplorer(Explorer):
         return self._kept[2]
 
     def agreements(self, scores: Influence) -> dict[str, float]:
-        """Mean over queries of the rank correlation with the scores at the pipeline's own α and in
-        the frozen limit, and of Pearson r with the real effects, where there are some.
+        """Means over queries of correlations with other scores, and with the real effects if given.
+
+        Ranks are compared with those at the pipeline's own α and in the frozen limit, by Spearman;
+        effects by Pearson r.
         """
         ranks = row_ranks(scores.values.cpu())
         own, frozen = (_mean(row_correlations(ranks, reference)) for reference in self._ranks)
-        found = {"Spearman with its own α, no damping": own, "Spearman with α = ∞ (frozen)": frozen}
+        found = {
+            "Spearman with its own α, no damping": own,
+            "Spearman with α = ∞ (frozen)": frozen,
+        }
         if self.effects is not None:
             predicted = torch.stack(
                 [scores.removal_effect(group) for group in self.effects.subsets], 1
@@ -126,11 +133,9 @@ class AlphaDampingExplorer(Explorer):
         self.alpha_control = self._slider("alpha", "Strength α", alphas)
         self.damping_control = self._slider("damping", "Damping δ of pretraining", dampings)
         self.query_control = self._slider("query", "Query", queries)
-        self.view, self.plot, self.answer = (
-            self._html("view"),
-            self._html("plot"),
-            self._html("answer"),
-        )
+        self.view = self._html("view")
+        self.plot = self._html("plot")
+        self.answer = self._html("answer")
         wrap = {"flex_flow": "row wrap"}
         return [
             self.alpha_control,
@@ -164,36 +169,30 @@ class AlphaDampingExplorer(Explorer):
         return f"{alpha:.2g}" + (", its own" if alpha == self.sweep.alpha else "")
 
     def _show(self) -> None:
-        scores, q = self.scores, self.query
+        scores = self.scores
+        q = self.query
         caption = f"query {q}<br>{html.escape(self.gallery.label(q))}"
         rows = []
         same = 0
-        for name, sign, ranking, before, colour in (
-            ("helpful", "−", scores.helpful(self.k), self.own.helpful(self.k), plots.HELPFUL),
-            ("harmful", "+", scores.harmful(self.k), self.own.harmful(self.k), plots.HARMFUL),
+        for word, ranking, before in (
+            ("helpful", scores.helpful(self.k), self.own.helpful(self.k)),
+            ("harmful", scores.harmful(self.k), self.own.harmful(self.k)),
         ):
             places = ranking.positions[q].tolist()
             same += len(set(places) & set(before.positions[q].tolist()))
             cards = [
-                self.examples.show(
-                    place,
-                    f"{name.capitalize()} example, score {signed(1e3 * value, 2)} thousandths",
-                    caption=f"{html.escape(self.examples.label(place))}<br>{signed(1e3 * value, 2)}",
-                    border=f"3px solid {colour}",
-                )
+                self.examples.show_score(place, value, scores)
                 for place, value in zip(places, ranking.values[q].tolist(), strict=True)
             ]
-            rows.append(
-                f"<div><b>Most {name}</b> ({sign}), score × 1000</div><div>{''.join(cards)}</div>"
-            )
+            title = f"<b>Most {word}</b> ({scores.signs[word]}), score × 1000"
+            rows.append(f"<div>{title}</div><div>{''.join(cards)}</div>")
         query = self.gallery.show(q, "Query", width=112, caption=caption, column=140)
         self.view.value = f'<div style="display:flex">{query}<div>{"".join(rows)}</div></div>'
         about = f"α = {self._alpha_text(self.alpha)}, damping δ = {self.damping:.2g}"
+        largest = float(self.sweep.filter(self.alpha).max())
         found = self.agreements(scores) | {
             "mean size of a score, thousandths": 1e3 * float(scores.values.abs().mean()),
-            "largest gain of the filter (above 1: s < 0)": float(
-                self.sweep.filter(self.alpha).max()
-            ),
+            "largest gain of the filter (above 1: s < 0)": largest,
             f"of the {2 * self.k} shown, shown at its own α too": same,
         }
         self.answer.value = table(about, [(name, f"{value:.3g}") for name, value in found.items()])
@@ -206,27 +205,22 @@ class AlphaDampingExplorer(Explorer):
         curve, dots = self._figure.artists
         gains = self.sweep.filter(self.alpha)
         s = torch.logspace(*self._decades, 200, dtype=gains.dtype)
-        through = (
-            2 * self.alpha / (s + 2 * self.alpha) if self.alpha < INFINITE else torch.ones_like(s)
-        )
+        through = torch.ones_like(s)
+        if self.alpha < INFINITE:
+            through = 2 * self.alpha / (s + 2 * self.alpha)
         curve.set_data(s.numpy(), through.numpy())
-        dots.set_data(
-            *(x[self.sweep.eigenvalues > 0].cpu().numpy() for x in (self.sweep.eigenvalues, gains))
-        )
+        positive = self.sweep.eigenvalues > 0  # the axis is logarithmic
+        dots.set_data(self.sweep.eigenvalues[positive].cpu().numpy(), gains[positive].cpu().numpy())
         half = int((gains < 0.5).sum())
         alt = (
             f"Filter 2α / (s + 2α) over the eigenvalues s, α = {self._alpha_text(self.alpha)}: "
-            f"{half} of {len(gains)} "
+            f"{half} of {len(gains)} directions are let through by less than half"
         )
-        return img(
-            self._figure.png(curve, dots), alt + "directions are let through by less than half"
-        )
+        return img(self._figure.png(curve, dots), alt)
 
     @property
     def _decades(self) -> tuple[float, float]:
-        """Exponents between which the eigenvalues lie, what is below a millionth of the largest
-        left out.
-        """
+        """Exponents of 10 for the axis of eigenvalues: six decades up to the largest one."""
         largest = float(self.sweep.eigenvalues[-1])
         top = numpy.ceil(numpy.log10(largest)) if largest > 0 else 0.0
         return float(top - 6), float(top)
@@ -244,34 +238,31 @@ class AlphaDampingExplorer(Explorer):
     # --- without a kernel -------------------------------------------------------------------------
 
     def static(self, damping: float = 0.0) -> list:
-        """One figure: the filter at five α, and how order and agreement change with α at this
-        damping.
+        """One figure: the filter at a few α, and how ranks and agreement change with α.
+
+        Args:
+            damping: of pretraining, for the second panel.
         """
         import matplotlib.pyplot as plt
 
         figure, (left, right) = plt.subplots(1, 2, figsize=(7.4, 3.0))
         s = torch.logspace(*self._decades, 200, dtype=torch.float64)
         finite = self.alphas[:-1]
-        few = sorted(
-            {*(finite[round(i * (len(finite) - 1) / 4)] for i in range(5)), self.sweep.alpha}
-        )
+        spread = [finite[round(i * (len(finite) - 1) / 4)] for i in range(5)]
+        few = sorted({*spread, self.sweep.alpha})
         styles = ("-", "--", "-.", ":", (0, (1, 1)), (0, (5, 1)))
         for alpha, style in zip(few, styles, strict=False):
-            left.semilogx(
-                s.numpy(),
-                (2 * alpha / (s + 2 * alpha)).numpy(),
-                ls=style,
-                label=f"α = {self._alpha_text(alpha)}",
-            )
+            through = 2 * alpha / (s + 2 * alpha)
+            name = f"α = {self._alpha_text(alpha)}"
+            left.semilogx(s.numpy(), through.numpy(), ls=style, label=name)
         left.set_xlabel("eigenvalue s")
         left.set_ylabel("2α / (s + 2α)")
         left.legend(frameon=False, fontsize=7)
         some = finite[::3]
-        table = [self.agreements(self.sweep.scores(alpha, damping)) for alpha in some]
-        for name, marker in zip(table[0], "osx", strict=False):
-            right.semilogx(
-                some, [row[name] for row in table], marker=marker, ms=3, lw=1, label=name
-            )
+        rows = [self.agreements(self.sweep.scores(alpha, damping)) for alpha in some]
+        for name, marker in zip(rows[0], "osx", strict=False):
+            values = [row[name] for row in rows]
+            right.semilogx(some, values, marker=marker, ms=3, lw=1, label=name)
         right.axvline(self.sweep.alpha, color=plots.NEUTRAL, lw=0.8, ls=":")
         right.set_xlabel("α (dotted: its own)")
         right.set_ylabel("mean over queries")
@@ -280,15 +271,13 @@ class AlphaDampingExplorer(Explorer):
 
     def code(self) -> str:
         """Python for the view: ``view`` holds the scores at this α and damping."""
-        pipeline, queries = (
-            self._name(self.pipeline, "pipeline"),
-            self._name(self.queries, "queries"),
-        )
+        pipeline = self._name(self.pipeline, "pipeline")
+        queries = self._name(self.queries, "queries")
         alpha = 'float("inf")' if self.alpha == INFINITE else repr(self.alpha)
         kind = "" if self.curvature == "hessian" else f", curvature={quoted(self.curvature)}"
         lines = [
             "from msif_lab import agreement, plots",
-            "from msif_lab.sweep import AlphaSweep",
+            "from msif_lab.influence import AlphaSweep",
             "",
             f"sweep = AlphaSweep({pipeline}, {queries}{kind})",
             f"view = sweep.scores(alpha={alpha}, damping={self.damping!r})",

@@ -1,6 +1,4 @@
-"""What explorers share: labelled controls, errors in sight, work that can be stopped, the view as
-code, a picture.
-"""
+"""What explorers share: controls, visible errors, stoppable work, the view as code, a picture."""
 
 import base64
 import functools
@@ -20,17 +18,16 @@ WIDE = {"description_width": "initial"}
 
 def _note(text: str) -> str:
     """A line that screen readers announce when it changes."""
-    return (
-        f'<div role="status" aria-live="polite" style="min-height:1.5em">{html.escape(text)}</div>'
-    )
+    attributes = 'role="status" aria-live="polite" style="min-height:1.5em"'
+    return f"<div {attributes}>{html.escape(text)}</div>"
 
 
 class Explorer:
-    """The frame of every explorer: a view that redraws, errors in sight, and a mimebundle with
-    picture and text.
+    """The frame of every explorer: a live view, visible errors, and a picture without a kernel.
 
-    A subclass defines ``kind`` (a word, for the style class), `_build` (its controls), `static` and
-    `code`. Its state is in plain attributes, so that `static` and `code` need no ipywidgets.
+    A subclass defines ``kind`` (a word, for the style class), `_build` (its controls), `_show`
+    (redraws the view), `static` and `code`. Its state is in plain attributes, so that `static` and
+    `code` need no ipywidgets.
     """
 
     kind = "explorer"
@@ -44,9 +41,7 @@ class Explorer:
 
     @functools.cached_property
     def widget(self):
-        """The live view: labelled controls that work from the keyboard, pictures, and any error in
-        sight.
-        """
+        """The live view: labelled controls that work from the keyboard, pictures, any error."""
         import ipywidgets
 
         self.error = self._style(ipywidgets.Output(), "error")
@@ -74,28 +69,33 @@ class Explorer:
     def _control(
         self, kind: str, name: str, description: str, on_value: Callable | None = None, **settings
     ):
-        """A labelled control of ipywidgets; ``on_value(value)`` follows every change, its errors in
-        sight.
+        """A labelled control of ipywidgets.
+
+        Args:
+            kind: name of its class, such as ``"Dropdown"``.
+            name: its style class.
+            description: its label.
+            on_value: called with every new value, or without one by a button; its errors are shown.
+            settings: of the class.
         """
         import ipywidgets
 
-        style = {} if kind == "Button" else {"style": WIDE}
-        control = self._style(
-            getattr(ipywidgets, kind)(description=description, **style, **settings), name
-        )
+        if kind != "Button":
+            settings["style"] = WIDE
+        control = getattr(ipywidgets, kind)(description=description, **settings)
         if kind == "Button":
             control.on_click(self._guarded(lambda _: on_value()))
         elif on_value is not None:
             control.observe(self._guarded(lambda change: on_value(change["new"])), "value")
-        return control
+        return self._style(control, name)
 
     def _guarded(self, function: Callable) -> Callable:
-        """A callback's error would be lost; here it stays in sight until the next thing is tried."""
+        """The callback with its errors shown, until the next action, where they would be lost."""
 
         @functools.wraps(function)
         def call(*given):
             with self._lock:  # an answer from a retraining may arrive while a slider moves
-                # before: a retraining that this starts may fail before this returns
+                # Cleared first: a retraining that the callback starts may fail before it returns.
                 self.error.outputs = ()
                 try:
                     function(*given)
@@ -111,7 +111,7 @@ class Explorer:
     # --- the view as code -------------------------------------------------------------------------
 
     def code(self) -> str:
-        """Python that computes what the view shows, from the objects that the explorer was given."""
+        """Python that computes what the view shows from the objects that the explorer was given."""
         raise TypeError(f"{type(self).__name__} must define code")
 
     def _code_box(self):
@@ -137,27 +137,25 @@ class Explorer:
         return self._style(ipywidgets.VBox([button, text]), "code")
 
     def _refresh_code(self) -> None:
-        """Keep the code that is shown that of the view."""
+        """Where the code is shown, let it be that of the present view."""
         if self._code_text.layout.display != "none":
             self._code_text.value = self.code()
 
     def _name(self, thing, default: str) -> str:
-        """The name that the reader's notebook has for an object, so that the code runs where it is
-        pasted.
-        """
+        """The reader's own name for an object, so that the code runs in the same notebook."""
         from IPython import get_ipython
 
         shell = get_ipython()
         known = {} if shell is None else dict(shell.user_ns)
-        names = [
-            name for name, value in known.items() if value is thing and not name.startswith("_")
-        ]
-        return names[0] if names else default
+        for name, value in known.items():
+            if value is thing and not name.startswith("_"):
+                return name
+        return default
 
     # --- retraining -------------------------------------------------------------------------------
 
     def _retraining(self, text: str, start: Callable):
-        """A button that starts, one that stops, and a line that says in words what goes on."""
+        """A button that starts, one that stops, and a line that says in words what is going on."""
         import ipywidgets
 
         layout = {"width": "auto"}
@@ -176,14 +174,13 @@ class Explorer:
         self.job.stop()
 
     def _run(self, pipeline: Pipeline, work: Callable, done: Callable) -> None:
-        """Do ``work(copy of the pipeline)`` beside the kernel; ``done(result)`` shows what came of
-        it.
-        """
+        """Do ``work(copy of the pipeline)`` in a thread; ``done(result)`` then shows its result."""
         if self.job is not None and self.job.running:
             raise ValueError("a retraining is still running; stop it, or wait for it")
 
         def end(text: str) -> None:
-            self.stop.disabled, self.retrain.disabled = True, False
+            self.stop.disabled = True
+            self.retrain.disabled = False
             self.status.value = _note(text)
 
         def finished(result, seconds: float) -> None:
@@ -200,11 +197,11 @@ class Explorer:
         def stopped() -> None:
             end("stopped: nothing was changed")
 
-        stages = {1: "the stage", 2: "both stages"}.get(
-            len(pipeline.stages), f"{len(pipeline.stages)} stages"
-        )
+        count = len(pipeline.stages)
+        stages = {1: "the stage", 2: "both stages"}.get(count, f"{count} stages")
         self.status.value = _note(f"retraining {stages} …")
-        self.retrain.disabled, self.stop.disabled = True, False
+        self.retrain.disabled = True
+        self.stop.disabled = False
         try:
             self.job = Job(pipeline, work, done=finished, stopped=stopped, failed=failed, tick=tick)
         except Exception:
@@ -232,7 +229,7 @@ class Explorer:
         except ModuleNotFoundError as error:
             if error.name != "ipywidgets":
                 raise
-            bundle = {}  # a picture is better than nothing
+            bundle = {}  # without ipywidgets there is still the picture
         bundle = dict(bundle[0] if isinstance(bundle, tuple) else bundle)
         return bundle | {
             "image/png": base64.b64encode(self._still()).decode(),

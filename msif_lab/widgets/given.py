@@ -1,4 +1,4 @@
-"""What an explorer was given, checked once and put in one order: cases, methods, stages."""
+"""What an explorer was given, checked once and put in one order: by case, method and stage."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ __all__ = [
 
 
 class Given(NamedTuple):
-    """One set of scores and how to write it down: ``scores`` + path."""
+    """One set of scores, and its ``path``: how the reader's code gets it, ``scores`` + path."""
 
     scores: Influence
     path: str
@@ -32,8 +32,7 @@ class Given(NamedTuple):
 def pipelines(
     pipeline: Pipeline | Mapping[str, Pipeline], queries: Examples
 ) -> dict[str, Pipeline]:
-    """The pipelines by case; a single one is the case ``""``. All are trained and can answer the
-    queries.
+    """The pipelines by case, each trained and fit for the queries; a single one is the case ``""``.
 
     Raises:
         TypeError, ValueError: no pipeline, not trained, queries of another shape or task.
@@ -45,10 +44,8 @@ def pipelines(
         )
     for case, one in named.items():
         if not isinstance(one, Pipeline):
-            raise TypeError(
-                f"pipeline{f'[{case!r}]' if case else ''} is {type(one).__name__}, not "
-                "msif_lab.Pipeline"
-            )
+            where = f"pipeline[{case!r}]" if case else "pipeline"
+            raise TypeError(f"{where} is {type(one).__name__}, not msif_lab.Pipeline")
         one.trained()
         ask(one.objective(-1), queries, "loss")
     return named
@@ -64,13 +61,16 @@ def one_pipeline(pipeline: Pipeline, queries: Examples) -> Pipeline:
 
 
 def check_scores(scores, pipeline: Pipeline, queries: Examples, name: str = "scores") -> int:
-    """Position of the stage whose examples are scored; raises where they fit neither it nor the
-    queries.
+    """Position of the stage whose examples are scored.
+
+    Raises:
+        TypeError: ``scores`` is no `Influence`.
+        ValueError: it is not of that stage's examples and these queries.
     """
     if not isinstance(scores, Influence):
         raise TypeError(
-            f"{name} is {type(scores).__name__}, not msif_lab.Influence: what "
-            "attributor.fit(pipeline).score(queries) gives, without top="
+            f"{name} is {type(scores).__name__}, not msif_lab.Influence: give what "
+            "attributor.fit(pipeline).score(queries) returns, without top="
         )
     stage = pipeline.index(scores.stage) if scores.stage else 0
     data = pipeline.stages[stage].data
@@ -115,26 +115,21 @@ def score_table(
         )
     table: dict[tuple[str, str, int], Given] = {}
     for case, pipeline in named.items():
-        of_case, path = (scores[case], f"[{quoted(case)}]") if several else (scores, "")
+        of_case = scores[case] if several else scores
+        path = f"[{quoted(case)}]" if several else ""
         by_method = of_case if isinstance(of_case, Mapping) else {"": of_case}
         if not by_method:
             raise ValueError(f"scores{path} is empty; give at least one Influence")
         for method, given in by_method.items():
             where = f"{path}[{quoted(method)}]" if isinstance(of_case, Mapping) else path
-            parts = (
-                given
-                if isinstance(given, Sequence) and not isinstance(given, Influence)
-                else [given]
-            )
-            for i, one in enumerate(parts):
-                here = f"{where}[{i}]" if parts is given else where
+            listed = isinstance(given, Sequence)
+            for i, one in enumerate(given if listed else [given]):
+                here = f"{where}[{i}]" if listed else where
                 stage = check_scores(one, pipeline, queries, f"scores{here}")
                 key = (case, str(method), stage)
                 if key in table:
-                    raise ValueError(
-                        f"scores{here} is of stage {pipeline.stages[stage].name!r} again; one per "
-                        "stage"
-                    )
+                    name = pipeline.stages[stage].name
+                    raise ValueError(f"scores{here} is of stage {name!r} again; give one per stage")
                 table[key] = Given(one, here)
     return table
 
@@ -145,5 +140,5 @@ def quoted(value) -> str:
 
 
 def predicted_class(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """As a target to evaluate: the class of the largest output."""
+    """The class of the largest output, as a target to evaluate."""
     return outputs.argmax(-1).to(outputs)

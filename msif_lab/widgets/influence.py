@@ -1,4 +1,4 @@
-"""Who helped, who hurt, and is it true? Pick a query, pick an example, remove it and retrain."""
+"""Who helped, who harmed, and is it true? Pick a query and an example, remove it and retrain."""
 
 import html
 from collections.abc import Callable, Mapping, Sequence
@@ -17,12 +17,15 @@ from .pictures import Cards, Gallery, Plot, effects_axes, signed, table
 
 __all__ = ["InfluenceExplorer"]
 
-EVERY, WRONG = "all", "misclassified"
+EVERY = "all"
+WRONG = "misclassified"
 
 
 class InfluenceExplorer(Explorer):
-    """Pick a query; see its most helpful and most harmful examples; choose one, see its predicted
-    effect on all queries, remove it for real and retrain every stage.
+    """Pick a query, see its most helpful and most harmful examples, and put one to the test.
+
+    For the chosen example it shows the predicted effect of its removal on all queries, and on
+    request removes it for real and retrains every stage.
 
     Args:
         pipeline: trained; or several by case: ``{"frozen": ..., "full": ...}``.
@@ -32,8 +35,8 @@ class InfluenceExplorer(Explorer):
         queries: what the scores are of; images ``(Q, 1 or 3, H, W)``, as are the scored stages'
             examples.
         k: pictures a row.
-        target: q as a function, for scores of a target of your own; ``"loss"``, ``"margin"`` and
-            ``"output"`` are known from the scores.
+        target: the function q, where the scores are of a target of your own; ``"loss"``,
+            ``"margin"`` and ``"output"`` are known from the scores.
 
     As a cell's last value it shows the live view; `static` draws pictures that need no kernel;
     `code` gives the view as Python. Retraining works on a copy: the pipeline's models stay as they
@@ -47,7 +50,8 @@ class InfluenceExplorer(Explorer):
     >>> from msif_lab import experiments, widgets
     >>> experiment = experiments.digits(msif.Frozen(), pretraining=80, finetuning=60, queries=12)
     >>> pipeline, queries = experiment.pipeline.fit(progress=False), experiment.queries
-    >>> scores = msif.UnrolledInfluence().fit(pipeline, progress=False).score(queries, progress=False)
+    >>> unrolled = msif.UnrolledInfluence().fit(pipeline, progress=False)
+    >>> scores = unrolled.score(queries, progress=False)
     >>> explorer = widgets.InfluenceExplorer(pipeline, scores, queries)
     >>> explorer  # in a notebook: controls and pictures
     InfluenceExplorer: 12 queries, examples of ['pretrain']
@@ -67,7 +71,8 @@ class InfluenceExplorer(Explorer):
     ):
         self.pipelines = pipelines(pipeline, queries)
         self.table = score_table(self.pipelines, scores, queries)
-        self.queries, self.target = queries, target
+        self.queries = queries
+        self.target = target
         self._given = pipeline, scores
         smallest = min(len(given.scores.ids) for given in self.table.values())
         if not isinstance(k, int) or not 1 <= k <= smallest:
@@ -81,11 +86,15 @@ class InfluenceExplorer(Explorer):
                     f"scores{given.path} are of the target {given.scores.target!r}, which is none "
                     f"of {known}; give the function itself: target=..."
                 )
-        self.k, self.gallery, self._galleries = k, Gallery(queries, "queries"), {}
+        self.k = k
+        self.gallery = Gallery(queries, "queries")
+        self._galleries: dict[tuple[str, int], Gallery] = {}
         self.case, self.method, self.stage = next(iter(self.table))
         for case, _, stage in self.table:
             self._examples(case, stage)
-        self.shown, self.query, self.example = EVERY, 0, None
+        self.shown = EVERY
+        self.query = 0
+        self.example: int | None = None
         self._predicted: dict[str, torch.Tensor] = {}
         self._answers: dict[tuple, torch.Tensor] = {}
 
@@ -103,35 +112,30 @@ class InfluenceExplorer(Explorer):
 
     @property
     def actual(self) -> torch.Tensor | None:
-        """Changes of all queries ``(Q,)`` after the chosen example was removed and everything
-        retrained, if it was.
-        """
+        """Changes of all queries ``(Q,)`` after removing the chosen example; None until then."""
         return self._answers.get((self.case, self.stage, self.scores.target, self.example))
 
     def _examples(self, case: str, stage: int) -> Gallery:
         if (case, stage) not in self._galleries:
-            examples = self.pipelines[case].stages[stage]
-            self._galleries[case, stage] = Gallery(
-                examples.data, f"the data of stage {examples.name!r}"
-            )
+            scored = self.pipelines[case].stages[stage]
+            name = f"the data of stage {scored.name!r}"
+            self._galleries[case, stage] = Gallery(scored.data, name)
         return self._galleries[case, stage]
 
     def _classes(self, case: str) -> torch.Tensor | None:
-        """The class that the final model gives each query, ``(Q,)``; None where there are no
-        classes.
-        """
+        """The class that the final model predicts for each query ``(Q,)``; None without classes."""
         if not self.queries.has_labels or not self.pipelines[case].stages[-1].data.has_labels:
             return None
         if case not in self._predicted:
-            self._predicted[case] = (
-                self.pipelines[case].evaluate(self.queries, predicted_class).cpu().long()
-            )
+            found = self.pipelines[case].evaluate(self.queries, predicted_class)
+            self._predicted[case] = found.cpu().long()
         return self._predicted[case]
 
     def _groups(self) -> dict[str, list[int]]:
         """Positions of the queries that can be shown together, by name."""
         groups = {EVERY: list(range(len(self.queries)))}
-        if (predicted := self._classes(self.case)) is not None:
+        predicted = self._classes(self.case)
+        if predicted is not None:
             y = self.queries.y.cpu()
             groups[WRONG] = (predicted != y).nonzero().flatten().tolist()
             for label, name in enumerate(self.queries.classes):
@@ -147,10 +151,6 @@ class InfluenceExplorer(Explorer):
         named = self.pipeline.stages[-1].data.classes
         return f"{text}, predicted {named[int(predicted[query])]} ({'right' if right else 'wrong'})"
 
-    @property
-    def _unit(self) -> str:
-        return "nats" if self.scores.target == "loss" else f"units of {self.scores.target}"
-
     def pick(
         self, *, query: int | None = None, example: int | None = None, case: str | None = None
     ) -> "InfluenceExplorer":
@@ -161,7 +161,8 @@ class InfluenceExplorer(Explorer):
         """
         if case is not None:
             need_choice("case", case, list(self.pipelines))
-            self.case, self.example = case, None
+            self.case = case
+            self.example = None
         for name, value, count in (
             ("query", query, len(self.queries)),
             ("example", example, len(self.scores.ids)),
@@ -181,20 +182,8 @@ class InfluenceExplorer(Explorer):
     def _build(self) -> list:
         import ipywidgets
 
-        cases, methods, stages = ([*dict.fromkeys(key[i] for key in self.table)] for i in range(3))
-        self._quiet = False
-        choose = self._control
-        self.case_control = choose("Dropdown", "case", "Case", self._set("case"), options=cases)
-        self.method_control = choose(
-            "Dropdown", "method", "Method", self._set("method"), options=methods
-        )
-        self.stage_control = choose(
-            "Dropdown", "stage", "Stage", self._set("stage"), options=[("", stages[0])]
-        )
-        self.queries_control = choose(
-            "Dropdown", "queries", "Show queries", self._set("shown"), options=[EVERY]
-        )
-        self.query_control = choose(
+        choices = self._dropdowns()
+        self.query_control = self._control(
             "SelectionSlider",
             "query",
             "Query",
@@ -203,9 +192,6 @@ class InfluenceExplorer(Explorer):
             continuous_update=False,
             layout={"width": "98%"},
         )
-        several = (self.case_control, cases), (self.method_control, methods)
-        choices = [control for control, options in several if len(options) > 1]
-        choices += [self.stage_control] if len(stages) > 1 else []
         self.film = Cards(self, 8, "query-image", self._pick_query)
         self.view = self._html("view")
         self.titles = self._html("view"), self._html("view")
@@ -213,24 +199,50 @@ class InfluenceExplorer(Explorer):
             Cards(self, self.k, "example", self._choose),
             Cards(self, self.k, "example", self._choose),
         )
-        self.plot, self.answer = self._html("plot"), self._html("answer")
-        ranked = [
-            part
-            for pair in zip(self.titles, (row.box for row in self.rows), strict=True)
-            for part in pair
-        ]
+        self.plot = self._html("plot")
+        self.answer = self._html("answer")
+        helpful, harmful = self.rows
+        ranked = [self.titles[0], helpful.box, self.titles[1], harmful.box]
+        wrap = {"flex_flow": "row wrap"}
         return [
-            ipywidgets.HBox([self.queries_control, *choices], layout={"flex_flow": "row wrap"}),
+            ipywidgets.HBox(choices, layout=wrap),
             self.query_control,
             self.film.box,
-            ipywidgets.HBox([self.view, ipywidgets.VBox(ranked)], layout={"flex_flow": "row wrap"}),
+            ipywidgets.HBox([self.view, ipywidgets.VBox(ranked)], layout=wrap),
             self._retraining("Remove it and retrain", self._remove),
-            ipywidgets.HBox([self.answer, self.plot], layout={"flex_flow": "row wrap"}),
+            ipywidgets.HBox([self.answer, self.plot], layout=wrap),
             self._code_box(),
         ]
 
+    def _dropdowns(self) -> list:
+        """The dropdowns; returns those that offer a choice."""
+        cases, methods, stages = self._names()
+        self._quiet = False
+
+        def dropdown(name: str, label: str, attribute: str, options: list):
+            return self._control("Dropdown", name, label, self._set(attribute), options=options)
+
+        self.queries_control = dropdown("queries", "Show queries", "shown", [EVERY])
+        self.case_control = dropdown("case", "Case", "case", cases)
+        self.method_control = dropdown("method", "Method", "method", methods)
+        self.stage_control = dropdown("stage", "Stage", "stage", [("", stages[0])])
+        choices = [self.queries_control]
+        for control, options in (
+            (self.case_control, cases),
+            (self.method_control, methods),
+            (self.stage_control, stages),
+        ):
+            if len(options) > 1:
+                choices.append(control)
+        return choices
+
+    def _names(self) -> tuple[list, list, list]:
+        """All cases, methods and positions of stages, in the order given."""
+        cases, methods, stages = ([*dict.fromkeys(key[i] for key in self.table)] for i in range(3))
+        return cases, methods, stages
+
     def _set(self, name: str) -> Callable:
-        """What a control does: take its value into the state and show it."""
+        """What a control does with a new value: keep it under this name and show the view."""
 
         def change(value):
             if not self._quiet and value is not None:
@@ -248,12 +260,13 @@ class InfluenceExplorer(Explorer):
         self._show()
 
     def _settle(self) -> None:
-        """Make the state a possible one, and the controls say the same."""
+        """Make the state one that the table has, and let the controls say the same."""
         here = [key for key in self.table if key[0] == self.case]
         methods = [*dict.fromkeys(method for _, method, _ in here)]
         self.method = self.method if self.method in methods else methods[0]
         stages = [stage for _, method, stage in here if method == self.method]
-        before, self.stage = self.stage, self.stage if self.stage in stages else stages[0]
+        before = self.stage
+        self.stage = before if before in stages else stages[0]
         if before != self.stage or (self.example or 0) >= len(self.scores.ids):
             self.example = None
         groups = self._groups()
@@ -287,28 +300,23 @@ class InfluenceExplorer(Explorer):
 
     def _show(self) -> None:
         self._settle()
-        scores, q, margin = self.scores, self.query, self.scores.target == "margin"
+        scores = self.scores
+        q = self.query
         caption = html.escape(self._describe(q)).replace(", ", "<br>")
         self.view.value = self.gallery.show(q, "Query", width=112, caption=caption, column=140)
         gallery = self._examples(self.case, self.stage)
-        word = {False: "(−): they lower", True: "(+): they raise"}
-        rankings = (
-            ("helpful", scores.helpful(self.k), margin),
-            ("harmful", scores.harmful(self.k), not margin),
-        )
-        for title, row, (name, ranking, up) in zip(self.titles, self.rows, rankings, strict=True):
+        does = {"−": "lower", "+": "raise"}
+        rankings = (("helpful", scores.helpful(self.k)), ("harmful", scores.harmful(self.k)))
+        for title, row, (word, ranking) in zip(self.titles, self.rows, rankings, strict=True):
+            sign = scores.signs[word]
             title.value = (
-                f"<b>Most {name}</b> {word[up]} this query's {html.escape(scores.target)}; below "
-                f"each its score × 1000, {self._unit}"
+                f"<b>Most {word}</b> ({sign}): they {does[sign]} this query's "
+                f"{html.escape(scores.target)}; below each its score × 1000, {scores.unit}"
             )
-            colour = plots.HELPFUL if name == "helpful" else plots.HARMFUL
             cards = []
-            for place, value in zip(
-                ranking.positions[q].tolist(), ranking.values[q].tolist(), strict=True
-            ):
-                caption = f"{html.escape(gallery.label(place))}<br>{signed(1e3 * value, 2)}"
-                what = f"{'Helpful' if value < 0 else 'Harmful'} example, score {signed(1e3 * value, 2)} thousandths"
-                picture = gallery.show(place, what, caption=caption, border=f"3px solid {colour}")
+            ranked = zip(ranking.positions[q].tolist(), ranking.values[q].tolist(), strict=True)
+            for place, value in ranked:
+                picture = gallery.show_score(place, value, scores)
                 cards.append((place, picture, f"id {gallery.number(place)}", place == self.example))
             row.show(cards)
         self._show_example()
@@ -317,68 +325,79 @@ class InfluenceExplorer(Explorer):
     def _show_example(self) -> None:
         if self.example is None:
             self.answer.value = "Click an example to see what its removal does to every query."
-            self.plot.value, self.retrain.disabled = "", True
+            self.plot.value = ""
+            self.retrain.disabled = True
             return
         self.retrain.disabled = self.job is not None and self.job.running
-        gallery, predicted, actual = (
-            self._examples(self.case, self.stage),
-            self._effect(),
-            self.actual,
-        )
+        gallery = self._examples(self.case, self.stage)
+        predicted = self._effect()
+        actual = self.actual
         name = f"id {gallery.number(self.example)} ({gallery.label(self.example)})"
+        rows = ("this query", f"mean of {len(predicted)} queries", "queries that go up / down")
+        columns = [self._summary(predicted), ["not retrained yet"] * len(rows)]
+        if actual is not None:
+            columns[1] = self._summary(actual)
         stage = self.pipeline.stages[self.stage].name
-        rows = [("this query", lambda change: signed(float(change[self.query])))]
-        rows += [
-            (f"mean of {len(predicted)} queries", lambda change: signed(float(change.mean()), 5))
-        ]
-        rows += [
-            (
-                "queries that go up / down",
-                lambda change: f"{int((change > 0).sum())} / {int((change < 0).sum())}",
-            )
-        ]
-        cells = [
-            (text, show(predicted), "not retrained yet" if actual is None else show(actual))
-            for text, show in rows
-        ]
-        about = f"Without {name} of stage {stage}: change in {self.scores.target}, {self._unit}"
-        self.answer.value = table(about, cells, ("predicted", "actual"))
+        about = f"Without {name} of stage {stage}: change in {self.scores.target}"
+        self.answer.value = table(
+            f"{about}, {self.scores.unit}",
+            zip(rows, *columns, strict=True),
+            ("predicted", "actual"),
+        )
         self.plot.value = self._draw(name, predicted, actual)
+
+    def _summary(self, change: torch.Tensor) -> list[str]:
+        """Changes of all queries ``(Q,)`` as text: this one, the mean, how many go up and down."""
+        up = int((change > 0).sum())
+        down = int((change < 0).sum())
+        return [
+            signed(float(change[self.query])),
+            signed(float(change.mean()), 5),
+            f"{up} / {down}",
+        ]
 
     def _effect(self) -> torch.Tensor:
         return self.scores.removal_effect([self.example]).detach().cpu()
 
     def _draw(self, name: str, predicted: torch.Tensor, actual: torch.Tensor | None) -> str:
         if not hasattr(self, "_figure"):
-            self._figure, self._figure_of, self._figure_png = Plot(effects_axes), None, b""
-        ax, guess, truth = self._figure.artists
+            self._figure = Plot(effects_axes)
+            self._figure_of = None
+            self._figure_png = b""
         drawn = self.case, self.method, self.stage, self.example, actual is None
         if self._figure_of != drawn:
-            number = range(len(predicted))
-            guess.set_data(number, predicted.numpy())
-            truth.set_data(*(([], []) if actual is None else (number, actual.numpy())))
-            truth.set_label(
-                "actual: not retrained yet" if actual is None else "actual, after retraining"
-            )
-            highest = (
-                max(
-                    float(change.abs().max())
-                    for change in (predicted, actual)
-                    if change is not None
-                )
-                or 1.0
-            )
-            ax.set(xlim=(-1, len(predicted)), ylim=(-1.35 * highest, 1.35 * highest))
-            ax.set_ylabel(f"change in {self.scores.target}, {self._unit}", fontsize=9)
-            ax.legend(loc="upper right", fontsize=8, frameon=False, ncols=2)
-            self._figure_of, self._figure_png = drawn, self._figure.png()
-        alt = f"Change of {len(predicted)} queries without {name}: predicted {signed(float(predicted[self.query]))}"
-        alt += f" for query {self.query}, between {signed(float(predicted.min()))} and {signed(float(predicted.max()))}"
+            self._redraw(predicted, actual)
+            self._figure_of = drawn
+            self._figure_png = self._figure.png()
+
+        def between(change: torch.Tensor) -> str:
+            return f"between {signed(float(change.min()))} and {signed(float(change.max()))}"
+
+        q = self.query
+        alt = f"Change of {len(predicted)} queries without {name}: "
+        alt += f"predicted {signed(float(predicted[q]))} for query {q}, {between(predicted)}"
         if actual is not None:
-            alt += f"; actual {signed(float(actual[self.query]))}, between {signed(float(actual.min()))} and "
-            alt += signed(float(actual.max()))
-        line = self._figure.over(ax, self.query)
+            alt += f"; actual {signed(float(actual[q]))}, {between(actual)}"
+        ax, *_ = self._figure.artists
+        line = self._figure.over(ax, q)
         return f'<div style="position:relative">{img(self._figure_png, alt)}{line}</div>'
+
+    def _redraw(self, predicted: torch.Tensor, actual: torch.Tensor | None) -> None:
+        """Put these changes ``(Q,)`` into the kept figure."""
+        ax, guess, truth = self._figure.artists
+        number = range(len(predicted))
+        guess.set_data(number, predicted.numpy())
+        if actual is None:
+            truth.set_data([], [])
+            truth.set_label("actual: not retrained yet")
+        else:
+            truth.set_data(number, actual.numpy())
+            truth.set_label("actual, after retraining")
+        shown = [predicted] if actual is None else [predicted, actual]
+        highest = max(float(change.abs().max()) for change in shown) or 1.0
+        ax.set(xlim=(-1, len(predicted)), ylim=(-1.35 * highest, 1.35 * highest))
+        ax.set_ylabel(f"change in {self.scores.target}, {self.scores.unit}", fontsize=9)
+        ax.legend(loc="upper right", fontsize=8, frameon=False, ncols=2)
 
     # --- removing for real ------------------------------------------------------------------------
 
@@ -386,7 +405,9 @@ class InfluenceExplorer(Explorer):
         if self.example is None:
             raise ValueError("choose an example first, by its picture or the button below")
         key = self.case, self.stage, self.scores.target, self.example
-        stage, example, target = self.stage, self.example, self.target or self.scores.target
+        stage = self.stage
+        example = self.example
+        target = self.target or self.scores.target
 
         def work(pipeline):
             return removal_effects(
@@ -408,8 +429,11 @@ class InfluenceExplorer(Explorer):
         method: str | None = None,
         stage=None,
     ) -> list:
-        """One figure per query position, for readers without a kernel; by default the query in
-        view.
+        """One figure per query position, for readers without a kernel.
+
+        Args:
+            queries: positions; default the query in view.
+            case, method, stage: whose scores; default those in view.
 
         Raises:
             ValueError: unknown case, method or stage.
@@ -433,16 +457,12 @@ class InfluenceExplorer(Explorer):
         ]
 
     def code(self) -> str:
-        """Python for the view: the figure, and for the chosen example ``predicted`` and ``actual``
-        of all queries.
-        """
-        pipeline = self._name(self._given[0], "pipeline") + (
-            f"[{quoted(self.case)}]" if self.case else ""
-        )
-        scores = (
-            self._name(self._given[1], "scores")
-            + self.table[self.case, self.method, self.stage].path
-        )
+        """Python for the view: its figure; ``predicted`` and ``actual`` for the chosen example."""
+        pipeline = self._name(self._given[0], "pipeline")
+        if self.case:
+            pipeline += f"[{quoted(self.case)}]"
+        scores = self._name(self._given[1], "scores")
+        scores += self.table[self.case, self.method, self.stage].path
         queries = self._name(self.queries, "queries")
         lines = [
             "import msif_lab as msif",
@@ -454,14 +474,11 @@ class InfluenceExplorer(Explorer):
             f"k={self.k})",
         ]
         if self.example is not None:
-            target = (
-                quoted(self.scores.target)
-                if self.target is None
-                else self._name(self.target, "target")
-            )
+            target = quoted(self.scores.target)
+            if self.target is not None:
+                target = self._name(self.target, "target")
             lines += [
-                f"predicted = view.removal_effect([{self.example}])  # without the example at "
-                "this position",
+                f"predicted = view.removal_effect([{self.example}])  # without this example",
                 f"without = [[{self.example}]]",
                 f"effects = msif.removal_effects(pipe, {queries}, without, stage={self.stage}, "
                 f"target={target})",
@@ -470,7 +487,7 @@ class InfluenceExplorer(Explorer):
         return "\n".join(lines)
 
     def __repr__(self) -> str:
-        cases, methods, stages = ([*dict.fromkeys(key[i] for key in self.table)] for i in range(3))
+        cases, methods, stages = self._names()
         names = [self.pipeline.stages[stage].name for stage in stages]
         about = f", cases {cases}" if cases != [""] else ""
         about += f", methods {methods}" if methods != [""] else ""

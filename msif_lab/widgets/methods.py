@@ -19,8 +19,7 @@ __all__ = ["MethodComparison"]
 
 
 class MethodComparison(Explorer):
-    """Two methods' scores of one query as a scatter, linked with pictures: choose an example, see
-    both its places.
+    """Two methods' scores of one query as a scatter; choose an example, see its place in both.
 
     Methods have scales of their own, so the scatter shows scores divided by the largest size each
     method gives for this query; the table has the scores themselves.
@@ -39,9 +38,10 @@ class MethodComparison(Explorer):
     >>> from msif_lab import experiments, widgets
     >>> experiment = experiments.digits(msif.Frozen(), pretraining=80, finetuning=60, queries=12)
     >>> pipeline, queries = experiment.pipeline.fit(progress=False), experiment.queries
-    >>> scores = msif.UnrolledInfluence().fit(pipeline, progress=False).score(queries, progress=False)
-    >>> scores = {"unrolled": scores, "loss": msif.Loss().fit(pipeline).score(queries)}
-    >>> widgets.MethodComparison(pipeline, scores, queries)  # in a notebook: a scatter linked with pictures
+    >>> unrolled = msif.UnrolledInfluence().fit(pipeline, progress=False)
+    >>> scores = {"unrolled": unrolled.score(queries, progress=False)}
+    >>> scores["loss"] = msif.Loss().fit(pipeline).score(queries)
+    >>> widgets.MethodComparison(pipeline, scores, queries)  # in a notebook: scatter and pictures
     MethodComparison: 12 queries, 80 examples, methods ['unrolled', 'loss']
     """
 
@@ -50,7 +50,8 @@ class MethodComparison(Explorer):
     def __init__(
         self, pipeline: Pipeline, scores: Mapping[str, Influence], queries: Examples, *, k: int = 5
     ):
-        self.pipeline, self.queries = one_pipeline(pipeline, queries), queries
+        self.pipeline = one_pipeline(pipeline, queries)
+        self.queries = queries
         if not isinstance(scores, Mapping) or len(scores) < 2:
             raise ValueError(
                 "scores must hold two or more methods by name: {'implicit': ..., 'loss': ...}"
@@ -61,7 +62,8 @@ class MethodComparison(Explorer):
         }
         if len(set(stages.values())) > 1:
             raise ValueError(f"scores are of different stages, {stages}; compare methods on one")
-        self._given, self.table = scores, dict(scores)
+        self._given = scores
+        self.table = dict(scores)
         self.stage = next(iter(stages.values()))
         data = pipeline.stages[self.stage].data
         if not isinstance(k, int) or not 1 <= k <= len(data):
@@ -69,74 +71,44 @@ class MethodComparison(Explorer):
                 f"k={k!r} must be a whole number between 1 and {len(data)}, the examples of the "
                 "stage"
             )
-        self.gallery, self.examples = Gallery(queries, "queries"), Gallery(data, "the stage's data")
-        self.k, self.query = k, 0
+        self.gallery = Gallery(queries, "queries")
+        self.examples = Gallery(data, "the stage's data")
+        self.k = k
+        self.query = 0
         self.a, self.b = list(self.table)[:2]
         self.example = int(self._ranks()[0].argmin())
 
     def _ranks(self, query: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Place of each example for this query by either method, ``(N,)`` each; 0 is the most
-        harmful.
-        """
+        """Place of each example by either method, ``(N,)`` each; 0 is the most harmful."""
         query = self.query if query is None else query
-        both = (self.table[name] for name in (self.a, self.b))
-        return tuple(
-            torch.argsort(
-                one.values[query].cpu(), stable=True, descending=one.target != "margin"
-            ).argsort()
-            for one in both
-        )
+        places = []
+        for name in (self.a, self.b):
+            scores = self.table[name]
+            harm = scores.harm_sign * scores.values[query].cpu()
+            places.append(harm.argsort(descending=True, stable=True).argsort())
+        return tuple(places)
 
     def correlation(self) -> torch.Tensor:
         """Spearman of the two methods' scores, per query ``(Q,)``."""
-        return torch.from_numpy(
-            row_correlations(
-                *(row_ranks(self.table[name].values.cpu()) for name in (self.a, self.b))
-            )
-        )
+        a, b = (row_ranks(self.table[name].values.cpu()) for name in (self.a, self.b))
+        return torch.from_numpy(row_correlations(a, b))
 
     # --- controls ---------------------------------------------------------------------------------
 
     def _build(self) -> list:
         import ipywidgets
 
-        names, slider = (
-            list(self.table),
-            {"continuous_update": False, "layout": {"width": "min(700px, 98%)"}},
-        )
-        choose = self._control
-        self.a_control = choose(
-            "Dropdown", "method-a", "Method A", self._set("a"), options=names, value=self.a
-        )
-        self.b_control = choose(
-            "Dropdown", "method-b", "Method B", self._set("b"), options=names, value=self.b
-        )
-        queries = [(str(q), q) for q in range(len(self.queries))]
-        self.query_control = choose(
-            "SelectionSlider", "query", "Query", self._set("query"), options=queries, **slider
-        )
-        self.rank_control = choose(
-            "IntSlider",
-            "rank",
-            "Example, from most harmful (1) by method A",
-            self._choose_rank,
-            min=1,
-            max=len(self.examples.examples),
-            **slider,
-        )
-        self.view, self.plot, self.answer = (
-            self._html("view"),
-            self._html("plot"),
-            self._html("answer"),
-        )
+        self._controls()
+        self.view = self._html("view")
+        self.plot = self._html("plot")
+        self.answer = self._html("answer")
         self.titles = [self._html("view") for _ in range(3)]
         self.rows = [Cards(self, self.k, "example", self._choose) for _ in range(3)]
-        ranked = [
-            part
-            for title, row in zip(self.titles, self.rows, strict=True)
-            for part in (title, row.box)
-        ]
-        self._quiet, self._correlation = False, None
+        ranked = []
+        for title, row in zip(self.titles, self.rows, strict=True):
+            ranked += [title, row.box]
+        self._quiet = False
+        self._correlation = None
         wrap = {"flex_flow": "row wrap"}
         return [
             ipywidgets.HBox([self.a_control, self.b_control], layout=wrap),
@@ -147,10 +119,39 @@ class MethodComparison(Explorer):
             self._code_box(),
         ]
 
+    def _controls(self) -> None:
+        """The dropdowns and sliders."""
+        names = list(self.table)
+        for letter in "ab":
+            control = self._control(
+                "Dropdown",
+                f"method-{letter}",
+                f"Method {letter.upper()}",
+                self._set(letter),
+                options=names,
+                value=getattr(self, letter),
+            )
+            setattr(self, f"{letter}_control", control)
+        slider = {"continuous_update": False, "layout": {"width": "min(700px, 98%)"}}
+        queries = [(str(q), q) for q in range(len(self.queries))]
+        self.query_control = self._control(
+            "SelectionSlider", "query", "Query", self._set("query"), options=queries, **slider
+        )
+        self.rank_control = self._control(
+            "IntSlider",
+            "rank",
+            "Example, from most harmful (1) by method A",
+            self._choose_rank,
+            min=1,
+            max=len(self.examples.examples),
+            **slider,
+        )
+
     def _set(self, name: str):
         def change(value):
             setattr(self, name, value)
-            self._correlation = None if name in "ab" else self._correlation
+            if name in "ab":
+                self._correlation = None  # of two other methods
             self._show()
 
         return change
@@ -164,45 +165,33 @@ class MethodComparison(Explorer):
             self._choose(int((self._ranks()[0] == rank - 1).nonzero()))
 
     def _show(self) -> None:
-        q, (rank_a, rank_b) = self.query, self._ranks()
+        q = self.query
+        rank_a, rank_b = self._ranks()
         self._quiet = True
         try:
             self.rank_control.value = int(rank_a[self.example]) + 1
         finally:
             self._quiet = False
-        query = self.gallery.show(
-            q,
-            "Query",
-            width=96,
-            column=150,
-            caption=f"query {q}<br>{html.escape(self.gallery.label(q))}",
-        )
+        about = f"query {q}<br>{html.escape(self.gallery.label(q))}"
+        query = self.gallery.show(q, "Query", width=96, column=150, caption=about)
+        about = f"chosen: id {self.examples.number(self.example)}<br>"
+        about += html.escape(self.examples.label(self.example))
         chosen = self.examples.show(
-            self.example,
-            "Chosen example",
-            width=96,
-            column=150,
-            caption=f"chosen: id {self.examples.number(self.example)}<br>"
-            f"{html.escape(self.examples.label(self.example))}",
+            self.example, "Chosen example", width=96, column=150, caption=about
         )
-        count, cells = len(rank_a), []
-        for letter, name, rank in (("A", self.a, rank_a), ("B", self.b, rank_b)):
-            value = float(self.table[name].values[q, self.example])
-            harmful = (value > 0) != (self.table[name].target == "margin")
-            word = "no say" if value == 0 else "harmful" if harmful else "helpful"
-            cells.append(
-                (
-                    f"{letter}: {name}",
-                    f"{value:+.2e} ({word})".replace("-", "−"),
-                    f"{int(rank[self.example]) + 1} of {count}",
-                )
-            )
         if self._correlation is None:
             self._correlation = self.correlation()
-        found = f"Spearman of A and B: {signed(float(self._correlation[q]), 2)} for this query, "
-        found += f"{signed(float(self._correlation.nanmean()), 2)} on average"
+        here = signed(float(self._correlation[q]), 2)
+        average = signed(float(self._correlation.nanmean()), 2)
+        found = f"Spearman of A and B: {here} for this query, {average} on average"
         self.view.value = f"<div>{query}{chosen}</div><div>{found}</div>"
-        self.answer.value = table("The chosen example", cells, ("score", "place, 1 = most harmful"))
+        rows = []
+        for letter, name, rank in (("A", self.a, rank_a), ("B", self.b, rank_b)):
+            value = float(self.table[name].values[q, self.example])
+            score = f"{value:+.2e} ({self.table[name].kind(value)})".replace("-", "−")
+            place = f"{int(rank[self.example]) + 1} of {len(rank)}"
+            rows.append((f"{letter}: {name}", score, place))
+        self.answer.value = table("The chosen example", rows, ("score", "place, 1 = most harmful"))
         self._show_rows(rank_a, rank_b)
         self.plot.value = self._draw()
         self._refresh_code()
@@ -217,18 +206,17 @@ class MethodComparison(Explorer):
             title.value = f"<b>{html.escape(text)}</b>; below each its place by A, by B"
             cards = []
             for place in torch.argsort(order, stable=True)[: self.k].tolist():
-                caption = (
-                    f"{html.escape(self.examples.label(place))}<br>{int(rank_a[place]) + 1}, "
-                    f"{int(rank_b[place]) + 1}"
-                )
-                what = f"Example, place {int(rank_a[place]) + 1} by A and {int(rank_b[place]) + 1} by B"
+                by_a = int(rank_a[place]) + 1
+                by_b = int(rank_b[place]) + 1
+                caption = f"{html.escape(self.examples.label(place))}<br>{by_a}, {by_b}"
+                what = f"Example, place {by_a} by A and {by_b} by B"
                 picture = self.examples.show(place, what, caption=caption)
-                cards.append(
-                    (place, picture, f"id {self.examples.number(place)}", place == self.example)
-                )
+                button = f"id {self.examples.number(place)}"
+                cards.append((place, picture, button, place == self.example))
             row.show(cards)
 
     def _scaled(self, query: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores ``(N,)`` by either method, divided by the largest size each gives this query."""
         both = (self.table[name].values[query].detach().cpu() for name in (self.a, self.b))
         return tuple(values / (float(values.abs().max()) or 1.0) for values in both)
 
@@ -241,17 +229,15 @@ class MethodComparison(Explorer):
         mark.set_data(x[[self.example]].numpy(), y[[self.example]].numpy())
         alt = (
             f"Scores of {len(x)} examples for query {self.query}: {self.a} across, {self.b} "
-            "upwards; the chosen one at "
+            f"upwards; the chosen one at {signed(float(x[self.example]), 2)}, "
+            f"{signed(float(y[self.example]), 2)}"
         )
-        alt += f"{signed(float(x[self.example]), 2)}, {signed(float(y[self.example]), 2)}"
         return img(self._figure.png(cloud, mark), alt)
 
     # --- without a kernel -------------------------------------------------------------------------
 
     def static(self, queries=None) -> list:
-        """One figure per query position: the scatter, and the most harmful examples by either
-        method.
-        """
+        """One figure per query position: the scatter, and the most harmful examples by both."""
         import matplotlib.pyplot as plt
 
         figures = []
@@ -276,24 +262,23 @@ class MethodComparison(Explorer):
         return figures
 
     def code(self) -> str:
-        """Python for the view: both rows of scores, the chosen example's ``pair`` and the rank
-        ``correlation``.
-        """
-        scores, queries = self._name(self._given, "scores"), self._name(self.queries, "queries")
+        """Python for the view: scores ``a``, ``b``, the example's ``pair``, and ``correlation``."""
+        scores = self._name(self._given, "scores")
+        queries = self._name(self.queries, "queries")
         pipeline = self._name(self.pipeline, "pipeline")
+        pair = f"{self.query}, {self.example}"
+        grid = f"plots.influence_grid(one, examples, {queries}, {self.query}, {self.k})"
         return "\n".join(
             [
                 "from msif_lab import plots",
-                "from msif_lab.comparison import row_correlations, row_ranks",
+                "from msif_lab.evaluation import row_correlations, row_ranks",
                 "",
                 f"a, b = {scores}[{quoted(self.a)}], {scores}[{quoted(self.b)}]",
-                f"pair = a.values[{self.query}, {self.example}], b.values[{self.query}, "
-                f"{self.example}]",
-                "correlation = row_correlations(row_ranks(a.values), row_ranks(b.values))  # "
-                "Spearman, per query",
+                f"pair = a.values[{pair}], b.values[{pair}]",
+                "# Spearman of each query",
+                "correlation = row_correlations(row_ranks(a.values), row_ranks(b.values))",
                 f"examples = {pipeline}.stages[{self.stage}].data",
-                f"figures = [plots.influence_grid(one, examples, {queries}, {self.query}, "
-                f"{self.k}) for one in (a, b)]",
+                f"figures = [{grid} for one in (a, b)]",
             ]
         )
 

@@ -1,6 +1,4 @@
-"""Pictures as text: `<img>` with its bytes and its alt text, which a slider can exchange in
-milliseconds.
-"""
+"""Pictures as text: `<img>` with its bytes and alt text, which a slider swaps in milliseconds."""
 
 import functools
 import html
@@ -12,27 +10,28 @@ import torch
 from .. import plots
 from ..data.examples import Examples
 from ..figures import DRAWING, img
+from ..influence.result import Influence
 
 CARD_WIDTH = 92  # pixels of a picture's column, and of the button below it with its margins
-# A button reaches over its picture, up to the edge of their box: a click on the picture is one on
-# the button.
+# A button reaches over its picture, up to the edge of their box, so that a click on the picture is
+# a click on the button.
 CLICKABLE = (
     ".msif-cards{position:relative;overflow:auto hidden}.msif-cards>.widget-hbox{overflow:visible}"
     ".msif-card.jupyter-button{position:relative;overflow:visible}"
-    ".msif-card::before{content:'';position:absolute;bottom:100%;left:-2px;right:-2px;height:1000px;cursor:pointer}"
+    ".msif-card::before{content:'';position:absolute;bottom:100%;left:-2px;right:-2px;"
+    "height:1000px;cursor:pointer}"
 )
 CARD = "display:inline-block;text-align:center;vertical-align:top;line-height:1.35"
 
 
 def image_png(image: torch.Tensor) -> bytes:
-    """A ``(C, H, W)`` image of one or three channels as PNG: grey from white (least) to black,
-    colours from 0 to 1.
-    """
+    """A ``(C, H, W)`` image as PNG: one channel from white (least) to black, three from 0 to 1."""
     from PIL import Image
 
     values = image.detach().cpu().double()
     if len(values) == 1:
-        low, high = float(values.min()), float(values.max())
+        low = float(values.min())
+        high = float(values.max())
         values = 1 - (values[0] - low) / (high - low or 1.0)
     else:
         values = values.permute(1, 2, 0)
@@ -48,8 +47,8 @@ class Gallery:
         shape = tuple(examples.x.shape)
         if len(shape) != 4 or shape[1] not in (1, 3):
             raise ValueError(
-                f"{name} hold inputs of shape {shape}: an explorer needs pictures, (N, 1, H, W) "
-                "or (N, 3, H, W); reshape the inputs, and let the model flatten them"
+                f"{name} hold inputs of shape {shape}: an explorer needs pictures, "
+                "(N, 1, H, W) or (N, 3, H, W); reshape the inputs, and let the model flatten them"
             )
         self.examples = examples
         self.png = functools.lru_cache(maxsize=4096)(
@@ -64,6 +63,7 @@ class Gallery:
         return f"target {float(y.reshape(-1)[0]):.3g}" if y.numel() == 1 else "target"
 
     def number(self, position: int) -> int:
+        """The example's id."""
         return int(self.examples.ids[position])
 
     def show(
@@ -79,9 +79,22 @@ class Gallery:
         """The picture of one example with a caption below; ``what`` starts its alt text."""
         alt = f"{what}, id {self.number(position)}, {self.label(position)}"
         picture = img(self.png(position), alt, width)
+        below = caption or html.escape(self.label(position))
         return (
-            f'<div style="{CARD};width:{column}px"><div style="display:inline-block;border:{border}">{picture}</div>'
-            f"<div>{caption or html.escape(self.label(position))}</div></div>"
+            f'<div style="{CARD};width:{column}px">'
+            f'<div style="display:inline-block;border:{border}">{picture}</div>'
+            f"<div>{below}</div></div>"
+        )
+
+    def show_score(self, position: int, value: float, scores: Influence) -> str:
+        """The picture of one example with its score: its kind in the alt text and as a border."""
+        kind = scores.kind(value)
+        thousandths = signed(1e3 * value, 2)
+        return self.show(
+            position,
+            f"{kind.capitalize()} example, score {thousandths} thousandths",
+            caption=f"{html.escape(self.label(position))}<br>{thousandths}",
+            border=f"3px solid {plots.COLOURS[kind]}",
         )
 
 
@@ -104,8 +117,9 @@ class Plot:
         self._still = None
 
     def png(self, *moving) -> bytes:
-        """The figure as it is; with ``moving`` artists only these are drawn anew, over what was
-        there at first.
+        """The figure as it is now, as PNG.
+
+        With ``moving`` artists only these are drawn anew, over what was there at first.
         """
         from PIL import Image
 
@@ -126,8 +140,9 @@ class Plot:
         return buffer.getvalue()
 
     def over(self, ax, x: float) -> str:
-        """A dotted vertical line at ``x`` over the picture, as HTML to go into one block with it."""
-        box, (low, high) = ax.get_position(), ax.get_xlim()
+        """A dotted vertical line at ``x``, as HTML to go over the picture in one block with it."""
+        box = ax.get_position()
+        low, high = ax.get_xlim()
         across = box.x0 + (x - low) / (high - low) * (box.x1 - box.x0)
         return (
             f'<div style="position:absolute;border-left:2px dotted black;left:{100 * across:.2f}%;'
@@ -144,7 +159,7 @@ def open_axes(figure, **margins):
 
 
 def effects_axes(figure):
-    """Axes over the queries, with what is predicted and what happened."""
+    """Axes over the queries, with the predicted and the actual changes."""
     ax = open_axes(figure, left=0.23, top=0.97, bottom=0.16)
     ax.axhline(0, color=plots.NEUTRAL, lw=0.8)
     (guess,) = ax.plot([], [], "o", ms=6, mfc="none", color=plots.HELPFUL, label="predicted")
@@ -159,18 +174,23 @@ def signed(value: float, digits: int = 4) -> str:
 
 
 def table(caption: str, rows, head=()) -> str:
-    """``rows`` of a name and its cells below a ``head`` of their names, all plain text, as an HTML
-    table.
+    """An HTML table of plain texts.
+
+    Args:
+        caption: what it shows.
+        rows: of a name and its cells.
+        head: names of the columns of cells; without any there is no head.
     """
     gap = "padding:0 0.8em;text-align"
     top = "".join(f"<th scope='col' style='{gap}:right'>{html.escape(text)}</th>" for text in head)
-    body = "".join(
-        f"<tr><th scope='row' style='{gap}:left'>{html.escape(name)}</th>"
-        + "".join(f"<td style='{gap}:right'>{html.escape(cell)}</td>" for cell in cells)
-        + "</tr>"
-        for name, *cells in rows
-    )
-    return f"<table><caption>{html.escape(caption)}</caption>{f'<tr><td></td>{top}</tr>' if top else ''}{body}</table>"
+    parts = [f"<caption>{html.escape(caption)}</caption>"]
+    if top:
+        parts.append(f"<tr><td></td>{top}</tr>")
+    for name, *cells in rows:
+        first = f"<th scope='row' style='{gap}:left'>{html.escape(name)}</th>"
+        others = [f"<td style='{gap}:right'>{html.escape(cell)}</td>" for cell in cells]
+        parts.append(f"<tr>{first}{''.join(others)}</tr>")
+    return f"<table>{''.join(parts)}</table>"
 
 
 class Cards:
@@ -205,12 +225,14 @@ class Cards:
         return len(self.buttons)
 
     def show(self, cards) -> None:
-        """Show ``(place, picture, button's text, whether it is chosen)`` for each; what stays equal
-        is not sent.
+        """Show some cards, ``(place, picture, button's text, whether it is chosen)`` each.
+
+        What stays equal is not sent to the browser.
         """
         cards = list(cards)
         self.places = [place for place, *_ in cards]
-        self.pictures.value = f'<div style="white-space:nowrap">{"".join(picture for _, picture, _, _ in cards)}</div>'
+        pictures = "".join(picture for _, picture, _, _ in cards)
+        self.pictures.value = f'<div style="white-space:nowrap">{pictures}</div>'
         for i, button in enumerate(self.buttons):
             button.layout.display = None if i < len(cards) else "none"
             if i < len(cards):

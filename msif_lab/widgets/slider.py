@@ -13,17 +13,17 @@ class FigureSlider(Explorer):
     """One figure for each setting of a slider.
 
     Args:
-        draw: ``draw(value)`` → a matplotlib figure.
+        draw: ``draw(value)`` returns a matplotlib figure.
         values: the settings, in the slider's order.
         description: the slider's label.
         start: the setting shown first; default the first.
-        alt: ``alt(value)`` → what the figure shows, in words, for readers who do not see it;
+        alt: ``alt(value)`` returns what the figure shows, in words, for readers who do not see it;
             default the setting.
         precompute: draw all settings when the slider is first shown, so that it then moves without
-            waiting; else each when it is first asked for.
+            waiting; otherwise each is drawn when it is first chosen.
 
-    As a cell's last value it shows the live slider; `static` draws one figure per setting, no
-    kernel needed.
+    As a cell's last value it shows the live slider; `static` draws one figure per setting, which
+    needs no kernel.
     """
 
     kind = "slider"
@@ -38,17 +38,20 @@ class FigureSlider(Explorer):
         alt: Callable | None = None,
         precompute: bool = True,
     ):
-        self.draw, self.values, self.description = draw, list(values), description
+        self.draw = draw
+        self.values = list(values)
+        self.description = description
         if not self.values:
             raise ValueError("values is empty; give the settings of the slider")
         if start is not None and start not in self.values:
             raise ValueError(f"start={start!r} is not one of the values {self.values}")
         self.start = self.values[0] if start is None else start
         self.alt = alt or (lambda value: f"Figure for {description} {value}")
-        self.precompute, self._drawn = precompute, {}
+        self.precompute = precompute
+        self._drawn: dict[int, bytes] = {}
 
     def static(self, values: Sequence | None = None) -> list:
-        """One figure per setting (all of them by default)."""
+        """One figure per setting; by default for all of them."""
         return [self.draw(value) for value in (self.values if values is None else values)]
 
     def _png(self, value) -> bytes:
