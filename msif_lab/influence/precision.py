@@ -18,10 +18,11 @@ def reduced_precision(
 ) -> Iterator[dict[str, float]]:
     """Multiply float32 matrices as TF32 (10 bits) or bfloat16 (7 bits) within this block.
 
-    Weights stay float32. Prints by how much that changes a curvature product of each stage, ``‖H̃v − Hv‖ / ‖Hv‖`` for
-    random v, and gives these errors by stage name: no solve inside can reach a residual below them.
-    PyTorch's settings return at the end. Where the hardware has no such units, as on most CPUs, the
-    errors are zero. ``"float32"`` is for CUDA, where PyTorch by itself lets convolutions use TF32.
+    Weights stay float32. Prints by how much that changes a curvature product of each stage, as
+    ``‖H̃v − Hv‖ / ‖Hv‖`` for random v, and gives these errors by stage name: no solve inside can
+    reach a residual below them. PyTorch's settings return at the end. Where the hardware has no
+    such units, as on most CPUs, the errors are zero. ``"float32"`` is for CUDA, where PyTorch by
+    itself lets convolutions use TF32.
 
     Args:
         kind: ``"tf32"``, ``"bf16"`` or ``"float32"``.
