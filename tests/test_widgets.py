@@ -4,6 +4,7 @@ import re
 import statistics
 import time
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from conftest import random_pipeline, random_queries
@@ -11,9 +12,6 @@ from conftest import random_pipeline, random_queries
 import msif_lab as msif
 from msif_lab import widgets
 from msif_lab.widgets import background
-
-plt = pytest.importorskip("matplotlib.pyplot")
-pytest.importorskip("ipywidgets")
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
