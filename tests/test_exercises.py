@@ -172,6 +172,125 @@ def test_each_mistake_gets_its_own_hint(name):
                 assert ". Hint: " in verdict.message, (name, seed, mistake, verdict)
 
 
+# A few words of each hint, written a second time: a hint must belong to its own mistake.
+HINTS = {
+    "00-1": {"helpful": "most helpful", "ids": "are ids", "first query": "first query alone"},
+    "00-2": {"pooled": "all pairs", "over queries": "compares queries", "sign": "minus the score"},
+    "00-3": {"disagree": "disagree", "harmful only": "harmful in both", "correlation": "sizes too"},
+    "01-1": {
+        "sign": "sign is flipped",
+        "no 1/m": "1/m is missing",
+        "no weight decay": "λ is missing",
+        "no inverse": "H is missing",
+    },
+    "01-2": {
+        "not left out": "has seen",
+        "times": "divide by",
+        "1 + h": "added a second time",
+        "change only": "change of the prediction",
+        "h without weight decay": "λ is missing",
+    },
+    "01-3": {
+        "derivative": "derivative",
+        "sum of singles": "two single removals",
+        "sign": "sign is flipped",
+        "mean over the rest": "who stay",
+    },
+    "02-1": {
+        "U held": "U block is dropped",
+        "curvature of W alone": "too stiff",
+        "pull on W alone": "curvature is right",
+        "sign": "sign is flipped",
+    },
+    "02-2": {
+        "sign": "sign is flipped",
+        "no inverse": "G_TT⁻¹ is missing",
+        "not solved": "instead of its inverse",
+        "transposed": "transpose",
+    },
+    "02-3": {
+        "1/m": "divided by m",
+        "U held": "U block is dropped",
+        "half": "half of it",
+        "sign": "sign is flipped",
+    },
+    "03-1": {
+        "sign": "sign is flipped",
+        "no inverse": "G_TT⁻¹ is missing",
+        "frozen": "frozen case",
+    },
+    "03-2": {
+        "upside down": "upside down",
+        "no 2": "without a ½",
+        "no 2α in front": "puts 2α in front",
+        "eigenvectors as rows": "columns of E",
+    },
+    "03-3": {
+        "2α in front": "no α",
+        "P everywhere": "zero on T",
+        "no P": "belongs in the Hessian",
+        "shared part only": "only the rows of W",
+        "sign": "sign is flipped",
+        "no mean": "with 1/n",
+    },
+    "04-1": {
+        "no curvature": "were 1",
+        "upside down": "upside down",
+        "sign": "sign is flipped",
+    },
+    "04-2": {
+        "no damping": "that is H⁻¹a",
+        "product": "the product",
+        "eigenvectors as rows": "columns of E",
+    },
+    "04-3": {"diagonal": "couples", "no loss": "squared error", "plus": "the sign of p pᵀ"},
+    "05-1": {"sign": "sign is flipped", "sum": "with 1/m", "cosine": "cosine"},
+    "05-2": {"signed": "compares signs", "one side": "only the predictions", "Pearson": "Pearson"},
+    "05-3": {
+        "sign": "sign is flipped",
+        "no inverse": "G_TT⁻¹ is missing",
+        "transposed": "transpose",
+    },
+    "06-1": {"sign": "sign is flipped", "mean": "their mean", "over queries": "summed over"},
+    "06-2": {
+        "predicted on actual": "predicted on actual",
+        "through the origin": "through the origin",
+        "correlation": "that is r",
+    },
+    "06-3": {"itself": "with itself", "pooled": "pools queries"},
+    "07-1": {"Pearson": "Pearson", "pooled": "one ranking", "order": "argsort"},
+    "07-2": {
+        "sizes": "averaging sizes",
+        "one seed": "first seed alone",
+        "over queries": "averaged over the queries",
+    },
+    "07-3": {
+        "spread": "spread of single",
+        "standard error": "standard error",
+        "whole width": "whole width",
+    },
+    "09-1": {"no mean": "1/|B|", "divided by m": "divided by m", "sign": "sign is flipped"},
+    "09-2": {"old v_bar": "later steps", "no Hessian": "unchanged", "minus": "wrong sign"},
+    "09-3": {"no 2": "without a ½", "no momentum": "repeats each gradient"},
+    "11-1": {
+        "one image": "mean over the images",
+        "all queries": "summed over the queries",
+        "sign": "sign is flipped",
+    },
+    "11-2": {"no factor 2": "2α, not α", "twice": "half of s"},
+    "11-3": {"precision": "that is the precision", "the other end": "least suspicious"},
+}
+
+
+def test_each_hint_belongs_to_its_mistake():
+    for name, task in EXERCISES.items():
+        hints = {mistake: hint for mistake, (_, hint) in task.mistakes.items()}
+        assert set(hints) == set(HINTS[name]), name
+        for mistake, words in HINTS[name].items():
+            found = [other for other, hint in hints.items() if words in hint]
+            assert found == [mistake], (name, mistake, words, found)
+
+
 def test_unattempted_is_no_error():
     for name in EXERCISES:
         given = quantities(name)

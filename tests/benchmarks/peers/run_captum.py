@@ -1,4 +1,4 @@
-"""captum: dense inverse on all parameters (NaiveInfluenceFunction) or rank-50 Arnoldi projection."""
+"""captum: dense inverse (NaiveInfluenceFunction) or a rank-50 Arnoldi projection."""
 
 import inspect
 
