@@ -219,7 +219,7 @@ def test_grid_says_sign_and_kind_in_words(scored):
     pipeline, queries, scores = scored
     figure = plots.influence_grid(scores, pipeline.stages[0].data, queries, query=2, k=3)
     axes = figure.axes
-    assert axes[0].get_title().startswith("query: ")
+    assert axes[0].get_title() == f"query: {queries.classes[int(queries.y[2])]}"
     assert [axes[1].get_ylabel(), axes[5].get_ylabel()] == ["helpful (−)", "harmful (+)"]
     for row, sign, ranking in ((1, "−", scores.helpful(3)), (5, "+", scores.harmful(3))):
         for column in range(3):

@@ -112,11 +112,15 @@ def run_code(explorer, **known):
 # ---- InfluenceExplorer ----
 
 
-def test_influence_shows_the_ranking(explorer, scores, queries):
-    one = scores["frozen"]["implicit"][0]
+def test_influence_shows_the_ranking(explorer, cases, scores):
+    one, data = scores["frozen"]["implicit"][0], cases["frozen"].stages[0].data
     explorer.query_control.value = 7
     for row, ranking in zip(explorer.rows, (one.helpful(3), one.harmful(3)), strict=True):
         assert row.places == ranking.positions[7].tolist()
+        labels = [data.classes[y] for y in data.y[row.places].tolist()]
+        ids = data.ids[row.places].tolist()
+        shown = re.findall(r"id (\d+), label (\d+)", row.pictures.value)
+        assert shown == [(str(i), str(label)) for i, label in zip(ids, labels, strict=True)]
         for place, value, button in zip(
             row.places, ranking.values[7].tolist(), row.buttons, strict=True
         ):
