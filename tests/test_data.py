@@ -1,5 +1,6 @@
 """`Examples`, the bundled digits and the model builders: identity, order and seeds are kept."""
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -14,46 +15,34 @@ def toy(n=30, classes=3):
     return msif.Examples(torch.arange(2.0 * n).reshape(n, 2), y, ids=torch.arange(n) + 100)
 
 
-# --- examples
-# ---------------------------------------------------------------------------------------
+# ---- Examples ----
 
 
-@pytest.mark.parametrize(
-    "index",
-    [
+def test_indexing_keeps_inputs_labels_and_ids_together():
+    data = toy()
+    for index in (
         slice(2, 20, 3),
         slice(None, None, None),
         slice(-4, None),
         [5, 3, 28],
         [-1, 0],
-        (4, 4 + 1),
+        (4, 5),
         torch.tensor([7, 2]),
         torch.arange(30) % 4 == 1,
         [i % 5 == 0 for i in range(30)],
-    ],
-    ids=str,
-)
-def test_indexing_keeps_inputs_labels_and_ids_together(index):
+    ):
+        part = data[index]
+        positions = torch.arange(30)[list(index) if isinstance(index, tuple) else index]
+        assert len(part) == len(positions) and part.classes == data.classes, index
+        for name in ("x", "y", "ids"):
+            assert torch.equal(getattr(part, name), getattr(data, name)[positions]), (index, name)
+
+
+def test_one_position_of_any_integer_type_gives_the_pair():
     data = toy()
-    part = data[index]
-    positions = torch.arange(30)[list(index) if isinstance(index, tuple) else index]
-    assert len(part) == len(positions) and part.classes == data.classes
-    for name in ("x", "y", "ids"):
-        assert torch.equal(getattr(part, name), getattr(data, name)[positions])
-
-
-@pytest.mark.parametrize("position", [0, 17, -1])
-def test_one_position_gives_the_pair(position):
-    data = toy()
-    x, y = data[position]
-    assert torch.equal(x, data.x[position]) and int(y) == int(data.y[position])
-
-
-@pytest.mark.parametrize(
-    "position", [torch.tensor(3), pytest.importorskip("numpy").int64(3)], ids=["torch", "numpy"]
-)
-def test_one_position_may_be_any_whole_number(position):
-    assert torch.equal(toy()[position][0], toy().x[3])
+    for position in (0, 17, -1, torch.tensor(3), numpy.int64(3)):
+        x, y = data[position]
+        assert torch.equal(x, data.x[position]) and int(y) == int(data.y[position]), position
 
 
 def test_a_data_loader_reads_every_example_once_and_in_order():
@@ -69,39 +58,35 @@ def test_iteration_ends():
 
 
 def test_lists_and_arrays_become_tensors_with_default_ids_and_classes():
-    numpy = pytest.importorskip("numpy")
     data = msif.Examples(numpy.ones((3, 2)), [1, 0, 1])
-    assert (
-        data.x.dtype == torch.float64 and data.ids.tolist() == [0, 1, 2] and data.classes == (0, 1)
-    )
+    assert data.x.dtype == torch.float64
+    assert data.ids.tolist() == [0, 1, 2] and data.classes == (0, 1)
 
 
-@pytest.mark.parametrize("y", [torch.ones(3), torch.ones(3, 2)], ids=["number", "vector"])
-def test_floating_targets_are_no_labels(y):
-    data = msif.Examples(torch.ones(3, 2), y)
-    assert not data.has_labels and data.classes is None and toy().has_labels
+def test_floating_targets_are_no_labels():
+    assert toy().has_labels
+    for y in (torch.ones(3), torch.ones(3, 2)):
+        data = msif.Examples(torch.ones(3, 2), y)
+        assert not data.has_labels and data.classes is None
 
 
-@pytest.mark.parametrize("classes", [(2, 0), (1,), None, (2, 1, 0)], ids=str)
-def test_select_reindexes_labels_in_the_given_order(classes):
+def test_select_reindexes_labels_in_the_given_order():
     data = toy()
-    part = data.select(classes=classes)
-    wanted = classes or (0, 1, 2)
-    assert part.classes == wanted and part.counts() == {c: 10 for c in wanted}
-    for x, y, i in zip(part.x, part.y, part.ids, strict=True):
-        position = int(i) - 100
-        assert torch.equal(x, data.x[position]) and wanted[int(y)] == int(data.y[position])
-    assert part.ids.tolist() == sorted(part.ids.tolist()), "the order of the data is kept"
+    for classes in ((2, 0), (1,), None, (2, 1, 0)):
+        part = data.select(classes=classes)
+        wanted = classes or (0, 1, 2)
+        assert part.classes == wanted and part.counts() == {c: 10 for c in wanted}
+        positions = part.ids - 100
+        assert torch.equal(part.x, data.x[positions])
+        assert [wanted[y] for y in part.y.tolist()] == data.y[positions].tolist(), classes
+        assert part.ids.tolist() == sorted(part.ids.tolist()), "the order of the data is kept"
 
 
-@pytest.mark.parametrize("n", [3, 7, 11, 30])
-def test_select_is_stratified_within_one_example(n):
-    counts = list(toy().select(n=n).counts().values())
-    assert (
-        sum(counts) == n
-        and max(counts) - min(counts) <= 1
-        and counts == sorted(counts, reverse=True)
-    )
+def test_select_is_stratified_within_one_example():
+    for n in (3, 7, 11, 30):
+        counts = list(toy().select(n=n).counts().values())
+        assert sum(counts) == n and max(counts) - min(counts) <= 1, counts
+        assert counts == sorted(counts, reverse=True), "the first classes get the remainder"
 
 
 def test_select_of_unequal_classes_takes_equal_numbers():
@@ -125,26 +110,20 @@ def test_select_of_a_selection_keeps_the_original_ids_and_names():
 def test_named_classes_follow_their_examples():
     data = msif.Examples(torch.randn(6, 1), [0, 1, 2] * 2, classes=("cat", "dog", "owl"))
     part = data.select(classes=("owl", "cat"))
-    assert (
-        part.counts() == {"owl": 2, "cat": 2}
-        and part.ids.tolist() == [0, 2, 3, 5]
-        and part.y.tolist() == [1, 0, 1, 0]
-    )
+    assert part.counts() == {"owl": 2, "cat": 2}
+    assert part.ids.tolist() == [0, 2, 3, 5] and part.y.tolist() == [1, 0, 1, 0]
 
 
 def test_nothing_modifies_the_data_or_the_global_generator():
     data = toy()
-    x, y, ids, state = (
-        data.x.clone(),
-        data.y.clone(),
-        data.ids.clone(),
-        torch.random.get_rng_state(),
-    )
+    before = [t.clone() for t in (data.x, data.y, data.ids)]
+    state = torch.random.get_rng_state()
     part = data.select(classes=(2, 1), n=10, seed=1)
-    part.x.zero_(), part.y.zero_()
+    part.x.zero_()
+    part.y.zero_()
     data[[1, 2]].x.zero_()
     data.to(torch.float64).x.zero_()
-    assert torch.equal(data.x, x) and torch.equal(data.y, y) and torch.equal(data.ids, ids)
+    assert all(map(torch.equal, (data.x, data.y, data.ids), before))
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
@@ -155,18 +134,17 @@ def test_conversion_casts_inputs_and_floating_targets_but_not_labels():
     assert torch.equal(labelled.ids, toy().ids) and labelled.classes == toy().classes
 
 
-YES_OR_NO = msif.Examples(torch.ones(2, 1), torch.tensor([True, False]))
-NUMBERS = msif.Examples(torch.ones(2, 1), torch.ones(2))
+def test_examples_show_themselves():
+    x = torch.ones(2, 1)
+    targets = {"numbers": torch.ones(2), "bool": torch.tensor([True, False])}
+    shown = {case: msif.Examples(x, y) for case, y in targets.items()} | {"labels": toy()}
+    for case, data in shown.items():
+        page = data._repr_html_()
+        assert str(len(data)) in repr(data) and str(len(data)) in page, case
+        assert page.startswith("<"), case
 
 
-@pytest.mark.parametrize("data", [toy(), NUMBERS, YES_OR_NO], ids=["labels", "numbers", "bool"])
-def test_examples_show_themselves(data):
-    assert str(len(data)) in repr(data) and str(len(data)) in data._repr_html_()
-    assert "<" in data._repr_html_()[:1]
-
-
-# --- digits
-# -----------------------------------------------------------------------------------------
+# ---- Digits ----
 
 
 def test_digits_are_all_there_and_split_once(digits):
@@ -205,19 +183,16 @@ def test_digits_are_the_same_in_every_call_whatever_the_generator(digits):
     assert msif.load_digits()[0].x.dtype == torch.get_default_dtype()
 
 
-def test_the_issue_s_selection(digits):
+def test_a_selection_for_pretraining_and_one_for_finetuning_share_no_digit(digits):
     pre = digits[0].select(classes=(0, 1, 2, 3), n=400)
     fine = digits[0].select(classes=(4, 5, 6, 7, 8, 9), n=200)
-    assert (
-        pre.counts() == dict.fromkeys(range(4), 100)
-        and sorted(fine.counts().values()) == [33] * 4 + [34] * 2
-    )
+    assert pre.counts() == dict.fromkeys(range(4), 100)
+    assert sorted(fine.counts().values()) == [33] * 4 + [34] * 2
     assert fine.classes == (4, 5, 6, 7, 8, 9) and int(fine.y.max()) == 5
     assert not set(pre.ids.tolist()) & set(fine.ids.tolist())
 
 
-# --- models
-# -----------------------------------------------------------------------------------------
+# ---- Models ----
 
 
 BUILDERS = {
@@ -248,17 +223,14 @@ def test_zero_head_changes_the_head_alone(build):
 
 @pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS)
 def test_models_are_a_head_on_an_embedding(build):
-    model, x = (
-        build(),
-        torch.randn(5, 3, 2, 2) if build is not BUILDERS["convnet"] else torch.randn(5, 3, 4, 4),
-    )
+    side = 4 if build is BUILDERS["convnet"] else 2
+    model, x = build(), torch.randn(5, 3, side, side)
     assert {name.split(".")[0] for name, _ in model.named_parameters()} <= {"embedding", "head"}
     assert model(x).shape == (5, 3) and torch.equal(model(x), model.head(model.embedding(x)))
 
 
-@pytest.mark.parametrize(
-    ("model", "count"),
-    [
+def test_parameter_counts():
+    for model, count in (
         (msif.convnet((1, 14, 14), classes=4), 6020),
         (msif.convnet((3, 16, 16), classes=2), 9682),
         (msif.convnet((1, 8, 8), channels=(2,), width=4, classes=3), 20 + 132 + 15),
@@ -266,11 +238,8 @@ def test_models_are_a_head_on_an_embedding(build):
         (msif.mlp(64, hidden=(16,), classes=4), 64 * 16 + 16 + 16 * 4 + 4),
         (msif.mlp(5, hidden=(), classes=2), 12),
         (msif.softmax_regression(64, 10), 650),
-    ],
-    ids=lambda value: value if isinstance(value, int) else "",
-)
-def test_parameter_counts(model, count):
-    assert sum(p.numel() for p in model.parameters()) == count
+    ):
+        assert sum(p.numel() for p in model.parameters()) == count, model
 
 
 def test_activations_can_be_exchanged():
@@ -279,41 +248,47 @@ def test_activations_can_be_exchanged():
 
 
 @pytest.mark.parametrize(
-    ("build", "pieces"),
+    "cases",
     [
-        (lambda: msif.mlp(0, classes=2), ("in_features=0", "positive whole number")),
-        (lambda: msif.mlp(4, hidden=(3, -1), classes=2), ("hidden[1]=-1", "positive whole number")),
-        (lambda: msif.mlp(4, classes=2.0), ("classes=2.0", "positive whole number")),
-        (lambda: msif.mlp(4, hidden=16, classes=2), ("hidden=16",)),
-        (lambda: msif.softmax_regression(4, 0), ("classes=0", "positive whole number")),
-        (lambda: msif.convnet((8, 8), classes=2), ("in_shape=(8, 8)", "(channels, height, width)")),
-        (
-            lambda: msif.convnet((1, 3, 8), classes=2),
-            ("in_shape=(1, 3, 8)", "at least 4", "2 poolings"),
-        ),
-        (lambda: msif.convnet((0, 8, 8), classes=2), ("in_shape=(0, 8, 8)",)),
-        (lambda: msif.convnet((1, 8, 8), channels=(0,), classes=2), ("channels[0]=0", "positive")),
-        (lambda: msif.convnet((1, 8, 8), width=0, classes=2), ("width=0", "positive")),
-        (
-            lambda: msif.convnet((1, 8, 8), norm_groups=3, classes=2),
-            ("norm_groups=3", "channels=(8, 16)"),
-        ),
+        {
+            "in_features=0 | positive whole number": lambda: msif.mlp(0, classes=2),
+            "hidden[1]=-1 | positive whole number": lambda: msif.mlp(4, (3, -1), classes=2),
+            "classes=2.0 | positive whole number": lambda: msif.mlp(4, classes=2.0),
+            "classes=0 | positive whole number": lambda: msif.softmax_regression(4, 0),
+            "channels[0]=0 | positive": lambda: msif.convnet((1, 8, 8), channels=(0,), classes=2),
+            "width=0 | positive": lambda: msif.convnet((1, 8, 8), width=0, classes=2),
+        },
+        {"hidden=16": lambda: msif.mlp(4, hidden=16, classes=2)},
+        {
+            "in_shape=(8, 8) | (channels, height, width)": lambda: msif.convnet((8, 8), classes=2),
+            "in_shape=(0, 8, 8)": lambda: msif.convnet((0, 8, 8), classes=2),
+        },
+        {
+            "in_shape=(1, 3, 8) | at least 4 | 2 poolings": lambda: msif.convnet(
+                (1, 3, 8), classes=2
+            )
+        },
+        {
+            "norm_groups=3 | channels=(8, 16)": lambda: msif.convnet(
+                (1, 8, 8), norm_groups=3, classes=2
+            )
+        },
     ],
-    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+    ids=["sizes", "hidden", "in_shape", "poolings", "norm_groups"],
 )
-def test_builders_refuse(build, pieces):
-    with pytest.raises((ValueError, TypeError)) as caught:
-        build()
-    assert all(piece in str(caught.value) for piece in pieces), str(caught.value)
+def test_builders_refuse(cases):
+    for says, build in cases.items():
+        with pytest.raises((ValueError, TypeError)) as caught:
+            build()
+        assert all(piece in str(caught.value) for piece in says.split(" | ")), str(caught.value)
 
 
 def test_a_resnet_with_a_new_head_shares_everything_else():
-    torchvision = pytest.importorskip("torchvision")
-    first, second = (torchvision.models.resnet18(num_classes=c).eval() for c in (3, 2))
-    x, y = (
-        torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)),
-        torch.tensor([0, 1, 0, 1]),
-    )
+    from torchvision.models import resnet18
+
+    first, second = (resnet18(num_classes=c).eval() for c in (3, 2))
+    x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    y = torch.tensor([0, 1, 0, 1])
     link = msif.Frozen(shared=lambda name: not name.startswith("fc."))
     stages = [
         msif.Stage("one", first, msif.Examples(x, y)),
@@ -321,20 +296,17 @@ def test_a_resnet_with_a_new_head_shares_everything_else():
     ]
     prepared = msif.Pipeline(stages).functional(1)
     names = [name for name, _ in second.named_parameters()]
-    assert (
-        prepared.frozen == [n for n in names if n not in ("fc.weight", "fc.bias")]
-        and prepared.coupled == []
-    )
-    assert (
-        prepared.objective.trained_names == ["fc.weight", "fc.bias"]
-        and prepared.objective.size == 2 * 512 + 2
-    )
+    assert prepared.frozen == [n for n in names if n not in ("fc.weight", "fc.bias")]
+    assert prepared.coupled == []
+    assert prepared.objective.trained_names == ["fc.weight", "fc.bias"]
+    assert prepared.objective.size == 2 * 512 + 2
 
 
 def test_a_resnet_in_train_mode_is_refused_with_the_layer():
-    torchvision = pytest.importorskip("torchvision")
+    from torchvision.models import resnet18
+
     data = msif.Examples(torch.zeros(2, 3, 32, 32), [0, 1])
     with pytest.raises(
         msif.UnsupportedModelError, match=r"layer 'bn1' \(BatchNorm2d\).*model\.eval\(\)"
     ):
-        msif.Pipeline([msif.Stage("one", torchvision.models.resnet18(num_classes=2), data)])
+        msif.Pipeline([msif.Stage("one", resnet18(num_classes=2), data)])

@@ -1,9 +1,10 @@
 """Explorers without a browser: controls are set, buttons clicked, and what is shown is read."""
 
 import re
-import statistics
+import sys
 import time
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from conftest import random_pipeline, random_queries
@@ -11,9 +12,6 @@ from conftest import random_pipeline, random_queries
 import msif_lab as msif
 from msif_lab import widgets
 from msif_lab.widgets import background
-
-plt = pytest.importorskip("matplotlib.pyplot")
-pytest.importorskip("ipywidgets")
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
@@ -60,7 +58,7 @@ def explorer(cases, scores, queries):
 
 
 def photograph(pipeline):
-    """Every tensor of the models, and the objects that hold them."""
+    """Name, identity and a copy of the values of every parameter of the models."""
     return [
         (name, id(parameter), parameter.detach().clone())
         for stage in pipeline.stages
@@ -74,27 +72,38 @@ def same(before, after):
     )
 
 
+def signed(value, digits):
+    """A number as explorers write it, with its sign and a real minus."""
+    return f"{float(value):+.{digits}}".replace("-", "−")
+
+
 def complaint(explorer):
     return "".join(out["text"] for out in explorer.error.outputs)
 
 
+def walk(widget):
+    yield widget
+    for child in getattr(widget, "children", ()):
+        yield from walk(child)
+
+
 def all_images_have_alt(widget):
     """Every <img> in the tree says what it shows; returns how many there are."""
-    found = 0
-    for part in [widget, *getattr(widget, "children", ())]:
-        if part is not widget:
-            found += all_images_have_alt(part)
-        elif isinstance(getattr(part, "value", None), str):
-            pictures = re.findall(r"<img[^>]*>", part.value)
-            assert all(re.search(r'alt="[^"]{5,}"', picture) for picture in pictures)
-            found += len(pictures)
-    return found
+    texts = [part.value for part in walk(widget) if isinstance(getattr(part, "value", None), str)]
+    pictures = [picture for text in texts for picture in re.findall(r"<img[^>]*>", text)]
+    assert all(re.search(r'alt="[^"]{5,}"', picture) for picture in pictures)
+    return len(pictures)
+
+
+def with_an_example(explorer):
+    """The explorer with its widget built and an example chosen, ready to retrain."""
+    assert explorer.widget is explorer.widget and complaint(explorer) == ""
+    explorer.rows[0].buttons[0].click()
+    return explorer
 
 
 def run_code(explorer, **known):
-    """What the code of the view computes, in a namespace that holds only what the explorer was
-    given.
-    """
+    """The variables after the code of the view ran with only what the explorer was given."""
     space = dict(known)
     exec(explorer.code(), space)
     return space
@@ -103,15 +112,19 @@ def run_code(explorer, **known):
 # ---- InfluenceExplorer ----
 
 
-def test_influence_shows_the_ranking(explorer, scores, queries):
-    one = scores["frozen"]["implicit"][0]
+def test_influence_shows_the_ranking(explorer, cases, scores):
+    one, data = scores["frozen"]["implicit"][0], cases["frozen"].stages[0].data
     explorer.query_control.value = 7
     for row, ranking in zip(explorer.rows, (one.helpful(3), one.harmful(3)), strict=True):
         assert row.places == ranking.positions[7].tolist()
+        labels = [data.classes[y] for y in data.y[row.places].tolist()]
+        ids = data.ids[row.places].tolist()
+        shown = re.findall(r"id (\d+), label (\d+)", row.pictures.value)
+        assert shown == [(str(i), str(label)) for i, label in zip(ids, labels, strict=True)]
         for place, value, button in zip(
             row.places, ranking.values[7].tolist(), row.buttons, strict=True
         ):
-            assert f"{1e3 * value:+.2f}".replace("-", "−") in row.pictures.value
+            assert signed(1e3 * value, "2f") in row.pictures.value
             assert button.description == f"id {int(one.ids[place])}"
     assert "Most helpful" in explorer.titles[0].value and "lower" in explorer.titles[0].value
     assert "Most harmful" in explorer.titles[1].value and "raise" in explorer.titles[1].value
@@ -120,12 +133,8 @@ def test_influence_shows_the_ranking(explorer, scores, queries):
 
 
 def test_influence_picks_by_group_and_by_picture(explorer, cases, queries):
-    wrong = (
-        (cases["frozen"].evaluate(queries, lambda z, y: (z.argmax(1) != y).double()))
-        .nonzero()
-        .flatten()
-        .tolist()
-    )
+    missed = cases["frozen"].evaluate(queries, lambda z, y: (z.argmax(1) != y).double())
+    wrong = missed.nonzero().flatten().tolist()
     offered = {value: text for text, value in explorer.queries_control.options}
     if wrong:
         assert offered["misclassified"] == f"misclassified ({len(wrong)})"
@@ -154,10 +163,8 @@ def test_influence_switches_case_method_and_stage(explorer, scores, queries):
     assert explorer.scores is scores["full"]["gradient"]
     assert explorer.example is None, "it was an example of the other stage"
     assert [value for _, value in explorer.stage_control.options] == [0]
-    assert (
-        explorer.rows[0].places
-        == scores["full"]["gradient"].helpful(3).positions[explorer.query].tolist()
-    )
+    ranking = scores["full"]["gradient"].helpful(3)
+    assert explorer.rows[0].places == ranking.positions[explorer.query].tolist()
 
 
 def test_influence_removes_for_real(explorer, cases, scores, queries):
@@ -165,16 +172,14 @@ def test_influence_removes_for_real(explorer, cases, scores, queries):
     assert explorer.retrain.disabled and explorer.stop.disabled
     explorer.rows[1].buttons[0].click()
     assert not explorer.retrain.disabled
-    assert (
-        "not retrained yet" in explorer.answer.value
-        and 'alt="Change of 12 queries' in explorer.plot.value
-    )
+    assert "not retrained yet" in explorer.answer.value
+    assert 'alt="Change of 12 queries' in explorer.plot.value
     explorer.retrain.click()
     assert explorer.job.wait(60)
     expected = msif.removal_effects(cases["frozen"], queries, [[explorer.example]]).values[:, 0]
     assert torch.equal(explorer.actual, expected)
     assert "done in" in explorer.status.value and 'role="status"' in explorer.status.value
-    assert f"{float(expected.mean()):+.5f}".replace("-", "−") in explorer.answer.value
+    assert signed(expected.mean(), "5f") in explorer.answer.value
     assert "actual" in explorer.plot.value and complaint(explorer) == ""
     assert explorer.stop.disabled and not explorer.retrain.disabled
     assert all(same(before[case], photograph(pipeline)) for case, pipeline in cases.items())
@@ -197,27 +202,20 @@ def test_influence_as_code(explorer, cases, scores, queries):
     space = run_code(explorer, **known)
     assert torch.equal(space["actual"], explorer.actual)
     assert torch.equal(space["predicted"], explorer.scores.removal_effect([explorer.example]))
-    button, text = explorer._code_text, explorer.code()
-    assert button.layout.display == "none"
-    code_box = next(w for w in explorer.widget.children if "msif-code" in w._dom_classes)
-    code_box.children[0].click()
-    assert button.layout.display is None and button.value == text
+    named = {getattr(w, "description", ""): w for w in walk(explorer.widget)}
+    text, expected = named["Code of this view (select all, copy)"], explorer.code()
+    assert text.layout.display == "none"
+    named["Copy as code"].click()
+    assert text.layout.display is None and text.value == expected
     explorer.query_control.value = 5
-    assert "query=5" in button.value
+    assert "query=5" in text.value
 
 
 def test_influence_picks_from_code(explorer, cases, scores, queries):
     explorer.queries_control.value = "label 1"
     assert explorer.pick(query=3, example=7, case="full") is explorer
-    assert (
-        explorer.query_control.value,
-        explorer.case_control.value,
-        explorer.queries_control.value,
-    ) == (
-        3,
-        "full",
-        "all",
-    )
+    assert explorer.query_control.value == 3 and explorer.case_control.value == "full"
+    assert explorer.queries_control.value == "all"
     assert "not retrained yet" in explorer.answer.value
     plain = widgets.InfluenceExplorer(cases, scores, queries, k=3).pick(example=7)
     assert "removal_effect([7])" in plain.code() and "widget" not in vars(plain)
@@ -250,12 +248,15 @@ def test_damping_starts_at_the_exact_scores(damping, scores):
     assert torch.allclose(damping.scores.values, exact.values, rtol=1e-9, atol=1e-12)
     best = exact.harmful(3)
     for value in best.values[0].tolist():
-        assert f"{1e3 * value:+.2f}".replace("-", "−") in damping.view.value
+        assert signed(1e3 * value, "2f") in damping.view.value
     assert "its own" in damping.answer.value and all_images_have_alt(damping.widget) == 8
 
 
 def test_damping_sliders_change_order_filter_and_agreement(damping, effects):
-    first = damping.view.value, damping.plot.value, damping.answer.value
+    def shown():
+        return damping.view.value, damping.plot.value, damping.answer.value
+
+    first = shown()
     damping.alpha_control.value = float("inf")
     assert torch.equal(damping.scores.values, damping.frozen.values)
     assert "∞, frozen" in damping.answer.value and "0 of" in damping.plot.value
@@ -268,12 +269,7 @@ def test_damping_sliders_change_order_filter_and_agreement(damping, effects):
     assert damping.scores.values.abs().max() < damping.frozen.values.abs().max()
     damping.query_control.value = 5
     assert "query 5" in damping.view.value
-    assert all(
-        a != b
-        for a, b in zip(
-            first, (damping.view.value, damping.plot.value, damping.answer.value), strict=True
-        )
-    )
+    assert all(before != now for before, now in zip(first, shown(), strict=True))
     assert complaint(damping) == ""
 
 
@@ -334,10 +330,8 @@ def test_methods_links_pictures_scores_and_places(methods):
     assert methods.example == chosen and methods.plot.value != before
     rank = int((a.values[0] > a.values[0, chosen]).sum()) + 1
     assert methods.rank_control.value == rank and f"{rank} of 24" in methods.answer.value
-    assert (
-        "3 of 24" in methods.answer.value
-        and f"{float(b.values[0, chosen]):+.2e}".replace("-", "−") in methods.answer.value
-    )
+    assert "3 of 24" in methods.answer.value
+    assert signed(b.values[0, chosen], "2e") in methods.answer.value
     methods.rank_control.value = 24
     assert methods.example == int(a.values[0].argmin())
     assert "helpful" in methods.answer.value
@@ -396,18 +390,15 @@ def test_cleaning_counts(cleaning, scores):
     cleaning.flagged_control.value = 10
     found = len({1, 4, 5, 9} & set(order[:10].tolist()))
     assert cleaning.removed == order[:10].tolist()
-    assert (
-        f"10 of 24 examples flagged (42%); {found} of them are among the 4 corrupted"
-        in cleaning.view.value
-    )
+    says = f"10 of 24 examples flagged (42%); {found} of them are among the 4 corrupted"
+    assert says in cleaning.view.value
     assert f"precision {found / 10:.2f}, recall {found / 4:.2f}" in cleaning.view.value
     assert cleaning.row.places == order[8:12].tolist() and "Place 9" in cleaning.row.pictures.value
     cleaning.row.buttons[0].click()
     assert cleaning.flagged == cleaning.flagged_control.value == 9
     cleaning.flagged_control.value = 0
-    assert (
-        cleaning.retrain.disabled and "0 of 24" in cleaning.view.value and complaint(cleaning) == ""
-    )
+    assert cleaning.retrain.disabled and "0 of 24" in cleaning.view.value
+    assert complaint(cleaning) == ""
     cleaning.ranking_control.value = "loss"
     cleaning.flagged_control.value = 23
     assert "23 of 24" in cleaning.view.value and all_images_have_alt(cleaning.widget) == 5
@@ -441,9 +432,8 @@ def test_cleaning_as_code_and_static(cleaning, cases, queries):
     }
     space = run_code(cleaning, **known)
     assert space["removed"].tolist() == cleaning.removed
-    assert (float(space["precision"]), float(space["recall"])) == pytest.approx(
-        cleaning.precision_recall()
-    )
+    found = float(space["precision"]), float(space["recall"])
+    assert found == pytest.approx(cleaning.precision_recall())
     assert torch.allclose(space["after"], cleaning.after["loss"], atol=1e-12)
     assert torch.allclose(space["before"], cleaning.before["loss"])
     cleaning.ranking_control.value = "loss"
@@ -454,10 +444,9 @@ def test_cleaning_as_code_and_static(cleaning, cases, queries):
 
 def test_cleaning_judged_by_others(cases, queries, scores):
     others = random_queries(cases["full"], n=7)
-    made = widgets.CleaningExplorer(
-        cases["full"], scores["full"]["implicit"][0], queries, judges=others, k=3
-    )
-    made.widget  # noqa: B018
+    one = scores["full"]["implicit"][0]
+    made = widgets.CleaningExplorer(cases["full"], one, queries, judges=others, k=3)
+    assert made.widget is made.widget
     made.retrain.click()
     assert made.job.wait(60) and complaint(made) == ""
     effect = msif.removal_effects(cases["full"], others, [made.removed]).values[:, 0]
@@ -469,7 +458,7 @@ def test_cleaning_judged_by_others(cases, queries, scores):
 def test_cleaning_without_the_truth(cases, queries, scores):
     one = scores["full"]["implicit"][0]
     made = widgets.CleaningExplorer(cases["full"], one, queries, k=3)
-    made.widget  # noqa: B018
+    assert made.widget is made.widget
     made.flagged_control.value = 6
     assert "6 of 24 examples flagged" in made.view.value and "precision" not in made.view.value
     assert made.plot.value == "" and complaint(made) == ""
@@ -496,37 +485,35 @@ def test_cleaning_says_what_is_wrong(cases, queries, scores):
             widgets.CleaningExplorer(pipeline, table, queries, corrupted=corrupted, k=3)
 
 
-# ---- what all share ----
+# ---- What all explorers share ----
 
 
-def slow_pipeline():
-    """A pipeline that would train for minutes, were it not stopped."""
-    pipeline = random_pipeline(link=msif.Proximal(0.3), fit=False)
-    stages = [
-        msif.Stage(
-            s.name, s.model, s.data, s.loss, 0.05, s.link, msif.SGD(0.1, epochs=2, batch_size=5)
-        )
-        for s in pipeline.stages
-    ]
-    pipeline = msif.Pipeline(stages).fit(progress=False)
-    return pipeline
+def trained_by_sgd():
+    """A pipeline of 18 steps of SGD, each of which can be slowed down."""
+    stages = random_pipeline(link=msif.Proximal(0.3), fit=False).stages
+    for stage in stages:
+        stage.recipe = msif.SGD(0.1, epochs=2, batch_size=5)
+    return msif.Pipeline(stages).fit(progress=False)
 
 
-def test_stop_leaves_everything_whole(monkeypatch):
-    pipeline = slow_pipeline()
-    queries = random_queries(pipeline)
-    one = msif.GradientDot().fit(pipeline).score(queries)
-    explorer = widgets.InfluenceExplorer(pipeline, one, queries, k=2)
-    explorer.widget  # noqa: B018
-    explorer.rows[0].buttons[0].click()
-    before = photograph(pipeline)
+def slow_down(patch, seconds):
+    """Let every step of SGD take so many seconds more."""
     advance = msif.SGD.advance
 
     def slowly(self, *given):
-        time.sleep(0.05)
+        time.sleep(seconds)
         return advance(self, *given)
 
-    monkeypatch.setattr(msif.SGD, "advance", slowly)  # 18 steps: about a second
+    patch.setattr(msif.SGD, "advance", slowly)
+
+
+def test_stop_leaves_everything_whole(monkeypatch):
+    pipeline = trained_by_sgd()
+    queries = random_queries(pipeline)
+    one = msif.GradientDot().fit(pipeline).score(queries)
+    explorer = with_an_example(widgets.InfluenceExplorer(pipeline, one, queries, k=2))
+    before, answers = photograph(pipeline), pipeline.evaluate(queries)
+    slow_down(monkeypatch, 0.05)  # about a second in all
     explorer.retrain.click()
     assert explorer.retrain.disabled and not explorer.stop.disabled
     assert "retraining both stages" in explorer.status.value
@@ -539,37 +526,31 @@ def test_stop_leaves_everything_whole(monkeypatch):
     assert "stopped: nothing was changed" in explorer.status.value
     assert explorer.stop.disabled and not explorer.retrain.disabled
     assert same(before, photograph(pipeline)) and explorer.actual is None
-    assert not any(stage.model._forward_pre_hooks for stage in pipeline.stages)
-    monkeypatch.setattr(msif.SGD, "advance", advance)
+    assert torch.equal(pipeline.evaluate(queries), answers), "the models cannot be stopped any more"
+    monkeypatch.undo()
     explorer.retrain.click()  # and it can be tried again
     assert explorer.job.wait(60) and explorer.actual is not None
 
 
 def test_the_pipeline_is_free_while_a_copy_retrains(monkeypatch):
     """Training swaps parameters in and out of its modules; the reader's must not be among them."""
-    pipeline = slow_pipeline()
+    pipeline = trained_by_sgd()
     queries = random_queries(pipeline)
-    explorer = widgets.InfluenceExplorer(
-        pipeline, msif.GradientDot().fit(pipeline).score(queries), queries, k=2
-    )
-    explorer.widget  # noqa: B018
-    explorer.rows[0].buttons[0].click()
+    one = msif.GradientDot().fit(pipeline).score(queries)
+    explorer = with_an_example(widgets.InfluenceExplorer(pipeline, one, queries, k=2))
     expected, before = pipeline.evaluate(queries), photograph(pipeline)
-    advance = msif.SGD.advance
-    monkeypatch.setattr(msif.SGD, "advance", lambda *given: (time.sleep(0.02), advance(*given))[1])
+    slow_down(monkeypatch, 0.02)
     explorer.retrain.click()
     rounds = 0
     while explorer.job.running:
-        assert torch.equal(pipeline.evaluate(queries), expected) and same(
-            before, photograph(pipeline)
-        )
+        assert torch.equal(pipeline.evaluate(queries), expected)
+        assert same(before, photograph(pipeline))
         explorer.query_control.value = rounds % len(queries)
         rounds += 1
     assert explorer.job.wait(60) and rounds > 5
-    monkeypatch.setattr(msif.SGD, "advance", advance)
-    assert torch.equal(
-        explorer.actual, msif.removal_effects(pipeline, queries, [[explorer.example]]).values[:, 0]
-    )
+    monkeypatch.undo()
+    effects = msif.removal_effects(pipeline, queries, [[explorer.example]], progress=False)
+    assert torch.equal(explorer.actual, effects.values[:, 0])
     assert complaint(explorer) == ""
 
 
@@ -579,17 +560,15 @@ def test_errors_stay_in_sight(explorer, cases, monkeypatch):
         patch.setattr("msif_lab.widgets.influence.removal_effects", lambda *_, **__: 1 / 0)
         explorer.retrain.click()
         assert explorer.job.wait(10)
-    assert (
-        "ZeroDivisionError" in complaint(explorer)
-        and "failed: see the error below" in explorer.status.value
-    )
+    assert "ZeroDivisionError" in complaint(explorer)
+    assert "failed: see the error below" in explorer.status.value
     assert explorer.stop.disabled and not explorer.retrain.disabled
     with monkeypatch.context() as patch:
-        patch.setattr(explorer, "_show_example", lambda: 1 / 0)
+        patch.setattr(msif.Influence, "removal_effect", lambda *_: 1 / 0)
         explorer.query_control.value = 4
         assert "ZeroDivisionError" in complaint(explorer)
     explorer.query_control.value = 5
-    assert complaint(explorer) == "", "what goes well again wipes the error"
+    assert complaint(explorer) == "", "a step that succeeds clears the error"
 
 
 def test_failure_before_the_click_returns_stays_in_sight(explorer, monkeypatch):
@@ -603,19 +582,15 @@ def test_failure_before_the_click_returns_stays_in_sight(explorer, monkeypatch):
         patch.setattr("msif_lab.widgets.influence.removal_effects", lambda *_, **__: 1 / 0)
         patch.setattr("msif_lab.widgets.frame.Job", at_once)
         explorer.retrain.click()
-    assert (
-        "ZeroDivisionError" in complaint(explorer)
-        and "failed: see the error below" in explorer.status.value
-    )
+    assert "ZeroDivisionError" in complaint(explorer)
+    assert "failed: see the error below" in explorer.status.value
     assert explorer.stop.disabled and not explorer.retrain.disabled
 
 
-def test_retraining_of_changed_weights_says_so(cases, scores, queries):
+def test_retraining_of_changed_weights_says_so(queries):
     pipeline = random_pipeline(link=msif.Proximal(0.3))
     one = msif.GradientDot().fit(pipeline).score(queries)
-    explorer = widgets.InfluenceExplorer(pipeline, one, queries, k=2)
-    explorer.widget  # noqa: B018
-    explorer.rows[0].buttons[0].click()
+    explorer = with_an_example(widgets.InfluenceExplorer(pipeline, one, queries, k=2))
     with torch.no_grad():
         next(pipeline.stages[0].model.parameters()).add_(1.0)
     explorer.retrain.click()
@@ -624,11 +599,6 @@ def test_retraining_of_changed_weights_says_so(cases, scores, queries):
 
 
 def test_controls_have_labels(explorer):
-    def walk(widget):
-        yield widget
-        for child in getattr(widget, "children", ()):
-            yield from walk(child)
-
     controls = [
         w for w in walk(explorer.widget) if hasattr(w, "description") and type(w).__name__ != "HTML"
     ]
@@ -640,7 +610,6 @@ def test_bundle_has_view_picture_and_text(explorer):
     bundle = explorer._repr_mimebundle_()
     assert {WIDGET, "image/png", "text/plain"} <= set(bundle)
     assert bundle["text/plain"].startswith("InfluenceExplorer: 12 queries")
-    assert "msif-explorer" in explorer.widget._dom_classes
     assert len(explorer.static([0, 3], case="full", method="gradient")) == 2
     assert len(explorer.static([1], stage="stage1")) == 1
     for wrong, says in (
@@ -653,7 +622,7 @@ def test_bundle_has_view_picture_and_text(explorer):
 
 
 def test_without_ipywidgets_there_is_still_a_picture(cases, scores, queries, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "ipywidgets", None)
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
     explorer = widgets.InfluenceExplorer(cases, scores, queries, k=2)
     bundle = explorer._repr_mimebundle_()
     assert set(bundle) == {"image/png", "text/plain"}
@@ -689,24 +658,16 @@ def test_bad_input_is_named(cases, scores, queries):
         make(pipeline, one, queries, k=25)
 
 
-# ---- how fast a step is ----
-
-
-def test_step_times_are_printed(explorer, damping, methods, cleaning):
-    """Not a bar: the browser run measures the whole way. Here only Python's share."""
+def test_every_step_of_every_control_redraws(explorer, damping, methods, cleaning):
     explorer.rows[0].buttons[0].click()
-    for control, values in (
-        (explorer.query_control, range(12)),
-        (damping.alpha_control, damping.alphas),
-        (damping.damping_control, damping.dampings),
-        (methods.query_control, range(12)),
-        (methods.rank_control, range(2, 20)),
-        (cleaning.flagged_control, range(1, 20)),
+    for made, control, values in (
+        (explorer, explorer.query_control, range(12)),
+        (damping, damping.alpha_control, damping.alphas),
+        (damping, damping.damping_control, damping.dampings),
+        (methods, methods.query_control, range(12)),
+        (methods, methods.rank_control, range(2, 20)),
+        (cleaning, cleaning.flagged_control, range(1, 20)),
     ):
-        seconds = []
         for value in values:
-            start = time.perf_counter()
             control.value = value
-            seconds.append(time.perf_counter() - start)
-        print(f"{control.description:45} {1e3 * statistics.median(seconds):4.0f} ms a step")
-    assert all(complaint(made) == "" for made in (explorer, damping, methods, cleaning))
+            assert complaint(made) == "", (control.description, value)

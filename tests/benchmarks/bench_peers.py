@@ -1,5 +1,4 @@
-"""ImplicitInfluence against other libraries: the same jobs, in the same session, each library in
-its own environment.
+"""ImplicitInfluence compared with other libraries, each in its own environment.
 
     python tests/benchmarks/bench_peers.py --jobs S --peers ours --quick       a minute
     python tests/benchmarks/bench_peers.py --work ~/peers                      everything, an hour
@@ -13,14 +12,14 @@ Costs are multiples of a plain forward and backward epoch over the job's data (b
 median of epochs timed in the worker's own process just before and after the job; what a process
 does once (lazy imports) is paid before, in a run on 60 examples, and given as "first". All seconds
 are CPU seconds of the process: with one thread the same as wall time on an idle machine, and still
-right on a busy one. Memory is the process's VmHWM over the job, and what of it came on top of
-imports and data. Errors are against `peers/run_reference.py`, plain PyTorch: max |s − s*| / max
+right on a busy one. Memory is the process's VmHWM over the job, and the part of it that was added
+to imports and data. Errors are against `peers/run_reference.py`, plain PyTorch: max |s − s*| / max
 |s*| and the median over queries of Pearson's r. The environments reuse this one's PyTorch through a
 .pth file.
 
-The reference covers D's and M's first queries only (it solves them one column at a time). Whether
-an approximation is as good as another's is asked of all 20, "r all": to the scores of our fastest
-solver, which the reference has checked.
+The reference covers D's and M's first queries only (it solves them one column at a time).
+Approximations are compared on all 20 queries: "r all" is the correlation with the scores of our
+fastest solver that agrees with the reference.
 """
 
 import argparse
@@ -48,8 +47,8 @@ PINNED = {
     "captum": "captum==0.9.0",
     "kronfluence": "kronfluence==1.0.1",
 }
-# Named in the table, not run: pip cannot get it from a package index, so nobody could repeat it by
-# this script.
+# Named in the table, not run: pip cannot get it from a package index, so this script could not
+# repeat the run elsewhere.
 NOT_RUN = {"torch-influence": "not on PyPI; its README installs from a git checkout"}
 VARIANTS = {
     ("S", "ours"): ["exact", "cg"],
@@ -91,9 +90,7 @@ def write_data(work: pathlib.Path) -> None:
 
 
 def environment(peer: str, work: pathlib.Path) -> tuple[str | None, str]:
-    """``(python, "")`` of the peer's own environment, made at first use; ``(None, reason)`` if pip
-    refuses.
-    """
+    """``(python, "")`` of the peer's own environment, else ``(None, reason)`` of pip's refusal."""
     if PINNED[peer] is None:
         return sys.executable, ""
     folder = work / "envs" / peer
@@ -104,16 +101,8 @@ def environment(peer: str, work: pathlib.Path) -> tuple[str | None, str]:
         # the installed torch: 6 GB that need not come once per peer
         ours = sysconfig.get_paths()["purelib"]
         (site / "_ours.pth").write_text(ours + "\n")
-        command = [
-            python,
-            "-m",
-            "pip",
-            "install",
-            "-q",
-            "--disable-pip-version-check",
-            PINNED[peer],
-        ]
-        made = subprocess.run(command, capture_output=True, text=True, timeout=900)
+        command = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+        made = subprocess.run([*command, PINNED[peer]], capture_output=True, text=True, timeout=900)
         if made.returncode:
             errors = [line for line in made.stderr.splitlines() if line.startswith("ERROR")]
             return None, "not installed: " + (errors[-1] if errors else made.stderr.strip()[-200:])
@@ -135,8 +124,9 @@ def usage(pid: int) -> tuple[float, float]:
 
 
 def run_worker(python, script, args, name, variant, seconds, out) -> tuple[dict | None, str]:
-    """One job in a process of its own, stopped past its time or memory: ``(facts, "")`` or
-    ``(None, reason)``.
+    """One job in a process of its own, stopped when it exceeds its time or memory.
+
+    Returns ``(facts, "")`` or ``(None, reason)``.
     """
     repository = str(HERE.parent.parent)
     env = os.environ | {
@@ -174,8 +164,9 @@ def agreement(scores: numpy.ndarray, truth: numpy.ndarray) -> tuple[float, float
 
 
 def compare_all_queries(rows: list[dict], scores: list[numpy.ndarray]) -> None:
-    """Give each row of a job ``"r all"``: over all queries, to our fastest solver that the
-    reference confirms.
+    """Give each row of a job ``"r all"``, over all queries.
+
+    It is the correlation with our fastest solver that the reference confirms.
     """
     correct = [i for i, r in enumerate(rows) if r["library"] == "ours" and r["error"] < CORRECT]
     if correct:
@@ -198,8 +189,12 @@ def reference(name: str, args) -> tuple[numpy.ndarray | None, str]:
     return numpy.load(path.with_suffix(".npy")).astype(float), note
 
 
+def verdict(holds: bool) -> str:
+    return "holds" if holds else "FALLS SHORT"
+
+
 def verdicts(rows: list[dict]) -> list[str]:
-    """What was asked of us, against what these rows show."""
+    """One line for each goal: whether these rows reach it."""
     done = [r for r in rows if "failed" not in r]
     ours, peers = ([r for r in done if (r["library"] == "ours") == mine] for mine in (True, False))
     lines = []
@@ -218,30 +213,26 @@ def verdicts(rows: list[dict]) -> list[str]:
             continue
         line = f"{job}: {mine['variant']} {mine['epochs']:.0f} epochs"
         if job in MOST:
-            line += f", at most {MOST[job]} asked: {'holds' if mine['epochs'] <= MOST[job] else 'FALLS SHORT'}"
+            line += f", at most {MOST[job]} asked: {verdict(mine['epochs'] <= MOST[job])}"
         if other is not None:
             ratio = other["epochs"] / mine["epochs"]
-            line += f"; fastest correct peer {other['library']} {other['variant']} {other['epochs']:.0f}, {ratio:.1f}×"
-            line += (
-                ""
-                if job in MOST
-                else f", at least 2× asked: {'holds' if ratio >= 2 else 'FALLS SHORT'}"
-            )
+            line += f"; fastest correct peer {other['library']} {other['variant']} "
+            line += f"{other['epochs']:.0f}, {ratio:.1f}×"
+            if job not in MOST:
+                line += f", at least 2× asked: {verdict(ratio >= 2)}"
         lines.append(line)
     for r in ours:
         for other in [p for p in peers if (p["job"], p["library"]) == (r["job"], "kronfluence")]:
             if r["variant"] in ("ekfac", "lowrank"):
                 which = "r all" if "r all" in r else "r"
                 good = r["epochs"] <= other["epochs"] and r[which] >= other[which]
-                line = f"{r['job']}: {r['variant']} {r['epochs']:.1f} epochs, {which} {r[which]:.3f}; kronfluence "
-                line += f"{other['epochs']:.1f}, {other[which]:.3f}: {'holds' if good else 'FALLS SHORT'}"
+                line = f"{r['job']}: {r['variant']} {r['epochs']:.1f} epochs, "
+                line += f"{which} {r[which]:.3f}; kronfluence {other['epochs']:.1f}, "
+                line += f"{other[which]:.3f}: {verdict(good)}"
                 lines.append(line)
     if ours:
         most = max(r["peak"] for r in ours)
-        lines.append(
-            f"memory: at most {most:.0f} MB, 1,000 asked: "
-            f"{'holds' if most < 1000 else 'FALLS SHORT'}"
-        )
+        lines.append(f"memory: at most {most:.0f} MB, 1,000 asked: {verdict(most < 1000)}")
     return lines
 
 
@@ -260,8 +251,9 @@ def main(args) -> None:
         epoch = min(job.epochs())
         spec = job.spec
         print(
-            f"\n{name}: {spec.net}, {job.parameters:,} parameters, {len(job.x):,} examples × {len(job.qx)} queries, "
-            f"{spec.curvature} + {spec.damping}; plain epoch {epoch:.3f} s, {args.threads} thread(s); {note}"
+            f"\n{name}: {spec.net}, {job.parameters:,} parameters, {len(job.x):,} examples × "
+            f"{len(job.qx)} queries, {spec.curvature} + {spec.damping}; plain epoch {epoch:.3f} s, "
+            f"{args.threads} thread(s); {note}"
         )
         columns = ("epochs", "seconds", "first", "MB", "added", "max err", "r", "")
         print(form.format("job", "library", "variant", *columns), flush=True)

@@ -1,5 +1,4 @@
-"""Costs of curvature products and scoring, in epochs (one plain forward and backward pass over the
-same data).
+"""Costs of curvature products and scoring, in plain forward and backward epochs.
 
     python tests/benchmarks/bench_scoring.py [--quick] [--threads 1]
 
@@ -80,10 +79,8 @@ def main():
         pipeline, _ = build(pool, n)
         o, full = pipeline.objective(0), pipeline.trained()[0]
         what = f"{28 // pool} × {28 // pool}, {o.size:,} parameters, {n:,} examples"
-        epoch, forward = (
-            functools.partial(plain, pipeline, True),
-            functools.partial(plain, pipeline, False),
-        )
+        epoch = functools.partial(plain, pipeline, True)
+        forward = functools.partial(plain, pipeline, False)
         generator = torch.Generator().manual_seed(0)
         for name, kind in (("GGN", "ggn"), ("Hessian", "hessian")):
             operator = pipeline.curvature(0, kind)

@@ -1,5 +1,4 @@
-"""Unrolled influence on digits: what it costs in training runs, and how it agrees with real
-retraining.
+"""Unrolled influence on digits: its cost in training runs and its agreement with real retraining.
 
     python tests/benchmarks/bench_unrolled.py cost [--threads 1] [--repeats 3]
     python tests/benchmarks/bench_unrolled.py agreement [--seeds 3] [--epochs 10]
@@ -94,7 +93,8 @@ def cost(repeats):
                 pipeline, queries = build(net, link, dtype=dtype)
                 for count in (1, 20):
                     seconds, runs = ratio(pipeline, queries[:count], repeats)
-                    row = f"{net:<6} {str(dtype)[6:]:<8} {name:<11} {count:>7} {seconds:>8.2f} s {runs:>8.1f}×"
+                    row = f"{net:<6} {str(dtype)[6:]:<8} {name:<11} {count:>7} "
+                    row += f"{seconds:>8.2f} s {runs:>8.1f}×"
                     print(f"{row} {MOST[net, count]:>7.0f}×", flush=True)
                     failed += [row] if runs > MOST[net, count] else []
     pipeline, queries = build("mlp", LINKS["warm start"])
@@ -114,7 +114,7 @@ def cost(repeats):
         )
     slope = float(numpy.polyfit(numpy.log(steps), numpy.log(seconds), 1)[0])
     print(f"seconds over steps {steps}: log-log slope {slope:.2f} (allowed 1.1)")
-    assert not failed, "too dear:\n" + "\n".join(failed)
+    assert not failed, "more costly than allowed:\n" + "\n".join(failed)
     assert slope <= 1.1
 
 
@@ -122,8 +122,9 @@ def cost(repeats):
 
 
 def implicit(pipeline, link):
-    """The classic scores on the same weights; a warm start is read as the proximal link that
-    resembles it.
+    """The implicit method on the same weights, and its name.
+
+    A warm start is read as the proximal link that resembles it.
     """
     if isinstance(link, msif.WarmStart):
         first, last = pipeline.stages
@@ -134,7 +135,7 @@ def implicit(pipeline, link):
         stages[1].link = msif.Proximal(alpha)
         pipeline = msif.Pipeline(stages).adopt()
     with warnings.catch_warnings():
-        # that these runs are no optima is the point
+        # these runs are meant not to end at an optimum
         warnings.simplefilter("ignore", msif.ConvergenceWarning)
         try:
             return "implicit, Hessian", msif.ImplicitInfluence().fit(pipeline)

@@ -1,20 +1,21 @@
-"""Two-stage influence on a ResNet-18 of 11 million parameters: solvers side by side on a GPU, or a
-slice on a CPU.
+"""Two-stage influence on a ResNet-18 of 11 million parameters: the solvers compared on a GPU.
 
-    python tests/benchmarks/gpu.py --device cpu --size tiny           dry run, a minute python
-    tests/benchmarks/gpu.py --device cpu --size slice          all 11 million parameters, 64
-    examples, minutes python tests/benchmarks/gpu.py --pack DIR --n 12000               40 MB of
-    CIFAR-10 for a machine without a network python tests/benchmarks/gpu.py --device cuda --data DIR
-    --out gpu.json [--precision tf32]
+    # dry run on a CPU, a minute
+    python tests/benchmarks/gpu.py --device cpu --size tiny
+    # all 11 million parameters on a CPU, but 64 examples, minutes
+    python tests/benchmarks/gpu.py --device cpu --size slice
+    # 40 MB of CIFAR-10 for a machine without a network
+    python tests/benchmarks/gpu.py --pack DIR --n 12000
+    python tests/benchmarks/gpu.py --device cuda --data DIR --out gpu.json [--precision tf32]
 
 torchvision's ResNet-18 with the usual CIFAR stem (3 × 3, stride 1, no pooling) is trained on six
 classes of CIFAR-10 by SGD, then finetuned with a new ``fc`` on the other four: `fc` alone (Frozen),
-or everything held near the pretrained weights (Proximal). BatchNorm normalises by its batch in
-pretraining and by the statistics of then (eval mode) ever after, so that a loss belongs to its
-example; its scales and shifts stay 1 and 0, since EK-FAC knows only Linear and Conv2d. Scores are
-of the pretraining examples on held-out queries. r is the median over queries of Pearson's r with
-the scores of plain CG. Everything is float32 unless --precision says otherwise, with its error
-shown.
+or everything held near the pretrained weights (Proximal). BatchNorm uses batch statistics in
+pretraining and the running statistics (eval mode) from then on, so that the loss of an example
+depends on that example alone; its scales and shifts stay 1 and 0, since EK-FAC knows only Linear
+and Conv2d. Pretraining examples are scored on held-out queries. r is the median over queries of
+Pearson's r with the scores of plain CG. Everything is float32 unless --precision says otherwise;
+then the error is shown.
 """
 
 import argparse
@@ -60,7 +61,7 @@ SIZES = {
     "slice": Size((2, 2, 2, 2), 1, 48, 24, 2, 3, 6, 1e-1, 8),
     "tiny": Size((1, 1), 4, 60, 40, 2, 2, 4, 1e-1, 30),
 }
-# Made by name: a solver that this version or machine lacks gives a line, not a crash.
+# Built when it is its turn: a solver that this machine lacks costs one line, not the whole run.
 METHODS = {
     "cg": lambda rank, **kw: msif.ConjugateGradient(**kw),
     "ekfac": lambda rank, **kw: msif.EKFAC(),
@@ -103,9 +104,7 @@ CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 
 
 def examples(data, classes: tuple[int, ...], n: int, pool: int, part: str) -> msif.Examples:
-    """``n`` images of these classes as normalised floats, from a pack or from whatever
-    `load_cifar10` finds.
-    """
+    """``n`` images of these classes as normalised floats, from a pack or from `load_cifar10`."""
     if data is not None and (data / "cifar10-pack.npz").exists():
         with numpy.load(data / "cifar10-pack.npz") as arrays:
             x, y = torch.from_numpy(arrays[f"{part}_x"]), torch.from_numpy(arrays[f"{part}_y"])
@@ -144,9 +143,7 @@ def carried(net: nn.Module) -> list[str]:
 
 
 def train(net, data, epochs, lr, weight_decay, trained, alpha=0.0, centre=None, batch=100) -> float:
-    """SGD on the stage's own objective, penalties included; the gradient norm of F is left to the
-    library.
-    """
+    """SGD on the stage's own objective, penalties included; returns the last batch's loss."""
     optimiser = torch.optim.SGD(trained, lr=lr, momentum=0.9, weight_decay=weight_decay)
     steps = epochs * -(-len(data) // batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps, pct_start=0.2)
@@ -175,7 +172,7 @@ def accuracy(net, data) -> float:
 
 
 def build(size: Size, data: dict, device: str, weight_decay: float, alpha: float) -> dict:
-    """Both pipelines, trained and adopted: the same pretrained net under each link."""
+    """Both pipelines, trained and adopted: the same pretrained net with each link."""
     net = resnet(len(PRETRAIN), size.blocks, 0).to(device)
     train(net.train(), data["pretrain"], size.epochs, 0.1, weight_decay, net.parameters())
     net.eval()
@@ -192,12 +189,11 @@ def build(size: Size, data: dict, device: str, weight_decay: float, alpha: float
         fine.load_state_dict(state, strict=False)  # BatchNorm's buffers too: constants from here on
         frozen = name == "frozen"
         trained = list((fine.fc if frozen else fine).parameters())
-        settings = (
-            (0.1, weight_decay, trained)
-            if frozen
-            else (0.02, weight_decay, trained, alpha, backbone)
-        )
-        train(fine, data["finetune"], size.epochs, *settings)
+        if frozen:
+            train(fine, data["finetune"], size.epochs, 0.1, weight_decay, trained)
+        else:
+            settings = (0.02, weight_decay, trained, alpha, backbone)
+            train(fine, data["finetune"], size.epochs, *settings)
         print(
             f"{name}: {accuracy(fine, data['queries']):.1%} of the held-out images right",
             flush=True,
@@ -242,9 +238,7 @@ def set_precision(precision: str) -> None:
 
 
 def products(pipeline, device: str, counts=(1, 4)) -> list[dict]:
-    """Curvature products of the pretraining stage, timed, next to a plain forward and backward
-    pass.
-    """
+    """Times of the pretraining stage's curvature products and of a plain epoch."""
     stage, rows = pipeline.stages[0], []
     net, x, y = stage.model, stage.data.x, stage.data.y
 
@@ -294,10 +288,8 @@ def precision_error(pipeline, precision: str, device: str) -> dict:
         right = full @ v
     # parameters, data and activations alike: autocast does not reach through torch.func
     if precision == "bf16":
-        net, data = (
-            copy.deepcopy(stage.model).bfloat16(),
-            msif.Examples(stage.data.x.bfloat16(), stage.data.y),
-        )
+        net = copy.deepcopy(stage.model).bfloat16()
+        data = msif.Examples(stage.data.x.bfloat16(), stage.data.y)
         half = objective.Objective(net, data, stage.loss, stage.weight_decay)
         other = curvature.GGN(half, half.layout.flatten(net))
     else:
@@ -316,12 +308,9 @@ def precision_error(pipeline, precision: str, device: str) -> dict:
 
 
 def pearson(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Median over queries."""
-    return float(
-        numpy.median(
-            [numpy.corrcoef(x, y)[0, 1] for x, y in zip(a.numpy(), b.numpy(), strict=True)]
-        )
-    )
+    """Median over queries of Pearson's r."""
+    r = [numpy.corrcoef(x, y)[0, 1] for x, y in zip(a.numpy(), b.numpy(), strict=True)]
+    return float(numpy.median(r))
 
 
 def study(pipelines: dict, queries, size: Size, args, deadline: float) -> list[dict]:
@@ -463,19 +452,9 @@ if __name__ == "__main__":
     parser.add_argument("--damping", type=float, default=1e-2)
     parser.add_argument("--alpha", type=float, default=0.05)
     parser.add_argument("--weight-decay", type=float, default=5e-4)
-    for name in (
-        "pretrain",
-        "finetune",
-        "queries",
-        "epochs",
-        "max-iter",
-        "rank",
-        "threads",
-        "working",
-    ):
-        parser.add_argument(
-            f"--{name}", type=int, help="bytes of a chunk" if name == "working" else None
-        )
+    for name in ("pretrain", "finetune", "queries", "epochs", "max-iter", "rank", "threads"):
+        parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--working", type=int, help="bytes of a chunk")
     parser.add_argument(
         "--budget",
         type=float,

@@ -1,5 +1,6 @@
-"""One influence job as every library sees it, and the meter that times it. Needs only torch, numpy,
-safetensors.
+"""One influence job as every library sees it, and the meter that times it.
+
+Needs only torch, numpy and safetensors.
 
 All take the mean loss over the N examples, plus damping times the identity on its curvature, and no
 weight decay; scores are ``∂q/∂w_i = −(1/N) ∇qᵀ (C + damping)⁻¹ ∇f_i``, ``(Q, N)``.

@@ -1,6 +1,4 @@
-"""captum: the dense inverse on all parameters (NaiveInfluenceFunction), or a rank-50 Arnoldi
-projection.
-"""
+"""captum: dense inverse (NaiveInfluenceFunction) or a rank-50 Arnoldi projection."""
 
 import inspect
 

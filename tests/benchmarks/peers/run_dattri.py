@@ -1,5 +1,6 @@
-"""dattri: explicit inverse, conjugate gradients, EK-FAC. All data in one batch: with several it
-sums their inverses.
+"""dattri: explicit inverse, conjugate gradients, EK-FAC.
+
+All data come in one batch: of several batches it would add up the inverses.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""msif_lab on a job; a variant is a solver, made by name since not every version has every solver."""
+"""msif_lab on a job; a variant names a solver, since not every version has every solver."""
 
 import warnings
 

@@ -1,5 +1,6 @@
-"""pyDVL: dense solve, or conjugate gradients with all queries in one block; queries solved once,
-data in batches.
+"""pyDVL: dense solve, or conjugate gradients with all queries in one block.
+
+Queries are solved once, data come in batches.
 """
 
 import torch

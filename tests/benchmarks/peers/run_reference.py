@@ -1,6 +1,4 @@
-"""The right answer, by plain PyTorch alone: float64 closed form (S), or conjugate gradients on
-double backward.
-"""
+"""The right answer by plain PyTorch: closed form in float64 (S), or conjugate gradients."""
 
 import copy
 
