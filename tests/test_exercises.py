@@ -194,7 +194,7 @@ HINTS = {
         "derivative": "derivative",
         "sum of singles": "two single removals",
         "sign": "sign is flipped",
-        "mean over the rest": "who stay",
+        "mean over the rest": "patients that stay",
     },
     "02-1": {
         "U held": "U block is dropped",
@@ -205,7 +205,7 @@ HINTS = {
     "02-2": {
         "sign": "sign is flipped",
         "no inverse": "G_TT⁻¹ is missing",
-        "not solved": "instead of its inverse",
+        "not solved": "not by its inverse",
         "transposed": "transpose",
     },
     "02-3": {
@@ -222,7 +222,7 @@ HINTS = {
     "03-2": {
         "upside down": "upside down",
         "no 2": "without a ½",
-        "no 2α in front": "puts 2α in front",
+        "no 2α in front": "hence the 2α in front",
         "eigenvectors as rows": "columns of E",
     },
     "03-3": {
@@ -231,7 +231,7 @@ HINTS = {
         "no P": "belongs in the Hessian",
         "shared part only": "only the rows of W",
         "sign": "sign is flipped",
-        "no mean": "with 1/n",
+        "no mean": "1/n is missing",
     },
     "04-1": {
         "no curvature": "were 1",
@@ -258,15 +258,15 @@ HINTS = {
         "correlation": "that is r",
     },
     "06-3": {"itself": "with itself", "pooled": "pools queries"},
-    "07-1": {"Pearson": "Pearson", "pooled": "one ranking", "order": "argsort"},
+    "07-1": {"Pearson": "Pearson", "pooled": "ranks all pairs together", "order": "argsort"},
     "07-2": {
-        "sizes": "averaging sizes",
+        "sizes": "averages sizes",
         "one seed": "first seed alone",
-        "over queries": "averaged over the queries",
+        "over queries": "averages over queries",
     },
     "07-3": {
-        "spread": "spread of single",
-        "standard error": "standard error",
+        "spread": "single queries",
+        "standard error": "1.96 of them",
         "whole width": "whole width",
     },
     "09-1": {"no mean": "1/|B|", "divided by m": "divided by m", "sign": "sign is flipped"},
