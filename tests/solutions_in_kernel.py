@@ -21,11 +21,13 @@ from IPython.utils.capture import capture_output
 
 from msif_lab.exercises import EXERCISES, check
 
-# The answers of the solutions so far: later exercises and cells may build on them.
-ANSWERS = {}
+# What the solutions so far have assigned: name, new value, the lesson's own value at that time.
+# A reader who solves all exercises has these values until a cell of the lesson assigns others.
+ASSIGNED = {}
+MISSING = object()
 
 
-def report(lesson: dict, source: str, exercise: str = "", given: str = "", answers: tuple = ()):
+def report(lesson: dict, source: str, exercise: str = "", given: str = ""):
     """Run ``source`` beside the lesson; print, as one line of JSON, what became of it.
 
     Args:
@@ -33,10 +35,11 @@ def report(lesson: dict, source: str, exercise: str = "", given: str = "", answe
         source: a cell, with the solution in place of the dots.
         exercise: its exercise, "" for a cell that only builds on the answers of others.
         given: the keyword arguments of the exercise's `check`, as source.
-        answers: the names that the solution assigns.
     """
     beside = dict(lesson)
-    beside |= {name: value for name, value in ANSWERS.items() if lesson.get(name) is ...}
+    for name, (value, own) in ASSIGNED.items():
+        if lesson.get(name, MISSING) is own:
+            beside[name] = value
     before = _contents(lesson)
     found = {"error": "", "verdict": "", "mistakes": {}}
     with _unnoticed():
@@ -53,7 +56,10 @@ def report(lesson: dict, source: str, exercise: str = "", given: str = "", answe
             found["error"] = traceback.format_exc()
     after = _contents(lesson)
     found["changed"] = sorted(name for name in before if after[name] != before[name])
-    ANSWERS.update({name: beside[name] for name in answers if name in beside})
+    for name, value in beside.items():
+        own = lesson.get(name, MISSING)
+        if value is not own:
+            ASSIGNED[name] = (value, own)
     print(json.dumps(found))
 
 
@@ -91,7 +97,8 @@ def _contents(namespace: dict) -> dict[str, int]:
         if isinstance(value, torch.Generator):
             value = value.get_state()
         if isinstance(value, torch.Tensor) and value.layout is torch.strided:
-            value = value.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+            value = value.float() if value.dtype is torch.bfloat16 else value  # NumPy has none
+            value = value.numpy(force=True)
         if isinstance(value, numpy.ndarray) and value.dtype.kind != "O":
             found[name] = zlib.crc32(numpy.ascontiguousarray(value).reshape(-1).view(numpy.uint8))
     return found

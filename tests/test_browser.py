@@ -71,11 +71,12 @@ def running(opened, request):
 
     The next one that the tests need is started as well: two kernels for two cores.
     """
-    every = [path.name for path in RUN] + ["explorers.ipynb"]
-    selected = [item.nodeid for item in request.session.items if item.path == request.path]
-    names = [n for n in every if any(f"menu[{Path(n).stem}]" in test for test in selected)]
-    if any("explorer" in getattr(item, "fixturenames", ()) for item in request.session.items):
-        names.append("explorers.ipynb")
+    names = []
+    for item in request.session.items:
+        if "running" in getattr(item, "fixturenames", ()):
+            lesson = item.callspec.params.get("path") if hasattr(item, "callspec") else None
+            names.append(lesson.name if lesson else "explorers.ipynb")
+    names = list(dict.fromkeys(names))
     started = {}
 
     def student(name: str):
