@@ -231,7 +231,7 @@ class Student:
         """Click through the menu bar."""
         for name in names:
             label = self.page.get_by_text(name, exact=True)
-            self.page.get_by_role("menuitem").filter(has=label, visible=True).click()
+            self.page.locator("[role=menuitem]:visible").filter(has=label).click()
 
     def start(self):
         """Run > Run All Cells, without old outputs, which would look like new ones."""

@@ -50,7 +50,7 @@ class Run(NamedTuple):
     printed: dict[str, str] = {}  # by id, what the inserted cells printed  # noqa: RUF012
     seconds: float = 0.0
     memory: float = 0.0  # bytes, NaN where it cannot be measured; inserted cells included
-    written: tuple[str, ...] = ()  # files that the lesson left behind
+    written: tuple[str, ...] = ()  # the files that the lesson wrote into its folder
 
 
 class LessonRuns:
@@ -98,7 +98,9 @@ class LessonRuns:
         if not result.exists():
             return Run(error=(folder / "log").read_text(errors="replace"))
         run = Run(**json.loads(result.read_text("utf-8")))
-        return run._replace(written=tuple(sorted(_files(copy.parent) - before)))
+        after = _files(copy.parent)
+        written = sorted(name for name in after if after[name] != before.get(name))
+        return run._replace(written=tuple(written))
 
     def __enter__(self):
         return self
@@ -113,10 +115,13 @@ class LessonRuns:
         self._pool.shutdown()
 
 
-def _files(folder: Path) -> set[str]:
-    """The files below ``folder`` that git would show."""
-    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    return {name for name in names if "__pycache__" not in name}
+def _files(folder: Path) -> dict[str, int]:
+    """When each file below ``folder`` was last written, for those that git would show."""
+    return {
+        path.relative_to(folder).as_posix(): path.stat().st_mtime_ns
+        for path in folder.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
 
 
 def main(lesson: Path, result: Path) -> None:

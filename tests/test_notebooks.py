@@ -92,7 +92,7 @@ def test_runs_as_shipped(path, executed):
     run = executed(path)
     assert not run.error, run.error
     assert run.problems == [], "problems in the outputs"
-    assert run.written == (), "files left behind"
+    assert run.written == (), "the lesson wrote into its folder"
     # Includes the few MB that trying out the solutions takes. NaN where it cannot be measured.
     assert not run.memory > MAX_MEMORY, f"{path.name} needs {run.memory / 1e6:.0f} MB"
 
@@ -411,7 +411,7 @@ FLAWED = [
     new_code_cell(SETUP),
     # Without momentum it cannot be forgotten.
     *exercise(3, "alpha = ...", "alpha = 7", "rates=[1.0], momentum=0.0"),
-    *exercise(1, "scores = ...", MEDDLING, "gradients=gradients, g_bar=torch.ones(2)"),
+    *exercise(1, "scores = ...", MEDDLING, "gradients=gradients, g_bar=torch.ones(2), m=9"),
     *exercise(2, "v = ...", "v = 1 / 0", "theta_bar=1, v_bar=1, hessian=torch.eye(1), rate=1"),
     new_code_cell("if msif.check('09-3', alpha, rates=[1.0], momentum=0.0).state == 'wrong': oops"),
     new_code_cell(AS_SHIPPED),
