@@ -4,8 +4,8 @@
     python notebooks/execute.py 00 03            the lessons whose names start so
     python notebooks/execute.py --check          execute, report, write nothing
 
-Committed lessons hold their outputs, since GitHub shows no others, but nothing of the machine or of the
-moment: no timings, paths, object addresses or widget state. Two cell settings steer this script:
+Lessons are committed with their outputs, since GitHub shows no others, but without anything that depends on the
+machine or the moment: no timings, paths, object addresses or widget state. Two cell settings steer this script:
 
 * metadata ``"alt": "..."`` (a list for several figures) becomes the alt text of the cell's images;
   an image without one is an error;
@@ -31,9 +31,9 @@ IMAGES = ("image/png", "image/jpeg")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 CELL_TIMEOUT = 900  # seconds; a whole lesson should take a third of that
 
-# What the kernel says about its own peak, in bytes. On Linux ru_maxrss will not do: it survives exec, so a
-# kernel started by a large process (pytest, say) reports that process's peak. VmHWM belongs to the new
-# program alone. Peaks of live workers are added, an upper bound, because Binder's limit counts them too.
+# Run in the kernel, this prints its peak memory in bytes. ru_maxrss will not do on Linux: it survives exec, so that a
+# kernel started by a large process (pytest, say) would report that process's peak. VmHWM belongs to the new program
+# alone. Binder's limit counts worker processes too: the peaks of those alive are added, which gives an upper bound.
 PROBE = """
 def _peak_memory():
     import glob, re, sys
@@ -71,11 +71,11 @@ def lessons(names: list[str] = ()) -> list[Path]:
 def execute(notebook: Path, cwd: Path | None = None) -> tuple[nbformat.NotebookNode, float, float]:
     """Run a notebook in a fresh kernel; returns it with outputs, the seconds and the peak memory in bytes.
 
-    The memory is NaN where the platform does not tell. Raises nbclient's ``CellExecutionError``, whose text
+    The memory is NaN where it cannot be measured. Raises nbclient's ``CellExecutionError``, whose text
     is the cell and its traceback. The file itself is not written.
     """
     nb = nbformat.read(notebook, as_version=4)
-    for index, cell in enumerate(nb.cells):  # cells of old notebooks get an id that stays the same
+    for index, cell in enumerate(nb.cells):  # old formats have no cell ids; these are the same in each run
         cell.setdefault("id", f"cell-{index:02d}")
     nb.nbformat_minor = 5
     probe = nbformat.v4.new_code_cell(PROBE, id="memory-probe")
@@ -93,7 +93,7 @@ def execute(notebook: Path, cwd: Path | None = None) -> tuple[nbformat.NotebookN
         client.execute()
     except CellExecutionError:
         if not any(out.output_type == "error" for out in probe.get("outputs", [])):
-            raise  # the lesson's own error; a probe that fails only costs us the figure
+            raise  # the lesson's own error; if the probe fails, only the memory stays unknown
     seconds = time.perf_counter() - start
     nb.cells.remove(probe)
     printed = "".join(out.get("text", "") for out in probe.outputs)
@@ -101,7 +101,7 @@ def execute(notebook: Path, cwd: Path | None = None) -> tuple[nbformat.NotebookN
 
 
 def tidy(nb: nbformat.NotebookNode) -> list[str]:
-    """Strip machine and moment from an executed notebook, in place; returns what the author has to mend."""
+    """Remove what depends on the machine or the moment, in place; returns what the author has to mend."""
     problems = []
     nb.metadata = nbformat.from_dict(
         {
@@ -151,7 +151,7 @@ def _clean(text: str) -> str:
 
 
 def write(nb: nbformat.NotebookNode, path: Path) -> int:
-    """Write all of the file or none of it; returns its size in bytes."""
+    """Write the file, whole or not at all; returns its size in bytes."""
     nbformat.validate(nb)
     content = (nbformat.writes(nb).rstrip("\n") + "\n").encode()
     part = path.with_name(path.name + ".part")

@@ -3,12 +3,12 @@
     python notebooks/links.py            write what is not as it should be
     python notebooks/links.py --check    name it, write nothing
 
-Run it after a lesson was added, renamed or measured anew. All is taken from the files: their order from their
+Run it after a lesson was added, renamed or measured anew. Everything comes from the files: the order from their
 names, titles from their ``# NN · Short: long`` lines, times and memory from their budget lines. Outputs, metadata
-and cell ids stay. Written are
+and cell ids stay as they are. It writes
 
 * one line in the first and in the last cell of each lesson;
-* in ``index.ipynb`` the whole cell ``map``, and where other cells say ``[01]``, what that refers to;
+* in ``index.ipynb`` the whole cell ``map``, and the link targets of each ``[01]`` in the other cells;
 * in README.md the table below ``<!-- lessons -->``.
 """
 
@@ -29,7 +29,8 @@ LINKS = re.compile(r"\n*^.*\[contents\]\(index\.ipynb\).*$\n*", re.MULTILINE)
 REFERENCES = re.compile(r"\n*^\[\d\d\]: .*$", re.MULTILINE)
 README_TABLE = re.compile(r"(?<=<!-- lessons -->\n\n).*?(?=\n\n)", re.DOTALL)
 
-# What a reader who has not opened the lesson would ask. A lesson without a line here shows the rest of its title.
+# What a reader who has not opened the lesson would ask. For a lesson without a line here the map shows the second
+# part of its title.
 QUESTIONS = {
     "00": "Which pretraining images hurt this prediction, and what happens if we take them out?",
     "01": "What does one training example do to one prediction, and when is the answer exact?",
@@ -48,7 +49,7 @@ CUDA = "(With pip's PyTorch on Linux, whose CUDA libraries are part of that; Bin
 
 
 class Lesson(NamedTuple):
-    """One notebook as the others speak of it."""
+    """What the other notebooks say about one lesson."""
 
     file: str
     title: str  # "06 · MNIST: 0–3 → 4–9"
@@ -80,12 +81,12 @@ def read_lesson(path: Path) -> Lesson:
 
 
 def course(folder: Path) -> list[Lesson]:
-    """The lessons in their order; ``NN_name_run.ipynb`` is a reader's own run of one."""
+    """The lessons in their order, without ``NN_name_run.ipynb``, a reader's own run of one."""
     paths = sorted(path for path in folder.glob("[0-9][0-9]_*.ipynb") if not path.stem.endswith("_run"))
     return [read_lesson(path) for path in paths]
 
 
-# ---- What is to be written ----
+# ---- The text to write ----
 
 
 def links_line(lessons: list[Lesson], place: int) -> str:
@@ -98,7 +99,7 @@ def links_line(lessons: list[Lesson], place: int) -> str:
 
 
 def linked(source: str, line: str, at_end: bool) -> str:
-    """A cell with the line of links as a paragraph of its own: below the budget line, or last."""
+    """A cell's text with the line of links as a paragraph of its own: below the budget line, or at the end."""
     source = LINKS.sub("\n\n", source).strip()
     if at_end:
         return f"{source}\n\n{line}"
@@ -123,7 +124,7 @@ def course_map(lessons: list[Lesson]) -> str:
 
 
 def with_references(source: str, lessons: list[Lesson]) -> str:
-    """What ``[01]`` in a cell's text refers to, as link definitions at the cell's end, for lessons that exist."""
+    """A cell's text with a link definition at its end for each lesson that it names as ``[01]``."""
     source = REFERENCES.sub("", source).rstrip()
     used = [f"[{x.number}]: {x.file}" for x in lessons if re.search(rf"\[{x.number}\](?!\()", source)]
     return source + ("\n\n" + "\n".join(used) if used else "")
@@ -142,7 +143,7 @@ def readme_table(lessons: list[Lesson], binder: str) -> str:
 
 
 def update_notebook(path: Path, lessons: list[Lesson]) -> nbformat.NotebookNode | None:
-    """The notebook as it should be, or None if it is so already. Only the sources of markdown cells differ."""
+    """The notebook as it should be, or None if it is so already. Only the text of markdown cells changes."""
     nb = nbformat.read(path, as_version=4)
     before = [cell.source for cell in nb.cells]
     if path.name == "index.ipynb":
@@ -160,7 +161,7 @@ def update_notebook(path: Path, lessons: list[Lesson]) -> nbformat.NotebookNode 
 
 
 def update(folder: Path = HERE, check: bool = False) -> list[str]:
-    """Bring all files of the course up to date (``check``: none); returns the names of those that were not."""
+    """Bring all files up to date, or with ``check`` none; returns the names of those that were not."""
     lessons, stale = course(folder), []
     for path in [folder / x.file for x in lessons] + [folder / "index.ipynb"]:
         if path.is_file() and (nb := update_notebook(path, lessons)):
@@ -184,7 +185,7 @@ def update(folder: Path = HERE, check: bool = False) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="name what is not up to date, write nothing")
+    parser.add_argument("--check", action="store_true", help="name the files that are not up to date, write nothing")
     args = parser.parse_args()
     stale = update(check=args.check)
     for name in stale:

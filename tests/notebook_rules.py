@@ -1,4 +1,4 @@
-"""How a lesson must be built, checked on the file alone (level L0: no kernel)."""
+"""How a lesson must be built, checked on its file alone, without a kernel (level L0)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import base64
 import io
 import re
 from collections import Counter
+from collections.abc import Collection
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -15,40 +16,65 @@ from PIL import Image
 
 from msif_lab.exercises import EXERCISES
 
-MAX_CODE_CELLS, MAX_WORDS, MAX_LINES, MAX_BYTES = 45, 2000, 15, 600_000
-# sections with the exercises; letters; across
-MIN_SECTIONS, MIN_EXERCISES, MIN_ALT, MAX_PIXELS = 4, 3, 40, 1000
+MAX_CODE_CELLS = 45
+MAX_WORDS = 2000
+MAX_LINES = 15  # of one code cell
+MAX_BYTES = 600_000
+MAX_PIXELS = 1000  # the width of a figure
+MIN_SECTIONS = 4  # with the exercises
+MIN_EXERCISES = 3
+MIN_ALT = 40  # letters
 IMAGES = ("image/png", "image/jpeg")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 BUDGET = re.compile(r"read\s+(\d+)\s*min\s*/\s*run\s+\d+\s*(s|min)\s*/\s*[\d.]+\s*(MB|GB)")
 FORBIDDEN_CODE = ("!pip", "%pip", "sys.path", "os.chdir", "NotImplementedError")
-# Unix homes and work folders, not preceded by what makes them part of a URL, a word or a closing
+# Home and work folders, unless the character before makes them part of a URL, a word or a closing
 # HTML tag.
 MACHINE_PATH = re.compile(r"(?<![\w.<])/(?:root|home|work|tmp|Users)\b|\bC:\\(?=[A-Z])")
-# Closed, with the code and then the reason.
+# Folded, with the code and then the reason.
 SOLUTION = re.compile(
     r"<details>\s*<summary>Solution, and why</summary>\s*```python\n(.*?)\n```\n(.*)</details>\s*",
     re.DOTALL,
 )
 OBJECTIVE = re.compile(r"^\* +\*\*[a-z][\w -]*\*\*.*?\((\d+) min\)[.,]?$", re.MULTILINE | re.DOTALL)
 READING = re.compile(r"\*\*Reading the (figure|picture)")
+# "lesson 05", "lessons 01, 02 and 04 to 07", "[05]" with or without a target.
+NAMED = re.compile(
+    r"\blessons? \[?\d\d\b\]?(?:(?:, | and | or | to )\[?\d\d\b\]?)*|\[\d\d\]", re.IGNORECASE
+)
 TIMING = re.compile(r"Wall time|CPU times|\d\s?(?:it/s|s/it)\b")
 
 
-def structure_problems(nb: nbformat.NotebookNode) -> list[str]:
-    """Everything that keeps a notebook from being a lesson as TEACHING.md describes it, one line
-    each.
+def structure_problems(nb: nbformat.NotebookNode, lessons: Collection[str]) -> list[str]:
+    """The rules for a lesson that a notebook breaks, one line each.
+
+    Args:
+        nb: the notebook.
+        lessons: the numbers of the lessons that exist, such as "05".
     """
-    lesson = _setup(nb) + _skeleton(nb) + _exercises(nb)
-    return _header(nb) + lesson + _text(nb) + _code(nb) + _figures(nb) + _outputs(nb)
+    return _setup(nb) + _skeleton(nb) + _exercises(nb) + index_problems(nb, lessons)
 
 
-def index_problems(nb: nbformat.NotebookNode) -> list[str]:
-    """The same for the course's contents page, which teaches nothing: no objectives, exercises or
-    recap.
-    """
-    return _header(nb) + _text(nb) + _code(nb) + _figures(nb) + _outputs(nb)
+def index_problems(nb: nbformat.NotebookNode, lessons: Collection[str]) -> list[str]:
+    """The same for the contents page, which needs no objectives, exercises or recap."""
+    problems = _header(nb) + _text(nb) + _code(nb) + _figures(nb) + _outputs(nb)
+    return problems + _lessons_named(nb, lessons)
+
+
+def _lessons_named(nb, lessons: Collection[str]) -> list[str]:
+    """The lessons that the text names, or a comment in the code, exist."""
+    problems = []
+    for i, cell in enumerate(nb.cells):
+        found = NAMED.findall(cell.source)
+        if cell.cell_type == "code":
+            found = [name for name in found if not name.startswith("[")]  # an index such as x[10]
+        numbers = {number for name in found for number in re.findall(r"\d\d", name)}
+        problems += [
+            f"cell {i}: lesson {number} does not exist"
+            for number in sorted(numbers.difference(lessons))
+        ]
+    return problems
 
 
 def _header(nb) -> list[str]:
@@ -64,7 +90,7 @@ def _header(nb) -> list[str]:
 
 
 def _setup(nb) -> list[str]:
-    """One folded setup cell, the first code of the lesson, right after the objectives."""
+    """One folded setup cell right after the objectives, the lesson's first code."""
     objectives = [i for i, cell in enumerate(nb.cells) if _has_heading(cell, "objectives")]
     hidden = [i for i, cell in enumerate(nb.cells) if _hidden(cell)]
     code = [i for i, cell in enumerate(nb.cells) if cell.cell_type == "code"]
@@ -97,9 +123,7 @@ def _text(nb) -> list[str]:
 
 
 def _skeleton(nb) -> list[str]:
-    """Objectives, perhaps "In a hurry", numbered sections of which the last is "Your turn", recap,
-    references, next.
-    """
+    """The title, the objectives, and the sections in their order."""
     problems = []
     first = nb.cells[0].source if nb.cells else ""
     if not re.match(r"# \d\d · \S", first):
@@ -172,20 +196,16 @@ def _code(nb) -> list[str]:
 
 def _exercises(nb) -> list[str]:
     found = exercise_cells(nb)
-    starts = [i for i, cell in enumerate(nb.cells) if _has_heading(cell, "your turn")] or [
-        len(nb.cells)
-    ]
+    starts = [i for i, cell in enumerate(nb.cells) if _has_heading(cell, "your turn")]
     number = re.match(r"# (\d\d)\b", nb.cells[0].source if nb.cells else "")
-    problems = (
-        []
-        if len(found) >= MIN_EXERCISES
-        else [f"{len(found)} exercises, fewer than {MIN_EXERCISES}"]
-    )
+    problems = []
+    if len(found) < MIN_EXERCISES:
+        problems.append(f"{len(found)} exercises, fewer than {MIN_EXERCISES}")
     for e in found:
         where = f"cell {e.index}: exercise {e.name}"
         if not number or not e.name.startswith(f"{number[1]}-"):
             problems.append(f"{where} does not start with the lesson's number")
-        if e.index < starts[0]:
+        if not starts or e.index < starts[0]:
             problems.append(f"{where} comes before 'Your turn'")
         if e.name not in EXERCISES:
             problems.append(f"{where} is not registered in msif_lab/exercises/lesson_NN.py")
@@ -197,33 +217,31 @@ def _exercises(nb) -> list[str]:
             )
         elif missing := e.stubs.keys() - _assigned(e.solution):
             problems.append(f"{where}: the solution does not assign {', '.join(sorted(missing))}")
+    times = Counter(e.name for e in found)
+    problems += [f"exercise {name} comes {n} times" for name, n in times.items() if n > 1]
     first = {e.name: e.index for e in reversed(found)}
-    problems += [
-        f"exercise {name} comes {n} times"
-        for name, n in Counter(e.name for e in found).items()
-        if n > 1
-    ]
     for i, cell in enumerate(nb.cells):
-        asked = [_name(call) for call in _checks(cell)]
-        if any(first.get(name, i + 1) > i for name in asked) or len(set(asked)) > 1:
+        asked = {_name(call) for call in _checks(cell)}
+        # A cell may check one exercise: its own, in the last line, or one further up, anywhere.
+        if any(first.get(name, i + 1) > i for name in asked) or len(asked) > 1:
             problems.append(
-                f"cell {i}: msif.check is not the last line of its cell, nor of an exercise above"
+                f"cell {i}: msif.check is not the last line, and no exercise above has this name"
             )
     return problems
 
 
 class ExerciseCell(NamedTuple):
-    """A cell that ends in ``msif.check("NN-k", answer, ...)``; lines count from 0."""
+    """A cell that ends in ``msif.check("NN-k", answer, ...)``; lines are counted from 0."""
 
     index: int
     name: str
     stubs: dict[str, int]  # the line of each ``name = ...``
-    check: int  # the line of the call
-    given: str  # its keywords, as source
-    solution: str  # the python code of the next cell, "" if there is none
+    given: str  # its keyword arguments, as source
+    solution: str  # the Python code of the solution in the next cell, "" if there is none
 
 
 def exercise_cells(nb) -> list[ExerciseCell]:
+    """The cells whose last line is ``msif.check(...)``."""
     found = []
     for i, cell in enumerate(nb.cells):
         body = ast.parse(cell.source).body if _checks(cell) else []
@@ -238,18 +256,17 @@ def exercise_cells(nb) -> list[ExerciseCell]:
             and line.value.value is ...
         }
         after = nb.cells[i + 1] if i + 1 < len(nb.cells) else None
-        shown = (
-            SOLUTION.fullmatch(after.source) if after and after.cell_type == "markdown" else None
-        )
-        solution = shown[1] if shown and shown[2].strip() else ""
+        text = after.source if after and after.cell_type == "markdown" else ""
+        shown = SOLUTION.fullmatch(text)
+        solution = shown[1] if shown and shown[2].strip() else ""  # code and reason
         given = ", ".join(ast.unparse(keyword) for keyword in call.keywords)
-        found.append(ExerciseCell(i, _name(call), stubs, call.lineno - 1, given, solution))
+        found.append(ExerciseCell(i, _name(call), stubs, given, solution))
     return found
 
 
 def _checks(cell) -> list[ast.Call]:
     if cell.cell_type != "code" or "msif.check(" not in cell.source:
-        return []  # without a look at the code, which may hold what is not Python
+        return []  # not parsed: its code may hold what is not Python, such as %magic
     return [node for node in ast.walk(ast.parse(cell.source)) if _is_check(node)]
 
 
@@ -270,10 +287,12 @@ def _assigned(code: str) -> set[str]:
 
 
 def _figures(nb) -> list[str]:
-    """Each is described for those who cannot see it, and read in words for those who can."""
-    problems, before = [], ""
+    """Each figure has an alt text of its own, and its reading in words below."""
+    problems = []
+    before = ""
     for i, cell in enumerate(nb.cells):
-        if not (pictures := _pictures(cell)):
+        pictures = _pictures(cell)
+        if not pictures:
             continue
         after = next((c.source for c in nb.cells[i + 1 :] if c.cell_type == "markdown"), "")
         if not READING.search(after):
@@ -284,8 +303,8 @@ def _figures(nb) -> list[str]:
         for picture, alt in pictures:
             if alt and len(alt) < MIN_ALT:
                 problems.append(
-                    f"cell {i}: alt text {alt!r} is shorter than {MIN_ALT} letters; say what is "
-                    "to be seen"
+                    f"cell {i}: alt text {alt!r} is shorter than {MIN_ALT} letters; describe "
+                    "what the figure shows"
                 )
             if alt and alt == before:
                 problems.append(f"cell {i}: the same alt text as the figure before")
@@ -296,14 +315,14 @@ def _figures(nb) -> list[str]:
                 )
             if "A" in picture.getbands() and picture.getchannel("A").getextrema()[0] < 255:
                 problems.append(
-                    f"cell {i}: a transparent figure, black on black in a dark theme; "
+                    f"cell {i}: a transparent figure, black on black in a dark theme; call "
                     "plots.use_style()"
                 )
     return problems
 
 
 def _pictures(cell) -> list[tuple[Image.Image, str]]:
-    """The images a cell shows, with their alt texts."""
+    """The images that a cell shows, with their alt texts."""
     found = []
     for out in cell.get("outputs", []):
         for mime in set(IMAGES) & set(out.get("data", {})):
@@ -358,7 +377,7 @@ def _output(out) -> list[str]:
 
 
 def relative_links(nb) -> list[str]:
-    """Targets of the text's links that lie in this repository, without their #sections."""
+    """The targets of the text's links within this repository, without their #sections."""
     text = "\n".join(cell.source for cell in nb.cells if cell.cell_type == "markdown")
     targets = re.findall(r"\]\(([^)\s]+)\)|^\[[^\]]+\]: (\S+)$", text, re.MULTILINE)
     targets = [(inline or reference).partition("#")[0] for inline, reference in targets]
@@ -368,7 +387,7 @@ def relative_links(nb) -> list[str]:
 def _headings(cell) -> list[tuple[int, str]]:
     if cell.cell_type != "markdown":
         return []
-    # comments in shown code
+    # A # in shown code is a comment.
     source = re.sub(r"^```.*?^```", "", cell.source, flags=re.MULTILINE | re.DOTALL)
     return [(len(m[1]), m[2]) for m in re.finditer(r"^(#{1,6}) +(.+)$", source, re.MULTILINE)]
 
@@ -378,10 +397,8 @@ def _has_heading(cell, word: str) -> bool:
 
 
 def _hidden(cell) -> bool:
-    folded = cell.metadata.get("jupyter", {}).get("source_hidden", False) or "hide-input" in _tags(
-        cell
-    )
-    return cell.cell_type == "code" and folded
+    folded = cell.metadata.get("jupyter", {}).get("source_hidden", False)
+    return cell.cell_type == "code" and (folded or "hide-input" in _tags(cell))
 
 
 def _tags(cell) -> list[str]:
@@ -389,9 +406,7 @@ def _tags(cell) -> list[str]:
 
 
 def _words(markdown: str) -> int:
-    """Words that are read: no link targets or HTML, no previous / contents / next; a formula counts
-    as one.
-    """
+    """The number of words to read: no HTML, link targets or navigation; a formula is one word."""
     markdown = re.sub(r"^.*\[contents\]\(index\.ipynb\).*$", "", markdown, flags=re.MULTILINE)
     markdown = re.sub(r"\$\$.*?\$\$|\$[^$\n]+\$", "formula", markdown, flags=re.DOTALL)
     markdown = re.sub(r"\]\([^)]*\)|<[^>\n]+>", " ", markdown)

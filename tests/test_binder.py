@@ -1,4 +1,4 @@
-"""What mybinder.org will build and start, as far as that shows without building an image."""
+"""What mybinder.org will build and start, as far as it can be seen without building an image."""
 
 from __future__ import annotations
 
@@ -24,12 +24,10 @@ pytestmark = pytest.mark.skipif(
 
 
 def run(*command, cwd=ROOT, **environment) -> str:
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("PYTHONPATH", "VIRTUAL_ENV")
-    }
-    done = subprocess.run(command, cwd=cwd, env=kept | environment, capture_output=True, text=True)
+    environment = os.environ | environment
+    for developers in ("PYTHONPATH", "VIRTUAL_ENV"):
+        environment.pop(developers, None)
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -43,8 +41,9 @@ def test_repo2docker_picks_our_files():
     commands = [line for line in said.splitlines() if not line.startswith("#")]
     order = [
         "COPY --chown=0:0 src/binder/environment.yml ${REPO_DIR}/binder/environment.yml",
-        """bash -c 'time ${MAMBA_EXE} env update -p ${NB_PYTHON_PREFIX} --file "binder/environment.yml" && \\""",
-        # after the environment, which stays cached when only our code changes
+        "bash -c 'time ${MAMBA_EXE} env update -p ${NB_PYTHON_PREFIX} "
+        '--file "binder/environment.yml" && \\',
+        # After the environment, which thus stays cached when only our code changes.
         "COPY --chown=0:0 src/ ${REPO_DIR}/",
         "RUN ./binder/postBuild",
         'ENV R2D_ENTRYPOINT="${REPO_DIR}/binder/start"',
@@ -53,17 +52,15 @@ def test_repo2docker_picks_our_files():
 
 
 def test_post_build_installs_the_checkout(tmp_path):
-    """In a fresh environment that sees this one's packages, as conda's are there before postBuild
-    runs.
-    """
+    """In a fresh environment with all packages, which conda has installed before postBuild runs."""
     copy = shutil.copytree(
         ROOT, tmp_path / "copy", ignore=shutil.ignore_patterns(".*", "*.egg-info", "__pycache__")
     )
     venv.create(tmp_path / "fresh", with_pip=True)
     python = tmp_path / "fresh/bin/python"
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
-    # Their .pth files are not read from there, so this environment's own msif_lab cannot be found
-    # by mistake.
+    # Python does not read the .pth files of a folder that is added so: this environment's own,
+    # editable msif_lab cannot be found by mistake.
     (site / "others.pth").write_text(sysconfig.get_path("purelib"))
     find = (
         "import importlib.util as i; print(i.find_spec('torch') is None, i.find_spec('msif_lab'))"

@@ -1,11 +1,12 @@
-"""The lessons: how they are built (L0), that they run as shipped (L1), their exercises solved (L2)
-and failed (L3).
+"""The lessons: how they are built (L0), that they run as shipped (L1), that the solutions of their
+exercises are right (L2), and that known mistakes get their hints (L3).
+
+Each lesson is executed once, for L1 to L3 together, two lessons at a time.
 """
 
 from __future__ import annotations
 
 import base64
-import importlib.util
 import io
 import json
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from lesson_runs import INSERTED, NOTEBOOKS, LessonRuns, Run, copied, runner, script
 from nbclient.exceptions import CellExecutionError
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from notebook_rules import (
@@ -28,27 +30,27 @@ from PIL import Image
 
 from msif_lab.exercises import EXERCISES
 
-NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
-# Bytes; Binder guarantees 1 GB and kills at 2. With a CUDA build of PyTorch too, which loads 300 MB
-# more.
+# Bytes. Binder guarantees 1 GB and kills at 2. A CUDA build of PyTorch, which loads 300 MB more,
+# has to fit as well.
 MAX_MEMORY = 1.2e9
 
-
-def script(name: str):
-    """A script that makes the committed files, as a module: the tests have no second one."""
-    spec = importlib.util.spec_from_file_location(name, NOTEBOOKS / f"{name}.py")
-    sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-runner = script("execute")
-links = script("links")  # imports the other
+links = script("links")
 
 INDEX = NOTEBOOKS / "index.ipynb"
 LESSONS = [p for p in runner.lessons() if p.name[:2].isdigit()]
-each_lesson = pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.stem)
+NUMBERS = {p.name[:2] for p in LESSONS}
 each_notebook = pytest.mark.parametrize("path", [*LESSONS, INDEX], ids=lambda p: p.stem)
+
+
+def read(path: Path) -> nbformat.NotebookNode:
+    return nbformat.read(path, as_version=4)
+
+
+WITH_EXERCISES = [p for p in LESSONS if exercise_cells(read(p))]
+each_with_exercises = pytest.mark.parametrize("path", WITH_EXERCISES, ids=lambda p: p.stem)
+
+
+# ---- L0: the files ----
 
 
 def test_there_are_lessons():
@@ -56,128 +58,143 @@ def test_there_are_lessons():
     assert set(runner.lessons()) == {*LESSONS, INDEX}, "neither a lesson nor the contents"
 
 
-@each_lesson
+@each_notebook
 def test_structure(path):
-    problems = structure_problems(nbformat.read(path, as_version=4))
+    nb = read(path)
+    problems = (index_problems if path == INDEX else structure_problems)(nb, NUMBERS)
+    targets = relative_links(nb)
+    assert targets, "no links to other lessons"
+    problems += [f"the link to {t} is dead" for t in targets if not (NOTEBOOKS / t).exists()]
     assert not problems, "\n".join([path.name, *problems])
 
 
-def test_structure_of_the_index():
-    problems = index_problems(nbformat.read(INDEX, as_version=4))
+# ---- L1 to L3: one execution ----
+
+
+@pytest.fixture(scope="session")
+def executed(request, tmp_path_factory):
+    """``executed(path)`` waits for a lesson's `Run`. Starts those of all selected tests at once."""
+    needed = {
+        item.callspec.params["path"]
+        for item in request.session.items
+        if "executed" in getattr(item, "fixturenames", ())
+    }
+    with LessonRuns(tmp_path_factory.mktemp("lessons")) as runs:
+        # The longest first, or it would be the last to end, alone.
+        for path in sorted(needed, key=lambda path: -links.read_lesson(path).run):
+            runs.start(path, with_solutions(read(path)))
+        yield runs.result
+
+
+@pytest.mark.slow
+@each_notebook
+def test_runs_as_shipped(path, executed):
+    run = executed(path)
+    assert not run.error, run.error
+    assert run.problems == [], "problems in the outputs"
+    assert run.written == (), "the lesson wrote into its folder"
+    # Includes the few MB that trying out the solutions takes. NaN where it cannot be measured.
+    assert not run.memory > MAX_MEMORY, f"{path.name} needs {run.memory / 1e6:.0f} MB"
+
+
+@pytest.mark.slow
+@each_with_exercises
+def test_solutions_are_right_and_mistakes_are_known(path, executed):
+    lesson = read(path)
+    registered = {name for name in EXERCISES if name.startswith(path.name[:2])}
+    assert {e.name for e in exercise_cells(lesson)} == registered
+    problems = marking_problems(lesson, executed(path))
     assert not problems, "\n".join(problems)
 
 
-@each_notebook
-def test_links_lead_somewhere(path):
-    targets = relative_links(nbformat.read(path, as_version=4))
-    assert targets and [t for t in targets if not (NOTEBOOKS / t).exists()] == []
+def with_solutions(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """The lesson with a cell after each exercise that tries out its solution and known mistakes.
 
-
-@each_notebook
-def test_runs_as_shipped(path, tmp_path):
-    nb, _, memory = runner.execute(copied(tmp_path) / path.name)
-    assert runner.tidy(nb) == []
-    # NaN where not measurable
-    assert not memory > MAX_MEMORY, f"{path.name} needs {memory / 1e6:.0f} MB"
-
-
-def copied(tmp_path) -> Path:
-    """A copy of the lessons, so that none can write into the checkout."""
-    return shutil.copytree(
-        NOTEBOOKS, tmp_path / "notebooks", ignore=shutil.ignore_patterns(".*", "*_run.ipynb")
-    )
-
-
-# ---- Exercises: one run of a lesson shows that its solutions pass and that known mistakes do not
-# ----
-
-
-LOOK_AT_MISTAKES = """
-def _verdicts(name, **given):
-    import json
-    from msif_lab.exercises import EXERCISES, check
-    known = EXERCISES[name].wrong_answers(**given)
-    print(json.dumps({mistake: repr(check(name, wrong, **given)) for mistake, (wrong, _) in known.items()}))
-"""
-
-
-def solve(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """The folded solutions take the place of the dots; each check is preceded by verdicts on the
-    known mistakes.
+    A later cell that uses an answer (it calls `msif.check` again) is tried out with the solution.
+    The inserted cells leave the lesson's names, arrays and random states as they are; see
+    tests/solutions_in_kernel.py.
     """
     nb = deepcopy(nb)
-    for e in exercise_cells(nb):
-        lines = nb.cells[e.index].source.splitlines()
-        lines[e.check] = f"{LOOK_AT_MISTAKES}_verdicts({e.name!r}, {e.given})\n{lines[e.check]}"
-        for line in e.stubs.values():
-            lines[line] = ""
-        lines[min(e.stubs.values())] = e.solution
-        nb.cells[e.index].source = "\n".join(lines)
+    exercises = {e.index: e for e in exercise_cells(nb)}
+    cells = []
+    for i, cell in enumerate(nb.cells):
+        cells.append(cell)
+        if i in exercises:
+            e = exercises[i]
+            call = (solved(cell.source, e), e.name, e.given)
+        elif cell.cell_type == "code" and "msif.check(" in cell.source:
+            call = (cell.source,)
+        else:
+            continue
+        source = f"__import__('solutions_in_kernel').report(globals(), *{call!r})"
+        cells.append(new_code_cell(source, id=f"after-{i}", metadata={"tags": [INSERTED]}))
+    nb.cells = cells
     return nb
 
 
-def marking_problems(lesson: nbformat.NotebookNode, solved: nbformat.NotebookNode) -> list[str]:
-    """What is amiss in the verdicts of a lesson that was solved and run."""
+def solved(source: str, e) -> str:
+    """An exercise's cell with its solution in place of the lines to fill in."""
+    lines = source.splitlines()
+    for line in e.stubs.values():
+        lines[line] = ""
+    lines[min(e.stubs.values())] = e.solution
+    return "\n".join(lines)
+
+
+def marking_problems(lesson: nbformat.NotebookNode, run: Run) -> list[str]:
+    """What is wrong with the verdicts of a lesson that was executed `with_solutions`."""
+    if run.error:
+        return [f"not executed to its end:\n{run.error}"]
+    exercises = {f"after-{e.index}": e.name for e in exercise_cells(lesson)}
     problems = []
-    for e in exercise_cells(lesson):
-        outputs = solved.cells[e.index].outputs
-        verdict = outputs[-1].data["text/plain"]
-        if not verdict.startswith(f"✓ {e.name} right: "):
-            problems.append(f"the solution got {verdict}")
-        printed = "".join(out.text for out in outputs if out.output_type == "stream")
-        verdicts = json.loads(printed.splitlines()[-1])
-        own = {mistake: hint for mistake, (_, hint) in EXERCISES[e.name].mistakes.items()}
-        problems += [
-            f"{e.name}: this lesson cannot show {mistake!r}"
-            for mistake in own.keys() - verdicts.keys()
-        ]
-        for mistake, verdict in verdicts.items():
-            if not verdict.startswith(f"✗ {e.name} wrong: ") or ". Hint: " not in verdict:
-                problems.append(f"{mistake!r} got {verdict}")
-            elif not verdict.endswith(own.get(mistake, "")):
-                problems.append(f"{mistake!r} got the hint of another mistake: {verdict}")
+    for cell, printed in run.printed.items():
+        report = json.loads(printed)
+        name = exercises.get(cell, "")
+        where = name or f"the cell before {cell!r}, with the solutions"
+        problems += [f"{where} changes {variable} in place" for variable in report["changed"]]
+        if report["error"]:
+            problems.append(f"{where} fails:\n{report['error']}")
+        elif name:
+            problems += verdict_problems(name, report["verdict"], report["mistakes"])
+    missing = exercises.keys() - run.printed.keys()
+    return problems + [f"{exercises[cell]} was not tried out" for cell in sorted(missing)]
+
+
+def verdict_problems(name: str, verdict: str, mistakes: dict[str, str]) -> list[str]:
+    """What is wrong with the verdicts on one exercise's solution and on its known mistakes."""
+    problems = []
+    if not verdict.startswith(f"✓ {name} right: "):
+        problems.append(f"the solution got {verdict}")
+    own = {mistake: hint for mistake, (_, hint) in EXERCISES[name].mistakes.items()}
+    problems += [
+        f"{name}: this lesson cannot show {mistake!r}" for mistake in own.keys() - mistakes.keys()
+    ]
+    for mistake, verdict in mistakes.items():
+        if not verdict.startswith(f"✗ {name} wrong: ") or ". Hint: " not in verdict:
+            problems.append(f"{mistake!r} got {verdict}")
+        elif not verdict.endswith(own.get(mistake, "")):
+            problems.append(f"{mistake!r} got the hint of another mistake: {verdict}")
     return problems
-
-
-WITH_EXERCISES = [p for p in LESSONS if exercise_cells(nbformat.read(p, as_version=4))]
-
-
-@pytest.mark.parametrize("path", WITH_EXERCISES, ids=lambda p: p.stem)
-def test_solutions_are_right_and_mistakes_are_known(path, tmp_path):
-    lesson = nbformat.read(path, as_version=4)
-    registered = {name for name in EXERCISES if name.startswith(path.name[:2])}
-    assert {e.name for e in exercise_cells(lesson)} == registered
-    copy = copied(tmp_path) / path.name
-    nbformat.write(solve(lesson), copy)
-    assert marking_problems(lesson, runner.execute(copy)[0]) == []
-
-
-def test_wrong_solution_and_lesson_without_difference_are_noticed(tmp_path):
-    stub = (
-        # without momentum it cannot be forgotten
-        "alpha = ...\nmsif.check('09-3', alpha, rates=[1.0], momentum=0.0)"
-    )
-    shown = SOLUTION.replace("five = [1, 2]", "alpha = 7")
-    lesson = new_notebook(
-        cells=[
-            new_code_cell("import msif_lab as msif"),
-            new_code_cell(stub),
-            new_markdown_cell(shown),
-        ]
-    )
-    nbformat.write(solve(lesson), tmp_path / "90_throwaway.ipynb")
-    first, second = marking_problems(lesson, runner.execute(tmp_path / "90_throwaway.ipynb")[0])
-    assert first.startswith("the solution got ✗ 09-3 wrong")
-    assert second.startswith("'no momentum' got ✓ 09-3 right")
 
 
 # ---- The rules themselves: a good lesson passes, each breakage is reported ----
 
 BADGE = "[![Binder](badge.svg)](https://mybinder.org/v2/gh/a/b/v1)"
 TITLE = f"# 00 · Quickstart\n{BADGE}\n\nread 10 min / run 40 s / 400 MB"
-OBJECTIVES = "## Objectives\n* **see**, at $a/b$ and 1/2 (5 min),\n* **say** what\n  one sees (2 min),\n* **do** it (3 min)."
+OBJECTIVES = """## Objectives
+* **see**, at $a/b$ and 1/2 (5 min),
+* **say** what
+  one sees (2 min),
+* **do** it (3 min)."""
 STUB = 'five = ...  # your line\nmsif.check("00-1", five, scores=s)'
-SOLUTION = "<details><summary>Solution, and why</summary>\n\n```python\nfive = [1, 2]\n```\n\nBecause.\n</details>"
+SOLUTION = """<details><summary>Solution, and why</summary>
+
+```python
+five = [1, 2]
+```
+
+Because.
+</details>"""
 ALT = "A line that falls from upper left to lower right."
 
 
@@ -277,6 +294,8 @@ BREAKAGES = {
     "code cells, over": lambda nb: nb.cells.extend(new_code_cell("1") for _ in range(45)),
     "execution counts": put(cell=4, execution_count=7),
     "16 lines of code": put(cell=4, source="assert 1\n" * 16),
+    "lesson 01 does not exist": replace(16, "luck.", "luck (lessons 00 and 01)."),
+    "lesson 08 does not exist": replace(16, "luck.", "luck, see [08]."),
     "forbidden !pip": put(cell=4, source="!pip install x"),
     "forbidden %pip": put(cell=4, source="%pip install x"),
     "forbidden sys.path": put(cell=4, source="sys.path.append('..')"),
@@ -323,19 +342,19 @@ BREAKAGES = {
 
 
 def test_rules_accept_a_good_lesson():
-    assert structure_problems(good_lesson()) == []
+    assert structure_problems(good_lesson(), {"00"}) == []
     also = good_lesson()
     # two figures, one text below
     also.cells[4].outputs = [figure(mode="RGB"), figure("Another " + ALT)]
     replace(3, "## In a hurry? One line\n", "")(also)
-    assert structure_problems(also) == []
+    assert structure_problems(also, {"00"}) == []
 
 
 def test_rules_of_the_index():
     index = new_notebook(cells=[good_lesson().cells[i] for i in (0, 3, 4, 5)])
     index.cells[0].source = TITLE.replace("00 · ", "")
     index.cells[2].execution_count = 1
-    assert index_problems(index) == []
+    assert index_problems(index, {"00"}) == []
     for expected, breakage in {
         "no budget line": replace(0, "run 40 s", "runs"),
         "skips a level": replace(1, "### Detail", "#### Detail"),
@@ -345,16 +364,98 @@ def test_rules_of_the_index():
     }.items():
         nb = deepcopy(index)
         breakage(nb)
-        problems = index_problems(nb)
+        problems = index_problems(nb, {"00"})
         assert len(problems) == 1 and expected in problems[0]
 
 
-@pytest.mark.parametrize("expected", BREAKAGES)
-def test_rules_report(expected):
-    nb = deepcopy(good_lesson())
-    BREAKAGES[expected](nb)
-    problems = structure_problems(nbformat.from_dict(nb))
-    assert any(expected in problem for problem in problems), problems
+def test_rules_report_each_breakage():
+    unreported = {}
+    for expected, breakage in BREAKAGES.items():
+        nb = good_lesson()
+        breakage(nb)
+        problems = structure_problems(nbformat.from_dict(nb), {"00"})
+        if not any(expected in problem for problem in problems):
+            unreported[expected] = problems
+    assert not unreported
+
+
+# ---- Flaws in exercises and runs are found ----
+
+
+def exercise(number: int, stub: str, solution: str, given: str) -> list[nbformat.NotebookNode]:
+    """An exercise's cell and its solution's."""
+    name = stub.split(" = ")[0]
+    code = f"{stub}\nmsif.check('09-{number}', {name}, {given})"
+    return [new_code_cell(code), new_markdown_cell(SOLUTION.replace("five = [1, 2]", solution))]
+
+
+SETUP = """
+import torch, msif_lab as msif
+gradients = torch.eye(2)
+own = torch.Generator().manual_seed(0)
+torch.manual_seed(0)
+"""
+# Prints, changes an array of the lesson and draws from both generators.
+MEDDLING = """
+print("not in the lesson")
+helper = gradients.mul_(2) + 0 * torch.rand(1) + 0 * torch.rand(1, generator=own)
+scores = gradients.sum(1) / 2
+"""
+AS_SHIPPED = """
+assert alpha is ... and scores is ... and v is ... and "helper" not in globals()
+drawn = torch.rand(1)
+torch.manual_seed(0)
+assert drawn == torch.rand(1)
+"""
+FLAWED = [
+    new_code_cell(SETUP),
+    # Without momentum it cannot be forgotten.
+    *exercise(3, "alpha = ...", "alpha = 7", "rates=[1.0], momentum=0.0"),
+    *exercise(1, "scores = ...", MEDDLING, "gradients=gradients, g_bar=torch.ones(2), m=9"),
+    *exercise(2, "v = ...", "v = 1 / 0", "theta_bar=1, v_bar=1, hessian=torch.eye(1), rate=1"),
+    new_code_cell("if msif.check('09-3', alpha, rates=[1.0], momentum=0.0).state == 'wrong': oops"),
+    new_code_cell(AS_SHIPPED),
+    new_code_cell("open('left_behind.txt', 'w').close()"),
+    new_code_cell("from IPython.display import Image\nImage(b'', format='png')"),
+]
+
+
+def test_flaws_of_a_run_are_found(tmp_path):
+    """Wrong and failing solutions are reported; without them the lesson runs as shipped."""
+    lesson = new_notebook(cells=FLAWED)
+    failing = new_notebook(cells=[new_code_cell("1 / 0")])
+    with LessonRuns(tmp_path) as runs:
+        runs.start(Path("90_flawed.ipynb"), with_solutions(lesson))
+        runs.start(Path("91_failing.ipynb"), failing)
+        run = runs.result(Path("90_flawed.ipynb"))
+        assert "ZeroDivisionError" in runs.result(Path("91_failing.ipynb")).error
+    assert not run.error and run.written == ("left_behind.txt",)
+    assert len(run.problems) == 1 and "image without alt text" in run.problems[0]
+    wrong, cannot, *changed, fails, later = marking_problems(lesson, run)
+    assert wrong.startswith("the solution got ✗ 09-3 wrong")
+    assert cannot.startswith("'no momentum' got ✓ 09-3 right")
+    assert changed == ["09-1 changes gradients in place", "09-1 changes own in place"]
+    assert fails.startswith("09-2 fails:") and "ZeroDivisionError" in fails
+    assert "with the solutions fails" in later and "NameError" in later
+
+
+def test_flaws_of_verdicts_are_found():
+    right = "✓ 09-3 right: what next?"
+    hints = {name: hint for name, (_, hint) in EXERCISES["09-3"].mistakes.items()}
+    mistakes = {name: f"✗ 09-3 wrong: it is not so. Hint: {hint}" for name, hint in hints.items()}
+    assert verdict_problems("09-3", right, mistakes) == []
+    for flaw, verdicts in {
+        "the solution got ○ 09-3 unattempted": ("○ 09-3 unattempted: ", mistakes),
+        "this lesson cannot show 'no momentum'": (right, {"no 2": mistakes["no 2"]}),
+        "'no 2' got ✓ 09-3 right": (right, mistakes | {"no 2": right}),
+        "'no 2' got ✗ 09-3 wrong: no": (right, mistakes | {"no 2": "✗ 09-3 wrong: no"}),
+        "the hint of another": (right, mistakes | {"no 2": mistakes["no momentum"]}),
+    }.items():
+        (problem,) = verdict_problems("09-3", *verdicts)
+        assert flaw in problem
+    lesson = new_notebook(cells=FLAWED)
+    assert marking_problems(lesson, Run(error="1 / 0"))[0].endswith("1 / 0")
+    assert len(marking_problems(lesson, Run())) == 3, "three exercises were not tried out"
 
 
 # ---- The script that links them ----
@@ -415,17 +516,15 @@ def test_links_of_a_new_lesson(tmp_path):
         assert path.read_bytes() == (NOTEBOOKS / path.name).read_bytes(), "and back"
 
 
-def test_links_want_a_budget_line(tmp_path):
+def test_links_say_what_is_missing(tmp_path):
     folder = checkout(tmp_path)
-    nbformat.write(new_notebook(cells=[new_markdown_cell("# 98 · New")]), folder / "98_new.ipynb")
+    new = folder / "98_new.ipynb"
+    nbformat.write(new_notebook(cells=[new_markdown_cell("# 98 · New")]), new)
     with pytest.raises(
         SystemExit, match=r"98_new.ipynb: the first cell needs a title and a line 'read 10 min"
     ):
         links.update(folder)
-
-
-def test_links_want_a_place_in_the_readme(tmp_path):
-    folder = checkout(tmp_path)
+    new.unlink()
     readme = tmp_path / "README.md"
     readme.write_text(readme.read_text("utf-8").replace("<!-- lessons -->", ""), "utf-8")
     with pytest.raises(SystemExit, match=r"README.md: .*'<!-- lessons -->'"):
