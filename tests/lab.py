@@ -1,6 +1,6 @@
 """JupyterLab in a headless Chromium, used as a student uses it: by menus, keys and clicks.
 
-Menus and editors are found by their ARIA roles, text by what it says. Cells, prompts and outputs
+Menus and editors are found by ARIA roles, text by what it says. Cells, prompts and outputs
 have no role that tells them apart, so they are found by JupyterLab's classes ``jp-...``, on which
 its themes and extensions rely. All of these classes are in this file.
 """
@@ -229,9 +229,11 @@ class Student:
 
     def menu(self, *names: str):
         """Click through the menu bar."""
+        # Items that open a submenu have no role, but all are list items of a menu.
+        items = self.page.locator(":is([role=menubar], [role=menu]) li:visible")
         for name in names:
             label = self.page.get_by_text(name, exact=True)
-            self.page.locator("[role=menuitem]:visible").filter(has=label).click()
+            items.filter(has=label).click()
 
     def start(self):
         """Run > Run All Cells, without old outputs, which would look like new ones."""
