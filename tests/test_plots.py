@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import random_examples, random_model, random_pipeline, random_queries
+from oracles import random_examples, random_model, random_pipeline, random_queries
 
 import msif_lab as msif
 from msif_lab import plots, widgets
