@@ -381,12 +381,12 @@ def test_a_stage_given_weights_twice_is_refused():
 
 def test_a_lane_does_not_depend_on_its_neighbours(digits):
     """Real digits from scratch: the optimum a lane reaches is that of its own weights alone."""
-    data = digits[0].select(classes=(0, 1, 2, 3), n=400)
+    data = digits[0].select(classes=(0, 1, 2, 3), n=200)
     stage = msif.Stage(
-        "pretrain", msif.mlp(64, hidden=(16,), classes=4).double(), data, weight_decay=1e-2
+        "pretrain", msif.mlp(64, hidden=(8,), classes=4).double(), data, weight_decay=1e-2
     )
     pipeline = msif.Pipeline([stage]).fit(progress=False)
-    weights = torch.ones(2, 400, dtype=F64)
+    weights = torch.ones(2, 200, dtype=F64)
     weights[0, 0] = weights[1, 80] = 0
     together = pipeline.retrain(weights, progress=False).parameters[0]
     alone = torch.cat([pipeline.retrain(w, progress=False).parameters[0] for w in weights])
