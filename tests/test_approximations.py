@@ -23,7 +23,7 @@ from oracles import (
 
 import msif_lab as msif
 
-# approximations miss the tolerance by design
+# approximations are not meant to reach the default tolerance
 pytestmark = pytest.mark.filterwarnings("ignore::msif_lab.ConvergenceWarning")
 
 SOLVERS = [msif.LowRank(rank=40), msif.LowRank(rank=20, method="nystrom"), msif.EKFAC(samples=None)]

@@ -116,7 +116,7 @@ def mislabelled(digits):
 def test_nested_solves_spare_products_and_count_what_they_spend(mislabelled, monkeypatch):
     smallest = float(torch.linalg.eigvalsh(mislabelled.dense())[0])
     a, b = mislabelled + (0.05 - smallest), draw(460, 6)
-    # Examples times columns are seen nowhere in public: hooks of the model see neither of them.
+    # No public interface counts examples times columns: a hook of the model sees neither.
     spent, chunk = [], msif.Hessian._chunk
 
     def counted(self, vectors, x, y, weights):

@@ -349,7 +349,7 @@ def test_leave_one_out_and_groups_are_different_questions():
 # ---- Diagnostics ----
 
 
-# of 24 examples each removal is a large step, of which the check would warn
+# with 24 examples each removal is a large step, and the check warns of that
 @pytest.mark.filterwarnings("ignore::msif_lab.UnsmoothTrainingWarning")
 def test_check_agrees_best_at_a_middle_step():
     pipeline = trained("adam", "proximal")
