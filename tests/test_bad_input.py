@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import numpy
 import pytest
 import torch
-from conftest import random_pipeline, random_queries
+from oracles import random_pipeline, random_queries
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional

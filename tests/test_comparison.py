@@ -1,6 +1,6 @@
-"""Sign rate, sizes, tables over methods and seeds, noise ceiling; `agreement` itself is in
-test_validation.py.
-"""
+"""Sign rate, sizes, tables over methods and seeds, and the noise ceiling."""
+
+import itertools
 
 import numpy
 import pytest
@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 import msif_lab as msif
-from msif_lab.evaluation import comparison
+from msif_lab.evaluation import compare
 
 RNG = numpy.random.default_rng
 
@@ -39,28 +39,25 @@ def test_sign_rate_and_sizes():
     (actual,) = world(1)
     predicted = actual.copy()
     predicted[:, :6] *= -1  # 6 of 30 signs are wrong, the sizes are right
-    report = comparison.compare(predicted, actual)
-    assert report.sign == pytest.approx(numpy.full(12, 0.8)) and report.magnitude == pytest.approx(
-        numpy.ones(12)
-    )
+    report = compare(predicted, actual)
+    assert report.sign == pytest.approx(numpy.full(12, 0.8))
+    assert report.magnitude == pytest.approx(numpy.ones(12))
     assert report.mean("sign") == pytest.approx(0.8) and report.mean("r") < 0.8
-    noisy = comparison.compare(abs(actual) + RNG(0).normal(size=actual.shape), actual)
+    noisy = compare(abs(actual) + RNG(0).normal(size=actual.shape), actual)
     for q in range(12):
         expected = stats.spearmanr(abs(noisy.predicted[q]), abs(actual[q])).statistic
         assert noisy.magnitude[q] == pytest.approx(expected)
 
 
 def test_effects_of_zero_have_no_sign():
-    predicted, actual = (
-        numpy.array([[1.0, -1.0, 2.0, 0.0, 3.0]]),
-        numpy.array([[2.0, 1.0, 0.0, 5.0, 1.0]]),
-    )
-    assert comparison.compare(predicted, actual).sign == pytest.approx([2 / 3])
+    predicted = numpy.array([[1.0, -1.0, 2.0, 0.0, 3.0]])
+    actual = numpy.array([[2.0, 1.0, 0.0, 5.0, 1.0]])
+    assert compare(predicted, actual).sign == pytest.approx([2 / 3])
 
 
 def test_predictions_of_equal_size_have_no_order_of_sizes():
     (actual,) = world(1)
-    report = comparison.compare(numpy.sign(actual), actual)
+    report = compare(numpy.sign(actual), actual)
     assert numpy.isnan(report.magnitude).all() and not numpy.isnan(report.r).any()
     assert report.sign == pytest.approx(numpy.ones(12))
 
@@ -75,13 +72,8 @@ def test_one_table_of_methods_and_removals():
     }
     table = msif.compare_methods(scores, effects)
     assert list(table.columns) == ["removals", "method", "statistic", "mean", "low", "high"]
-    assert len(table) == 5 * (2 + 3) and set(table["statistic"]) == {
-        "r",
-        "rho",
-        "slope",
-        "sign",
-        "magnitude",
-    }
+    assert len(table) == 5 * (2 + 3)
+    assert set(table["statistic"]) == {"r", "rho", "slope", "sign", "magnitude"}
     rows = table.set_index(["removals", "method", "statistic"])
     assert rows.loc[("one", "perfect", "r")].tolist() == pytest.approx([1, 1, 1])
     assert rows.loc[("many", "perfect", "slope"), "mean"] == pytest.approx(2)
@@ -104,14 +96,13 @@ def test_a_single_seed_needs_no_list_and_agrees_with_agreement():
 
 
 def test_intervals_over_seeds_hold_seeds_that_differ():
-    """Two seeds that say 0 and 1: the mean of so few is not known to a hundredth, however many
-    queries agree.
-    """
-    values = numpy.zeros((2, 50, 5))
-    values[1] = 1.0
-    low, high = comparison._intervals(values, 500, 0)[0]
-    assert (low, high) == (0.0, 1.0)
-    assert comparison._intervals(values[:1], 500, 0)[0] == (0.0, 0.0)
+    """Seeds of sign rates 0 and 1: two say little about their mean, however many queries agree."""
+    actual = world(2, queries=50)
+    scores, effects = [guess(-actual[0]), guess(actual[1])], [truth(a) for a in actual]
+    for runs, interval in ((2, [0.0, 1.0]), (1, [0.0, 0.0])):
+        table = msif.compare_methods({"m": scores[:runs]}, {"one": effects[:runs]})
+        rows = table.set_index("statistic")
+        assert rows.loc["sign", ["low", "high"]].tolist() == interval, runs
 
 
 def test_the_noise_ceiling_is_one_without_noise_and_falls_with_it():
@@ -123,9 +114,10 @@ def test_the_noise_ceiling_is_one_without_noise_and_falls_with_it():
         assert low - 1e-9 <= table.loc["r", "mean"] <= high + 1e-9
     actual = world(3, noise=0.5)
     by_hand = [
-        stats.pearsonr(actual[i][q], actual[j][q]).statistic for i in range(3) for j in range(3) if i != j
+        stats.pearsonr(one[q], other[q]).statistic
+        for one, other in itertools.permutations(actual, 2)
         for q in range(12)
-    ]  # fmt: skip
+    ]
     table = msif.noise_ceiling({"one": [truth(a) for a in actual]}).set_index("statistic")
     assert table.loc["r", "mean"] == pytest.approx(numpy.mean(by_hand))
 
@@ -146,14 +138,13 @@ def test_what_cannot_be_compared_is_refused():
 
 def test_random_removals():
     singles = msif.random_removals(10, 10, seed=3)
-    assert sorted(i for (i,) in singles) == list(range(10)) and singles != [[i] for i in range(10)]
+    assert sorted(i for (i,) in singles) == list(range(10))
+    assert singles != [[i] for i in range(10)], "in a random order"
     groups = msif.random_removals(50, 7, fraction=0.1)
-    assert len(groups) == 7 and all(len(set(g)) == 5 and max(g) < 50 for g in groups)
-    assert (
-        msif.random_removals(50, 7, fraction=0.1)
-        == groups
-        != msif.random_removals(50, 7, fraction=0.1, seed=1)
-    )
+    assert len(groups) == 7
+    assert all(len(set(g)) == 5 and max(g) < 50 for g in groups)
+    assert msif.random_removals(50, 7, fraction=0.1) == groups
+    assert msif.random_removals(50, 7, fraction=0.1, seed=1) != groups
     for bad in (
         {"m": 10, "count": 11},
         {"m": 10, "count": 3, "fraction": 0.01},

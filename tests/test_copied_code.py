@@ -4,7 +4,7 @@ import ast
 import importlib
 
 import pytest
-from conftest import random_pipeline, random_queries
+from oracles import random_pipeline, random_queries
 
 import msif_lab as msif
 from msif_lab import widgets

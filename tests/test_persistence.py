@@ -9,25 +9,18 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from conftest import random_pipeline
+from oracles import LINKS, random_pipeline, same, states
 
 import msif_lab as msif
 from msif_lab.storage import describe, read_tensors, write_bytes
 
 PACKAGE = Path(msif.__file__).parent
+SGD = msif.SGD(0.1, epochs=2, schedule="cosine")
 
 
-def quick(recipe=None):
+def quick(recipe=SGD):
     """An untrained proximal pipeline that a short run trains."""
-    pipeline = random_pipeline(link=msif.Proximal(0.3), fit=False)
-    for stage in pipeline.stages:
-        stage.recipe = recipe or msif.SGD(0.1, epochs=2, schedule="cosine")
-    return pipeline
-
-
-def same(left, right):
-    """Equal shape, dtype and every bit."""
-    return left.dtype == right.dtype and torch.equal(left, right)
+    return random_pipeline(link=LINKS["proximal"], recipe=recipe, fit=False)
 
 
 def some_influence(dtype=torch.float64):
@@ -52,48 +45,36 @@ def some_effects():
     )
 
 
-# --- round trips
-# ------------------------------------------------------------------------------------
+# ---- Round trips ----
 
 
-@pytest.mark.parametrize(
-    "recipe",
-    [msif.SGD(0.1, epochs=2, schedule="cosine"), msif.LBFGS(max_iter=5, polish_up_to=0)],
-    ids=["SGD", "LBFGS"],
-)
+@pytest.mark.parametrize("recipe", [SGD, msif.LBFGS(max_iter=5, polish_up_to=0)])
 def test_a_loaded_pipeline_is_the_saved_one_bit_for_bit(tmp_path, recipe):
     saved = quick(recipe).fit(progress=False)
     saved.save(tmp_path / "p")
     loaded = quick(recipe)
     assert loaded.load(tmp_path / "p") is loaded
-    for left, right in zip(saved.stages, loaded.stages, strict=True):
-        states = left.model.state_dict(), right.model.state_dict()
-        assert states[0].keys() == states[1].keys() and all(
-            same(states[0][n], states[1][n]) for n in states[0]
-        )
+    assert same(states(saved), states(loaded))
     for left, right in zip(saved.reports, loaded.reports, strict=True):
         assert (left.recipe, left.iterations) == (right.recipe, right.iterations)
-        assert all(
-            same(getattr(left, n), getattr(right, n))
-            for n in ("value", "gradient_norm", "converged")
-        )
+        for name in ("value", "gradient_norm", "converged"):
+            assert same(getattr(left, name), getattr(right, name)), name
     weights = torch.ones(2, 24)
     weights[0, 3] = 0
     for warm in (False, True):  # from the initial and from the trained weights
         again = [p.retrain(weights, warm_start=warm, progress=False) for p in (saved, loaded)]
-        assert all(map(same, again[0].parameters, again[1].parameters))
+        assert same(again[0].parameters, again[1].parameters), warm
 
 
 def test_a_loaded_pipeline_starts_from_the_saved_initial_weights(tmp_path):
     """The models at hand may start elsewhere; a same-seed rerun must not."""
     saved = quick().fit(progress=False)
     saved.save(tmp_path / "p")
-    loaded = random_pipeline(link=msif.Proximal(0.3), fit=False)
+    loaded = quick()
     for stage in loaded.stages:
-        stage.recipe = saved.stages[0].recipe
         torch.nn.init.ones_(stage.model.head.bias)
     loaded = msif.Pipeline(loaded.stages).load(tmp_path / "p")
-    assert all(map(same, saved.trained(), loaded.fit(progress=False).trained()))
+    assert same(saved.trained(), loaded.fit(progress=False).trained())
 
 
 def test_an_adopted_pipeline_comes_back_as_adopted(tmp_path):
@@ -115,15 +96,15 @@ def test_a_pipeline_with_a_schedule_function_can_be_loaded_again(tmp_path):
     assert loaded.load(tmp_path / "p").reports is not None
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("view", ["whole", "some queries", "mean"])
-def test_influence_comes_back_bit_for_bit(tmp_path, dtype, view):
-    saved = some_influence(dtype)
-    saved = {"whole": saved, "some queries": saved[[2, 0]], "mean": saved.mean()}[view]
-    saved.save(str(tmp_path / "i"))
-    loaded = msif.Influence.load(str(tmp_path / "i"))
-    assert all(same(getattr(saved, n), getattr(loaded, n)) for n in ("values", "ids", "query_ids"))
-    assert (loaded.stage, loaded.target, loaded.method) == ("pretrain", "margin", "by hand")
+def test_influence_comes_back_bit_for_bit(tmp_path):
+    for dtype in (torch.float32, torch.float64):
+        whole = some_influence(dtype)
+        for name, saved in {"all": whole, "some": whole[[2, 0]], "mean": whole.mean()}.items():
+            saved.save(str(tmp_path / "i"))
+            loaded = msif.Influence.load(str(tmp_path / "i"))
+            for part in ("values", "ids", "query_ids"):
+                assert same(getattr(saved, part), getattr(loaded, part)), (name, dtype, part)
+            assert (loaded.stage, loaded.target, loaded.method) == ("pretrain", "margin", "by hand")
 
 
 def test_influence_of_a_stage_on_its_own_data_can_be_saved(tmp_path):
@@ -136,20 +117,13 @@ def test_effects_come_back_bit_for_bit(tmp_path):
     saved = some_effects()
     saved.save(tmp_path / "e")
     loaded = msif.Effects.load(tmp_path / "e")
-    assert all(
-        same(getattr(saved, n), getattr(loaded, n))
-        for n in ("values", "base", "query_ids", "gradient_norm")
-    )
-    assert (loaded.subsets, loaded.stage, loaded.target, loaded.protocol) == (
-        [[3], [5, 9]],
-        "pretrain",
-        "loss",
-        "warm-start",
-    )
+    for part in ("values", "base", "query_ids", "gradient_norm"):
+        assert same(getattr(saved, part), getattr(loaded, part)), part
+    assert loaded.subsets == [[3], [5, 9]]
+    assert (loaded.stage, loaded.target, loaded.protocol) == ("pretrain", "loss", "warm-start")
 
 
-# --- the files
-# --------------------------------------------------------------------------------------
+# ---- The files ----
 
 
 SAVERS = {
@@ -167,51 +141,44 @@ def remove(pipeline, subsets=range(6), **settings):
     )
 
 
+UNSAFE_MODULES = {"pickle", "cloudpickle", "dill", "shelve", "marshal"}
+UNSAFE_OWNERS = {"torch", "numpy", "np", "joblib", "pandas", "pickle"}
+UNSAFE_CALLS = {"load", "save", "dump", "loads", "dumps", "read_pickle", "to_pickle"}
+
+
 def pickled(source):
     """Calls and imports through which a pickle could be written or read."""
-    found, tree = [], ast.parse(source)
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    safe = [
-        c
-        for c in calls
-        if any(k.arg == "allow_pickle" and ast.unparse(k.value) == "False" for k in c.keywords)
-    ]
-    harmless = {id(node) for call in safe for node in ast.walk(call)}
+    found, harmless, tree = [], set(), ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and any(
+            k.arg == "allow_pickle" and ast.unparse(k.value) == "False" for k in node.keywords
+        ):
+            harmless |= {id(inner) for inner in ast.walk(node)}
     for node in ast.walk(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names = [a.name for a in node.names] + [getattr(node, "module", None) or ""]
-            found += [
-                n
-                for n in names
-                if n.split(".")[0] in ("pickle", "cloudpickle", "dill", "shelve", "marshal")
-            ]
-        names = "load", "save", "dump", "loads", "dumps", "read_pickle", "to_pickle"
-        if isinstance(node, ast.Attribute) and node.attr in names and id(node) not in harmless:
+            found += [n for n in names if n.split(".")[0] in UNSAFE_MODULES]
+        elif isinstance(node, ast.Attribute) and id(node) not in harmless:
             owner = ast.unparse(node.value)
-            found += (
-                [f"{owner}.{node.attr}"]
-                if owner in ("torch", "numpy", "np", "joblib", "pandas", "pickle")
-                else []
-            )
+            if node.attr in UNSAFE_CALLS and owner in UNSAFE_OWNERS:
+                found.append(f"{owner}.{node.attr}")
     return found
 
 
 def test_no_pickle_in_the_package():
-    """But for CIFAR-10's own Python batches, whose MD5 is checked first; tests/test_datasets.py
-    tries to trick it.
-    """
-    assert (
-        pickled("import pickle")
-        and pickled("import torch\ntorch.load(p)")
-        and pickled("import numpy as np\nnp.load(p)")
-        and pickled("from joblib import dump\njoblib.dump(x)")
-    )
+    """Except for CIFAR-10's own Python batches, whose MD5 is checked before they are read."""
+    for source in (
+        "import pickle",
+        "import torch\ntorch.load(p)",
+        "import numpy as np\nnp.load(p)",
+        "from joblib import dump\njoblib.dump(x)",
+    ):
+        assert pickled(source), source  # negative control
     files = {path.relative_to(PACKAGE).as_posix(): path for path in PACKAGE.rglob("*.py")}
     assert "storage.py" in files and "widgets/frame.py" in files, "every folder is looked at"
     found = {name: pickled(path.read_text("utf-8")) for name, path in files.items()}
-    assert {name: calls for name, calls in found.items() if calls} == {
-        "data/formats.py": ["pickle"]
-    }
+    found = {name: calls for name, calls in found.items() if calls}
+    assert found == {"data/formats.py": ["pickle"]}
 
 
 @pytest.mark.parametrize("save", SAVERS.values(), ids=SAVERS)
@@ -225,43 +192,41 @@ def test_files_are_safetensors_whose_header_is_readable_json(tmp_path, save):
     assert max(ends) == len(content) - 8 - size  # nothing but the tensors follows
 
 
-@pytest.mark.parametrize("save", SAVERS.values(), ids=SAVERS)
-@pytest.mark.parametrize("step", ["replace", "fsync", "chmod"])
-@pytest.mark.parametrize(
-    "failure", [OSError("disk full"), KeyboardInterrupt()], ids=["OSError", "KeyboardInterrupt"]
-)
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
-    tmp_path, monkeypatch, save, step, failure
-):
-    if save is not SAVERS["store"]:  # a store is opened, so the old one has to be right
-        (tmp_path / "file").write_bytes(b"old")
+@pytest.mark.parametrize("name", SAVERS)
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, name):
+    for step in ("replace", "fsync", "chmod"):
+        for failure in (OSError("disk full"), KeyboardInterrupt()):
+            folder = tmp_path / f"{step} {type(failure).__name__}"
+            folder.mkdir()
+            if name != "store":  # a store is opened first, so any old bytes would be refused
+                (folder / "file").write_bytes(b"old")
 
-    def fail(*_):
-        raise failure
+            def fail(*_, failure=failure):
+                raise failure
 
-    monkeypatch.setattr(os, step, fail)
-    with pytest.raises(type(failure)):
-        save(tmp_path / "file")
-    monkeypatch.undo()
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} in ({"file": b"old"}, {})
-    save(tmp_path / "again")
-    assert (tmp_path / "again").stat().st_size > 100
+            with monkeypatch.context() as patch, pytest.raises(type(failure)):
+                patch.setattr(os, step, fail)
+                SAVERS[name](folder / "file")
+            left = {p.name: p.read_bytes() for p in folder.iterdir()}
+            assert left == ({} if name == "store" else {"file": b"old"}), folder.name
+            SAVERS[name](folder / "again")
+            assert (folder / "again").stat().st_size > 100, folder.name
 
 
 @pytest.mark.skipif(os.name != "posix", reason="Windows has no umask")
-@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
-def test_files_get_the_permissions_of_any_new_file(tmp_path, umask, mode):
-    before = os.umask(umask)
-    try:
-        write_bytes(tmp_path / "file", b"content")
-        assert os.umask(umask) == umask, "the umask of the process must stay"
-    finally:
-        os.umask(before)
-    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == mode
+def test_files_get_the_permissions_of_any_new_file(tmp_path):
+    for umask, mode in ((0o022, 0o644), (0o077, 0o600), (0o002, 0o664)):
+        path = tmp_path / f"{umask:o}"
+        before = os.umask(umask)
+        try:
+            write_bytes(path, b"content")
+            assert os.umask(umask) == umask, "the umask of the process must stay"
+        finally:
+            os.umask(before)
+        assert stat.S_IMODE(path.stat().st_mode) == mode, path.name
 
 
-# --- resuming
-# ---------------------------------------------------------------------------------------
+# ---- Resuming ----
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.float64], ids=str)
@@ -289,14 +254,14 @@ def test_removals_resume_where_an_interrupt_stopped_them(trained, tmp_path, monk
     with pytest.raises(KeyboardInterrupt):
         remove(trained, store=tmp_path / "store")
     assert [p.name for p in tmp_path.iterdir()] == ["store"]
-    assert (
-        read_tensors(tmp_path / "store", "removals")[0]["done"].tolist() == [True] * 2 + [False] * 4
-    )
+    stored = read_tensors(tmp_path / "store", "removals")[0]
+    assert stored["done"].tolist() == [True] * 2 + [False] * 4
     monkeypatch.undo()
     lanes = interrupt_after(monkeypatch, calls=99)
     resumed = remove(trained, store=tmp_path / "store")
     assert lanes == [2, 2], "only the rest is computed"
-    assert same(resumed.values, whole.values) and same(resumed.gradient_norm, whole.gradient_norm)
+    assert same(resumed.values, whole.values)
+    assert same(resumed.gradient_norm, whole.gradient_norm)
 
 
 def test_finished_removals_are_read_and_not_computed(trained, tmp_path, monkeypatch):
@@ -308,10 +273,8 @@ def test_finished_removals_are_read_and_not_computed(trained, tmp_path, monkeypa
 
 
 def test_removals_do_not_depend_on_how_they_are_batched(trained, tmp_path):
-    at_once, one_by_one = (
-        remove(trained, lanes=6),
-        remove(trained, lanes=1, store=tmp_path / "store"),
-    )
+    at_once = remove(trained, lanes=6)
+    one_by_one = remove(trained, lanes=1, store=tmp_path / "store")
     tolerance = 1e-5 if trained.trained()[0].dtype == torch.float32 else 1e-12
     assert torch.allclose(at_once.values, one_by_one.values, rtol=0, atol=tolerance)
     assert at_once.values.abs().max() > 100 * tolerance, "the removals must change something"
@@ -328,8 +291,7 @@ def test_a_resumed_run_still_says_that_retrainings_stopped_short(tmp_path, monke
             remove(pipeline, store=tmp_path / "store", subsets=range(3), lanes=1)
 
 
-# --- how settings are told apart
-# ----------------------------------------------------------------------
+# ---- How settings are told apart ----
 
 
 def closure(value):
@@ -347,51 +309,46 @@ class Thing:
     """An object whose default repr holds its address."""
 
 
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        (lambda z: z + 1, lambda z: z - 1),
-        (closure(1), closure(2)),
-        pytest.param(closure(torch.zeros(5000)), closure(torch.arange(5000) == 2500), id="tensors"),
-        pytest.param(lambda z, *, c=1: c, lambda z, *, c=2: c, id="keyword defaults"),
-        pytest.param(lambda z: (lambda q: q + 1)(z), lambda z: (lambda q: q - 1)(z), id="inner"),
-        (msif.SGD(0.1, schedule=lambda i, n: 1.0), msif.SGD(0.1, schedule=lambda i, n: 0.5)),
-        (
-            torch.nn.CrossEntropyLoss(label_smoothing=0.1),
-            torch.nn.CrossEntropyLoss(label_smoothing=0.2),
+def test_different_functions_are_described_differently():
+    different = {
+        "code": (lambda z: z + 1, lambda z: z - 1),
+        "closures": (closure(1), closure(2)),
+        "long tensors": (closure(torch.zeros(5000)), closure(torch.arange(5000) == 2500)),
+        "keyword defaults": (lambda z, *, c=1: c, lambda z, *, c=2: c),
+        "inner functions": (lambda z: (lambda q: q + 1)(z), lambda z: (lambda q: q - 1)(z)),
+        "schedules": (
+            msif.SGD(0.1, schedule=lambda i, n: 1.0),
+            msif.SGD(0.1, schedule=lambda i, n: 0.5),
         ),
-    ],
-)
-def test_different_functions_are_described_differently(one, other):
-    assert describe(one) != describe(other) and describe(one) == describe(one)
+        "modules": tuple(torch.nn.CrossEntropyLoss(label_smoothing=s) for s in (0.1, 0.2)),
+    }
+    for name, (one, other) in different.items():
+        assert describe(one) != describe(other), name
+        assert describe(one) == describe(one), name
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: closure(3),
-        lambda: msif.SGD(0.1, schedule=closure(1.0)),
-        pytest.param(recursive, id="recursive"),
-        pytest.param(lambda: closure(Thing()), id="object"),
-    ],
-)
-def test_equal_functions_are_described_equally(make):
-    """Made twice, as two processes would; no address, and no end in itself."""
-    assert describe(make()) == describe(make())
+def test_equal_functions_are_described_equally():
+    """Made twice, as two processes would: no address is described, and recursion ends."""
+    for name, make in {
+        "closure": lambda: closure(3),
+        "schedule": lambda: msif.SGD(0.1, schedule=closure(1.0)),
+        "recursive": recursive,
+        "object": lambda: closure(Thing()),
+    }.items():
+        assert describe(make()) == describe(make()), name
 
 
 @pytest.mark.parametrize(
     "function", [msif.cross_entropy, torch.nn.functional.cross_entropy, closure]
 )
 def test_an_importable_function_is_described_by_its_name(function):
-    """Its byte code changes with every Python and every edit, and would make all saved files
-    foreign.
-    """
+    """Byte code changes with every Python and every edit: no saved file would be accepted again."""
     code = function.__code__
     try:
         before = describe(function)
         function.__code__ = code.replace(co_consts=(*code.co_consts, "edited"))
-        assert describe(function) == before and function.__name__ in before
+        assert describe(function) == before
+        assert function.__name__ in before
     finally:
         function.__code__ = code
 

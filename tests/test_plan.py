@@ -1,8 +1,8 @@
-"""A plan's figures against what the work then takes; seconds are left to the reader."""
+"""A plan's figures against what the work then takes; no clock is asked."""
 
 import pytest
 import torch
-from conftest import random_pipeline, random_queries
+from oracles import LINKS, implicit_scores, random_pipeline, random_queries
 
 import msif_lab as msif
 
@@ -13,7 +13,7 @@ def within(estimate, measured, factor=3):
 
 @pytest.fixture(scope="module")
 def pipeline():
-    return random_pipeline("mlp", link=msif.Proximal(0.3))
+    return random_pipeline("mlp", link=LINKS["proximal"])
 
 
 def test_a_small_pipeline_is_solved_exactly(pipeline, capsys):
@@ -23,7 +23,7 @@ def test_a_small_pipeline_is_solved_exactly(pipeline, capsys):
     assert "stage0" in said
     assert "Exact" in said
     values = scores.score(queries).values
-    expected = msif.ImplicitInfluence(curvature="ggn").fit(pipeline).score(queries).values
+    expected = implicit_scores(pipeline, queries, curvature="ggn")
     assert torch.allclose(values, expected, rtol=0, atol=1e-8)
     for stage in scores.plan_.stages:
         assert stage.parameters == pipeline.objective(stage.stage).size
@@ -34,7 +34,7 @@ def test_a_small_pipeline_is_solved_exactly(pipeline, capsys):
 
 
 def test_products_of_conjugate_gradients_are_foreseen(pipeline):
-    # nothing dense fits
+    # in a kilobyte nothing dense fits
     planned = msif.plan(pipeline, queries=10, memory="1KB", kind="ggn", damping=0.01)
     assert all(isinstance(s.solver, msif.ConjugateGradient) for s in planned.stages)
     attributor = msif.ImplicitInfluence(
@@ -51,15 +51,13 @@ def test_products_of_conjugate_gradients_are_foreseen(pipeline):
 
 
 def test_an_indefinite_hessian_is_told():
-    pipeline = random_pipeline(
-        "mlp", link=msif.Proximal(1e-6), weight_decay=1e-6, fit=False
-    ).adopt()  # far from a minimum
-    planned = msif.plan(pipeline, memory="1KB")
+    pipeline = random_pipeline("mlp", link=msif.Proximal(1e-6), weight_decay=1e-6, fit=False)
+    planned = msif.plan(pipeline.adopt(), memory="1KB")  # untrained: far from a minimum
     assert any("curvature='ggn'" in stage.reason for stage in planned.stages)
 
 
 def test_plan_refuses():
-    pipeline = random_pipeline("mlp", link=msif.Proximal(0.3), fit=False)
+    pipeline = random_pipeline("mlp", link=LINKS["proximal"], fit=False)
     with pytest.raises(ValueError, match="not trained"):
         msif.plan(pipeline)
     with pytest.raises(ValueError, match="queries=0"):

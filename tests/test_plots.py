@@ -6,7 +6,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import pytest
 import torch
-from conftest import random_model, random_pipeline, random_queries
+from oracles import random_model, random_pipeline, random_queries
 
 import msif_lab as msif
 from msif_lab import plots, widgets

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from conftest import random_pipeline
+from oracles import LINKS, random_pipeline
 
 import msif_lab as msif
 
 
 def test_settings_change_inside_and_return(capsys):
-    pipeline = random_pipeline("mlp", link=msif.Proximal(0.3), fit=False).adopt().to(torch.float32)
+    pipeline = random_pipeline("mlp", link=LINKS["proximal"], fit=False).adopt().to(torch.float32)
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     for kind, inside in (("tf32", "high"), ("bf16", "medium"), ("float32", "highest")):
         with (
@@ -25,7 +25,7 @@ def test_settings_change_inside_and_return(capsys):
 
 
 def test_what_cannot_be_faster_is_refused():
-    pipeline = random_pipeline("mlp", link=msif.Proximal(0.3), fit=False).adopt()
+    pipeline = random_pipeline("mlp", link=LINKS["proximal"], fit=False).adopt()
     with pytest.raises(ValueError, match="float32"), msif.reduced_precision("tf32", pipeline):
         pass
     with pytest.raises(ValueError, match="kind='fp8'"), msif.reduced_precision("fp8", pipeline):

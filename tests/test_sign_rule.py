@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_pipeline, random_queries
+from oracles import random_pipeline, random_queries
 
 import msif_lab as msif
 from msif_lab import plots, widgets

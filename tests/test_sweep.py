@@ -1,81 +1,86 @@
-"""Scores over α and damping: those of the exact solver at the pipeline's own α, the frozen case's
-in the limit.
-"""
+"""Scores over alpha and damping against the exact solver's and, in the limit, the frozen case's."""
 
 import numpy
 import pytest
 import torch
-from conftest import random_pipeline, random_queries
+from oracles import LINKS, implicit_scores, random_pipeline, random_queries
 from scipy import stats
 
 import msif_lab as msif
-from msif_lab.evaluation.comparison import detection, row_correlations, row_ranks
-from msif_lab.influence.sweep import AlphaSweep
+from msif_lab.evaluation import detection, row_correlations, row_ranks
+from msif_lab.influence import AlphaSweep
+
+
+@pytest.fixture(scope="module")
+def proximal():
+    """A fitted pipeline with α = 0.3, and queries."""
+    pipeline = random_pipeline(link=LINKS["proximal"])
+    return pipeline, random_queries(pipeline)
 
 
 @pytest.mark.parametrize("kind", ["hessian", "ggn"])
-def test_own_alpha_gives_the_exact_scores(kind):
-    pipeline = random_pipeline(link=msif.Proximal(0.3))
-    queries = random_queries(pipeline)
+def test_own_alpha_gives_the_exact_scores(proximal, kind):
+    pipeline, queries = proximal
     sweep = AlphaSweep(pipeline, queries, curvature=kind)
     exact = msif.ImplicitInfluence(curvature=kind).fit(pipeline).score(queries)
     ours = sweep.scores(0.3)
-    assert torch.allclose(
-        ours.values, exact.values, rtol=1e-9, atol=1e-12 * exact.values.abs().max()
-    )
-    assert torch.equal(ours.ids, exact.ids) and (ours.stage, ours.target) == (
-        exact.stage,
-        exact.target,
-    )
-    assert not torch.allclose(sweep.scores(0.6).values, exact.values, rtol=1e-2), (
-        "another α gives other scores"
-    )
+    atol = 1e-12 * float(exact.values.abs().max())
+    assert torch.allclose(ours.values, exact.values, rtol=1e-9, atol=atol)
+    assert torch.equal(ours.ids, exact.ids)
+    assert (ours.stage, ours.target) == (exact.stage, exact.target)
+    # negative control: another α gives other scores
+    assert not torch.allclose(sweep.scores(0.6).values, exact.values, rtol=1e-2)
 
 
-def test_alpha_is_the_proximal_alpha_at_the_same_weights():
-    """Another α at the same weights: the pipeline adopted with that link. The formula, not the
-    retraining, is held.
-    """
-    pipeline = random_pipeline(link=msif.Proximal(0.3))
-    queries = random_queries(pipeline)
+@pytest.mark.filterwarnings("ignore::msif_lab.ConvergenceWarning")
+def test_alpha_is_the_proximal_alpha_at_the_same_weights(proximal):
+    """At another α the formula is checked, not the retraining: the trained weights are kept."""
+    pipeline, queries = proximal
     others = [
         msif.Stage(s.name, s.model, s.data, s.loss, s.weight_decay, s.link and msif.Proximal(2.0))
         for s in pipeline.stages
     ]
-    with pytest.warns(msif.ConvergenceWarning):  # these weights are no optimum for that α
-        there = msif.ImplicitInfluence().fit(msif.Pipeline(others).adopt()).score(queries)
-    ours = AlphaSweep(pipeline, queries).scores(2.0)
-    assert torch.allclose(ours.values, there.values, rtol=1e-8, atol=1e-11)
+    there = implicit_scores(msif.Pipeline(others).adopt(), queries)
+    ours = AlphaSweep(pipeline, queries).scores(2.0).values
+    assert torch.allclose(ours, there, rtol=1e-8, atol=1e-11)
 
 
-def test_infinite_alpha_is_the_frozen_case_at_the_same_weights():
-    pipeline = random_pipeline(link=msif.Proximal(0.3))
-    sweep = AlphaSweep(pipeline, random_queries(pipeline))
+def test_infinite_alpha_is_the_frozen_case_at_the_same_weights(proximal):
+    sweep = AlphaSweep(*proximal)
     far, limit = sweep.scores(1e9).values, sweep.scores(float("inf")).values
     assert torch.allclose(far, limit, rtol=1e-6, atol=1e-10)
     assert bool((sweep.filter(float("inf")) == 1).all())
     gains = sweep.filter(1.1 * sweep.floor)
-    assert bool((gains[:-1] >= gains[1:]).all()) and 0 < float(gains[-1]) < float(gains[0])
+    assert bool((gains[:-1] >= gains[1:]).all())
+    assert 0 < float(gains[-1]) < float(gains[0])
 
 
-def test_damping_is_of_pretraining_only():
-    pipeline = random_pipeline(link=msif.Proximal(0.3))
-    queries = random_queries(pipeline)
-    attributor = msif.ImplicitInfluence().fit(pipeline)
-    attributor._prepared[0] = msif.Exact().prepare(pipeline.curvature(0) + 0.7)
-    there = attributor.score(queries).values
+class FirstDamped:
+    """An exact solver that damps the first operator it is given, which is the first stage's."""
+
+    def __init__(self, damping):
+        self.damping = damping
+
+    def prepare(self, operator):
+        damping, self.damping = self.damping, 0.0
+        return msif.Exact().prepare(operator + damping)
+
+
+def test_damping_is_of_pretraining_only(proximal):
+    pipeline, queries = proximal
     ours = AlphaSweep(pipeline, queries).scores(0.3, 0.7).values
+    there = implicit_scores(pipeline, queries, FirstDamped(0.7))
     assert torch.allclose(ours, there, rtol=1e-9, atol=1e-12)
-    both = msif.ImplicitInfluence(damping=0.7).fit(pipeline).score(queries).values
-    assert not torch.allclose(ours, both, rtol=1e-2), "the other attributor damps both stages"
+    # negative control: damping both stages gives other scores
+    both = implicit_scores(pipeline, queries, damping=0.7)
+    assert not torch.allclose(ours, both, rtol=1e-2)
 
 
-def test_what_it_refuses():
-    frozen = random_pipeline(link=msif.Frozen())
+def test_what_it_refuses(proximal):
+    frozen = random_pipeline(link=LINKS["frozen"])
     with pytest.raises(ValueError, match=r"links \['Frozen'\].*Proximal"):
         AlphaSweep(frozen, random_queries(frozen))
-    pipeline = random_pipeline(link=msif.Proximal(0.3))
-    queries = random_queries(pipeline)
+    pipeline, queries = proximal
     with pytest.raises(ValueError, match="curvature='fisher'"):
         AlphaSweep(pipeline, queries, curvature="fisher")
     sweep = AlphaSweep(pipeline, queries)
@@ -99,7 +104,7 @@ def test_row_correlations_are_scipys():
         expected = [theirs(x, y).statistic for x, y in zip(a, b, strict=True)]
         assert numpy.allclose(row_correlations(*ours), expected, atol=1e-12)
     b[2] = 1.0
-    assert numpy.isnan(row_correlations(a, b)[2]) and not numpy.isnan(row_correlations(a, b)[3])
+    assert numpy.isnan(row_correlations(a, b)).tolist() == [False, False, True, False]
     with pytest.raises(ValueError, match=r"a \(4, 30\) and b \(4, 29\)"):
         row_correlations(a, b[:, 1:])
 

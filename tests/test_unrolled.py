@@ -1,6 +1,4 @@
-"""Unrolled scores against central differences of the real run, recomputation, memory, diagnostics,
-bad input.
-"""
+"""Unrolled scores against central differences of the real run; memory, diagnostics, bad input."""
 
 import subprocess
 import sys
@@ -9,13 +7,25 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import digits_pipeline, random_pipeline, random_queries
+from oracles import (
+    ALL_LINKS,
+    F64,
+    central_differences,
+    digits_pipeline,
+    draw,
+    implicit_scores,
+    random_pipeline,
+    random_queries,
+    relative_error,
+    same,
+    states,
+    unrolled_scores,
+)
 from torch.func import vjp
 
 import msif_lab as msif
 from msif_lab.influence import adjoint, unrolled
 
-F64 = torch.float64
 RECIPES = {  # 24, 20 and 16 examples in batches of 7: the last one is partial
     "plain": msif.SGD(lr=0.2, momentum=0.0, epochs=3, batch_size=7, seed=3, schedule="linear"),
     "momentum": msif.SGD(lr=0.1, epochs=3, batch_size=7, seed=3, schedule="cosine", warmup=2),
@@ -23,40 +33,23 @@ RECIPES = {  # 24, 20 and 16 examples in batches of 7: the last one is partial
     "adam": msif.Adam(lr=0.02, epochs=3, batch_size=7, schedule="linear"),
     "adamw": msif.AdamW(lr=0.02, eps=1e-4, epochs=3, batch_size=7, warmup=3),
 }
-LINKS = {"frozen": msif.Frozen(), "warm": msif.WarmStart(), "proximal": msif.Proximal(0.3)}
 
 
-def trained(recipe="momentum", link="warm", k=2, kind="mlp", regression=False, recipes=None):
-    pipeline = random_pipeline(kind, regression, LINKS[link], k, fit=False)
-    for i, stage in enumerate(pipeline.stages):
-        stage.recipe = RECIPES[recipes[i] if recipes else recipe]
-    return pipeline.fit(progress=False)
+def trained(recipe="momentum", link="warm", k=2, kind="mlp", regression=False):
+    recipes = recipe if isinstance(recipe, tuple) else (recipe,) * k
+    recipes = [RECIPES[name] for name in recipes]
+    return random_pipeline(kind, regression, ALL_LINKS[link], k, recipe=recipes)
 
 
-def central_differences(pipeline, queries, stage, examples, step, centre=1.0, target="loss"):
-    """(Q, E) fourth-order central differences of the queries by example weights, the same run every
-    time.
-    """
-    m, n = len(pipeline.stages[stage].data), len(examples)
-    weights = torch.full((4, n, m), centre, dtype=F64)
-    for lane, i in enumerate(examples):
-        weights[:, lane, i] += step * torch.tensor([1, -1, 2, -2], dtype=F64)
-    q = pipeline.retrain({stage: weights.reshape(4 * n, m)}, progress=False).evaluate(
-        queries, target
-    )
-    a, b, c, d = q.reshape(len(q), 4, n).unbind(1)
-    return (8 * (a - b) - (c - d)) / (12 * step)
-
-
-def worst_error(pipeline, queries, stages=None, scores=None):
-    """Largest relative distance, over stages and examples, at the best of three steps."""
+def worst_error(pipeline, stages=None):
+    """Largest relative error, over stages and examples, each at the better of two steps."""
     attributor, worst = msif.UnrolledInfluence().fit(pipeline, progress=False), 0.0
+    queries, examples = random_queries(pipeline), [0, 3, 7, 11, 13]
     for stage in range(len(pipeline.stages)) if stages is None else stages:
-        examples = [0, 3, 7, 11, 13]
-        values = attributor.score(queries, stage=stage).values[:, examples]
+        values = attributor.score(queries, stage=stage, progress=False).values[:, examples]
         errors = []
-        for step in (1e-3, 1e-4, 1e-5):
-            truth = central_differences(pipeline, queries, stage, examples, step)
+        for step in (1e-3, 1e-4):
+            truth = central_differences(pipeline, queries, stage, examples, step, optimum=False)
             errors.append((values - truth).norm(dim=0) / truth.norm(dim=0).clamp(min=1e-9))
         worst = max(worst, float(torch.stack(errors).amin(0).max()))
     return worst
@@ -69,102 +62,76 @@ def refused(error, *words):
 # ---- The derivative ----
 
 
-@pytest.mark.parametrize("k", [1, 2, 3])
-@pytest.mark.parametrize("link", LINKS)
+@pytest.mark.parametrize("link", ALL_LINKS)
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_scores_equal_central_differences_of_the_whole_run(recipe, link, k):
-    if k == 1 and link != "frozen":
-        pytest.skip("one stage has no link")
-    pipeline = trained(recipe, link, k)
-    worst = worst_error(pipeline, random_queries(pipeline))
-    print(f"mlp {recipe} {link} k={k}: worst relative error {worst:.1e}")
-    assert worst <= 1e-6
+def test_scores_equal_central_differences_of_the_whole_run(recipe, link):
+    """With three stages the first is two links away from the queries; a single one has no link."""
+    for k in (1, 3) if link == "frozen" else (3,):
+        assert worst_error(trained(recipe, link, k)) <= 1e-6, f"{k} stages"
 
 
-@pytest.mark.parametrize("link", LINKS)
-@pytest.mark.parametrize("recipe", ["momentum", "adam"])
-@pytest.mark.parametrize("regression", [False, True], ids=["cross-entropy", "squared-error"])
-def test_scores_of_a_conv_net(recipe, link, regression):
-    pipeline = trained(recipe, link, kind="convnet", regression=regression)
-    worst = worst_error(pipeline, random_queries(pipeline))
-    print(f"convnet {recipe} {link}: worst relative error {worst:.1e}")
-    assert worst <= 1e-6
+@pytest.mark.parametrize("link", ALL_LINKS)
+@pytest.mark.parametrize(("recipe", "regression"), [("momentum", False), ("adam", True)])
+def test_scores_of_a_conv_net(recipe, regression, link):
+    assert worst_error(trained(recipe, link, kind="convnet", regression=regression)) <= 1e-6
 
 
 def test_scores_of_a_net_with_group_norm_and_silu():
     pipeline = random_pipeline("convnet", link=msif.WarmStart(), fit=False)
     for i, stage in enumerate(pipeline.stages):
-        settings = {
-            "channels": (4,),
-            "width": 4,
-            "activation": torch.nn.SiLU,
-            "norm_groups": 2,
-            "seed": i,
-        }
-        stage.model = msif.convnet((1, 4, 4), classes=3 - i, **settings).double()
-        stage.recipe = RECIPES["momentum"]
-    pipeline = msif.Pipeline(pipeline.stages).fit(progress=False)
-    assert worst_error(pipeline, random_queries(pipeline)) <= 1e-6
+        settings = {"activation": torch.nn.SiLU, "norm_groups": 2, "seed": i}
+        net = msif.convnet((1, 4, 4), channels=(4,), width=4, classes=3 - i, **settings)
+        stage.model, stage.recipe = net.double(), RECIPES["momentum"]
+    assert worst_error(msif.Pipeline(pipeline.stages).fit(progress=False)) <= 1e-6
 
 
-@pytest.mark.parametrize("recipes", [("adam", "plain", "momentum"), ("nesterov", "adamw", "adam")])
-def test_stages_may_differ_in_recipe(recipes):
-    pipeline = trained(link="proximal", k=3, recipes=recipes)
-    assert worst_error(pipeline, random_queries(pipeline)) <= 1e-6
+def test_stages_may_differ_in_recipe():
+    for recipes in (("adam", "plain", "momentum"), ("nesterov", "adamw", "adam")):
+        assert worst_error(trained(recipes, "proximal", 3)) <= 1e-6, recipes
 
 
-@pytest.mark.parametrize("target", ["margin", lambda z, y: z[:, 0] ** 2])
-def test_other_targets_than_the_loss(target):
+def test_other_targets_than_the_loss():
     pipeline = trained()
     queries = random_queries(pipeline)
-    scores = msif.UnrolledInfluence().fit(pipeline).score(queries, target=target).values[:, :3]
-    truth = central_differences(pipeline, queries, 0, [0, 1, 2], 1e-3, target=target)
-    assert float((scores - truth).norm() / truth.norm()) <= 1e-6
+    for target in ("margin", lambda z, y: z[:, 0] ** 2):
+        scores = unrolled_scores(pipeline, queries, target=target)[:, :3]
+        truth = central_differences(pipeline, queries, 0, [0, 1, 2], optimum=False, target=target)
+        assert relative_error(scores, truth) <= 1e-6, target
 
 
-def test_a_single_query_takes_another_way_to_the_same_number():
+def test_a_single_query_is_scored_by_other_code_with_the_same_result():
     pipeline = trained("adam", "frozen", k=3)
     queries = random_queries(pipeline)
     attributor = msif.UnrolledInfluence().fit(pipeline)
     together = attributor.score(queries).values
     for i in range(len(queries)):
         alone = attributor.score(queries[i : i + 1]).values[0]
-        assert float((alone - together[i]).norm() / together[i].norm()) <= 1e-12
+        assert relative_error(alone, together[i]) <= 1e-12, i
 
 
-def test_frozen_stage_in_the_middle_has_no_say():
+def test_frozen_stage_in_the_middle_has_no_influence():
     """Stage 1 of three frozen ones trains only its own head, which stage 2 does not take over."""
     pipeline = trained(link="frozen", k=3)
-    scores = msif.UnrolledInfluence().fit(pipeline).score(random_queries(pipeline), stage=1).values
+    scores = unrolled_scores(pipeline, random_queries(pipeline), stage=1)
     assert float(scores.abs().max()) == 0.0
 
 
-def test_limits_of_the_links_on_the_same_run():
-    """A proximal link of tiny alpha is a warm start."""
-    loose = trained(link="warm")
-    queries = random_queries(loose)
-    expected = msif.UnrolledInfluence().fit(loose).score(queries).values
-    pipeline = random_pipeline(link=msif.Proximal(1e-9), fit=False)
-    for stage in pipeline.stages:
-        stage.recipe = RECIPES["momentum"]
-    scores = msif.UnrolledInfluence().fit(pipeline.fit(False)).score(queries).values
-    assert float((scores - expected).norm() / expected.norm()) <= 1e-6
+def test_a_proximal_link_of_tiny_alpha_is_a_warm_start():
+    warm = trained(link="warm")
+    queries = random_queries(warm)
+    loose = random_pipeline(link=msif.Proximal(1e-9), recipe=RECIPES["momentum"])
+    expected = unrolled_scores(warm, queries)
+    assert relative_error(unrolled_scores(loose, queries), expected) <= 1e-6
 
 
 @pytest.mark.parametrize("link", ["frozen", "proximal"])
 def test_agrees_with_implicit_influence_at_an_optimum(link):
     """Two derivations, one number, once training has converged."""
-    recipe = msif.SGD(lr=0.3, momentum=0.9, epochs=1500, batch_size=24)
-    pipeline = random_pipeline(link=LINKS[link], weight_decay=0.1, fit=False)
-    for stage in pipeline.stages:
-        stage.recipe = recipe
-    pipeline.fit(progress=False)
+    recipe = msif.SGD(lr=0.3, momentum=0.9, epochs=600, batch_size=24)
+    pipeline = random_pipeline(link=ALL_LINKS[link], weight_decay=0.1, recipe=recipe)
     queries = random_queries(pipeline)
-    implicit = msif.ImplicitInfluence().fit(pipeline).score(queries).values
-    scores = (
-        msif.UnrolledInfluence().fit(pipeline, progress=False).score(queries, progress=False).values
-    )
-    assert float((scores - implicit).norm() / implicit.norm()) <= 1e-6
+    implicit = implicit_scores(pipeline, queries)
+    assert relative_error(unrolled_scores(pipeline, queries), implicit) <= 1e-6
 
 
 # ---- Negative controls: the strict check catches each term left out ----
@@ -177,8 +144,7 @@ def forget_momentum(recipe, theta_bar, state_bar, saved, step, rate, decay):
 
 def test_forgotten_momentum_fails(monkeypatch):
     monkeypatch.setattr(msif.SGD, "pull_back", forget_momentum)
-    pipeline = trained()
-    assert worst_error(pipeline, random_queries(pipeline), stages=[0]) > 1e-2
+    assert worst_error(trained(), stages=[0]) > 1e-2
 
 
 def test_forgotten_hessian_fails(monkeypatch):
@@ -189,8 +155,7 @@ def test_forgotten_hessian_fails(monkeypatch):
         return 0 * product, scores
 
     monkeypatch.setattr(adjoint, "gradient_transpose", first_order)
-    pipeline = trained()
-    assert worst_error(pipeline, random_queries(pipeline), stages=[0]) > 1e-2
+    assert worst_error(trained(), stages=[0]) > 1e-2
 
 
 @pytest.mark.parametrize("link", ["frozen", "proximal"])
@@ -202,9 +167,8 @@ def test_forgotten_path_across_the_link_fails(monkeypatch, link):
     def without_mixed(o, full, batch, cotangents, *args):
         product, scores = original(o, full, batch, cotangents, *args)
         if link == "frozen" and product.shape[1] > o.size:
-            prepared.here["frozen"].put(
-                product, torch.zeros(prepared.here["frozen"].size).to(product)
-            )
+            frozen = prepared.here["frozen"]
+            frozen.put(product, torch.zeros(frozen.size).to(product))
         return product, scores
 
     monkeypatch.setattr(adjoint, "gradient_transpose", without_mixed)
@@ -212,50 +176,44 @@ def test_forgotten_path_across_the_link_fails(monkeypatch, link):
         monkeypatch.setattr(prepared.objective, "alpha", 0.0)
         monkeypatch.setattr(unrolled, "require_same_end", lambda *_: None)
     queries = random_queries(pipeline)
-    scores = msif.UnrolledInfluence().fit(pipeline).score(queries).values[:, [0, 3]]
+    scores = unrolled_scores(pipeline, queries)[:, [0, 3]]
     monkeypatch.undo()
-    truth = central_differences(pipeline, queries, 0, [0, 3], 1e-3)
-    assert float((scores - truth).norm() / truth.norm()) > 1e-2
+    truth = central_differences(pipeline, queries, 0, [0, 3], optimum=False)
+    assert relative_error(scores, truth) > 1e-2
 
 
 # ---- The recipes' transposes ----
 
 
-@pytest.mark.parametrize("step", [0, 5])
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_pull_back_is_the_transpose_of_update(recipe, step):
-    recipe, generator = RECIPES[recipe], torch.Generator().manual_seed(step)
+@pytest.mark.parametrize("name", RECIPES)
+def test_pull_back_is_the_transpose_of_update(name):
+    recipe = RECIPES[name]
+    rate, decay = 0.03, 0.2 * recipe.decoupled
+    for step in (0, 5):
+        theta, gradient, theta_bar = (draw(3, 11, seed=10 * step + i) for i in range(3))
+        state = tuple(draw(3, 11, seed=20 + i).abs() for i in range(len(recipe.start(theta))))
+        state_bar = tuple(draw(3, 11, seed=4 + i) for i in range(len(state)))
 
-    def draw():
-        return torch.randn(3, 11, generator=generator, dtype=F64)
+        def update(theta, state, gradient, step=step):
+            return recipe.update(theta, state, gradient, step, rate, decay)[:2]
 
-    theta, gradient, rate, decay = draw(), draw(), 0.03, 0.2 * recipe.decoupled
-    state = tuple(draw().abs() for _ in recipe.start(theta))
-
-    def update(theta, state, gradient):
-        return recipe.update(theta, state, gradient, step, rate, decay)[:2]
-
-    theta_bar, state_bar = draw(), tuple(draw() for _ in state)
-    _, transpose = vjp(update, theta, state, gradient)
-    expected = transpose((theta_bar, state_bar))
-    saved = recipe.update(theta, state, gradient, step, rate, decay)[2]
-    g_bar, theta_before, state_before = recipe.pull_back(
-        theta_bar, state_bar, saved, step, rate, decay
-    )
-    for ours, theirs in zip(
-        (theta_before, *state_before, g_bar), (expected[0], *expected[1], expected[2]), strict=True
-    ):
-        assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-14)
+        _, transpose = vjp(update, theta, state, gradient)
+        theta_before, state_before, g_bar = transpose((theta_bar, state_bar))
+        saved = recipe.update(theta, state, gradient, step, rate, decay)[2]
+        found = recipe.pull_back(theta_bar, state_bar, saved, step, rate, decay)
+        expected = (g_bar, theta_before, *state_before)
+        for ours, theirs in zip((*found[:2], *found[2]), expected, strict=True):
+            assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-14), step
 
 
 def test_adam_with_gradients_that_are_exactly_zero():
-    """Pixels that are never lit: no gradient, ŝ = 0, and still finite, right derivatives."""
+    """Pixels that are never lit have no gradient: ŝ = 0, and the derivatives are still right."""
     pipeline = random_pipeline(fit=False, link=msif.WarmStart(), weight_decay=0.0)
     for stage in pipeline.stages:
         stage.data.x[:, :, 0] = 0
         stage.recipe = msif.Adam(lr=0.02, eps=1e-4, epochs=3, batch_size=7)
     pipeline = msif.Pipeline(pipeline.stages).fit(progress=False)
-    assert worst_error(pipeline, random_queries(pipeline)) <= 1e-6
+    assert worst_error(pipeline) <= 1e-6
 
 
 # ---- Recomputation and memory ----
@@ -265,8 +223,8 @@ def test_adam_with_gradients_that_are_exactly_zero():
 def test_recomputation_gives_the_same_bits(recipe):
     pipeline = trained(recipe, "proximal")
     queries = random_queries(pipeline)
-    expected = msif.UnrolledInfluence().fit(pipeline).score(queries).values
-    for segments in (1, 3, 4, 100):  # 12 and 9 steps: √T is 3 to 4, 100 is one step each
+    expected = unrolled_scores(pipeline, queries)
+    for segments in (1, 3, 4, 100):  # of 12 and 9 steps; the square root of these is 3 to 4
         attributor = msif.UnrolledInfluence(segments=segments).fit(pipeline)
         assert torch.equal(attributor.score(queries).values, expected)
         assert list(attributor.plan_.segments.values()) == [
@@ -275,10 +233,7 @@ def test_recomputation_gives_the_same_bits(recipe):
 
 
 def test_small_budget_recomputes_and_sweeps_in_parts():
-    pipeline = random_pipeline(link=msif.Frozen(), fit=False)
-    for stage in pipeline.stages:
-        stage.recipe = replace(RECIPES["adam"], epochs=20)
-    pipeline.fit(progress=False)
+    pipeline = random_pipeline(link=msif.Frozen(), recipe=replace(RECIPES["adam"], epochs=20))
     queries = random_queries(pipeline, 9)
     roomy = msif.UnrolledInfluence().fit(pipeline)
     expected = roomy.score(queries).values
@@ -287,7 +242,7 @@ def test_small_budget_recomputes_and_sweeps_in_parts():
     values = tight.score(queries).values
     assert tight.plan_.sweeps > 1 and min(tight.plan_.segments.values()) > 1
     assert tight.plan_.stored + tight.plan_.swept <= 110_000
-    assert float((values - expected).norm() / expected.norm()) <= 1e-12
+    assert relative_error(values, expected) <= 1e-12
 
 
 MEMORY = """
@@ -297,8 +252,7 @@ def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 generator = torch.Generator().manual_seed(0)
 data = msif.Examples(torch.randn(60, 300, generator=generator), torch.arange(60) % 3)
-recipe = msif.SGD(lr=0.01, epochs=200, batch_size=10, seed=1)
-stage = msif.Stage("one", msif.mlp(300, hidden=(300,), classes=3), data, recipe=recipe)
+stage = msif.Stage("one", msif.mlp(300, hidden=(300,), classes=3), data)
 def score(pipeline, epochs, memory):
     pipeline.stages[0].recipe = msif.SGD(lr=0.01, epochs=epochs, batch_size=10, seed=1)
     attributor = msif.UnrolledInfluence(memory=memory).fit(pipeline.fit(False), progress=False)
@@ -307,8 +261,9 @@ def score(pipeline, epochs, memory):
 pipeline = msif.Pipeline([stage])
 score(pipeline, 2, "1GB")  # what PyTorch loads on first use is not ours to count
 before = peak()
-plan = score(pipeline, 200, "100MB")
-print(peak() - before, plan.steps["one"] * stage.model.embedding[1].weight.numel() * 4, plan.segments["one"])
+plan = score(pipeline, 100, "60MB")
+every_state = plan.steps["one"] * stage.model.embedding[1].weight.numel() * 4
+print(peak() - before, every_state, plan.segments["one"])
 """
 
 
@@ -318,12 +273,8 @@ def test_peak_memory_stays_under_the_budget():
         [sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True
     ).stdout.split()
     grown, every_state, segments = map(int, out)
-    print(
-        f"peak grew by {grown / 1e6:.0f} MB on a budget of 100 MB; all states take "
-        f"{every_state / 1e6:.0f} MB"
-    )
-    assert every_state > 4e8 and segments > 1
-    assert grown < 1e8
+    assert every_state > 2e8 and segments > 1
+    assert grown < 6e7
 
 
 def test_plan_says_what_will_happen():
@@ -343,11 +294,10 @@ def test_plan_says_what_will_happen():
 def test_group_fraction_linearises_at_the_mean_of_such_removals():
     pipeline = trained()
     queries, p, m = random_queries(pipeline), 0.25, 24
-    scores = msif.UnrolledInfluence(group_fraction=p).fit(pipeline).score(queries).values
-    slopes = central_differences(pipeline, queries, 0, range(m), 1e-3, centre=1 - p)
-    middle = pipeline.retrain(torch.full((m,), 1 - p, dtype=F64), progress=False).evaluate(queries)[
-        :, 0
-    ]
+    scores = unrolled_scores(pipeline, queries, group_fraction=p)
+    slopes = central_differences(pipeline, queries, 0, range(m), optimum=False, centre=1 - p)
+    centre = torch.full((m,), 1 - p, dtype=F64)
+    middle = pipeline.retrain(centre, progress=False).evaluate(queries)[:, 0]
     for group in ([0, 5, 6, 9, 12, 20], [1, 2, 3, 4, 21, 23]):
         weights = torch.ones(m, dtype=F64)
         weights[group] = 0
@@ -359,9 +309,7 @@ def test_group_fraction_linearises_at_the_mean_of_such_removals():
 
 
 def quadratic_pipeline():
-    """Linear regression on ten examples: parameters are a polynomial in w, and nothing but f_i
-    bends with w_i.
-    """
+    """Linear regression on ten examples: its parameters are a polynomial in the weights."""
     data = random_pipeline(regression=True, k=1, fit=False).stages[0].data[:10]
     model = msif.softmax_regression(16, classes=3).double()
     recipe = msif.SGD(lr=0.1, epochs=6, batch_size=4)
@@ -378,32 +326,31 @@ def first_output(outputs, targets):
 def test_leave_one_out_is_the_second_derivative_where_that_is_all_there_is():
     pipeline, m, h = quadratic_pipeline(), 10, 1e-2
     queries = random_queries(random_pipeline(regression=True, k=1, fit=False))
-    plain = msif.UnrolledInfluence().fit(pipeline).score(queries, target=first_output).values
+    plain = unrolled_scores(pipeline, queries, target=first_output)
     weights = torch.ones(2 * m, m, dtype=F64)
     weights[range(m), range(m)] += h
     weights[range(m, 2 * m), range(m)] -= h
     q = pipeline.retrain(weights, progress=False).evaluate(queries, first_output)
     second = (q[:, :m] + q[:, m:] - 2 * pipeline.evaluate(queries, first_output)[:, None]) / h**2
     expected = plain - second / 2
-    assert float((expected - plain).norm() / plain.norm()) > 1e-2  # there is something to correct
+    assert relative_error(expected, plain) > 1e-2  # there is something to correct
 
-    attributor = msif.UnrolledInfluence(leave_one_out=True, probes=4000).fit(
-        pipeline
-    )  # an estimate: many make it close
-    estimate = attributor.score(queries, target=first_output).values
+    estimate = unrolled_scores(
+        pipeline, queries, target=first_output, leave_one_out=True, probes=4000
+    )
     assert float((estimate - expected).norm() / (expected - plain).norm()) < 0.1
 
 
 # ---- Diagnostics ----
 
 
-def test_check_draws_a_v_and_agrees():
+# with 24 examples each removal is a large step, and the check warns of that
+@pytest.mark.filterwarnings("ignore::msif_lab.UnsmoothTrainingWarning")
+def test_check_agrees_best_at_a_middle_step():
     pipeline = trained("adam", "proximal")
-    with warnings.catch_warnings():
-        # 24 examples: each removal is a large step
-        warnings.simplefilter("ignore", msif.UnsmoothTrainingWarning)
-        report = msif.UnrolledInfluence().fit(pipeline).check(n=4, queries=random_queries(pipeline))
-    assert report.error <= 1e-6 and report.errors.shape == (6, 4)
+    report = msif.UnrolledInfluence().fit(pipeline).check(n=4, queries=random_queries(pipeline))
+    assert report.error <= 1e-6
+    assert report.errors.shape == (6, 4)
     # the coarsest step is worse than the best
     assert float(report.errors[0].min()) > 10 * report.error
     assert report.predicted.shape == report.actual.shape == (5, 4)
@@ -459,9 +406,7 @@ def test_pipelines_without_a_run_to_differentiate():
         attributor.fit([1])
     with refused(ValueError, "'stage0'", "LBFGS", "SGD", "ImplicitInfluence"):
         attributor.fit(random_pipeline(k=1))
-    pipeline = random_pipeline(link=msif.WarmStart(), fit=False)
-    for stage in pipeline.stages:
-        stage.recipe = RECIPES["plain"]
+    pipeline = random_pipeline(link=msif.WarmStart(), recipe=RECIPES["plain"], fit=False)
     with refused(ValueError, "not trained", "fit"):
         attributor.fit(pipeline)
     with refused(ValueError, "adopted", "ImplicitInfluence"):
@@ -478,9 +423,7 @@ def test_pipelines_without_a_run_to_differentiate():
 
 def test_a_run_that_cannot_be_repeated():
     class Moody:
-        """A loss that grows with every call: the same numbers from call to call only while nobody
-        looks twice.
-        """
+        """A loss that grows with every call."""
 
         def __init__(self):
             self.calls = 0
@@ -497,17 +440,14 @@ def test_a_run_that_cannot_be_repeated():
 
 
 def test_stochastic_layers_are_refused_with_the_way_out():
-    model = torch.nn.Sequential(
-        torch.nn.Flatten(), torch.nn.Dropout(0.5), torch.nn.Linear(16, 3)
-    ).double()
+    layers = torch.nn.Flatten(), torch.nn.Dropout(0.5), torch.nn.Linear(16, 3)
+    model = torch.nn.Sequential(*layers).double()
     data = random_pipeline(k=1, fit=False).stages[0].data
+    stage = msif.Stage("one", model, data, recipe=RECIPES["plain"])
     with refused(msif.UnsupportedModelError, "Dropout", "eval"):
-        msif.Pipeline([msif.Stage("one", model, data, recipe=RECIPES["plain"])])
+        msif.Pipeline([stage])
     model.eval()
-    pipeline = msif.Pipeline([msif.Stage("one", model, data, recipe=RECIPES["plain"])]).fit(
-        progress=False
-    )
-    attributor = msif.UnrolledInfluence().fit(pipeline)
+    attributor = msif.UnrolledInfluence().fit(msif.Pipeline([stage]).fit(progress=False))
     model.train()
     with refused(msif.UnsupportedModelError, "Dropout", "eval"):
         attributor.score(data[:2])
@@ -562,26 +502,25 @@ def test_arguments_of_the_calls():
 
 
 def test_implicit_influence_refuses_a_warm_start():
-    pipeline = trained()
-    with refused(
-        ValueError, "'stage1'", "WarmStart", "UnrolledInfluence", "Proximal\\(alpha=0\\.\\d+\\)"
-    ):
-        msif.ImplicitInfluence().fit(pipeline)
+    words = "'stage1'", "WarmStart", "UnrolledInfluence", r"Proximal\(alpha=0\.\d+\)"
+    with refused(ValueError, *words):
+        msif.ImplicitInfluence().fit(trained())
 
 
 def test_divergence_is_named():
+    recipe = msif.Adam(lr=1e3, epochs=300, batch_size=7)
+    pipeline = random_pipeline(k=1, recipe=recipe, fit=False)
+    pipeline.stages[0].loss = lambda z, y: msif.cross_entropy(z, y).exp()
+    pipeline = msif.Pipeline(pipeline.stages)
     with refused(msif.NotConvergedError, "NaN or inf", "lower lr=1000"):
-        pipeline = random_pipeline(k=1, fit=False)
-        pipeline.stages[0].recipe = msif.Adam(lr=1e3, epochs=300, batch_size=7)
-        pipeline.stages[0].loss = lambda z, y: msif.cross_entropy(z, y).exp()
-        msif.Pipeline(pipeline.stages).fit(progress=False)
+        pipeline.fit(progress=False)
 
 
 def test_nothing_but_fit_writes_into_the_models():
     pipeline = trained()
-    before = [p.clone() for s in pipeline.stages for p in s.model.parameters()]
+    before = states(pipeline)
     attributor = msif.UnrolledInfluence(group_fraction=0.1).fit(pipeline)
     attributor.score(random_queries(pipeline))
     attributor.check(n=1)
-    after = [p for s in pipeline.stages for p in s.model.parameters()]
-    assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, after, strict=True))
+    assert same(states(pipeline), before)
+    assert all(p.grad is None for s in pipeline.stages for p in s.model.parameters())

@@ -13,22 +13,17 @@ def sgd_pipeline(digits, link, seed, net, epochs):
     """Pretrain on 400 of the digits 0-3, finetune on 200 of 4-9 from a head at zero; 20 queries."""
     train, test = digits
     stages = []
-    for k, (name, classes, n) in enumerate(
-        (("pretrain", range(4), 400), ("finetune", range(4, 10), 200))
-    ):
+    tasks = ("pretrain", range(4), 400), ("finetune", range(4, 10), 200)
+    for k, (name, classes, n) in enumerate(tasks):
         recipe = msif.SGD(
             0.1, epochs=epochs, batch_size=50, schedule="linear", warmup=20, seed=2 * seed + k
         )
         model = net(len(classes), seed=seed, zero_head=k == 1)
         data = train.select(classes=classes, n=n, seed=seed)
-        stages.append(
-            msif.Stage(
-                name, model, data, weight_decay=1e-3, recipe=recipe, link=link if k else None
-            )
-        )
-    return msif.Pipeline(stages).fit(progress=False), test.select(
-        classes=range(4, 10), n=20, seed=seed
-    )
+        settings = {"weight_decay": 1e-3, "recipe": recipe, "link": link if k else None}
+        stages.append(msif.Stage(name, model, data, **settings))
+    queries = test.select(classes=range(4, 10), n=20, seed=seed)
+    return msif.Pipeline(stages).fit(progress=False), queries
 
 
 def mlp(classes, **settings):
@@ -52,9 +47,8 @@ def agreements(digits, net, link, seeds, epochs=10):
     for seed in seeds:
         pipeline, queries = sgd_pipeline(digits, LINKS[link], seed, net, epochs)
         scores = msif.UnrolledInfluence().fit(pipeline).score(queries, progress=False)
-        group = (
-            msif.UnrolledInfluence(group_fraction=0.1).fit(pipeline).score(queries, progress=False)
-        )
+        group = msif.UnrolledInfluence(group_fraction=0.1).fit(pipeline)
+        group = group.score(queries, progress=False)
         for size in (1, 8, 40):
             effects = msif.removal_effects(
                 pipeline, queries, removals(seed, size), lanes=40, progress=False
@@ -95,20 +89,15 @@ def test_conv_net_agrees_with_retraining(digits, link):
 
 
 def test_longer_training_bends_and_leave_one_out_follows(digits):
-    """15 epochs: single removals are large steps; the slope says so, and the correction mends most
-    of it.
-    """
+    """After 15 epochs single removals are large steps: the slope is off, and is corrected."""
     pipeline, queries = sgd_pipeline(digits, LINKS["frozen"], 2, mlp, epochs=15)
     effects = msif.removal_effects(pipeline, queries, removals(2, 1), lanes=40, progress=False)
-    plain, corrected = (
-        msif.agreement(
-            msif.UnrolledInfluence(leave_one_out=asked)
-            .fit(pipeline)
-            .score(queries, progress=False),
-            effects,
-        )
-        for asked in (False, True)
-    )
+
+    def compared(leave_one_out):
+        attributor = msif.UnrolledInfluence(leave_one_out=leave_one_out).fit(pipeline)
+        return msif.agreement(attributor.score(queries, progress=False), effects)
+
+    plain, corrected = compared(False), compared(True)
     for report in (plain, corrected):
         print(f"slope {report.mean('slope'):.2f}, r {report.mean():.3f}")
     assert plain.mean("slope") > 1.25
@@ -117,7 +106,7 @@ def test_longer_training_bends_and_leave_one_out_follows(digits):
 
 
 def test_implicit_influence_is_lost_on_a_run_that_stopped_early(digits):
-    """The reason for this module: on the same weights the classic formula predicts next to nothing."""
+    """Why runs are unrolled: on the same weights the classic formula predicts next to nothing."""
     pipeline, queries = sgd_pipeline(digits, LINKS["frozen"], 0, mlp, epochs=8)
     effects = msif.removal_effects(pipeline, queries, removals(0, 1), lanes=40, progress=False)
     with pytest.warns(msif.ConvergenceWarning, match="not at a stationary point"):

@@ -7,7 +7,7 @@ import time
 import matplotlib.pyplot as plt
 import pytest
 import torch
-from conftest import random_pipeline, random_queries
+from oracles import random_pipeline, random_queries
 
 import msif_lab as msif
 from msif_lab import widgets
