@@ -84,7 +84,7 @@ from .solvers import (
     schur_complement,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     # data

@@ -17,11 +17,11 @@ from safetensors.torch import save as to_bytes
 from .errors import SavedFileError
 
 FORMAT = 2
-# Format 1 (version 0.1.0) named each loss by the module it was then defined in.
-_FORMER_NAMES = re.compile(
-    r"\bmsif_lab\.objective\.(?=(?:cross_entropy|mean_squared_error|next_token_loss)\b)"
-)
 _PACKAGE = __name__.partition(".")[0]
+# Format 1 (version 0.1.0) named each loss by the module it was then defined in.
+_LOSSES = r"(?=(?:cross_entropy|mean_squared_error|next_token_loss)\b)"
+_FORMER_NAMES = re.compile(rf"\bmsif_lab\.objective\.{_LOSSES}")
+_NAMES = re.compile(rf"\bmsif_lab\.{_LOSSES}")
 
 
 def digest(*tensors: torch.Tensor) -> str:
@@ -73,13 +73,15 @@ def _describe_function(function: types.FunctionType, seen: tuple) -> str:
         sys.modules.get(function.__module__),
     )
     if found_by_name is function:
-        package = function.__module__.partition(".")[0]
-        exported = getattr(sys.modules[package], function.__qualname__, None)
-        public = package == _PACKAGE and exported is function
-        return f"{package if public else function.__module__}.{function.__qualname__}"
+        module = function.__module__
+        if module.partition(".")[0] == _PACKAGE:
+            exported = getattr(sys.modules[_PACKAGE], function.__qualname__, None)
+            module = _PACKAGE if exported is function else module
+        return f"{module}.{function.__qualname__}"
     closed = [cell.cell_contents for cell in function.__closure__ or ()]
     parts = [function.__code__, function.__defaults__, function.__kwdefaults__, closed]
-    content = describe(parts, seen)
+    # A hash cannot be renamed when a file is read, so inside it our losses keep their first names.
+    content = _NAMES.sub("msif_lab.objective.", describe(parts, seen))
     return f"{function.__name__}#{hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
 
@@ -165,7 +167,9 @@ def read_tensors(path: str | os.PathLike, kind: str) -> tuple[dict[str, torch.Te
         raise SavedFileError(
             f"{str(path)!r} was changed after it was written (checksum differs); save it again"
         )
-    facts = json.loads(_FORMER_NAMES.sub("msif_lab.", header))
+    facts = json.loads(header)
+    if facts["format"] == 1:
+        facts = json.loads(_FORMER_NAMES.sub("msif_lab.", header))
     if facts["format"] > FORMAT:
         raise SavedFileError(
             f"{str(path)!r} has format {facts['format']}, "

@@ -72,6 +72,34 @@ def test_at_one_half_the_mean_gradient_is_the_best_linear_predictor():
     assert torch.equal(gradient, score(pipeline, queries, group_fraction=0.5, leave_one_out=True))
 
 
+def test_settings_changed_between_two_calls_take_effect():
+    """The runs that are kept belong to the settings they were made with."""
+    pipeline, queries = quadratic_run(seed=3)
+    attributor = msif.UnrolledInfluence().fit(pipeline, progress=False)
+    for settings in (
+        {},
+        {"group_fraction": 0.3},
+        {"group_fraction": 0.2},
+        {"leave_one_out": True},
+        {"leave_one_out": True, "probes": 8},
+    ):
+        plain = {"group_fraction": 0.0, "leave_one_out": False, "probes": 32}
+        for name, value in (plain | settings).items():
+            setattr(attributor, name, value)
+        changed = attributor.score(queries, target="output", progress=False).values
+        assert torch.equal(changed, score(pipeline, queries, **settings)), settings
+
+
+def test_where_nothing_is_corrected_no_memory_is_kept_for_it():
+    pipeline, _ = quadratic_run(seed=4)
+    settings = {"group_fraction": 0.5, "memory": "4KB"}
+    plain = msif.UnrolledInfluence(**settings).plan(pipeline, 1)
+    asked = msif.UnrolledInfluence(**settings, leave_one_out=True).plan(pipeline, 1)
+    assert asked.stored == plain.stored
+    with pytest.raises(msif.MemoryBudgetError):
+        msif.UnrolledInfluence(memory="4KB", leave_one_out=True).plan(pipeline, 1)
+
+
 def test_the_level_of_the_scores_is_that_of_the_average_removal():
     """−p Σ of all scores is the change of q at the mean weights, with the diagonal or without."""
     pipeline, queries = quadratic_run(seed=2)

@@ -5,6 +5,8 @@ That version made the folder `saved_by_0_1_0` by ``save(FOLDER)``; no test write
 
 import json
 import shutil
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 from torch import nn
 
 import msif_lab as msif
+from msif_lab.storage import describe
 
 FOLDER = Path(__file__).parent / "saved_by_0_1_0"
 SUBSETS = [[0], [3], [1, 5]]
@@ -141,3 +144,32 @@ def test_pipeline_with_another_loss_is_still_refused(tmp_path):
     pipeline.stages[0].loss = lambda outputs, targets: msif.mean_squared_error(outputs, targets) * 2
     with pytest.raises(msif.SavedFileError, match="loss"):
         pipeline.load(tmp_path / "warm_start.pipeline.safetensors")
+
+
+def smooth(loss):
+    def smoothed(outputs, targets):
+        return 0.9 * loss(outputs, targets)
+
+    return smoothed
+
+
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="it names the byte code of Python 3.11")
+def test_functions_that_close_over_a_loss_are_described_as_by_0_1_0():
+    assert describe(smooth(msif.cross_entropy)) == "smoothed#e1ab14c6a651"
+    assert describe([smooth(msif.mean_squared_error)]) == "[smoothed#512e609ee258]"
+
+
+def test_functions_of_a_package_that_is_not_imported_itself_go_by_name(monkeypatch):
+    """As of a file loaded by its path: `describe` must not look for its package."""
+    module = types.ModuleType("nowhere.losses")
+    exec("def loss(outputs, targets):\n    return outputs[:, 0]", vars(module))
+    module.loss.__module__ = "nowhere.losses"
+    monkeypatch.setitem(sys.modules, "nowhere.losses", module)
+    assert describe(module.loss) == "nowhere.losses.loss"
+
+
+def test_a_users_own_words_are_left_as_they_are(tmp_path):
+    name = "after msif_lab.objective.cross_entropy"
+    scores = msif.Influence(torch.zeros(1, 2), torch.arange(2), torch.arange(1), stage=name)
+    scores.save(tmp_path / "scores")
+    assert msif.Influence.load(tmp_path / "scores").stage == name

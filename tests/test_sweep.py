@@ -81,6 +81,8 @@ def test_what_it_refuses(proximal):
     with pytest.raises(ValueError, match=r"links \['Frozen'\].*Proximal"):
         AlphaSweep(frozen, random_queries(frozen))
     pipeline, queries = proximal
+    with pytest.raises(TypeError, match=r"queries must be msif_lab\.Examples"):
+        AlphaSweep(pipeline, queries.x)
     with pytest.raises(ValueError, match="curvature='fisher'"):
         AlphaSweep(pipeline, queries, curvature="fisher")
     sweep = AlphaSweep(pipeline, queries)

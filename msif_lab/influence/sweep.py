@@ -77,12 +77,13 @@ class AlphaSweep:
             )
         if curvature not in ("hessian", "ggn"):
             raise ValueError(f"curvature={curvature!r} must be 'hessian' or 'ggn'")
+        first = pipeline.trained()[0]
         exact = Exact(memory)
         o = pipeline.objective(0)
         self.alpha = pipeline.objective(1).alpha
-        self._about = (o.data.ids, queries.ids, pipeline.stages[0].name, target_name(target))
         schur, self._cotangents = self._finetuning(pipeline, queries, target, curvature, exact)
         self.eigenvalues = schur.values
+        self._about = (o.data.ids, queries.ids, pipeline.stages[0].name, target_name(target))
 
         spectrum = exact.spectrum(pipeline.curvature(0, curvature))
         self.pretraining = spectrum.values
@@ -91,7 +92,7 @@ class AlphaSweep:
         pipeline.functional(1).there["coupled"].put(across, schur.vectors.T)
         self._across = o.trained.take(across) @ spectrum.vectors
         # ∇f_i in the eigenvectors of the pretraining curvature, (N, P).
-        gradients = torch.cat([g for _, g in per_example_gradients(o, pipeline.trained()[0])])
+        gradients = torch.cat([g for _, g in per_example_gradients(o, first)])
         self._examples = gradients @ spectrum.vectors
 
     @staticmethod

@@ -120,8 +120,13 @@ class UnrolledInfluence:
         plan = self._plan(pipeline, queries if isinstance(queries, int) else len(queries))
         return timed(plan, pipeline, self.memory, fits=1 + (self.group_fraction > 0))
 
+    @property
+    def _corrected(self) -> bool:
+        """Whether there is anything to correct by probes: at p = ½ there is not."""
+        return self.leave_one_out and self.group_fraction != 0.5
+
     def _plan(self, pipeline: Pipeline, queries: int) -> UnrolledPlan:
-        runs = 1 + (self.group_fraction > 0) + 2 * self.probes * self.leave_one_out
+        runs = 1 + (self.group_fraction > 0) + 2 * self.probes * self._corrected
         return make_plan(pipeline, queries, self.memory, self.segments, runs)
 
     def fit(self, pipeline: Pipeline, progress: bool = True) -> "UnrolledInfluence":
@@ -163,10 +168,7 @@ class UnrolledInfluence:
         runs = self._runs
         if self.group_fraction:
             runs = self._replay(self.plan_, {first: 1 - self.group_fraction}, progress)
-        probed = (
-            self.leave_one_out and self.group_fraction != 0.5
-        )  # where nothing is to be corrected
-        return runs, self._probe(runs[first]) if probed else None
+        return runs, self._probe(runs[first]) if self._corrected else None
 
     def _probe(self, run: Trajectory) -> Probes:
         """A stage's run once more, under ``2 · probes`` weightings close to its own."""
@@ -204,9 +206,10 @@ class UnrolledInfluence:
         pipeline.require_unchanged(self._full)
         function = ask(pipeline.objective(-1), queries, target)
         self.plan_ = self._plan(pipeline, len(queries))
-        if first not in self._at:
-            self._at = {first: self._differentiated_at(first, progress)}
-        runs, probes = self._at[first]
+        asked = first, self.group_fraction, self.leave_one_out, self.probes
+        if asked not in self._at:
+            self._at = {asked: self._differentiated_at(first, progress)}
+        runs, probes = self._at[asked]
         values, self.adjoint_norms_ = self._sweep(
             runs, first, queries, function, self.plan_, probes, progress
         )
