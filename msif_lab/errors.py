@@ -49,9 +49,9 @@ class SavedFileError(MsifError, ValueError):
 
 
 class UnsupportedModelError(MsifError, ValueError):
-    """The model is no deterministic function of each example, or not one the method can treat.
+    """The model is not a deterministic function of each example, or the method cannot treat it.
 
-    The usual causes are dropout or batch statistics that are switched on.
+    The usual cause is dropout or batch statistics left on.
     """
 
 
