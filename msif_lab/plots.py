@@ -110,7 +110,7 @@ def _count(n: int) -> str:
 
 
 def _examples(data: Examples) -> str:
-    """``400 examples of 0–3``, or the number of classes where a box is too small for their names."""
+    """``400 examples of 0–3``, or the number of classes if their names are too long for a box."""
     text = f"{len(data):,} examples"
     if not data.has_labels:
         return text

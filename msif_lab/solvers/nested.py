@@ -32,10 +32,10 @@ def check_shares(shares: tuple[float, ...]) -> None:
 def basis(columns: Tensor) -> tuple[Tensor, Tensor]:
     """An orthonormal basis Q of the columns' span, and T with ``Q = columns T``.
 
-    Q has fewer columns if some are zero or duplicates, or if they outnumber the rows. Directions that make up
-    less than a thousandth of the columns are left out; that is far less than an iteration leaves
-    unsolved, and they return once they have grown. With a lower threshold, products would be spent on
-    the rounding errors by which duplicates differ.
+    Q has fewer columns if some are zero or duplicates, or if they outnumber the rows. Directions
+    that make up less than a thousandth of the columns are left out; that is far less than an
+    iteration leaves unsolved, and they return once they have grown. With a lower threshold,
+    products would be spent on the rounding errors by which duplicates differ.
     """
     norm = columns.norm(dim=0)
     scale = 1 / norm.where(norm > 0, 1.0)
@@ -69,8 +69,8 @@ class Level:
         rough: relative residual of its own solves.
         columns: most right-hand sides at a time; `KEPT` directions are kept for each, and the
             oldest are overwritten.
-        floor: once a curvature at or below it is met, this level is skipped: so small a curvature of a
-            share says nothing about the whole.
+        floor: once a curvature at or below it is met, this level is skipped: so small a curvature
+            of a share says nothing about the whole.
     """
 
     def __init__(
