@@ -136,7 +136,7 @@ def imports_below(source: str, module: str) -> list[str]:
 
 
 def circle(imports: dict[str, set[str]]) -> list[str]:
-    """The names along one circle of imports, or an empty list."""
+    """The names along one cycle of imports, or an empty list."""
     done: set[str] = set()
 
     def visit(name: str, path: list[str]) -> list[str]:

@@ -92,7 +92,7 @@ class Layer:
 
     @property
     def parameters(self) -> int:
-        """How many numbers of θ it holds."""
+        """The number of its parameters in θ."""
         return sum(len(s) for s in (self.weight, self.bias) if s is not None)
 
     @functools.cached_property

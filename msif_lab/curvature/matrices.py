@@ -263,7 +263,7 @@ class GGN(DataCurvature):
         return result
 
     def _outputs(self) -> int:
-        """C, how many numbers the model gives for an example."""
+        """C, the number of outputs per example."""
         o = self.objective
 
         def count() -> int:

@@ -207,7 +207,7 @@ def _cache(data: DataSet, arrays: list[np.ndarray]) -> None:
             write_bytes(folder / name, b"".join((header.getvalue(), array)))
     except OSError as error:
         warnings.warn(
-            f"{data.name}: not cached in {folder} ({error}): fetched anew next time. "
+            f"{data.name}: not cached in {folder} ({error}), so fetched again next time. "
             "XDG_CACHE_HOME can name another place",
             stacklevel=5,
         )

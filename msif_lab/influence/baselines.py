@@ -176,7 +176,7 @@ class Random(Baseline):
     """Normal random numbers: what agreement looks like by chance.
 
     Args:
-        seed: another one gives other numbers.
+        seed: of the numbers.
     """
 
     def __init__(self, seed: int = 0):

@@ -59,10 +59,10 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Costs of implicit influence, stage by stage; printing it gives a table.
+    """Costs of implicit influence, stage by stage; prints as a table.
 
     Attributes:
-        stages: one `StagePlan` each.
+        stages: one `StagePlan` per stage.
         queries, memory: Q and the budget in bytes, as asked.
     """
 
@@ -185,7 +185,7 @@ def _plan_stage(
 
 
 def _iterative(o, size: int, damping: float, memory: int, item: int) -> ConjugateGradient:
-    """Conjugate gradients, preconditioned where that pays and every diagonal shift is positive."""
+    """Conjugate gradients, preconditioned where that pays and all shifts are positive."""
     rank = min(500, memory // (6 * size * item))
     if size < LARGE or rank < 50 or not bool((o.ridge + damping > 0).all()):
         return ConjugateGradient()

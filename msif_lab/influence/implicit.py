@@ -171,8 +171,8 @@ class ImplicitInfluence:
         if top is not None and (not isinstance(top, int) or not top >= 1 or self.leave_one_out):
             raise ValueError(
                 f"top={top!r} must be a whole number of at least 1, and needs "
-                "leave_one_out=False, whose corrections are kept for all examples anyway: score "
-                "without top and ask .helpful(k)"
+                "leave_one_out=False: the corrections are kept for all examples anyway, so score "
+                "without top and use .helpful(k)"
             )
         if not hasattr(self, "_prepared"):
             raise ValueError("call fit(pipeline) before score(queries)")

@@ -37,7 +37,7 @@ def removal_steps(kind: str, o: Objective, full: Tensor, solve: Solve) -> Tensor
     """
     size = o.size * len(o.data) * full.element_size()
     require_memory(
-        size, SHIFT_BYTES, "leave_one_out=True", "score without it, or a smaller model or data set"
+        size, SHIFT_BYTES, "leave_one_out=True", "leave it out, or use a smaller model or data set"
     )
     # about 24 (B, P) at once
     few = max(1, working_bytes(o.device) // (24 * o.size * full.element_size()))

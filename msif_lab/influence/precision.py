@@ -20,8 +20,8 @@ def reduced_precision(
 
     Weights stay float32. Prints by how much that changes a curvature product of each stage, as
     ``‖H̃v − Hv‖ / ‖Hv‖`` for random v, and yields these errors by stage name: no solve inside can
-    reach a residual below them. PyTorch's settings return at the end. Where the hardware has no
-    such units, as on most CPUs, the errors are zero. ``"float32"`` is for CUDA, where PyTorch by
+    reach a residual below them. PyTorch's settings are restored at the end. On hardware without
+    such units, most CPUs included, the errors are zero. ``"float32"`` is for CUDA, where PyTorch by
     itself lets convolutions use TF32.
 
     Args:

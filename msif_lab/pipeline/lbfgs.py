@@ -135,7 +135,7 @@ def _two_loop(gradient: Tensor, pairs: list[tuple[Tensor, Tensor, Tensor]]) -> T
 
 
 def strong_wolfe(lanes, theta, value, gradient, direction, step, c1=1e-4, c2=0.9, max_tries=25):
-    """A step of each lane that satisfies the strong Wolfe conditions, all lanes side by side.
+    """A step for each lane that satisfies the strong Wolfe conditions, all lanes side by side.
 
     Keeps a bracket (lo, hi) per lane: hi is infinite until a step overshoots; then cubic
     interpolation. Near the optimum, where F differences are rounding, the approximate Wolfe

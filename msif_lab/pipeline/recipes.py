@@ -1,7 +1,7 @@
 """Mini-batch recipes: how a stage is trained, and how one step of it is run backwards.
 
 A recipe trains under many example weightings at once, the same way every time; `UnrolledInfluence`
-differentiates the whole run by its reversed steps.
+differentiates the whole run by the reverse of each step.
 """
 
 import sys
@@ -257,7 +257,7 @@ class Adam(MiniBatch):
     """Adam (Kingma & Ba 2015) as ``torch.optim.Adam``, the penalties part of the gradient.
 
     ``m ← β₁ m + (1 − β₁) g``, ``s ← β₂ s + (1 − β₂) g²``, ``θ ← θ − η_t m̂ / (√ŝ + ε)`` with the
-    bias-corrected ``m̂ = m / (1 − β₁ᵗ)``, ``ŝ = s / (1 − β₂ᵗ)``. No stage inherits them.
+    bias-corrected ``m̂ = m / (1 − β₁ᵗ)``, ``ŝ = s / (1 − β₂ᵗ)``. Each stage starts both at 0.
 
     Args:
         lr: learning rate η.

@@ -73,8 +73,8 @@ class Proximal:
     previous stage.
 
     Args:
-        alpha: strength α > 0; a large one freezes. Plain gradient descent for K steps of rate η
-            acts like ``2α = 1/(ηK)``.
+        alpha: strength α > 0; a large one acts like `Frozen`, plain gradient descent for K
+            steps of rate η like ``2α = 1/(ηK)``.
         shared: as in `Frozen`.
     """
 

@@ -1,4 +1,4 @@
-"""Solvers of ``H v = a``, one file per method; every solve comes with a report."""
+"""Solvers of ``H v = a``: exact, iterative, approximate; every solve comes with a report."""
 
 from .conjugate_gradient import ConjugateGradient
 from .ekfac import EKFAC

@@ -41,7 +41,7 @@ class Explorer:
 
     @functools.cached_property
     def widget(self):
-        """The live view: labelled controls that work from the keyboard, pictures, any error."""
+        """The live view: labelled controls that work from the keyboard, pictures, and any error."""
         import ipywidgets
 
         self.error = self._style(ipywidgets.Output(), "error")
@@ -75,7 +75,7 @@ class Explorer:
             kind: name of its class, such as ``"Dropdown"``.
             name: its style class.
             description: its label.
-            on_value: called with every new value, by a button without one; its errors are shown.
+            on_value: called with every new value, from a button without one; its errors are shown.
             settings: of the class.
         """
         import ipywidgets

@@ -1,4 +1,4 @@
-"""Two methods side by side: on which examples they agree and on which not."""
+"""Two methods side by side: the examples on which they agree and on which not."""
 
 import html
 from collections.abc import Mapping
