@@ -91,7 +91,7 @@ class Pipeline:
         return self
 
     def adopt(self) -> "Pipeline":
-        """Take the models' present weights as the trained ones: for your own training code.
+        """Take the models' present weights as the trained ones, after your own training code.
 
         Raises:
             ValueError: a frozen parameter differs from the previous stage's, or NaN or inf in the

@@ -77,7 +77,7 @@ class MiniBatch(ABC):
     """What mini-batch recipes share: batches, schedule, and the loop.
 
     Batch order and schedule depend on the seed alone, not on example weights, so removing an
-    example changes nothing else: runs are reproducible bit for bit on one machine's CPU.
+    example changes nothing else. Runs are reproducible bit for bit on one machine's CPU.
 
     A recipe adds the optimiser itself as pure functions on ``(R, P)`` tensors: `start`, `update`,
     and the transpose `pull_back` of one update. Your own recipe needs nothing more to be trained,

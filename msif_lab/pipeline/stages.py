@@ -93,8 +93,8 @@ class Proximal:
 class WarmStart:
     """Everything is trained, starting from the previous stage's W*: plain full finetuning.
 
-    The finetuned model keeps something of W* only because training stops early. So this link means
-    something with `SGD` or `Adam`, and its influence is `UnrolledInfluence`'s.
+    The finetuned model keeps something of W* only because training stops early. So this link needs
+    `SGD` or `Adam`, and `UnrolledInfluence` for its scores.
     `SGD.equivalent_alpha` gives the `Proximal` link that resembles it.
 
     Args:
