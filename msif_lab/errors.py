@@ -21,7 +21,7 @@ class MsifError(Exception):
 
 
 class NotConvergedError(MsifError):
-    """A fit or a solve did not reach its tolerance and was asked to be strict about it."""
+    """A fit gave NaN or inf, a series diverged, or a strict solve missed its tolerance."""
 
 
 class IndefiniteCurvatureError(MsifError):
@@ -41,17 +41,17 @@ class MemoryBudgetError(MsifError, MemoryError):
 
 
 class DataUnavailableError(MsifError):
-    """No source of a data set could be reached."""
+    """No source gave the original bytes of a data set."""
 
 
 class SavedFileError(MsifError, ValueError):
-    """A saved file is cut off, was changed, or was not written by msif_lab."""
+    """A saved file is damaged, was not written by msif_lab, or holds something else."""
 
 
 class UnsupportedModelError(MsifError, ValueError):
-    """The model is no deterministic function of each example, or not one the method can treat.
+    """The model is not a deterministic function of each example, or the method cannot treat it.
 
-    The usual causes are dropout or batch statistics that are switched on.
+    The usual cause is dropout or batch statistics left on.
     """
 
 

@@ -1,6 +1,6 @@
 """The named settings of lessons and results as one-line builders: data, nets, recipes and link.
 
-`studies` compares every method with retraining on them.
+`studies` compares every method with real retraining on each setting.
 """
 
 from collections.abc import Callable, Iterator
@@ -70,7 +70,7 @@ class Sizes:
 
     Attributes:
         pretraining, finetuning: how many examples the two stages have.
-        queries: how many test examples are asked about.
+        queries: how many test examples serve as queries.
         lr: learning rate of both stages; it rises for 20 steps, then falls linearly to zero.
         epochs: passes over the data, in pretraining and in finetuning.
         batch_size: examples in a step of pretraining and of finetuning.
@@ -220,7 +220,7 @@ VEHICLES_SIZES = CIFAR_SIZES | {"large": replace(CIFAR_SIZES["large"], lr=0.03)}
 def _drawn(load, root, first, second, sizes: Sizes, data_seed: int, dtype=torch.float32):
     """Pretraining examples of the classes ``first``; (finetuning, test) examples of ``second``.
 
-    They are those that `_transfer` selects, drawn before all the others are converted to floats.
+    The same ones that `_transfer` selects, drawn before anything is converted to floats.
     """
     shared = {"pool": 2, "dtype": dtype, "seed": data_seed}
     train, _ = load(root, classes=first, n=sizes.pretraining, **shared)
@@ -258,7 +258,7 @@ def mnist_to_digits(
     root=None,
     **changes,
 ) -> Experiment:
-    """A real shift: all ten MNIST digits → the ten bundled ones, by other hands and scanners.
+    """A real shift: all ten MNIST digits → the bundled ones, from other writers and scanners.
 
     The bundled digits are enlarged from 8 × 8 to 14 × 14 pixels. Arguments as in `mnist`.
     """

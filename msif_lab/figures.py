@@ -10,7 +10,7 @@ DRAWING = threading.RLock()
 
 
 def data_uri(png: bytes) -> str:
-    """The image itself as an address, so that the HTML needs no second file."""
+    """The image itself as a URL, so that the HTML needs no second file."""
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 

@@ -33,15 +33,15 @@ COLOURS = {"helpful": HELPFUL, "harmful": HARMFUL, "neutral": NEUTRAL}  # by `In
 def use_style() -> None:
     """Set the look of all figures: call it once at the top of a notebook.
 
-    Seaborn's colourblind palette without its pale colours, readable sizes, 100 dpi. In JupyterLab
-    figures also get the alt text from their cell's metadata (``"alt"``), which it does not show by
-    itself.
+    Seaborn's colourblind palette without its pale colours, readable sizes, 100 dpi. In JupyterLab,
+    figures also get the alt text from their cell's metadata (``"alt"``), which it does not show
+    otherwise.
     """
     import matplotlib.pyplot as plt
     import seaborn
 
-    # Its yellow, pale blue, pink, light orange and tan have a contrast of less than 3 : 1 on white:
-    # thin lines in them get lost.
+    # Its yellow, pale blue, pink, light orange and tan have a contrast of less than 3 : 1 on white,
+    # too little for thin lines.
     palette = [seaborn.color_palette("colorblind")[i] for i in (0, 3, 2, 4, 7)]
     seaborn.set_theme(context="notebook", style="ticks", palette=palette, font_scale=0.9)
     plt.rcParams.update(
@@ -100,7 +100,7 @@ def _holds(places: dict, span: range) -> bool:
 
 
 def _blocks(layout, names: list[str]) -> str:
-    """``16×64 + 16``, or how many blocks where that would be long."""
+    """``16×64 + 16``, or the number of blocks where that would be long."""
     text = " + ".join("×".join(map(str, layout.shapes[name])) or "1" for name in names)
     return text if len(text) <= 16 else f"{len(names)} blocks"
 
@@ -110,7 +110,7 @@ def _count(n: int) -> str:
 
 
 def _examples(data: Examples) -> str:
-    """``400 examples of 0–3``, or of how many classes where their names are too long for a box."""
+    """``400 examples of 0–3``, or the number of classes if their names are too long for a box."""
     text = f"{len(data):,} examples"
     if not data.has_labels:
         return text
@@ -162,7 +162,7 @@ def influence_grid(
         examples: images ``(N, C, H, W)`` of the scored stage.
         queries: images of the queries.
         query: position of the query.
-        k: pictures a row.
+        k: pictures per row.
 
     Returns:
         the matplotlib figure.
@@ -233,7 +233,7 @@ def agreement_scatter(report: Agreement, ax=None, title: str = ""):
 
 
 def method_intervals(table, statistics=("r", "magnitude"), removals: str | None = None):
-    """Every method's agreement with retraining: dots with 95 % intervals, one panel a statistic.
+    """Every method's agreement with retraining: dots with 95 % intervals, one panel per statistic.
 
     Args:
         table: of `compare_methods` (one setting and link); rows of `noise_ceiling` become a grey
@@ -278,7 +278,7 @@ def method_intervals(table, statistics=("r", "magnitude"), removals: str | None 
 
 
 def v_curve(steps, errors, ax=None, labels=None):
-    """Relative distance of finite differences from a derivative over the step, on log axes.
+    """Relative distance of finite differences from a derivative, against the step, on log axes.
 
     Args:
         steps: the H steps that were tried.
@@ -287,8 +287,8 @@ def v_curve(steps, errors, ax=None, labels=None):
         labels: names of the lines.
 
     Returns:
-        the matplotlib axes. A right derivative draws a V: with a smaller step the error of
-        truncation falls and that of rounding rises.
+        the matplotlib axes. A correct derivative draws a V: with a smaller step truncation
+        error falls and rounding error rises.
     """
     import matplotlib.pyplot as plt
 
@@ -314,7 +314,7 @@ def v_curve(steps, errors, ax=None, labels=None):
 
 
 def filter_curves(eigenvalues, alphas, times=(), ax=None):
-    """How much of a direction's pull comes through finetuning, over its curvature s.
+    """How much of a direction's pull comes through finetuning, against its curvature s.
 
     Args:
         eigenvalues: s of the directions, ``(n,)``, drawn as ticks along the bottom; may be
@@ -361,7 +361,7 @@ def filter_curves(eigenvalues, alphas, times=(), ax=None):
     ax.set_xlabel("curvature s (ticks: eigenvalues)")
     ax.set_ylabel("share that comes through")
     ax.set_ylim(max(float(shown.min()) / 1.5, 1e-3), min(float(shown.max()) * 1.5, 1e2))
-    if len(ax.lines) > 1:  # without curves there is nothing to name
+    if len(ax.lines) > 1:  # without curves a legend has nothing to name
         ax.legend(frameon=False, fontsize=8)
     return ax
 
@@ -375,7 +375,7 @@ def _curvatures(low: float, high: float, near: float) -> torch.Tensor:
 
 
 def _curvature_axis(ax, low: float, high: float, near: float) -> None:
-    """A logarithmic x axis, which is linear within ``near`` of 0 if it has to reach 0."""
+    """Make the x axis logarithmic, but linear within ``near`` of 0 if it has to reach 0."""
     if low > 0:
         ax.set_xscale("log")
         return

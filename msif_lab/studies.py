@@ -2,7 +2,7 @@
 
     python -m msif_lab.studies mnist cifar --jobs 2 --out notebooks/results
 
-makes anew the tables that the README and the lessons show.
+remakes the tables that the README and the lessons show.
 """
 
 import argparse
@@ -41,7 +41,7 @@ REMOVALS = {"one": None, "2 %": 0.02, "10 %": 0.1}
 def implicit(experiment: Experiment, solver=None) -> Influence:
     """The paper's formula at the weights where SGD stopped, a warm start read as proximal.
 
-    With the GGN and without damping: of a stage that is not at a minimum, the Hessian may be
+    With the GGN and without damping: where a stage is not at a minimum, the Hessian may be
     indefinite. `SGD.equivalent_alpha` is the coupling that resembles the number of steps.
     """
     pipeline = experiment.pipeline
@@ -49,7 +49,7 @@ def implicit(experiment: Experiment, solver=None) -> Influence:
         pipeline = _as_proximal(pipeline)
     method = ImplicitInfluence(solver or Exact("4GB"), curvature="ggn")
     with warnings.catch_warnings():
-        # The stages are not at a minimum; what the formula gives there is the question.
+        # The stages are not at a minimum; what the formula gives there is the very question.
         warnings.simplefilter("ignore", ConvergenceWarning)
         return method.fit(pipeline).score(experiment.queries)
 

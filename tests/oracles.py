@@ -26,7 +26,7 @@ def draw(*size, seed=0, dtype=F64):
 
 
 def close(actual, expected, tol=1e-10, case=None):
-    """Assert that no entry is off by more than ``tol`` times the largest one; 0.0 asks for bits."""
+    """Assert that no entry is off by more than ``tol`` times the largest; 0.0 means equal bits."""
     assert actual.shape == expected.shape, case
     error = float((actual - expected).abs().max()) if actual.numel() else 0.0
     scale = float(expected.abs().max()) if actual.numel() else 0.0
@@ -53,7 +53,7 @@ def states(pipeline):
 
 
 def attributes(model):
-    """All attributes of every module, hooks among them: equal as long as nothing came or went."""
+    """All attributes of every module, hooks included: equal as long as none came or went."""
     return {
         (name, attribute): copy.copy(value)
         for name, module in model.named_modules()
@@ -153,11 +153,11 @@ def unrolled_scores(pipeline, queries, *, stage=0, target="loss", **settings):
 def central_differences(
     pipeline, queries, stage, examples, step=1e-3, *, optimum, centre=1.0, target="loss"
 ):
-    """(Q, E) derivatives of the queries by example weights, from a pipeline retrained as a whole.
+    """(Q, E) derivatives of the queries in example weights, from a pipeline retrained as a whole.
 
     Args:
-        optimum: True retrains to the optimum near the trained weights, of second order; False
-            repeats the very run that trained them, of fourth order.
+        optimum: True retrains to the optimum near the trained weights, by second-order differences;
+            False repeats the very run that trained them, by fourth-order ones.
         centre: the weight of all examples around which one weight is moved.
     """
     offsets, factors = ([1, -1], [1 / 2, -1 / 2])
@@ -178,7 +178,7 @@ def central_differences(
 
 
 def linear_objective(weight_decay=1e-2):
-    """Softmax regression at a random point: convex, its Hessian is its Gauss-Newton matrix."""
+    """Softmax regression at a random point: convex, and its Hessian is its Gauss-Newton matrix."""
     data = random_examples(20, (6,), 3, False, seed=5)
     model = msif.softmax_regression(6, 3).double()
     o = msif.Pipeline([msif.Stage("linear", model, data, weight_decay=weight_decay)]).objective(0)
@@ -254,7 +254,7 @@ class Oracle:
         return matrix + torch.diag(self.penalty())
 
     def gradients(self, examples=None, function=None):
-        """``(N, P)``: of each example's loss, or another function, alone by reverse mode."""
+        """``(N, P)``: of each example's loss, or another function, one by one in reverse mode."""
         examples, rows = examples or self.o.data, []
         for x, y in zip(examples.x, examples.y, strict=True):
             theta = self.theta.clone().requires_grad_()

@@ -100,7 +100,7 @@ def _run(*command: str) -> str:
 def imported(source: str, module: str) -> set[str]:
     """The package's modules that ``module`` imports, by their dotted names below the package.
 
-    Everywhere, in functions too: an import that waits for its function still ties the two together.
+    Inside functions too: an import that waits for its function still ties the two together.
     """
     package = module.split(".")[:-1]
     found = set()
@@ -136,7 +136,7 @@ def imports_below(source: str, module: str) -> list[str]:
 
 
 def circle(imports: dict[str, set[str]]) -> list[str]:
-    """The names along one circle of imports, or an empty list."""
+    """The names along one cycle of imports, or an empty list."""
     done: set[str] = set()
 
     def visit(name: str, path: list[str]) -> list[str]:
@@ -168,7 +168,7 @@ def test_imports_point_up():
 
 
 def test_no_circle_of_imports():
-    """Neither between files nor between folders; `__init__` only hands on what others make."""
+    """Neither between files nor between folders; `__init__` only exports what others define."""
     files = [path for path in MODULES if path.name != "__init__.py"]
     imports = {
         _module(path): imported(path.read_text(encoding="utf-8"), _module(path)) for path in files
@@ -224,7 +224,7 @@ def test_functions_fit_a_screen():
 
 
 def test_no_module_is_shadowed_by_a_name():
-    """`import msif_lab.plan as p` once gave a function: names of a folder and modules differ."""
+    """`import msif_lab.plan as p` once gave a function: names and modules of a folder differ."""
     shadowed = []
     for path in MODULES:
         if path.name == "__init__.py":
@@ -246,7 +246,7 @@ def test_every_folder_of_the_package_is_installed():
 
 
 def test_import_is_light():
-    """Under a second of processor time beyond torch's own, and none of the heavy packages."""
+    """Importing takes under a second of processor time beyond torch's, and no heavy package."""
     code = (
         "import sys, time, torch; start = time.process_time(); import msif_lab;"
         "print(time.process_time() - start, *sys.modules)"
@@ -263,7 +263,7 @@ def test_public_names_exist_and_are_documented():
     assert len(msif_lab.__all__) == len(set(msif_lab.__all__))
     missing = [name for name in msif_lab.__all__ if not hasattr(msif_lab, name)]
     assert not missing, f"in __all__ but absent: {missing}"
-    # A dataclass without a docstring gets its signature as one; that documents nothing.
+    # A dataclass without a docstring gets its signature as one, which documents nothing.
     docs = {name: getattr(msif_lab, name).__doc__ or "" for name in msif_lab.__all__}
     bare = [name for name, doc in docs.items() if not doc.strip() or doc.startswith(f"{name}(")]
     assert not bare, f"without a docstring: {bare}"

@@ -85,7 +85,7 @@ def per_example_gradients(
         full: all its parameters ``(D,)``.
         examples: default the stage's own data.
         function: ``(outputs, targets) -> (B,)``; default the stage's loss.
-        every: derivatives by all D parameters instead of the trained P.
+        every: derivatives in all D parameters instead of the trained P.
         rows: only these positions.
     """
     o = objective
@@ -97,7 +97,7 @@ def per_example_gradients(
         outputs = o.outputs(theta if every else o.parameters(theta, full), x[None])
         return function(outputs, y[None])[0]
 
-    # Besides the activations an example costs a few vectors of P numbers.
+    # Besides its activations, an example takes a few vectors of P numbers.
     gradient_bytes = (2 if layers else 8) * len(theta) * full.element_size()
     copies = 2 + gradient_bytes // o.bytes_per_example()
     for part, x, y in o.chunks(examples, copies, rows):
@@ -135,7 +135,7 @@ def product_chunks(
     *,
     mode: str = "auto",
 ) -> Iterator[tuple[slice, Tensor]]:
-    """``(positions, ∇f_iᵀ v_q (Q, B))`` chunk by chunk, so the data may be of any length.
+    """``(positions, ∇f_iᵀ v_q (Q, B))`` chunk by chunk, so that any amount of data will do.
 
     Three modes give the same numbers. ``"layers"`` takes one backward pass for all vectors and then
     ``Σ_l s_lᵀ V a_l`` layer by layer, in whichever order needs fewer multiplications
@@ -223,9 +223,9 @@ def own_products(
 def cross_products(
     o: Objective, full: Tensor, names: Sequence[str], vectors: Tensor, weights: Tensor | None = None
 ) -> Tensor:
-    """``G_WT v = ∂_W (1/m) Σ_i w_i ∇_T f_i · v``: the derivative by W of the mean slope along v.
+    """``G_WT v = ∂_W (1/m) Σ_i w_i ∇_T f_i · v``: the W-derivative of the mean slope along v.
 
-    Each chunk takes one gradient by T, and each v one backward pass through its graph, to W only.
+    Each chunk takes one gradient in T, and each v one backward pass through its graph, to W only.
 
     Args:
         o: the stage, which trains T.
@@ -260,10 +260,10 @@ def cross_products(
 
 
 def forward_is_cheaper(o: Objective, dtype: torch.dtype) -> bool:
-    """Whether many directions are faster by forward over reverse mode.
+    """Whether forward-over-reverse mode is faster for many directions.
 
-    Only for float64 convolutions, which PyTorch has fast in the forward direction alone; everywhere
-    else reverse mode is cheaper (bench_unrolled.py).
+    Only for float64 convolutions, which PyTorch runs fast in the forward direction alone; elsewhere
+    reverse mode is cheaper (bench_unrolled.py).
     """
     return dtype == torch.float64 and any(len(shape) > 2 for shape in o.layout.shapes.values())
 
@@ -284,7 +284,7 @@ def gradient_transpose(
 ) -> tuple[Tensor, Tensor]:
     """Pull ``ḡ`` back through ``(θ, w) ↦ (1/|B|) Σ_{i∈B} w_i ∇f_i(θ)``.
 
-    The derivative by θ is the Hessian-vector product ``∇²L_B ḡ``, the one by ``w_i`` the score
+    The derivative in θ is the Hessian-vector product ``∇²L_B ḡ``, the one in ``w_i`` the score
     ``∇f_i·ḡ / |B|``: one pass gives both.
 
     Args:
@@ -293,7 +293,7 @@ def gradient_transpose(
         batch: positions of B in the stage's data.
         cotangents: ḡ ``(Q, P)``.
         weights: w ``(|B|,)``, one by default.
-        every: derivatives by all D parameters, not only the trained P; the others hold G_WT ḡ.
+        every: derivatives in all D parameters, not only the trained P; the rest are G_WT ḡ.
         memory: bytes that the pass may take.
 
     Returns:
@@ -326,7 +326,7 @@ def _transpose(
 ) -> tuple[Tensor, Tensor]:
     """Pull many cotangents back through ``(θ, w) ↦ ∂risk/∂θ``, to θ and to w."""
     if forward and len(cotangents) > 1:
-        # Pushed forward instead, to the same numbers: the Hessian is symmetric, and ∇f_i·ḡ is the
+        # Pushing forward gives the same numbers: the Hessian is symmetric, and ∇f_i·ḡ is the
         # derivative of f_i along ḡ.
         gradients = grad(risk, argnums=(0, 1))
 

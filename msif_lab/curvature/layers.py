@@ -41,12 +41,12 @@ class Layer:
 
     @property
     def numel(self) -> int:
-        """n, how many numbers one example's z has."""
+        """n, the number of entries in one example's z."""
         return math.prod(self.size)
 
     @property
     def positions(self) -> int:
-        """L, at how many positions of an example the same weights are used."""
+        """L, the number of positions in an example at which the same weights are used."""
         return self.numel // len(self.module.weight)
 
     @property
@@ -56,7 +56,7 @@ class Layer:
 
     @property
     def dense(self) -> bool:
-        """Whether it is a `Linear` that is applied at a single position."""
+        """Whether it is a `Linear` applied at a single position."""
         return isinstance(self.module, nn.Linear) and len(self.size) == 1
 
     def inputs(self, x: Tensor) -> Tensor:
@@ -73,8 +73,8 @@ class Layer:
     def pushes(self, columns: int) -> bool:
         """Whether ``s·(V a)`` is cheaper than the gradient and its products with all K columns.
 
-        That is ``L P K`` multiplications against ``L P + P K``, where the latter are products of
-        small matrices, one per example, and take twice as long each (bench_scoring.py).
+        That is ``L P K`` multiplications against ``L P + P K``; the latter are in products of small
+        matrices, one per example, and take twice as long each (bench_scoring.py).
         """
         return self.positions * columns <= 2 * (self.positions + columns)
 
@@ -87,12 +87,12 @@ class Layer:
 
     @property
     def spans(self) -> list[slice]:
-        """Where its weight and bias lie in θ, as far as they are trained."""
+        """Where its weight and bias lie in θ, if they are trained."""
         return [slice(s.start, s.stop) for s in (self.weight, self.bias) if s is not None]
 
     @property
     def parameters(self) -> int:
-        """How many numbers of θ it holds."""
+        """The number of its parameters in θ."""
         return sum(len(s) for s in (self.weight, self.bias) if s is not None)
 
     @functools.cached_property
@@ -223,7 +223,7 @@ SCALES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm)
 class Trace:
     """A chunk's outputs, and each layer's inputs ``a`` and outputs ``z`` on the way to them.
 
-    The graph from z to the outputs is kept, so that the outputs can be differentiated by z.
+    The graph from z to the outputs is kept, so that the outputs can be differentiated in z.
     """
 
     layers: list[Layer]

@@ -1,8 +1,8 @@
 """Hessian and generalised Gauss-Newton matrix of a stage as operators with algebra.
 
 ``H = Hessian(objective, full)`` is used as ``(H + damping) @ V``: it knows its shape, dtype and
-device, and multiplies many vectors at once. Means are over all data, so that the product does not
-depend on how the data are cut into chunks.
+device, and multiplies many vectors at once. Means are over all data, so the product does not depend
+on how the data are cut into chunks.
 """
 
 import copy
@@ -67,7 +67,7 @@ class DataCurvature(Operator):
         Disjoint parts sum to the whole.
         """
         part = copy.copy(self)
-        part.__dict__.pop("_twin", None)  # a Hessian's cached twin is that of all rows
+        part.__dict__.pop("_twin", None)  # a Hessian's cached twin belongs to all rows
         part.rows = rows
         part.ridge = None
         return part
@@ -112,7 +112,7 @@ class DataCurvature(Operator):
         return theta if self.every else self.objective.parameters(theta, self.full)
 
     def _width(self, column: int, columns: int) -> int:
-        """How many of ``columns`` go side by side if one takes ``column`` bytes per example.
+        """How many of ``columns`` to take at once if each costs ``column`` bytes per example.
 
         Few enough that 8 examples fit in memory, in pieces of equal width: for a conv net 11 + 9
         columns cost a sixth more than 10 + 10.
@@ -140,18 +140,18 @@ class DataCurvature(Operator):
         return vectors, self.ridge[:, None] * vectors
 
     def _copies(self, columns: int) -> int:
-        """How many sets of activations one example costs with so many columns."""
+        """How many sets of activations one example costs with this many columns."""
         return max(3, columns)
 
     def dense_multiplications(self, examples: int) -> float:
-        """Multiplications that making the dense matrix takes from so many examples.
+        """Multiplications needed to make the dense matrix from this many examples.
 
         Infinity if the matrix is made by products with unit vectors.
         """
         return float("inf")
 
     def _chunk(self, vectors: Tensor, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
-        """The product that a chunk adds; its weights are already divided by m."""
+        """What a chunk adds to the product; its weights are already divided by m."""
         raise TypeError(f"{type(self).__name__} must define _chunk")
 
 
@@ -191,7 +191,7 @@ class Hessian(DataCurvature):
     def _twin(self) -> "GGN | None":
         """The Gauss-Newton matrix where the outputs are linear in θ, else None.
 
-        There it equals the Hessian, and is far cheaper.
+        There it equals the Hessian and is far cheaper.
         """
         if not _is_linear(self):
             return None
@@ -263,7 +263,7 @@ class GGN(DataCurvature):
         return result
 
     def _outputs(self) -> int:
-        """C, how many numbers the model gives for an example."""
+        """C, the number of outputs per example."""
         o = self.objective
 
         def count() -> int:

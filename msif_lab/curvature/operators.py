@@ -56,12 +56,12 @@ class Operator:
         if isinstance(other, Tensor) and other.ndim and other.shape != (self.shape[0],):
             raise ValueError(
                 f"cannot add {tuple(other.shape)} to an operator of shape {self.shape}: "
-                "a number or (P,)"
+                "give a number or (P,)"
             )
         if not isinstance(other, (int, float, Tensor)):
             raise TypeError(
                 f"cannot add {type(other).__name__} to an operator: "
-                "a number, a (P,) tensor or an operator"
+                "give a number, a (P,) tensor or an operator"
             )
         return Shifted(base, shift + other)
 

@@ -127,8 +127,8 @@ def load_mnist(
         classes: digits to keep, re-labelled ``0 .. len(classes)-1`` in this order as
             `Examples.select` does, but before conversion to floats: the full set as float32 takes
             220 MB, a selection only its share.
-        n, seed: of the training images keep those that ``train.select(n=n, seed=seed)`` would,
-            again before conversion; default all. The test images are not thinned out.
+        n, seed: keep the training images that ``train.select(n=n, seed=seed)`` would keep, again
+            before conversion; default all. No test images are dropped.
         progress: show a bar when a download takes more than two seconds.
 
     Returns:
@@ -138,7 +138,7 @@ def load_mnist(
     Raises:
         DataUnavailableError: no source has the data; the message gives the reason for each, and the
             way out.
-        FileNotFoundError: ``root`` (or ``MSIF_DATA``) is no folder.
+        FileNotFoundError: ``root`` (or ``MSIF_DATA``) is not a folder.
         ValueError: an unknown or repeated class, ``pool`` does not divide 28, ``dtype`` is not
             floating, or a class has too few images for ``n``.
 
@@ -185,7 +185,7 @@ def load_cifar10(
     Raises:
         DataUnavailableError: no source has the data; the message gives the reason for each, and the
             way out.
-        FileNotFoundError: ``root`` (or ``MSIF_DATA``) is no folder.
+        FileNotFoundError: ``root`` (or ``MSIF_DATA``) is not a folder.
         ValueError: an unknown or repeated class, ``pool`` does not divide 32, ``dtype`` is not
             floating, or a class has too few images for ``n``.
 
@@ -227,7 +227,7 @@ def _examples(
     if classes is not None or n is not None:
         kept = kept.select(classes, n, seed)
     side = data.shape[0] // pool
-    channels = math.prod(data.shape[2:])  # 1 for MNIST, whose arrays have no axis of channels
+    channels = math.prod(data.shape[2:])  # 1 for MNIST, whose arrays have no channel axis
     x = torch.empty(len(kept), channels, side, side, dtype=dtype)
     # At least float32, which holds the sum of a square's bytes exactly: only the division rounds.
     exact = torch.promote_types(dtype, torch.float32)

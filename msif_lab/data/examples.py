@@ -1,4 +1,4 @@
-"""`Examples`: data that keep their identity, with inputs in memory or read when needed."""
+"""`Examples`: data that keep their ids, with inputs in memory or read when needed."""
 
 import html
 import numbers
@@ -71,8 +71,8 @@ def read_item(dataset, i: int, like: Tensor | None = None) -> tuple[Tensor, Tens
     """The checked pair ``(x, y)`` of item i; x must have the shape and dtype of ``like``.
 
     Raises:
-        TypeError: the item is no pair of tensors, arrays or numbers.
-        ValueError: the input has another shape or dtype than the first one, or holds NaN or inf.
+        TypeError: the item is not a pair of tensors, arrays or numbers.
+        ValueError: the input differs from the first in shape or dtype, or holds NaN or inf.
     """
     item = dataset[i]
     if not isinstance(item, (tuple, list)) or len(item) != 2:
@@ -183,7 +183,7 @@ class Examples:
     def from_dataset(cls, dataset, targets=None, *, classes: Sequence | None = None) -> "Examples":
         """Examples of a map-style data set whose inputs are read when needed and never kept.
 
-        So the data set need not fit in memory: every stage, score and baseline takes it chunk by
+        The data set need not fit in memory: every stage, score and baseline takes it chunk by
         chunk. ``.x`` is an `Inputs`; selecting by index or `select`, and `to`, read nothing.
         Targets are small and stay in memory.
 
@@ -195,10 +195,10 @@ class Examples:
             classes: as in `Examples`.
 
         Raises:
-            TypeError: no length or no indexing (an iterable data set), or items that are no pairs
+            TypeError: no length or no indexing (an iterable data set), or items that are not pairs
                 of numbers.
             ValueError: the data set is empty, inputs differ in shape or hold NaN, or the first
-                input is another one at the second reading.
+                input is different when read again.
 
         >>> labels = torch.tensor([0, 1, 1, 0, 1])
         >>> images = torch.utils.data.TensorDataset(torch.zeros(5, 1, 8, 8), labels)

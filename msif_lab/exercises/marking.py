@@ -1,4 +1,4 @@
-"""How an answer is marked: compared with the right one, and with those of known mistakes."""
+"""How an answer is marked: compared with the right one, then with known wrong ones."""
 
 import html
 from collections.abc import Callable, Mapping
@@ -53,7 +53,7 @@ class Exercise:
     Attributes:
         expected: returns the right answer from the quantities given: numbers, a bool, a word, or
             positions in any order.
-        next: a question to the reader whose answer is right.
+        next: a question for a reader whose answer is right.
         mistakes: by name, a pair: what the mistake leads to, as a function of (right answer,
             quantities) that returns None where it cannot happen; and a hint. Flipped signs, the
             factors m, 1/m, 2 and 1/2, and transposition are known without an entry.
@@ -80,7 +80,7 @@ class Exercise:
     def wrong_answers(self, **given) -> dict[str, tuple[Any, str]]:
         """The known wrong answers for these quantities, with their hints, by name.
 
-        First the exercise's own, then the usual ones that have no entry of their own.
+        First the exercise's own, then the usual ones that it does not list itself.
         """
         right = self.expected(**given)
         found = {
@@ -122,7 +122,7 @@ class Exercise:
 
 
 def _usual_mistakes(right: Tensor, m: int) -> dict[str, tuple[Tensor, str]]:
-    """Wrong answers with their hints that may come up in any exercise with numbers."""
+    """Wrong answers, with hints, that may come up in any exercise with numbers."""
     usual = {"sign": (-right, "the sign is flipped")}
     if right.ndim == 2:
         usual["transposed"] = (right.T, "rows and columns are swapped")

@@ -1,6 +1,4 @@
-"""Scores of training examples on queries: every method that makes them, what it costs, and its
-result.
-"""
+"""Scores of training examples on queries: every method for them, its cost and its result."""
 
 from .baselines import (
     Baseline,

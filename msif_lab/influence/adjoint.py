@@ -21,9 +21,9 @@ CHUNK_BYTES = 150 * 10**6  # of derivatives at once; more only misses the caches
 
 @dataclass
 class Probes:
-    """Pairs of runs of a stage whose weights are all changed a little: ``w̄ ± h z``, z random signs.
+    """Pairs of runs of a stage with all weights changed a little: ``w̄ ± h z``, z random signs.
 
-    ``∂θ/∂w_i ≈ (1/R) Σ_r z_ri (θ⁺_r − θ⁻_r) / 2h``: what the other examples add cancels on average.
+    ``∂θ/∂w_i ≈ (1/R) Σ_r z_ri (θ⁺_r − θ⁻_r) / 2h``: the other examples' parts cancel on average.
 
     Attributes:
         run: the 2R runs, first all ``+``, then all ``−``.
@@ -49,16 +49,16 @@ class Adjoint:
         functional: the stage.
         run: its replayed run, of one lane.
         cotangent: ∂q/∂ all its final parameters ``(Q, D)``.
-        onwards: whether a stage before it will be asked for.
+        onwards: whether the sweep goes on to a stage before it.
         memory: bytes, a quarter of which one mini-batch's derivatives may take.
         probes: for the leave-one-out correction.
 
     Attributes:
         scores: of the stage's own examples so far, ``(Q, m)``.
         theta_bar, state_bar: ∂q/∂ what is trained ``(Q, P)`` and the optimiser's memory, which
-            starts as zeros: q does not ask for it.
-        frozen_bar, centre_bar: ∂q/∂ what the stage took over and keeps, and the values that its
-            penalty holds to.
+            starts as zeros: q does not depend on it.
+        frozen_bar, centre_bar: ∂q/∂ what the stage took over and keeps, and ∂q/∂ the values that
+            its penalty pulls towards.
     """
 
     def __init__(
@@ -88,8 +88,7 @@ class Adjoint:
         return self.theta_bar.norm(dim=1).sum()
 
     def sweep(self, norms: Tensor, bar) -> None:
-        """Backwards through all T steps; adds `size` before each step, and at the end, to ``norms``
-        (T + 1,).
+        """Backwards through all T steps; adds `size` at every state to ``norms`` (T + 1,).
 
         Raises:
             ValueError: the adjoint overflows.
@@ -116,9 +115,7 @@ class Adjoint:
         return self.run.steps[step][0].to(self.base.device)
 
     def _step(self, step: int, theta: Tensor, saved: tuple) -> Tensor:
-        """One step backwards, from θ (P,) before it and what the recipe saved in it; returns ḡ =
-        ∂q/∂∇L_B ``(Q, P)``.
-        """
+        """One step backwards, from θ (P,) before it and what the recipe saved: ḡ ``(Q, P)``."""
         o, batch, rate = self.objective, self._batch(step), self.run.steps[step][1]
         g_bar, self.theta_bar, self.state_bar = self.run.recipe.pull_back(
             self.theta_bar, self.state_bar, saved, step, rate, self.decay
@@ -133,7 +130,7 @@ class Adjoint:
             min(self.memory // 4, CHUNK_BYTES),
         )
         self.scores[:, batch] += own
-        if self.through_frozen:  # what is frozen shapes every step's gradient
+        if self.through_frozen:  # frozen parameters enter every step's gradient
             self.frozen_bar = self.frozen_bar + self.functional.here["frozen"].take(product)
             product = o.trained.take(product)
         self.theta_bar = self.theta_bar + product + self.ridge * g_bar
@@ -141,9 +138,7 @@ class Adjoint:
         return g_bar
 
     def _correct(self, step: int, theta: Tensor, probed: Tensor, g_bar: Tensor) -> None:
-        """Without example i its own curvature leaves the step too:
-        ``score_i −= ḡᵀ h_i ∂θ/∂w_i / |B|``.
-        """
+        """Take each example's own curvature out too: ``score_i −= ḡᵀ h_i ∂θ/∂w_i / |B|``."""
         o, batch = self.objective, self._batch(step)
         full, row = o.join(theta, self.base), theta.numel() * theta.element_size()
         for part in batch.split(max(1, self.memory // 4 // (8 * row))):

@@ -1,4 +1,4 @@
-"""Baselines: what one would look at first, as attributors like `ImplicitInfluence`.
+"""Baselines: what one would try first, with the interface of `ImplicitInfluence`.
 
 From the pretrained model alone, the same row for every query: `Loss`, `Entropy`, `Margin`,
 `GradientNorm`, `Random`. For each query: `GradientDot`, `TracIn`, `RepresentationSimilarity`,
@@ -78,13 +78,13 @@ class Baseline:
         )
 
     def _values(self, k: int, queries: Examples, function: Callable) -> Tensor:
-        """Scores ``(Q, N)``, or ``(1, N)`` where the query does not matter."""
+        """Scores ``(Q, N)``, or ``(1, N)`` where they do not depend on the query."""
         raise TypeError(f"{type(self).__name__} must define _values")
 
     def _query_gradients(self, k: int, queries: Examples, function: Callable) -> Tensor:
-        """∇q by the parameters stage k trains, ``(Q, P)``, as if later stages did not adapt.
+        """∇q in the parameters stage k trains, ``(Q, P)``, as if later stages did not adapt.
 
-        The gradient by what a later stage took over is passed on as it is; its own head is held
+        The gradient in what a later stage took over is passed on as it is; its own head is held
         fixed.
         """
         o = self._pipeline.objective(-1)
@@ -148,7 +148,7 @@ class Margin(_PerExample):
         _need_classes(self, outputs)
         if targets.ndim != 1:
             raise ValueError(
-                "Margin needs one label an example, the stage's targets are "
+                "Margin needs one label per example, the stage's targets are "
                 f"{tuple(targets.shape[1:])}"
             )
         p = outputs.softmax(-1)
@@ -165,7 +165,7 @@ def _need_classes(baseline: Baseline, outputs: Tensor) -> None:
 
 
 class GradientNorm(Baseline):
-    """``‖∇f_i‖`` by what the stage trains: how hard an example still pulls. Unsigned."""
+    """``‖∇f_i‖`` in what the stage trains: how hard an example still pulls. Unsigned."""
 
     def _values(self, k, queries, function):
         o = self._pipeline.objective(k)
@@ -176,7 +176,7 @@ class Random(Baseline):
     """Normal random numbers: what agreement looks like by chance.
 
     Args:
-        seed: another one gives other numbers.
+        seed: of the numbers.
     """
 
     def __init__(self, seed: int = 0):
@@ -192,7 +192,7 @@ class GradientDot(Baseline):
     """``−(1/m) ∇q · ∇f_i`` over the shared parameters. Signed.
 
     Influence without curvature, with the heads held fixed. With ``cosine=True`` it is divided by
-    both norms, so that examples with large gradients do not stand out for that alone.
+    both norms, so that examples do not stand out merely for having large gradients.
     """
 
     signed = True
@@ -205,7 +205,7 @@ class GradientDot(Baseline):
         if not self.cosine:
             return -example_products(o, self._full[k], v.T) / len(o.data)
         v = nn.functional.normalize(v, dim=1)
-        # only where q reaches: the cosine in the space both have in common
+        # only where q has a gradient: the cosine in the space both share
         some = v.abs().amax(0) > 0
         parts = per_example_gradients(o, self._full[k])
         return -torch.cat([v @ nn.functional.normalize(g * some, dim=1).T for _, g in parts], 1)
@@ -214,9 +214,9 @@ class GradientDot(Baseline):
 class TracIn(Baseline):
     """``−(1/m) Σ_c η_c ∇q · ∇f_i(θ_c)`` over checkpoints of the stage's own run. Signed.
 
-    η_c sums the learning rates of the steps a checkpoint stands for. When q is asked after a later
+    η_c sums the learning rates of the steps a checkpoint stands for. When q belongs to a later
     stage, its gradient is the one after finetuning: at a checkpoint of pretraining there is no head
-    yet that could answer it.
+    yet to compute q with.
 
     Args:
         checkpoints: how many, at equal distances, the last at the end of the run.
@@ -256,14 +256,14 @@ class TracIn(Baseline):
         v = None if last else self._query_gradients(k, queries, function)
         total = 0.0
         for full, rate in self._states[k]:
-            if last:  # q is asked of this very stage, so also of its checkpoints
+            if last:  # q belongs to this very stage, so its checkpoints have it too
                 v = torch.cat([g for _, g in per_example_gradients(o, full, queries, function)])
             total = total - rate * example_products(o, full, v.T) / len(o.data)
         return total
 
 
 class RepresentationSimilarity(Baseline):
-    """Cosine of example and query in the features of the scored stage's model. Unsigned.
+    """Cosine similarity of example and query in the scored stage's features. Unsigned.
 
     An example that looks like the query to the model matters to it, for better or worse.
 
@@ -305,7 +305,7 @@ class RepresentationSimilarity(Baseline):
             hook.remove()
         if sum(map(len, seen)) != len(examples):
             raise ValueError(
-                f"layer={self.layer!r} does not see each example once; name another module"
+                f"layer={self.layer!r} is not called once per example; name another module"
             )
         return nn.functional.normalize(torch.cat(seen).flatten(1), dim=1)
 

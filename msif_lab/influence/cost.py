@@ -1,4 +1,4 @@
-"""What implicit and unrolled influence will cost, found by short probes before the work."""
+"""What implicit and unrolled influence will cost, measured by short probes beforehand."""
 
 import math
 import time
@@ -41,7 +41,7 @@ class StagePlan:
         stage: its name.
         parameters, examples: P and m.
         solver: the suggestion, ready for use.
-        products: curvature times vector, counted per column.
+        products: curvature-vector products, counted per column.
         bytes: estimated peak beyond data and model.
         seconds: of solving for all queries and of scoring all examples.
         reason: why this solver.
@@ -59,11 +59,11 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Costs of implicit influence, stage by stage; printing it gives a table.
+    """Costs of implicit influence, stage by stage; prints as a table.
 
     Attributes:
-        stages: a `StagePlan` each.
-        queries, memory: what was asked for, Q and bytes.
+        stages: one `StagePlan` per stage.
+        queries, memory: Q and the budget in bytes, as asked.
     """
 
     stages: tuple[StagePlan, ...]
@@ -72,12 +72,12 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Of all stages."""
+        """Seconds of all stages together."""
         return sum(s.seconds for s in self.stages)
 
     @property
     def bytes(self) -> int:
-        """Of the largest stage."""
+        """Peak bytes: those of the largest stage."""
         return max(s.bytes for s in self.stages)
 
     def solver(self, stage: str) -> Exact | ConjugateGradient:
@@ -109,10 +109,10 @@ def plan(
 ) -> Plan:
     """What implicit influence will cost, stage by stage, and a solver for each.
 
-    From a probe of a few seconds: one product, one solve and one scoring with 128 examples a stage.
-    `Exact` is suggested where its matrices fit the memory and it is about as fast (it has no
-    tolerance to worry about and sees the smallest eigenvalue), `ConjugateGradient` elsewhere, with
-    `LowRank` as its preconditioner for larger models.
+    From a probe of a few seconds: one product, one solve and one scoring per stage, with 128
+    examples. `Exact` is suggested where its matrices fit the memory and it is about as fast (it has
+    no tolerance to worry about and finds the smallest eigenvalue), `ConjugateGradient` elsewhere,
+    with `LowRank` as its preconditioner for larger models.
 
     Args:
         pipeline: trained or adopted.
@@ -185,7 +185,7 @@ def _plan_stage(
 
 
 def _iterative(o, size: int, damping: float, memory: int, item: int) -> ConjugateGradient:
-    """Conjugate gradients, preconditioned where that pays and penalty or damping is everywhere."""
+    """Conjugate gradients, preconditioned where that pays and all shifts are positive."""
     rank = min(500, memory // (6 * size * item))
     if size < LARGE or rank < 50 or not bool((o.ridge + damping > 0).all()):
         return ConjugateGradient()
@@ -193,7 +193,7 @@ def _iterative(o, size: int, damping: float, memory: int, item: int) -> Conjugat
 
 
 def _scaled(solver: ConjugateGradient, more: float) -> ConjugateGradient:
-    """For a part of the data: as many rows of curvature an example as the whole would get."""
+    """The solver for 1/``more`` of the data: its preconditioner's rank shrinks in proportion."""
     if solver.preconditioner is None:
         return solver
     rank = max(1, round(solver.preconditioner.rank / more))
@@ -201,7 +201,7 @@ def _scaled(solver: ConjugateGradient, more: float) -> ConjugateGradient:
 
 
 def _products(operator, solver: ConjugateGradient, columns: Tensor) -> tuple[int, str]:
-    """Products to the solver's tolerance on the probe's data, extrapolated where they are many."""
+    """Products to the solver's tolerance on the probe's data, extrapolated if it falls short."""
     worst, most = [], columns.numel()
 
     def note(step: int, residuals: Tensor) -> None:
@@ -221,7 +221,7 @@ def _products(operator, solver: ConjugateGradient, columns: Tensor) -> tuple[int
 
 
 def _dense_seconds(operator: DataCurvature, column: float, examples: int) -> float:
-    """Making the matrix and factorising it, from the machine's rate of multiplication."""
+    """Time to make and factorise the matrix, from the machine's rate of multiplication."""
     size = operator.shape[0]
     a = torch.ones(512, 512, dtype=operator.dtype, device=operator.device)
     rate = 512**3 / seconds(lambda: a @ a)
@@ -230,11 +230,11 @@ def _dense_seconds(operator: DataCurvature, column: float, examples: int) -> flo
 
 @dataclass(frozen=True)
 class UnrolledPlan:
-    """What unrolling a pipeline takes, before it is done; prints as a table.
+    """What unrolling a pipeline will take; prints as a table.
 
     Attributes:
         steps: per stage, T.
-        segments: per stage, into how many stretches its run is cut; 1 keeps every step.
+        segments: per stage, how many stretches its run is cut into; 1 keeps every step.
         stored: bytes of the checkpoints and of the longest stretch between two.
         swept: bytes of the adjoints and of one mini-batch's derivatives during a sweep.
         budget: bytes allowed.
@@ -272,9 +272,9 @@ class UnrolledPlan:
 def make_plan(
     pipeline: Pipeline, queries: int, memory: int, segments: int | None = None, runs: int = 1
 ) -> UnrolledPlan:
-    """Cut the runs into segments and the queries into parts, so that a sweep keeps to the budget.
+    """Cut runs into segments and queries into parts, so that a sweep stays within the budget.
 
-    Half of it is for the states of so many runs, a quarter each for adjoints and for one batch's
+    Half of it is for the states of this many runs, a quarter each for adjoints and for one batch's
     derivatives.
 
     Raises:
@@ -306,7 +306,7 @@ def make_plan(
 def _segments(pipeline: Pipeline, memory: int, segments: int | None, runs: int):
     """Steps and segments per stage, and the bytes of one run's states.
 
-    Keeps every step where that fits; else √T checkpoints a stage, which with one recomputation is
+    Keeps every step where that fits; else √T checkpoints per stage, which with one recomputation is
     the least memory: checkpoints and the stretch between two are then equally large.
 
     Raises:
@@ -349,9 +349,7 @@ def _bytes(*tensors: Tensor) -> int:
 
 
 def timed(plan: UnrolledPlan, pipeline: Pipeline, memory: int, fits: int) -> UnrolledPlan:
-    """The plan with its seconds, from one measured step of each stage, there and back; ``fits``:
-    runs to be replayed.
-    """
+    """The plan with seconds for ``fits`` replayed runs, from one step of each stage, both ways."""
     fit = sweep = 0.0
     for k, stage in enumerate(pipeline.stages):
         o, recipe = pipeline.objective(k), stage.recipe

@@ -36,7 +36,7 @@ class ImplicitInfluence:
 
     The thought experiment: give example i weight ``w_i`` in its stage, retrain this stage and all
     later ones to their minima, and watch q. The answer, ``∂q/∂w_i``, comes from one pass backwards:
-    with ``a`` the gradient of q by a stage's parameters, ``v = H⁻¹ a``; that stage's own examples
+    with ``a`` the gradient of q in a stage's parameters, ``v = H⁻¹ a``; that stage's own examples
     score ``−(1/m) vᵀ∇f_i``; the stage before gets ``2α v_S`` through a `Proximal` link,
     ``a_W − G_WT v`` through a `Frozen` one. With one stage this is Koh & Liang (2017); with two,
     the two cases of Chen et al. (2020).
@@ -45,8 +45,8 @@ class ImplicitInfluence:
         solver: how ``H v = a`` is solved: `Exact` (default), `ConjugateGradient`, `MINRES`,
             `LiSSA`, approximately by `LowRank` or `EKFAC`, or ``"auto"``: what `plan` suggests for
             each stage, printed with its reason.
-        curvature: ``"hessian"``, or ``"ggn"`` for what is inverted where the Hessian is not
-            definite (the cross block of the frozen case stays exact).
+        curvature: which matrix is inverted: ``"hessian"``, or ``"ggn"`` where the Hessian is not
+            positive definite (the cross block of the frozen case stays exact).
         damping: added to H; a modelling choice, 0 by default.
         leave_one_out: replace H by ``H − h_i/m`` for example i with its own curvature ``h_i``,
             because removal is a finite step: the scores then predict removal (exact for ridge
@@ -111,7 +111,7 @@ class ImplicitInfluence:
             raise TypeError(f"pipeline must be a msif_lab.Pipeline, not {type(pipeline).__name__}")
         self._full = [full.clone() for full in pipeline.trained()]
         self._pipeline = pipeline
-        self._steps: dict[int, Tensor] = {}  # by stage, of `removal_steps`
+        self._steps: dict[int, Tensor] = {}  # by stage, from `removal_steps`
         self._prepared = []
         for stage in pipeline.stages:
             _refuse_warm_start(stage)
@@ -131,10 +131,10 @@ class ImplicitInfluence:
         return self
 
     def _check_stationary(self, k: int) -> None:
-        """Warn when the gradient that is left is not small beside one example's share, ‖∇f_i‖/m."""
+        """Warn when the remaining gradient is not small beside one example's share, ‖∇f_i‖/m."""
         o = self._pipeline.objective(k)
         left = float(self._pipeline.gradient(k).norm())
-        few = 256 if o.size < 10**5 else 32  # an order of magnitude is all that is asked
+        few = 256 if o.size < 10**5 else 32  # an order of magnitude is enough
         some = torch.arange(0, len(o.data), -(-len(o.data) // few), device=o.device)
         squares = [g.square().sum(1) for _, g in per_example_gradients(o, self._full[k], rows=some)]
         pull = float(torch.cat(squares).mean().sqrt()) / len(o.data)
@@ -171,8 +171,8 @@ class ImplicitInfluence:
         if top is not None and (not isinstance(top, int) or not top >= 1 or self.leave_one_out):
             raise ValueError(
                 f"top={top!r} must be a whole number of at least 1, and needs "
-                "leave_one_out=False, whose corrections are kept for all examples anyway: score "
-                "without top and ask .helpful(k)"
+                "leave_one_out=False: the corrections are kept for all examples anyway, so score "
+                "without top and use .helpful(k)"
             )
         if not hasattr(self, "_prepared"):
             raise ValueError("call fit(pipeline) before score(queries)")
@@ -199,25 +199,25 @@ class ImplicitInfluence:
         return Influence(values, o.data.ids, queries.ids, *about)
 
     def _side_by_side(self, first: int) -> int:
-        """How many queries are solved at once, from the vectors that are held of each."""
+        """How many queries to solve at once, from the memory that each one takes."""
         sizes = [self._pipeline.objective(k).layout.size for k in range(first, len(self._full))]
         last = self._full[-1]
         room = 2 * working_bytes(last.device) if last.is_cuda else SOLVING_BYTES
-        held = 4 + getattr(self.solver, "vectors", 6)  # by us, and by the solver
+        held = 4 + getattr(self.solver, "vectors", 6)  # here, and in the solver
         return max(1, room // (held * max(sizes) * last.element_size()))
 
     def _solve(
         self, queries: Examples, function: Callable, first: int, reports: list
     ) -> tuple[Tensor, Tensor]:
-        """From the queries back to stage ``first``, with one solve a stage.
+        """From the queries back to stage ``first``, with one solve per stage.
 
         Returns:
-            ∇q by what the stage trains and ``H⁻¹∇q``, ``(Q, P)`` each; the former without columns
-            where it is no longer needed. The solves' reports by stage are added to ``reports``.
+            ∇q in what the stage trains and ``H⁻¹∇q``, ``(Q, P)`` each; the former without columns
+            where it is no longer needed. The solves' reports are added to ``reports`` by stage.
         """
         last = len(self._full) - 1
         o, full = self._pipeline.objective(last), self._full[last]
-        cotangent = full.new_empty(len(queries), o.layout.size)  # ∇q by all of the last stage
+        cotangent = full.new_empty(len(queries), o.layout.size)  # ∇q in all of the last stage
         for rows, gradients in per_example_gradients(o, full, queries, function, every=True):
             cotangent[rows] = gradients
         report = {}
@@ -230,7 +230,7 @@ class ImplicitInfluence:
         return right if self.leave_one_out else right[:, :0], solution.T
 
     def _pull_back(self, k: int, cotangent: Tensor, solution: Tensor) -> Tensor:
-        """∇q by the stage before (Q, D'), from ∇q by stage k (Q, D) and ``v = H⁻¹∇q`` (Q, P)."""
+        """∇q in the stage before (Q, D'), from ∇q in stage k (Q, D) and ``v = H⁻¹∇q`` (Q, P)."""
         functional = self._pipeline.functional(k)
         o, layout = functional.objective, self._pipeline.objective(k - 1).layout
         before = cotangent.new_zeros(len(cotangent), layout.size)
@@ -238,7 +238,7 @@ class ImplicitInfluence:
             pull = 2 * o.alpha * o.coupled.take(solution)
             functional.there["coupled"].put(before, pull)
         names = [name for name in functional.frozen if name in functional.live]
-        if names:  # frozen: a_W − G_WT v, of the W that a stage before trains
+        if names:  # frozen: a_W − G_WT v, for the W that a stage before trains
             direct = o.layout.places(names).take(cotangent)
             through_head = cross_products(o, self._full[k], names, solution)
             layout.places(names).put(before, direct - through_head)

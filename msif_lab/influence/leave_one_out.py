@@ -11,7 +11,7 @@ from ..errors import ConvergenceWarning
 from ..memory import require_memory, working_bytes
 from ..objective.objective import Objective
 
-SHIFT_BYTES = 512 * 10**6  # what the steps of all examples may take
+SHIFT_BYTES = 512 * 10**6  # that the steps of all examples may take
 ITERATIONS = 50
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5}  # relative residual of a step
 HELD_UP = 100.0  # times the plain step along ∇f_i; in ridge regression that is a leverage of 0.99
@@ -29,15 +29,15 @@ def removal_steps(kind: str, o: Objective, full: Tensor, solve: Solve) -> Tensor
         solve: ``H⁻¹`` of many columns.
 
     Raises:
-        MemoryBudgetError: the steps of all examples take too much.
+        MemoryBudgetError: the steps of all examples take too much memory.
 
     Warns:
-        ConvergenceWarning: without some examples the curvature is not positive definite, or hardly;
+        ConvergenceWarning: without some examples the curvature is not positive definite, or barely;
             their steps are the uncorrected ``H⁻¹ ∇f_i / m``.
     """
     size = o.size * len(o.data) * full.element_size()
     require_memory(
-        size, SHIFT_BYTES, "leave_one_out=True", "score without it, or a smaller model or data set"
+        size, SHIFT_BYTES, "leave_one_out=True", "leave it out, or use a smaller model or data set"
     )
     # about 24 (B, P) at once
     few = max(1, working_bytes(o.device) // (24 * o.size * full.element_size()))
@@ -50,7 +50,7 @@ def removal_steps(kind: str, o: Objective, full: Tensor, solve: Solve) -> Tensor
     if failed:
         warnings.warn(
             f"{o.where}: without examples {failed[:10]} ({len(failed)} in all) the curvature H − "
-            "h_i/m is not positive definite, or hardly, so there may be no nearby minimum; their "
+            "h_i/m is not positive definite, or barely, so there may be no nearby minimum; their "
             "scores are not corrected. Use curvature='ggn' or more weight decay",
             ConvergenceWarning,
             stacklevel=4,
@@ -61,19 +61,17 @@ def removal_steps(kind: str, o: Objective, full: Tensor, solve: Solve) -> Tensor
 def _corrected(
     kind: str, o: Objective, full: Tensor, rows: Tensor, b: Tensor, solve: Solve
 ) -> tuple[Tensor, Tensor]:
-    """The steps ``(H − h_i/m)⁻¹ b_i`` of some examples ``(B, P)``, and where they could be
-    corrected ``(B,)``.
-    """
+    """Steps ``(H − h_i/m)⁻¹ b_i`` of some examples ``(B, P)``, and which are corrected ``(B,)``."""
     x, y = o.data.x[rows], o.data.y[rows]
 
     def own(p: Tensor) -> Tensor:
         return own_products(kind, o, full, x, y, p) / len(o.data)
 
     step, plain, good = _side_by_side(own, b, solve)
-    # a flat direction that only this example holds: the quadratic picture ends there
+    # a direction that is flat but for this example: the quadratic model fails there
     if plain is not None:
         good = good & ((b * step).sum(1) <= HELD_UP * (b * plain).sum(1))
-    if not bool(good.all()):  # no nearby minimum without these; the derivative is what is left
+    if not bool(good.all()):  # no nearby minimum without these: fall back on the derivative
         step[~good] = solve(b[~good].T).T
     return step, good
 
@@ -81,11 +79,10 @@ def _corrected(
 def _side_by_side(
     own: Callable[[Tensor], Tensor], b: Tensor, solve: Solve
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Conjugate gradients on the B systems ``(H − h_i/m) x_i = b_i`` at once, preconditioned by
-    ``H⁻¹``.
+    """Conjugate gradients on B systems ``(H − h_i/m) x_i = b_i``, preconditioned by ``H⁻¹``.
 
-    ``h_i`` has few directions that matter, so a handful of iterations do; ``H p`` follows from the
-    recursion, since ``H H⁻¹ r = r``.
+    ``h_i`` has few directions that matter, so a handful of iterations suffice; ``H p`` follows from
+    the recursion, since ``H H⁻¹ r = r``.
 
     Returns:
         x ``(B, P)``; ``H⁻¹ b`` (None where all b are zero); which systems were solved, ``(B,)``.

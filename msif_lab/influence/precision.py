@@ -1,4 +1,4 @@
-"""Faster, coarser multiplication where hardware has it: on request, and with its error shown."""
+"""Faster, coarser multiplication where the hardware has it: on request, with its error shown."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from ..pipeline.pipeline import Pipeline
 
 __all__ = ["reduced_precision"]
 
-MATMUL = {"float32": "highest", "tf32": "high", "bf16": "medium"}  # PyTorch's words for them
+MATMUL = {"float32": "highest", "tf32": "high", "bf16": "medium"}  # PyTorch's names for them
 
 
 @contextmanager
@@ -19,9 +19,9 @@ def reduced_precision(
     """Multiply float32 matrices as TF32 (10 bits) or bfloat16 (7 bits) within this block.
 
     Weights stay float32. Prints by how much that changes a curvature product of each stage, as
-    ``‖H̃v − Hv‖ / ‖Hv‖`` for random v, and gives these errors by stage name: no solve inside can
-    reach a residual below them. PyTorch's settings return at the end. Where the hardware has no
-    such units, as on most CPUs, the errors are zero. ``"float32"`` is for CUDA, where PyTorch by
+    ``‖H̃v − Hv‖ / ‖Hv‖`` for random v, and yields these errors by stage name: no solve inside can
+    reach a residual below them. PyTorch's settings are restored at the end. On hardware without
+    such units, most CPUs included, the errors are zero. ``"float32"`` is for CUDA, where PyTorch by
     itself lets convolutions use TF32.
 
     Args:

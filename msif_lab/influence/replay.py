@@ -1,4 +1,4 @@
-"""A stage's run, replayed from checkpoints: the exact state at every step, without keeping all."""
+"""A stage's run replayed from checkpoints: the exact state at every step, not all of them kept."""
 
 import itertools
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ class Trajectory:
         recipe, lanes: what is run, on one lane or several.
         bounds: first step of each segment, and T.
         keep: whether a run of a single segment keeps the state of every step, so that nothing is
-            computed again.
+            recomputed.
         steps: batch and rate of each of the T steps.
         final: all parameters after the run ``(R, D)``.
     """
@@ -34,7 +34,7 @@ class Trajectory:
     final: Tensor = field(init=False)
 
     def run(self, bar=None) -> "Trajectory":
-        """The whole stage once."""
+        """Run the whole stage once."""
         self.steps = list(self.recipe.steps(len(self.lanes.objective.data)))
         theta = self.lanes.objective.trained.take(self.lanes.base)
         state = self.recipe.start(theta)

@@ -45,7 +45,7 @@ class AboutTarget:
 
     @property
     def signs(self) -> dict[str, str]:
-        """The sign that helpful and harmful scores have, as it is printed: ``"−"`` or ``"+"``."""
+        """The printed sign of helpful and of harmful scores: ``"−"`` or ``"+"``."""
         helpful, harmful = ("−", "+") if self.harm_sign > 0 else ("+", "−")
         return {"helpful": helpful, "harmful": harmful}
 
@@ -114,7 +114,7 @@ def rank_stream(
 
     Args:
         chunks: ``(positions, values (Q, B))``, one after the other; at most 4k values of a row are
-            held beside the present chunk.
+            held besides the present chunk.
         k: how many to keep at either end.
         ids: identities of the N examples.
 
@@ -153,7 +153,7 @@ class Influence(AboutTarget):
     Attributes:
         values: ``(Q, N)``.
         ids, query_ids: identities of the examples ``(N,)`` and queries ``(Q,)``.
-        stage, target, method: where the examples live, what q is, how it was computed.
+        stage, target, method: whose examples, what q is, how the scores were computed.
     """
 
     values: Tensor
@@ -276,7 +276,7 @@ class Influence(AboutTarget):
             f"<tr><td>{word}</td><td>{int(i)}</td><td>{float(score):+.2e}</td></tr>"
             for word, ranking in (("helpful", mean.helpful(k)), ("harmful", mean.harmful(k)))
             for score, i in zip(ranking.values[0], ranking.ids[0], strict=True)
-            if self.kind(float(score)) == word  # among few examples the last ones may not be
+            if self.kind(float(score)) == word  # of few examples the last may not be
         ]
         queries = f"{len(self)} {'query' if len(self) == 1 else 'queries'}"
         title = (

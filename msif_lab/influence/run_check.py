@@ -21,7 +21,7 @@ class RunCheck:
 
     Attributes:
         examples: their positions ``(n,)``.
-        steps: changes h of weight that were tried.
+        steps: changes h in weight that were tried.
         errors: ``(H, n)`` relative distance of central differences from the scores, over queries: a
             V over h, truncation on the right, rounding on the left.
         nonlinearity: ``(n,)`` ``‖q(2) + q(0) − 2 q(1)‖ / ‖q(2) − q(0)‖`` over the weight of the
@@ -75,12 +75,12 @@ def check_run(
     steps: Sequence[float] | None,
     seed: int,
 ) -> RunCheck:
-    """Derivatives by n random examples of stage k beside reruns of all stages.
+    """Derivatives in the weights of n random examples of stage k, beside reruns of all stages.
 
     Args:
         pipeline: what is rerun.
-        derivative: ``∂q/∂w`` of all the stage's examples ``(Q, m)``, asked for once n is known to
-            be right.
+        derivative: ``∂q/∂w`` of all the stage's examples ``(Q, m)``, computed only after n is
+            checked.
         n, queries, steps, seed: as in `UnrolledInfluence.check`.
     """
     m, dtype = len(pipeline.stages[k].data), pipeline.objective(k).dtype
@@ -110,9 +110,7 @@ def check_run(
 def _both_ways(
     pipeline: Pipeline, queries: Examples, k: int, examples: Tensor, steps: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
-    """q after reruns with weight ``1 + h`` and ``1 − h`` of one example at a time, ``(Q, H, n)``
-    each.
-    """
+    """q after reruns with weight ``1 ± h`` of one example at a time, ``(Q, H, n)`` each."""
     m, n = len(pipeline.stages[k].data), len(examples)
     weights = torch.ones(len(steps), 2, n, m, dtype=torch.float64)
     for row, h in enumerate(steps):

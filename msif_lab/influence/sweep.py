@@ -17,11 +17,11 @@ __all__ = ["AlphaSweep"]
 
 
 class AlphaSweep:
-    """Scores of a two-stage `Proximal` pipeline for any α and damping, the weights held fixed.
+    """Scores of a two-stage `Proximal` pipeline for any α and damping, with the weights held fixed.
 
     With ``S = G_WW − G_WT G_TT⁻¹ G_TW`` the Schur complement of the finetuning curvature (without
     the proximal term) and ``c = ∇_W q − G_WT G_TT⁻¹ ∇_T q`` the frozen case's cotangent, the full
-    case hands ``2α (S + 2αI)⁻¹ c`` to pretraining: along an eigenvector of S with eigenvalue s, c
+    case passes ``2α (S + 2αI)⁻¹ c`` to pretraining: along an eigenvector of S with eigenvalue s, c
     is multiplied by ``2α / (s + 2α)``. Both decompositions, of S and of the pretraining curvature,
     are made once; then `scores` is three products.
 
@@ -36,8 +36,8 @@ class AlphaSweep:
         memory: budget of each dense matrix.
 
     Attributes:
-        eigenvalues: of S, rising, ``(S,)``.
-        pretraining: eigenvalues of the pretraining curvature, rising, ``(P,)``.
+        eigenvalues: of S, ascending, ``(S,)``.
+        pretraining: eigenvalues of the pretraining curvature, ascending, ``(P,)``.
         alpha: the pipeline's own.
 
     Raises:

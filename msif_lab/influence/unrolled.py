@@ -28,7 +28,7 @@ from .run_check import RunCheck, check_run
 
 __all__ = ["UnrolledInfluence"]
 
-# Of the adjoint, backwards: digits' runs below it had r > 0.9, runs above it r = 0 (lesson 09).
+# Growth of the adjoint, backwards: runs on digits below it had r > 0.9, above it r = 0 (lesson 09).
 GROWTH = 30.0
 
 
@@ -43,7 +43,7 @@ class UnrolledInfluence:
 
     Args:
         memory: for states of the run, adjoints and batch derivatives, as ``"1GB"``. Where not every
-            step's state fits, states are recomputed from checkpoints, same bits.
+            step's state fits, states are recomputed from checkpoints, bit for bit.
         segments: cut every stage's run into this many stretches instead of letting the budget
             decide.
         group_fraction: p > 0 predicts the removal of *random groups* holding this fraction of the
@@ -52,23 +52,23 @@ class UnrolledInfluence:
             the best linear predictor has the scores ``∂q/∂w_i(w̄) + ½ (2p − 1) ∂²q/∂w_i²``; so the
             gradient at w̄ alone is best only for p = ½, or where that diagonal is zero.
             ``leave_one_out=True`` adds most of the diagonal; where that is small the noise of the
-            probes can cost more than it gains. The scores then predict removal, level included,
-            and are no longer the derivative.
+            probes can cost more than it gains. The scores then predict removal, its mean
+            included, and are no longer the derivative.
         leave_one_out: predict the removal of *single examples* better, at the price of about one
             more sweep: without example i its own curvature leaves the steps too, which
             `ImplicitInfluence(leave_one_out=True)` accounts for by ``H − h_i/m`` and the run by
-            ``(1/|B|) ḡᵀ h_i ∂θ/∂w_i`` in each step that holds i. That is half of ``∂²q/∂w_i²`` but
-            for the curvature of q itself and third derivatives of the loss; with `group_fraction`
-            1 − 2p of it is taken. How θ depends on each weight is estimated from runs of the stage
-            with all weights changed a little at random.
+            ``(1/|B|) ḡᵀ h_i ∂θ/∂w_i`` in each step that holds i. That is half of ``∂²q/∂w_i²``
+            without the curvature of q itself and third derivatives of the loss; with
+            `group_fraction` 1 − 2p of it is taken. How θ depends on each weight is estimated from
+            runs of the stage with all weights changed a little at random.
         probes: pairs of such runs, all at once; more for longer training, whose estimate is
             noisier.
 
     Attributes:
         plan_: after `score`, the `UnrolledPlan` that was followed.
-        adjoint_norms_: after `score`, per stage ``(T,)``: the queries' mean ‖θ̄‖ before each step,
-            ‖∇q‖ being the end of it. Growth backwards in time means a run that amplifies small
-            changes.
+        adjoint_norms_: after `score`, per stage ``(T + 1,)``: the queries' mean ‖θ̄‖ before each
+            step and, last, at the end of the run. Growth backwards in time means a run that
+            amplifies small changes.
 
     >>> import msif_lab as msif
     >>> train, test = msif.load_digits()
@@ -110,7 +110,7 @@ class UnrolledInfluence:
         return f"UnrolledInfluence(memory={self.memory}, segments={self.segments}{asked})"
 
     def plan(self, pipeline: Pipeline, queries: Examples | int) -> UnrolledPlan:
-        """Segments, bytes and estimated seconds for so many queries, before anything long is done.
+        """Segments, bytes and estimated seconds for this many queries, before any long work.
 
         Raises:
             MemoryBudgetError: not even the smallest plan fits the budget.
@@ -150,7 +150,7 @@ class UnrolledInfluence:
     def _replay(
         self, plan: UnrolledPlan, weights: dict[int, float], progress: bool
     ) -> list[Trajectory]:
-        """Every stage's run; ``weights``: of all examples of a stage, where they are not one."""
+        """Every stage's run; ``weights``: of all examples of a stage, by stage, where not one."""
         runs, previous = [], None
         with progress_bar(sum(plan.steps.values()), "replay", progress) as bar:
             for k, stage in enumerate(self._pipeline.stages):
@@ -164,7 +164,7 @@ class UnrolledInfluence:
     def _differentiated_at(
         self, first: int, progress: bool
     ) -> tuple[list[Trajectory], Probes | None]:
-        """The runs to be differentiated, and the probes around the stage that is asked about."""
+        """The runs to be differentiated, and the probes of the scored stage."""
         runs = self._runs
         if self.group_fraction:
             runs = self._replay(self.plan_, {first: 1 - self.group_fraction}, progress)
@@ -224,7 +224,7 @@ class UnrolledInfluence:
     ) -> Tensor:
         """What to add to every score so that −Σ over a group of pN is right on average, ``(Q, 1)``.
 
-        Around w̄ = 1 − p: ``q(w) ≈ q(w̄) + Σ_j s_j (w_j − w̄)``. Seen from q(1) that is −Σ over the
+        Around w̄ = 1 − p: ``q(w) ≈ q(w̄) + Σ_j s_j (w_j − w̄)``. Relative to q(1) that is −Σ over the
         group plus ``q(w̄) − q(1) + p Σ_j s_j`` for all; each of the pN members carries its share.
         """
         p, m = self.group_fraction, values.shape[1]
@@ -242,7 +242,7 @@ class UnrolledInfluence:
         probes: Probes | None = None,
         progress: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Backwards through all stages down to ``first``, in parts of the queries.
+        """Backwards through all stages down to ``first``, some of the queries at a time.
 
         Returns:
             the scores of its examples ``(Q, m)``, and by stage the mean ‖θ̄‖ before each step and
@@ -250,7 +250,7 @@ class UnrolledInfluence:
         """
         o, final = self._pipeline.objective(-1), runs[-1].final[0]
         parts = per_example_gradients(o, final, queries, function, every=True)
-        gradients = torch.cat([g for _, g in parts])  # (Q, D): ∇q by all of the last stage
+        gradients = torch.cat([g for _, g in parts])  # (Q, D): ∇q in all of the last stage
         stages = range(len(runs) - 1, first - 1, -1)
         steps = {k: len(runs[k].steps) for k in stages}
         norms = {k: final.new_zeros(steps[k] + 1) for k in stages}
@@ -294,7 +294,7 @@ class UnrolledInfluence:
         steps: Sequence[float] | None = None,
         seed: int = 0,
     ) -> RunCheck:
-        """Compare the derivatives by n random examples with reruns of all stages.
+        """Compare the derivatives of n random examples with reruns of all stages.
 
         Their weights are changed a little, for central differences, and set to 0 and 2.
 
@@ -302,7 +302,7 @@ class UnrolledInfluence:
             n: examples to try; all stages are run ``2 n (len(steps) + 1)`` times, side by side.
             queries: default the first five training examples of the last stage.
             stage: whose examples.
-            steps: changes h of weight for the central differences ``(q(1 + h) − q(1 − h)) / 2h``.
+            steps: changes h in weight for the central differences ``(q(1 + h) − q(1 − h)) / 2h``.
             seed: of the choice of examples.
 
         Warns:

@@ -19,7 +19,7 @@ def check_examples(objective: Objective, examples: Examples, name: str) -> None:
     Args:
         objective: the stage.
         examples: data or queries.
-        name: how messages call the examples.
+        name: what messages call the examples.
 
     Raises:
         ValueError, TypeError: dtype, device, shape or labels do not fit the model and its loss.
@@ -38,7 +38,7 @@ def check_examples(objective: Objective, examples: Examples, name: str) -> None:
 
 
 def _check_inputs(o: Objective, examples: Examples, name: str) -> None:
-    """Type of the examples; device and dtype of their inputs."""
+    """Check the type of the examples, and the device and dtype of their inputs."""
     if not isinstance(examples, Examples):
         raise TypeError(
             f"{name} must be msif_lab.Examples, not {type(examples).__name__}; "
@@ -62,7 +62,7 @@ def _check_inputs(o: Objective, examples: Examples, name: str) -> None:
 
 
 def _check_targets(o: Objective, examples: Examples, name: str) -> None:
-    """Meaning of the labels, and dtype of floating targets."""
+    """Check what the labels mean, and the dtype of floating targets."""
     named = examples.has_labels and o.data.has_labels and examples.named and o.data.named
     if named and examples.classes != o.data.classes[: len(examples.classes)]:
         raise ValueError(
@@ -95,7 +95,7 @@ def _checked_outputs(o: Objective, examples: Examples, x: Tensor, name: str) -> 
         if not torch.equal(before, probe.buffers[buffer]):
             raise UnsupportedModelError(
                 f"{o.where}: calling the model writes into its buffer {buffer!r}, "
-                "so it is no fixed function; call model.eval() first, or replace that layer"
+                "so it is not a fixed function; call model.eval() first, or replace that layer"
             )
     close = _tolerance(outputs)
     fixed = torch.equal(outputs, again)
@@ -110,7 +110,7 @@ def _checked_outputs(o: Objective, examples: Examples, x: Tensor, name: str) -> 
 
 
 def _check_labels(o: Objective, examples: Examples, outputs: Tensor, name: str) -> None:
-    """Labels for cross-entropy: integers, each with an output of its own."""
+    """Check that labels for cross-entropy are integers, each with its own output."""
     if not examples.has_labels:
         raise ValueError(
             f"{name}.y {tuple(examples.y.shape)} {examples.y.dtype}: "
@@ -125,7 +125,7 @@ def _check_labels(o: Objective, examples: Examples, outputs: Tensor, name: str) 
 
 
 def _check_losses(o: Objective, outputs: Tensor, y: Tensor, name: str) -> None:
-    """The loss gives one number per example, from that example alone."""
+    """Check that the loss gives one number per example, from that example alone."""
     count = len(y)
     try:
         with torch.no_grad():
@@ -148,7 +148,7 @@ def _check_losses(o: Objective, outputs: Tensor, y: Tensor, name: str) -> None:
 
 
 def _tolerance(outputs: Tensor) -> float:
-    """How far a result in a batch and alone may lie apart, by the rounding of the dtype."""
+    """How far apart results in a batch and alone may be through rounding in this dtype."""
     return 1e-3 if outputs.dtype in (torch.float32, torch.float16, torch.bfloat16) else 1e-8
 
 
@@ -206,6 +206,6 @@ def check_layers(model: nn.Module, where: str) -> None:
             continue
         raise UnsupportedModelError(
             f"{where}: layer {name!r} ({type(layer).__name__}) has {problem}, "
-            "so an example's loss is no function of that example; "
+            "so an example's loss depends on more than that example; "
             "call model.eval() first, or replace the layer (GroupNorm instead of BatchNorm)"
         )

@@ -33,8 +33,8 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
 def mean_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
     """Squared error of each example, averaged over its outputs.
 
-    Outputs ``(B, ...)`` and targets ``(B, ...)`` → ``(B,)``; a single output may have a dimension
-    of its own or none.
+    Outputs ``(B, ...)`` and targets ``(B, ...)`` → ``(B,)``; a single output may have its own
+    dimension or none.
 
     >>> mean_squared_error(torch.tensor([[1.0, 3.0]]), torch.tensor([[1.0, 1.0]]))
     tensor([2.])

@@ -13,7 +13,7 @@ __all__ = ["EmbeddingHead", "convnet", "mlp", "softmax_regression"]
 
 
 class EmbeddingHead(nn.Module):
-    """``head(embedding(x))``: the embedding is what a later stage takes over, the head is its own.
+    """``head(embedding(x))``: a later stage takes over the embedding and has its own head.
 
     Args:
         embedding: maps inputs ``(B, ...)`` to features ``(B, width)``.
@@ -57,7 +57,7 @@ def mlp(
     """A fully connected network; tanh by default, so that curvature exists everywhere.
 
     Args:
-        in_features: how many numbers an input has; inputs of any shape are flattened.
+        in_features: numbers in one input; inputs of any shape are flattened.
         hidden: widths of the embedding's layers.
         classes: outputs of the head.
         activation: makes one activation module; called once per layer.
@@ -111,7 +111,7 @@ def convnet(
     Args:
         in_shape: ``(channels, height, width)`` of one input.
         channels: feature maps after each convolution.
-        width: size of the feature vector the head sees.
+        width: size of the feature vector, the input of the head.
         norm_groups: if given, GroupNorm with this many groups after each convolution: normalisation
             that, unlike BatchNorm, leaves an example's loss a function of that example.
         classes, activation, zero_head, seed: as in `mlp`.

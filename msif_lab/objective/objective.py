@@ -45,7 +45,7 @@ class Objective:
         weight_decay: λ, on every trained parameter, biases included.
         trained: names of the parameters θ; default all that require a gradient.
         alpha, shared: the proximal term ``α ‖θ_S − c‖²`` and the names S it holds.
-        where: how messages name this stage.
+        where: what messages call this stage.
     """
 
     def __init__(
@@ -69,19 +69,19 @@ class Objective:
             start = stop
         self.coupled = Places([trained_spans[n] for n in shared])  # where the coupled S lie in θ
         self._all = self.trained_names == list(self.layout.shapes)
-        # The function's constants: copies, so that a module that writes into its buffers does not
-        # change itself.
+        # The function's constants: copies, so that a module that writes into its buffers during a
+        # call does not change its own.
         self.buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
         self._found: dict = {}  # see `once`
 
     def once(self, name: Hashable, measure: Callable[[], object]):
-        """A fact about model and loss under this name: ``measure()`` is called the first time."""
+        """A fact about model and loss by name: ``measure()`` is called only the first time."""
         if name not in self._found:
             self._found[name] = measure()
         return self._found[name]
 
     def on(self, data: Examples) -> "Objective":
-        """The same function of other examples, with its own buffers; facts of `once` are shared."""
+        """The same function on other examples, with its own buffers; facts of `once` are shared."""
         other = copy.copy(self)
         other.data = data
         other.buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
@@ -89,7 +89,7 @@ class Objective:
 
     @property
     def size(self) -> int:
-        """P, how many numbers are trained."""
+        """P, the number of trained parameters."""
         return self.trained.size
 
     @property
@@ -120,7 +120,7 @@ class Objective:
     def parameters(self, theta: Tensor, base: Tensor) -> dict[str, Tensor]:
         """All parameters by name: ``theta`` (P,) in its places, the rest from ``base`` (D,).
 
-        Those of ``base`` are constants, so that no derivative by them is formed on the way.
+        The rest are constants, so that no derivative in them is formed along the way.
         """
         named = {} if self._all else self.layout.named(base.detach())
         parts = theta.split([len(self.layout.spans[name]) for name in self.trained_names])
@@ -166,7 +166,7 @@ class Objective:
         rows: Tensor | None = None,
         memory: int | None = None,
     ) -> Iterator:
-        """``(positions, x, y)`` chunk by chunk, each so small that its activations fit in memory.
+        """``(positions, x, y)`` chunk by chunk, small enough that activations fit in memory.
 
         Args:
             examples: default the stage's own data.
@@ -192,7 +192,7 @@ class Lanes:
         objective: the stage.
         base: ``(R, D)`` all parameters; the trained places are overwritten by θ.
         centre: ``(R, S)`` the previous stage's values c of the coupled parameters, or None.
-        weights: ``(R, m)`` example weights; the 1/m stays whatever they are.
+        weights: ``(R, m)`` example weights; the 1/m does not depend on them.
     """
 
     objective: Objective

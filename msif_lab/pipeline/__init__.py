@@ -1,6 +1,4 @@
-"""Stages in a row: how each is trained, what it takes over, and the pipeline that fits and retrains
-them.
-"""
+"""Stages: how each is trained, what it takes over, and the pipeline that fits and retrains them."""
 
 from .lbfgs import LBFGS
 from .pipeline import Pipeline, Retrained

@@ -1,4 +1,4 @@
-"""Full-batch training to a stationary point, as the implicit function theorem asks for."""
+"""Full-batch training to a stationary point, as the implicit function theorem requires."""
 
 import time
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ __all__ = ["LBFGS"]
 class LBFGS:
     """Full-batch L-BFGS with a strong-Wolfe line search and a Newton polish.
 
-    Implicit influence differentiates an optimum, so the optimum has to be one: L-BFGS goes to
+    Implicit influence differentiates an optimum, so training has to reach one: L-BFGS goes to
     gradient norm ``tol``; in stages of up to ``polish_up_to`` parameters Newton's method takes over
-    as soon as each of its steps halves the gradient, and goes on to rounding. All lanes move
+    as soon as each of its steps halves the gradient, and goes on down to rounding. All lanes move
     together; finished ones drop out.
 
     Args:
@@ -57,7 +57,7 @@ class LBFGS:
                 iterations += steps
         value, gradient = lanes.value_and_grad(theta)
         norm = gradient.norm(dim=1)
-        # In float32 rounding alone can exceed tol; what cannot shrink any more has converged.
+        # In float32 rounding alone can exceed tol; a gradient at that floor counts as converged.
         converged = norm <= torch.maximum(norm.new_tensor(tol), noise_floor(lanes, theta))
         seconds = time.perf_counter() - start
         return theta, FitReport(str(self), iterations, value, norm, converged, seconds)
@@ -135,12 +135,12 @@ def _two_loop(gradient: Tensor, pairs: list[tuple[Tensor, Tensor, Tensor]]) -> T
 
 
 def strong_wolfe(lanes, theta, value, gradient, direction, step, c1=1e-4, c2=0.9, max_tries=25):
-    """A step of each lane that satisfies the strong Wolfe conditions, all lanes side by side.
+    """A step for each lane that satisfies the strong Wolfe conditions, all lanes side by side.
 
     Keeps a bracket (lo, hi) per lane: hi is infinite until a step overshoots; then cubic
     interpolation. Near the optimum, where F differences are rounding, the approximate Wolfe
-    condition of Hager & Zhang (2005) stands in for the decrease. Lanes that find nothing keep their
-    point.
+    condition of Hager & Zhang (2005) stands in for the decrease. Lanes that find nothing stay where
+    they are.
 
     Returns:
         ``(theta, value, gradient, moved)`` after the step; ``moved`` (R,) is False where none was
@@ -209,7 +209,7 @@ def _polish(lanes: Lanes, theta: Tensor, max_steps: int = 60) -> tuple[Tensor, i
     theta = theta.clone()
     while bool(waiting.any()):
         chord = _hessian_factor(lanes, theta, int(waiting.nonzero()[0]))
-        if chord is None:  # not in the convex neighbourhood of a minimum yet
+        if chord is None:  # not yet in the convex neighbourhood of a minimum
             return theta, total
         before = int(waiting.sum())
         lane = waiting.nonzero().flatten()
@@ -220,7 +220,7 @@ def _polish(lanes: Lanes, theta: Tensor, max_steps: int = 60) -> tuple[Tensor, i
             t_slope = lanes.select(lane).value_and_grad(trial)[1]
             t_size = t_slope.norm(dim=1)
             halved = t_size < 0.5 * size
-            # So near the floor, a step that no longer halves the gradient was stopped by rounding.
+            # This near the floor, a step that no longer halves the gradient is limited by rounding.
             done = (halved & (t_size <= floor[lane])) | (~halved & (size <= rounding * floor[lane]))
             best = torch.where((t_size < size)[:, None], trial, point)
             theta[lane[done]], waiting[lane[done]] = best[done], False
@@ -228,7 +228,7 @@ def _polish(lanes: Lanes, theta: Tensor, max_steps: int = 60) -> tuple[Tensor, i
             lane, point, slope, size = lane[more], trial[more], t_slope[more], t_size[more]
             if not len(lane):
                 break
-        # Lanes far away go on with L-BFGS rather than with Hessians of their own.
+        # Lanes far away go on with L-BFGS rather than each with its own Hessian.
         if int(waiting.sum()) == before or before > 8:
             break
     return theta, total

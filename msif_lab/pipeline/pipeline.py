@@ -55,7 +55,7 @@ class Pipeline:
         self._prepare()
 
     def _prepare(self) -> None:
-        """Make every stage functional as it is now: settings, data and buffers."""
+        """Make functions of the stages, with their present settings, data and buffers."""
         functional: list[FunctionalStage] = []
         for stage in self.stages:
             functional.append(FunctionalStage(stage, functional[-1] if functional else None))
@@ -79,7 +79,7 @@ class Pipeline:
         """Train the stages one after the other, and write the result into the models.
 
         Starts from the weights the models had when the pipeline was made, so calling it again gives
-        the same result. Nothing is written before every stage is done: an interrupt leaves the
+        the same result. Nothing is written until every stage is done: an interrupt leaves the
         models as they were.
         """
         self._prepare()
@@ -91,7 +91,7 @@ class Pipeline:
         return self
 
     def adopt(self) -> "Pipeline":
-        """Take the models' present weights as the trained ones: for your own training code.
+        """Take the models' present weights as the trained ones, after your own training code.
 
         Raises:
             ValueError: a frozen parameter differs from the previous stage's, or NaN or inf in the
@@ -115,7 +115,7 @@ class Pipeline:
     def _run(
         self, weights, starts, warm: bool, progress: bool
     ) -> tuple[list[Tensor], list[FitReport]]:
-        """Every stage of every lane, from ``starts`` (R, D) each.
+        """Train every stage of every lane, from ``starts`` (R, D) each.
 
         Shared parts that are trained start at the W* of their own lane, unless ``warm``.
         """
@@ -133,7 +133,7 @@ class Pipeline:
         return done, reports
 
     def require_repeatable(self) -> None:
-        """Raise `ValueError` where a rerun would not be the run that `fit` did."""
+        """Raise `ValueError` where a rerun would not repeat the run of `fit`."""
         if self._trained is not None and self.reports is None:
             raise ValueError(
                 "the pipeline's weights were adopted, so how they came about is unknown; use "
@@ -272,7 +272,7 @@ class Pipeline:
                 stage (name or index) to such tensors; stages left out keep weight one. Weight 0
                 removes an example: the 1/m and the batches stay.
             warm_start: start each stage from its trained weights instead of its initial ones.
-            progress: show a bar when it takes long.
+            progress: show a bar when it takes more than two seconds.
 
         Raises:
             ValueError: wrong shapes, NaN, unknown stage, or a same-seed rerun of adopted weights.
@@ -315,7 +315,7 @@ class Pipeline:
             by_stage[k] = value
         return by_stage
 
-    # --- where it lives ---------------------------------------------------------------------------
+    # --- moving, saving and loading ---------------------------------------------------------------
 
     def to(self, *targets: torch.device | torch.dtype | str) -> "Pipeline":
         """Move every model and its data to a device and / or floating dtype, in place."""
@@ -345,7 +345,7 @@ class Pipeline:
         return saved.facts(self.stages, self._functional)
 
     def save(self, path) -> None:
-        """Write the weights, initial and trained, and `facts` to a safetensors file, or nothing."""
+        """Write `facts`, initial and trained weights to a safetensors file, all or nothing."""
         trained = self.trained()
         if changed := self._changed():
             raise ValueError(
@@ -356,7 +356,7 @@ class Pipeline:
     def load(self, path) -> "Pipeline":
         """Take the weights of a saved pipeline of the same stages.
 
-        The models are written only if all is well.
+        The models are changed only if all of it fits.
 
         Raises:
             SavedFileError: cut off, changed or foreign file, or one of other stages, data or

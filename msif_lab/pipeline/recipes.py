@@ -1,7 +1,7 @@
 """Mini-batch recipes: how a stage is trained, and how one step of it is run backwards.
 
-A recipe trains under many example weightings at once, the same way every time; the steps' reverse
-is what `UnrolledInfluence` differentiates the whole run by.
+A recipe trains under many example weightings at once, the same way every time; `UnrolledInfluence`
+differentiates the whole run by the reverse of each step.
 """
 
 import sys
@@ -48,7 +48,7 @@ class FitReport:
 
 
 def progress_bar(total: int, text: str, show: bool = True) -> tqdm:
-    """A text bar that shows itself after two seconds only and leaves nothing behind."""
+    """A text bar that appears after two seconds and leaves nothing behind."""
     # Notebooks paint standard error red, and the stripe stays when the bar has gone. In a terminal
     # standard error is right: it keeps the bar out of pipes.
     stream = sys.stdout if "ipykernel" in sys.modules else sys.stderr
@@ -77,10 +77,10 @@ class MiniBatch(ABC):
     """What mini-batch recipes share: batches, schedule, and the loop.
 
     Batch order and schedule depend on the seed alone, not on example weights, so removing an
-    example changes nothing else: runs are reproducible bit for bit on one machine's CPU.
+    example changes nothing else. Runs are reproducible bit for bit on one machine's CPU.
 
     A recipe adds the optimiser itself as pure functions on ``(R, P)`` tensors: `start`, `update`,
-    and the transpose `pull_back` of one update. A recipe of your own needs no more to be trained,
+    and the transpose `pull_back` of one update. Your own recipe needs nothing more to be trained,
     vectorised over weightings, and unrolled.
     """
 
@@ -157,7 +157,7 @@ class MiniBatch(ABC):
     ):
         """One step on one mini-batch: ``(θ, state, saved)`` after it.
 
-        Training and its replay both come through here.
+        Training and its replay both use it.
 
         Raises:
             NotConvergedError: NaN or inf.
@@ -202,7 +202,7 @@ class SGD(MiniBatch):
         lr: learning rate η.
         momentum: μ in [0, 1).
         epochs: passes over the data.
-        batch_size: examples a step; the last batch of an epoch holds what is left.
+        batch_size: examples per step; the last batch of an epoch holds what is left.
         seed: of the batch order.
         schedule: factor on η: ``"constant"``, ``"linear"`` (to zero), ``"cosine"``, or
             ``f(step, steps)``.
@@ -257,7 +257,7 @@ class Adam(MiniBatch):
     """Adam (Kingma & Ba 2015) as ``torch.optim.Adam``, the penalties part of the gradient.
 
     ``m ← β₁ m + (1 − β₁) g``, ``s ← β₂ s + (1 − β₂) g²``, ``θ ← θ − η_t m̂ / (√ŝ + ε)`` with the
-    bias-corrected ``m̂ = m / (1 − β₁ᵗ)``, ``ŝ = s / (1 − β₂ᵗ)``. Neither moment crosses stages.
+    bias-corrected ``m̂ = m / (1 − β₁ᵗ)``, ``ŝ = s / (1 − β₂ᵗ)``. Each stage starts both at 0.
 
     Args:
         lr: learning rate η.

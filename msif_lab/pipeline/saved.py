@@ -1,6 +1,4 @@
-"""A pipeline as one file: the facts that make it this one, its weights, and what its training
-reported.
-"""
+"""A pipeline as one file: facts that identify it, its weights, and what its training reported."""
 
 from collections.abc import Sequence
 
@@ -11,13 +9,11 @@ from ..storage import describe, digest, read_tensors, write_tensors
 from .recipes import FitReport
 from .stages import FunctionalStage, Stage
 
-REPORTED = ("value", "gradient_norm", "converged")  # of a `FitReport`, one number a lane
+REPORTED = ("value", "gradient_norm", "converged")  # of a `FitReport`, one number per lane
 
 
 def facts(stages: Sequence[Stage], functional: Sequence[FunctionalStage]) -> dict:
-    """Names, shapes, settings, and digests of the data, JSON-able: what a file must have in common
-    with a pipeline.
-    """
+    """What a file and a pipeline must agree in: names, shapes, settings, digests; JSON-able."""
     return {"stages": [_stage_facts(s, f) for s, f in zip(stages, functional, strict=True)]}
 
 
@@ -44,7 +40,7 @@ def write(
     trained: Sequence[Tensor],
     reports: Sequence[FitReport],
 ) -> None:
-    """One safetensors file, all or nothing."""
+    """Write one safetensors file, all or nothing."""
     tensors = {f"{k}.trained": full for k, full in enumerate(trained)}
     tensors |= {f"{k}.initial": full for k, full in enumerate(initial)}
     for k, report in enumerate(reports):
@@ -57,8 +53,7 @@ def write(
 def read(
     path, ours: dict, initial: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor], list[FitReport]]:
-    """Initial and trained weights, where ``initial`` now are, and the reports of a pipeline with
-    ``ours`` facts.
+    """Initial and trained weights on the devices of ``initial``, and reports, if the facts fit.
 
     Raises:
         SavedFileError: cut off, changed or foreign file, or one of other stages, data or settings.

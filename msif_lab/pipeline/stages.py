@@ -55,7 +55,7 @@ def shared_names(shared: Shared, before: Layout, after: Layout, where: str) -> l
 
 @dataclass(frozen=True)
 class Frozen:
-    """The shared parameters are taken from the previous stage and stay: the paper's first case.
+    """The shared parameters come from the previous stage and stay fixed: the paper's first case.
 
     Args:
         shared: which parameters: None for every equal name and shape outside ``head``, a prefix, a
@@ -73,8 +73,8 @@ class Proximal:
     previous stage.
 
     Args:
-        alpha: strength α > 0. Large: frozen. Plain gradient descent for K steps of rate η acts like
-            ``2α = 1/(ηK)``.
+        alpha: strength α > 0; a large one acts like `Frozen`, plain gradient descent for K
+            steps of rate η like ``2α = 1/(ηK)``.
         shared: as in `Frozen`.
     """
 
@@ -93,8 +93,8 @@ class Proximal:
 class WarmStart:
     """Everything is trained, starting from the previous stage's W*: plain full finetuning.
 
-    The finetuned model keeps something of W* only because training stops early. So this link means
-    something with `SGD` or `Adam`, and its influence is `UnrolledInfluence`'s.
+    The finetuned model keeps something of W* only because training stops early. So this link needs
+    `SGD` or `Adam`, and `UnrolledInfluence` for its scores.
     `SGD.equivalent_alpha` gives the `Proximal` link that resembles it.
 
     Args:
@@ -166,14 +166,14 @@ def _is_number(value) -> bool:
 
 
 class FunctionalStage:
-    """A stage as a function: its objective, and where what it shares lies in both models.
+    """A stage as a function: its objective, and where its shared parameters lie in both models.
 
     Attributes:
         objective: F of the stage.
-        coupled: names of the shared parameters that it trains, starting or held near W*.
+        coupled: names of the shared parameters that it trains, starting at W* or held near it.
         frozen: names of those it takes over as they are.
-        live: names of what this or any stage before has trained; derivatives by the rest are never
-            asked for.
+        live: names of what this or any stage before has trained; derivatives in the rest are never
+            needed.
         here, there: `Places` of ``"coupled"`` and ``"frozen"`` in its and the previous model.
     """
 
@@ -214,7 +214,7 @@ class FunctionalStage:
         self.there = {how: earlier.places(some) for how, some in names.items()}
 
     def start(self, lanes: Lanes) -> Lanes:
-        """The lanes of a fresh run: what is taken over and trained on starts at W*."""
+        """The lanes of a fresh run: shared parameters that it trains start at W*."""
         if lanes.centre is None:
             return lanes
         return replace(lanes, base=self.here["coupled"].put(lanes.base.clone(), lanes.centre))

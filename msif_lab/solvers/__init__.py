@@ -1,4 +1,4 @@
-"""Solvers of ``H v = a``, one method a file; every solve comes with a report."""
+"""Solvers of ``H v = a``: exact, iterative, approximate; every solve comes with a report."""
 
 from .conjugate_gradient import ConjugateGradient
 from .ekfac import EKFAC

@@ -35,7 +35,7 @@ class ConjugateGradient(Settings):
 
     Args:
         tol: relative residual ``‖A x − b‖ / ‖b‖`` at which a column is done.
-        max_iter: most iterations; short of ``tol`` then, a `ConvergenceWarning` names the residual.
+        max_iter: most iterations; if they miss ``tol``, a `ConvergenceWarning` names the residual.
         strict: raise `NotConvergedError` instead of warning.
         callback: called with ``(iteration, relative residuals (K,))`` after every iteration.
         preconditioner: an approximate inverse, `LowRank`, `EKFAC` or `Jacobi`: fewer products for
@@ -44,8 +44,8 @@ class ConjugateGradient(Settings):
             memory. With 1, every column has its own space and step lengths, as in textbooks, and
             products are still computed together.
         shares: rising shares of the examples, say ``(0.08, 0.3)``. Systems of the examples that
-            matter most are then solved first, roughly, so that fewer directions have to be
-            multiplied with all examples (see the module `nested`). The answer and its residual are
+            matter most are then solved first, roughly, so that fewer products with all examples are
+            needed (see the module `nested`). The answer and its residual are
             those for all examples. It pays where few examples dominate the Hessian, as after
             training a classifier; it takes another ``16 P · block`` numbers of memory for each
             share, and once more for the whole.
@@ -160,7 +160,7 @@ class Preconditioned:
         open_columns = torch.arange(b.shape[1], device=b.device)
         iterations = products = 0
         smallest = float("inf")
-        # A second round comes only if rounding made the recursion of the first one too optimistic.
+        # A second round is needed only if rounding made the first one's recursion too optimistic.
         while len(open_columns) and iterations < solver.max_iter:
             most = solver.max_iter - iterations
             done = way(left[:, open_columns], most, iterations, relative, places[open_columns])

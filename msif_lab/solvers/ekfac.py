@@ -41,7 +41,7 @@ class EKFAC(Settings):
     gradients are independent; the eigenvalues are then made exact in that basis. Penalty and
     damping are added to the eigenvalues, so they act as in the exact solve. Memory is a few times P
     whatever the number of classes. As a solver it is an approximation; as
-    ``ConjugateGradient(preconditioner=EKFAC())`` it leads to exact answers.
+    ``ConjugateGradient(preconditioner=EKFAC())`` it gives exact answers.
 
     Args:
         tol, max_iter, strict, callback: as in `LowRank`.
@@ -80,7 +80,7 @@ class EKFAC(Settings):
         Raises:
             UnsupportedModelError: trained parameters in other layers, another loss, or example
                 weights.
-            ValueError: neither penalty nor damping on some parameter.
+            ValueError: some parameter has neither penalty nor damping.
         """
         return Kronecker(self, operator)
 
@@ -177,7 +177,7 @@ class Kronecker(Approximation):
                 )
                 for shift in set(self.shifts)
             }
-            # They are computed at their first product: now, not in the first solve.
+            # They are computed at their first product: let that be now, not in the first solve.
             like = {"dtype": base.dtype, "device": base.device}
             zeros = [torch.zeros(shape, **like) for shape in self.shapes]
             for inverse in inverses.values():

@@ -19,7 +19,7 @@ __all__ = ["Exact", "Spectrum", "schur_complement"]
 
 @dataclass
 class Spectrum:
-    """Eigenvalues ``(P,)`` in rising order and eigenvectors ``(P, P)`` of a symmetric matrix.
+    """Eigenvalues ``(P,)`` in ascending order and eigenvectors ``(P, P)`` of a symmetric matrix.
 
     One decomposition answers every shift: ``spectrum.apply(lambda s: 1 / (s + damping), B)``.
     """
@@ -33,11 +33,11 @@ class Spectrum:
 
 
 def schur_complement(matrix: Tensor, keep: Tensor) -> Tensor:
-    """``A_kk − A_kr A_rr⁻¹ A_rk``: the curvature that the kept rows see while the rest adapts.
+    """``A_kk − A_kr A_rr⁻¹ A_rk``: the curvature of the kept parameters while the rest adapts.
 
     Args:
         matrix: symmetric ``(P, P)`` with a positive definite rest block.
-        keep: positions of the kept rows.
+        keep: positions of the kept parameters.
 
     Raises:
         IndefiniteCurvatureError: the rest block is not positive definite.

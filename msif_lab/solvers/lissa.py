@@ -1,4 +1,4 @@
-"""LiSSA: the Neumann series of the inverse, whose scale is estimated and divergence caught."""
+"""LiSSA: the Neumann series of the inverse, its scale estimated and divergence caught."""
 
 import time
 from dataclasses import dataclass

@@ -17,9 +17,9 @@ __all__ = ["Jacobi", "LowRank"]
 
 
 def output_directions(base: DataCurvature, most: int) -> tuple[Tensor, Tensor]:
-    """The directions in the outputs of examples in which the loss has most curvature.
+    """The directions in examples' outputs in which the loss curves most.
 
-    These are eigenvectors in ``w_i Λ_i / m = Σ_c μ_ic e_ic e_icᵀ``.
+    These are the eigenvectors e in ``w_i Λ_i / m = Σ_c μ_ic e_ic e_icᵀ``.
 
     Returns:
         The examples ``(r,)`` of the ``most`` largest μ over all examples, and ``√μ e`` ``(r, C)``.
@@ -64,7 +64,7 @@ class LowRank(Settings):
 
     Args:
         tol: residual up to which the approximation counts as good enough; the default only asks
-            that it is no worse than answering 0.
+            that it be no worse than answering 0.
         max_iter: how many columns' residuals are measured, at the cost of one product each.
         strict, callback: as in `ConjugateGradient`; the callback is called once.
         rank: r; memory is about ``2 r P`` numbers.
@@ -76,8 +76,7 @@ class LowRank(Settings):
         memory: budget for the rows.
 
     Raises:
-        ValueError: neither penalty nor damping on some parameter, so that the inverse does not
-            exist.
+        ValueError: some parameter has neither penalty nor damping, so the inverse does not exist.
 
     >>> import msif_lab as msif
     >>> train, test = msif.load_digits()

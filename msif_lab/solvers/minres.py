@@ -18,7 +18,7 @@ RITZ = 200  # how many first steps are kept to find the smallest curvature
 class MINRES(Settings):
     """Minimal residuals: solves ``A x = b`` for symmetric A that need not be positive definite.
 
-    An indefinite Hessian means that the point is no minimum. The answer is then the stationary
+    An indefinite Hessian means that the point is not a minimum. The answer is then the stationary
     point of the quadratic model, not an effect of retraining. The report's ``smallest_curvature``
     says which case it was.
 

@@ -32,10 +32,10 @@ def check_shares(shares: tuple[float, ...]) -> None:
 def basis(columns: Tensor) -> tuple[Tensor, Tensor]:
     """An orthonormal basis Q of the columns' span, and T with ``Q = columns T``.
 
-    Q has fewer columns where some are zero, duplicates, or more than rows. Directions that make up
-    less than a thousandth of the columns are left out; that is far less than an iteration leaves
-    over, and they come back once they are more. With a lower threshold, products would be spent on
-    the rounding errors by which duplicates differ.
+    Q has fewer columns if some are zero or duplicates, or if they outnumber the rows. Directions
+    that make up less than a thousandth of the columns are left out; that is far less than an
+    iteration leaves unsolved, and they return once they have grown. With a lower threshold,
+    products would be spent on the rounding errors by which duplicates differ.
     """
     norm = columns.norm(dim=0)
     scale = 1 / norm.where(norm > 0, 1.0)
@@ -69,7 +69,7 @@ class Level:
         rough: relative residual of its own solves.
         columns: most right-hand sides at a time; `KEPT` directions are kept for each, and the
             oldest are overwritten.
-        floor: once a curvature at or below it is met, this level is skipped: such a small curvature
+        floor: once a curvature at or below it is met, this level is skipped: so small a curvature
             of a share says nothing about the whole.
     """
 
@@ -81,7 +81,7 @@ class Level:
         self.rough = rough
         self.columns = columns
         self.floor = floor
-        # P and A_k P, a direction a row
+        # P and A_k P, one direction per row
         self.store = part.theta.new_empty(2, KEPT * columns, len(part.theta))
         self.count = 0  # of directions found so far
         self.products = 0.0  # in units of a product with all examples
@@ -155,7 +155,7 @@ def levels(
     """A level for each share and one for the whole, the lowest on an approximate inverse.
 
     Args:
-        parts: diagonal and curvatures, of `split`.
+        parts: diagonal and curvatures, from `split`.
         shares: as in `ConjugateGradient`.
         approximate: the inverse below the lowest level; None for the identity.
         columns: most right-hand sides at a time.

@@ -78,7 +78,7 @@ class Settings:
     ) -> SolveReport:
         """The report of a finished solve.
 
-        A column that missed the tolerance is a warning, in strict mode an error.
+        A column that missed the tolerance causes a warning, in strict mode an error.
         """
         converged = residuals <= self.tol
         seconds = time.perf_counter() - start
@@ -98,7 +98,7 @@ class Settings:
 
 
 class Prepared:
-    """An operator that waits for right-hand sides, for solvers that have nothing to prepare."""
+    """An operator waiting for right-hand sides, for solvers with nothing to prepare."""
 
     def __init__(self, solver, operator: Operator):
         self.solver = solver

@@ -1,4 +1,4 @@
-"""Work in a thread of its own, on a copy of the pipeline, that can be stopped between steps."""
+"""Work in a separate thread, on a copy of the pipeline, that can be stopped within a step."""
 
 import copy
 import threading
@@ -18,8 +18,8 @@ def stoppable_copy(pipeline: Pipeline, stop: threading.Event) -> Pipeline:
     """A copy of the pipeline whose every forward pass raises `Stopped` once ``stop`` is set.
 
     Training swaps parameters in and out of its modules, so two threads must not share one model;
-    the data are only read, and are shared. A recipe calls the model at least once a step, so a stop
-    takes effect within a step, whatever the recipe, and leaves nothing behind but this copy.
+    the data are only read, and are shared. A recipe calls the model at least once per step, so a
+    stop takes effect within a step, whatever the recipe, and leaves only this copy behind.
     """
 
     def check_stop(*_):
@@ -33,7 +33,7 @@ def stoppable_copy(pipeline: Pipeline, stop: threading.Event) -> Pipeline:
 
 
 class Job:
-    """One run of ``work(pipeline)`` in a thread of its own.
+    """One run of ``work(pipeline)`` in a separate thread.
 
     Args:
         pipeline: copied first; ``work`` gets the copy.
@@ -84,7 +84,7 @@ class Job:
 
     @property
     def running(self) -> bool:
-        """Whether the work goes on."""
+        """Whether the work is still going on."""
         return not self._over.is_set()
 
     def stop(self) -> None:

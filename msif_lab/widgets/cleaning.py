@@ -29,16 +29,16 @@ class CleaningExplorer(Explorer):
         scores: an `Influence`, whose most harmful examples on average come first; or rankings by
             name, each an `Influence` or a suspicion ``(N,)``, larger first (a loss, say, or a
             negated confidence).
-        queries: what the scores are of, examples of the target task.
+        queries: of the scores, examples of the target task.
         judges: examples on which the pipeline is evaluated before and after; by default the
-            queries, which then judge a removal that they have chosen themselves.
+            queries, which then judge a removal that they chose themselves.
         corrupted: which examples are known to be corrupted, a mask ``(N,)`` or positions; without
             it there is no precision and recall, only the number flagged.
         stage: whose examples are ranked, where no `Influence` says so.
-        k: pictures a row.
+        k: pictures per row.
 
     Raises:
-        ValueError, TypeError: scores or masks of other examples, NaN, inputs that are no pictures.
+        ValueError, TypeError: scores or masks of other examples, NaN, inputs that are not images.
 
     >>> import msif_lab as msif
     >>> from msif_lab import experiments, widgets
@@ -359,7 +359,7 @@ class CleaningExplorer(Explorer):
         """One figure: precision and recall of every ranking, and the first examples of one.
 
         Args:
-            ranking: whose most suspicious examples to show; default that in view.
+            ranking: whose most suspicious examples to show; default the one in view.
 
         Raises:
             ValueError: there is no such ranking.
@@ -389,7 +389,7 @@ class CleaningExplorer(Explorer):
         return [figure]
 
     def _compare_rankings(self, ax) -> None:
-        """Precision over recall of every ranking; a note where the truth is not known."""
+        """Precision against recall of every ranking; a note where the truth is not known."""
         if self.corrupted is None:
             ax.axis("off")
             note = "the truth is not known,\nso no precision and recall"

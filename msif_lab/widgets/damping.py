@@ -25,7 +25,7 @@ INFINITE = float("inf")
 class AlphaDampingExplorer(Explorer):
     """Slide α and the damping; see what the filter ``2α / (s + 2α)`` does to the scores.
 
-    Shown are the filter, the order of the examples, and how well it agrees. Both
+    It shows the filter, the order of the examples, and how well it agrees. Both
     eigendecompositions are made once (`AlphaSweep`), so a step is three products. The trained
     weights stay those of the pipeline's own α: the sliders change the question, not the model.
 
@@ -33,12 +33,12 @@ class AlphaDampingExplorer(Explorer):
         pipeline: two stages, the second with a `Proximal` link, trained.
         queries: images ``(Q, 1 or 3, H, W)``, as are the pretraining examples.
         effects: real removals to compare with, of these queries and the first stage.
-        k: pictures a row.
+        k: pictures per row.
         curvature: ``"hessian"`` or ``"ggn"``.
 
     Raises:
         ValueError, TypeError: another kind of pipeline, effects of other queries, inputs that are
-            no pictures.
+            not images.
 
     >>> import msif_lab as msif
     >>> from msif_lab import widgets

@@ -41,7 +41,7 @@ class Explorer:
 
     @functools.cached_property
     def widget(self):
-        """The live view: labelled controls that work from the keyboard, pictures, any error."""
+        """The live view: labelled controls that work from the keyboard, pictures, and any error."""
         import ipywidgets
 
         self.error = self._style(ipywidgets.Output(), "error")
@@ -75,7 +75,7 @@ class Explorer:
             kind: name of its class, such as ``"Dropdown"``.
             name: its style class.
             description: its label.
-            on_value: called with every new value, or without one by a button; its errors are shown.
+            on_value: called with every new value, from a button without one; its errors are shown.
             settings: of the class.
         """
         import ipywidgets
@@ -90,11 +90,11 @@ class Explorer:
         return self._style(control, name)
 
     def _guarded(self, function: Callable) -> Callable:
-        """The callback with its errors shown, until the next action, where they would be lost."""
+        """The callback, its errors shown until the next action; otherwise they would be lost."""
 
         @functools.wraps(function)
         def call(*given):
-            with self._lock:  # an answer from a retraining may arrive while a slider moves
+            with self._lock:  # a retraining may end while a slider moves
                 # Cleared first: a retraining that the callback starts may fail before it returns.
                 self.error.outputs = ()
                 try:
@@ -137,7 +137,7 @@ class Explorer:
         return self._style(ipywidgets.VBox([button, text]), "code")
 
     def _refresh_code(self) -> None:
-        """Where the code is shown, let it be that of the present view."""
+        """If the code is shown, bring it up to date with the view."""
         if self._code_text.layout.display != "none":
             self._code_text.value = self.code()
 
@@ -155,7 +155,7 @@ class Explorer:
     # --- retraining -------------------------------------------------------------------------------
 
     def _retraining(self, text: str, start: Callable):
-        """A button that starts, one that stops, and a line that says in words what is going on."""
+        """A button that starts, one that stops, and a line that says what is going on."""
         import ipywidgets
 
         layout = {"width": "auto"}

@@ -1,4 +1,4 @@
-"""What an explorer was given, checked once and put in one order: by case, method and stage."""
+"""What an explorer was given, checked once and arranged by case, method and stage."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -32,7 +32,7 @@ class Given(NamedTuple):
 def pipelines(
     pipeline: Pipeline | Mapping[str, Pipeline], queries: Examples
 ) -> dict[str, Pipeline]:
-    """The pipelines by case, each trained and fit for the queries; a single one is the case ``""``.
+    """The pipelines by case, trained and able to answer the queries; a single one has case ``""``.
 
     Raises:
         TypeError, ValueError: no pipeline, not trained, queries of another shape or task.
@@ -97,9 +97,9 @@ def score_table(
     """Scores by (case, method, position of the stage), in the order given.
 
     Args:
-        named: pipelines by case, of `pipelines`.
-        scores: an `Influence`, or methods by name; for several cases, one of these by case. Where
-            an `Influence` stands, a list of them may stand, one for each stage.
+        named: pipelines by case, from `pipelines`.
+        scores: an `Influence`, or methods by name; for several cases, one of these by case. Any
+            `Influence` may be a list of them instead, one for each stage.
         queries: of all scores.
 
     Raises:

@@ -30,12 +30,12 @@ class InfluenceExplorer(Explorer):
     Args:
         pipeline: trained; or several by case: ``{"frozen": ..., "full": ...}``.
         scores: one `Influence`; or methods by name, ``{"implicit": ..., "TracIn": ...}``; with
-            several pipelines one of these for each case. Where an `Influence` stands, a list of
-            them may stand, one for each scored stage.
-        queries: what the scores are of; images ``(Q, 1 or 3, H, W)``, as are the scored stages'
+            several pipelines one of these for each case. Any `Influence` may be a list of them
+            instead, one for each scored stage.
+        queries: of the scores; images ``(Q, 1 or 3, H, W)``, as are the scored stages'
             examples.
-        k: pictures a row.
-        target: the function q, where the scores are of a target of your own; ``"loss"``,
+        k: pictures per row.
+        target: the function q, where the scores are of your own target; ``"loss"``,
             ``"margin"`` and ``"output"`` are known from the scores.
 
     As a cell's last value it shows the live view; `static` draws pictures that need no kernel;
@@ -43,8 +43,8 @@ class InfluenceExplorer(Explorer):
     are, also after a stop.
 
     Raises:
-        ValueError, TypeError: scores of other queries, examples or cases; inputs that are no
-            pictures.
+        ValueError, TypeError: scores of other queries, examples or cases; inputs that are not
+            images.
 
     >>> import msif_lab as msif
     >>> from msif_lab import experiments, widgets
@@ -98,7 +98,7 @@ class InfluenceExplorer(Explorer):
         self._predicted: dict[str, torch.Tensor] = {}
         self._answers: dict[tuple, torch.Tensor] = {}
 
-    # --- what the view is of ----------------------------------------------------------------------
+    # --- what is in view --------------------------------------------------------------------------
 
     @property
     def scores(self) -> Influence:
@@ -260,7 +260,7 @@ class InfluenceExplorer(Explorer):
         self._show()
 
     def _settle(self) -> None:
-        """Make the state one that the table has, and let the controls say the same."""
+        """Make the state one that the table has, and set the controls to match."""
         here = [key for key in self.table if key[0] == self.case]
         methods = [*dict.fromkeys(method for _, method, _ in here)]
         self.method = self.method if self.method in methods else methods[0]
@@ -433,7 +433,7 @@ class InfluenceExplorer(Explorer):
 
         Args:
             queries: positions; default the query in view.
-            case, method, stage: whose scores; default those in view.
+            case, method, stage: whose scores; default the ones in view.
 
         Raises:
             ValueError: unknown case, method or stage.

@@ -1,4 +1,4 @@
-"""Two methods side by side: where they agree about an example and where not."""
+"""Two methods side by side: the examples on which they agree and on which not."""
 
 import html
 from collections.abc import Mapping
@@ -21,18 +21,18 @@ __all__ = ["MethodComparison"]
 class MethodComparison(Explorer):
     """Two methods' scores of one query as a scatter; choose an example, see its place in both.
 
-    Methods have scales of their own, so the scatter shows scores divided by the largest size each
+    Each method has its own scale, so the scatter shows scores divided by the largest size each
     method gives for this query; the table has the scores themselves.
 
     Args:
         pipeline: trained.
         scores: two or more methods by name, of the same stage and queries.
         queries: images ``(Q, 1 or 3, H, W)``, as are the stage's examples.
-        k: pictures a row.
+        k: pictures per row.
 
     Raises:
-        ValueError, TypeError: fewer than two methods, other queries or examples, inputs that are no
-            pictures.
+        ValueError, TypeError: fewer than two methods, other queries or examples, inputs that are
+            not images.
 
     >>> import msif_lab as msif
     >>> from msif_lab import experiments, widgets
@@ -151,7 +151,7 @@ class MethodComparison(Explorer):
         def change(value):
             setattr(self, name, value)
             if name in "ab":
-                self._correlation = None  # of two other methods
+                self._correlation = None  # was of two other methods
             self._show()
 
         return change

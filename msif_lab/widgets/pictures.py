@@ -56,7 +56,7 @@ class Gallery:
         )
 
     def label(self, position: int) -> str:
-        """What the example is called: its class by name, or its target."""
+        """The example's label in words: its class by name, or its target."""
         y = self.examples.y[position]
         if self.examples.has_labels:
             return f"label {self.examples.classes[int(y)]}"
@@ -102,7 +102,7 @@ class Plot:
     """One matplotlib figure that is kept: artists change, the rest is drawn once.
 
     ``draw`` gets the figure and returns the artists that the owner will change. No layout engine
-    and no pyplot: those cost more than all of the drawing. What moves with every step is drawn over
+    and no pyplot: they cost more than all of the drawing. What moves with every step is drawn over
     the rest (`png`), or laid over the picture by the browser (`over`).
     """
 
@@ -179,7 +179,7 @@ def table(caption: str, rows, head=()) -> str:
     Args:
         caption: what it shows.
         rows: of a name and its cells.
-        head: names of the columns of cells; without any there is no head.
+        head: names of the columns of cells; none for no head.
     """
     gap = "padding:0 0.8em;text-align"
     top = "".join(f"<th scope='col' style='{gap}:right'>{html.escape(text)}</th>" for text in head)
@@ -227,7 +227,7 @@ class Cards:
     def show(self, cards) -> None:
         """Show some cards, ``(place, picture, button's text, whether it is chosen)`` each.
 
-        What stays equal is not sent to the browser.
+        What has not changed is not sent to the browser.
         """
         cards = list(cards)
         self.places = [place for place, *_ in cards]

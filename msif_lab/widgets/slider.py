@@ -17,7 +17,7 @@ class FigureSlider(Explorer):
         values: the settings, in the slider's order.
         description: the slider's label.
         start: the setting shown first; default the first.
-        alt: ``alt(value)`` returns what the figure shows, in words, for readers who do not see it;
+        alt: ``alt(value)`` returns what the figure shows, in words, for readers who cannot see it;
             default the setting.
         precompute: draw all settings when the slider is first shown, so that it then moves without
             waiting; otherwise each is drawn when it is first chosen.
