@@ -235,7 +235,7 @@ class Picky(nn.Linear):
         ),
     ],
     [(lambda: mse(X.double()), "data.y is torch.float64 | torch.float32 | .to(")],
-    [(lambda: mse(X[:, :2]), "(3, 3) | (3, 2) | equal shapes")],
+    [(lambda: mse(X[:, :2]), "(5, 3) | (5, 2) | equal shapes")],
     [
         (
             lambda: build(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3).double())),
@@ -264,7 +264,7 @@ class Picky(nn.Linear):
     [
         (
             lambda: build(loss=functional.cross_entropy),
-            "'only' | loss(outputs, targets) gives () | one per example (3,)",
+            "'only' | loss(outputs, targets) gives () | one per example (5,)",
         )
     ],
     [(lambda: build(loss=lambda z, y: z @ y), "'only' | loss(outputs, targets) fails on | data")],

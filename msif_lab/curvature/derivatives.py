@@ -9,7 +9,9 @@ from torch import Tensor, func
 from torch.func import grad, vmap
 
 from ..data.examples import Examples
+from ..errors import UnsupportedModelError
 from ..objective.objective import Objective
+from .gate import Probe, agree
 from .layers import find_layers, trace
 
 __all__ = [
@@ -69,6 +71,68 @@ def push_forward(function: Callable, point: Tensor, tangents: Tensor) -> Tensor:
     return torch.stack([along(v) for v in tangents])
 
 
+def push_by_reverse(outputs: Tensor, point: Tensor, tangents: Tensor) -> Tensor:
+    """``J v`` as `push_forward`, from the outputs' graph and by reverse mode alone.
+
+    ``Jᵀ u`` is linear in u, so pulling v back through it by u gives ``J v``.
+    """
+    with torch.enable_grad():
+        u = torch.zeros_like(outputs, requires_grad=True)
+        (pulled,) = torch.autograd.grad(outputs, point, u, create_graph=True)
+    return pull_back(pulled, u, tangents)[0]
+
+
+def forward_agrees(o: Objective, every: bool = False) -> bool:
+    """Whether forward mode gives what reverse mode does for this model.
+
+    Not for `Embedding(padding_idx)`, whose padding row has a tangent but no gradient, nor where
+    PyTorch has no forward derivative.
+    """
+    return o.once(("forward", every), lambda: _forward_agrees(o, every))
+
+
+def _forward_agrees(o: Objective, every: bool) -> bool:
+    probe = Probe.of(o)
+    with torch.no_grad():
+        u = probe.draw(*o.outputs(probe.full, probe.x).shape)
+    v = probe.draw(len(probe.theta(every)))
+
+    def fast() -> Tensor:
+        pushed = jvp(lambda t: probe.outputs(t, probe.x, every), (probe.theta(every),), (v,))[1]
+        return (pushed * u).flatten(1).sum(1, keepdim=True)
+
+    def value(theta: Tensor, i: int) -> Tensor:
+        return (probe.outputs(theta, probe.x[i : i + 1], every)[0] * u[i]).sum()
+
+    return agree(fast, lambda: probe.gradients(value, every) @ v[:, None])
+
+
+def _vmap_agrees(o: Objective, function: Callable, every: bool) -> bool:
+    """Whether `vmap` of `grad` gives each example's gradient as it is alone."""
+    probe = Probe.of(o)
+
+    def value(theta, x, y):
+        return function(probe.outputs(theta, x[None], every), y[None])[0]
+
+    def plain(theta: Tensor, i: int) -> Tensor:
+        return value(theta, probe.x[i], probe.y[i])
+
+    def fast() -> Tensor:
+        return vmap(grad(value), in_dims=(None, 0, 0))(probe.theta(every), probe.x, probe.y)
+
+    return agree(fast, lambda: probe.gradients(plain, every))
+
+
+def _plain_gradient(value: Callable, theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """One example's gradient by plain reverse mode, ``(P,)``."""
+    with torch.enable_grad():
+        leaf = theta.detach().requires_grad_()
+        result = value(leaf, x, y)
+    if not result.requires_grad:
+        return torch.zeros_like(leaf)
+    return torch.autograd.grad(result, leaf, materialize_grads=True)[0]
+
+
 def per_example_gradients(
     objective: Objective,
     full: Tensor,
@@ -101,8 +165,11 @@ def per_example_gradients(
     gradient_bytes = (2 if layers else 8) * len(theta) * full.element_size()
     copies = 2 + gradient_bytes // o.bytes_per_example()
     for part, x, y in o.chunks(examples, copies, rows):
-        if layers is None:
+        if layers is None and o.once(("vmap", every), lambda: _vmap_agrees(o, o.loss, every)):
             yield part, vmap(grad(value), in_dims=(None, 0, 0))(theta, x, y)
+        elif layers is None:
+            alone = [_plain_gradient(value, theta, *one) for one in zip(x, y, strict=True)]
+            yield part, torch.stack(alone)
         else:
             traced = trace(o, full, x, layers)
             yield part, traced.jacobian(traced.output_gradients(function, y), len(theta))[:, 0]
@@ -149,6 +216,10 @@ def product_chunks(
         vectors: v ``(P, Q)``.
         examples: default the stage's own data.
         mode: one of the above.
+
+    Raises:
+        ValueError: an unknown mode, or vectors of another shape.
+        UnsupportedModelError: ``mode="forward"`` gives wrong numbers for this model.
     """
     o = objective
     layers = find_layers(o)
@@ -161,6 +232,12 @@ def product_chunks(
     if vectors.ndim != 2 or vectors.shape[0] != o.size:
         raise ValueError(
             f"vectors have shape {tuple(vectors.shape)}, expected (P, Q) with P = {o.size}"
+        )
+    if mode == "forward" and not forward_agrees(o):
+        raise UnsupportedModelError(
+            f"{o.where}: mode='forward' disagrees with reverse mode for this model, as with "
+            "Embedding(padding_idx=...), or PyTorch has no forward derivative of a layer; "
+            "use mode='gradients'"
         )
     if mode == "auto":
         mode = cheapest_products(o, vectors.shape[1])
@@ -192,7 +269,7 @@ def cheapest_products(o: Objective, queries: int) -> str:
     """
     if find_layers(o) is not None:
         return "layers"
-    return "forward" if queries <= 2 else "gradients"
+    return "forward" if queries <= 2 and forward_agrees(o) else "gradients"
 
 
 def own_products(
@@ -265,7 +342,8 @@ def forward_is_cheaper(o: Objective, dtype: torch.dtype) -> bool:
     Only for float64 convolutions, which PyTorch runs fast in the forward direction alone; elsewhere
     reverse mode is cheaper (bench_unrolled.py).
     """
-    return dtype == torch.float64 and any(len(shape) > 2 for shape in o.layout.shapes.values())
+    convolutions = any(len(shape) > 2 for shape in o.layout.shapes.values())
+    return dtype == torch.float64 and convolutions and forward_agrees(o)
 
 
 # How many sets of activations one example costs in `gradient_transpose`.

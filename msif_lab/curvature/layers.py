@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..objective.objective import Objective, exact_convolutions
+from ..objective.objective import Objective
+from .gate import Probe, agree
 
 __all__ = ["Layer", "Trace", "find_layers", "trace"]
 
@@ -336,7 +337,7 @@ def trace(o: Objective, full: Tensor, x: Tensor, layers: list[Layer]) -> Trace |
     """
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {layer.name: [] for layer in layers}
     full = full.detach()
-    inplace = any(getattr(module, "inplace", False) for module in o.model.modules())
+    inplace = o.once("inplace", lambda: _works_in_place(o, x[:2]))
 
     def keep(layer):
         def hook(module, given, z):
@@ -361,32 +362,44 @@ def trace(o: Objective, full: Tensor, x: Tensor, layers: list[Layer]) -> Trace |
     return Trace(layers, outputs, a, z)
 
 
-def _agrees(o: Objective, layers: list[Layer], every: bool) -> bool:
-    """Whether the layers account for all of the gradient.
+def _works_in_place(o: Objective, x: Tensor) -> bool:
+    """Whether something in the model, a module or a function, writes into a layer's output."""
+    outputs: list[tuple[Tensor, int]] = []
 
-    They do not where a weight is used elsewhere too, twice, or behind a hook.
-    """
-    full = o.layout.flatten(o.model)
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(len(full), generator=generator, dtype=full.dtype).to(full.device)
-    full = full + 0.1 * noise
-    x = o.data.x[[0, len(o.data) - 1]]
+    def note(module, given, z):
+        if isinstance(z, Tensor):
+            outputs.append((z, z._version))
+
+    hooks = [m.register_forward_hook(note) for m in o.model.modules() if not list(m.children())]
     try:
-        with exact_convolutions():
-            found = trace(o, full, x, layers)
+        with torch.no_grad():
+            o.outputs(o.layout.flatten(o.model), x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return any(z._version != version for z, version in outputs)
+
+
+def _agrees(o: Objective, layers: list[Layer], every: bool) -> bool:
+    """Whether the layers account for all of each example's gradient, one example at a time.
+
+    They do not where a weight is used elsewhere too, twice, or behind a hook, nor where the model
+    reorders its batch or holds it in another dimension than the first.
+    """
+    probe = Probe.of(o)
+    with torch.no_grad():
+        cotangent = probe.draw(*o.outputs(probe.full, probe.x).shape)
+
+    def fast() -> Tensor:
+        found = trace(o, probe.full, probe.x, layers)
         if found is None or not found.outputs.requires_grad:
-            return False
+            raise ValueError("the layers cannot follow this model")
         for layer, z in zip(layers, found.z, strict=True):
             layer.size = tuple(z.shape[1:])
-        shape = found.outputs.shape
-        cotangent = torch.randn(shape, generator=generator, dtype=full.dtype).to(full.device)
-        gradients = found.output_gradients(lambda z, y: (z * y).flatten(1).sum(1), cotangent)
-        ours = found.jacobian(gradients, o.layout.size if every else o.size)[:, 0].sum(0)
-        with torch.enable_grad(), exact_convolutions():
-            leaf = full.requires_grad_()
-            (theirs,) = torch.autograd.grad((o.outputs(leaf, x) * cotangent).sum(), leaf)
-    except (RuntimeError, IndexError, ValueError):
-        return False  # the layers cannot follow this model; torch.func can
-    theirs = theirs if every else o.trained.take(theirs)
-    close = 1e-3 if full.dtype != torch.float64 else 1e-9
-    return bool((ours - theirs).norm() <= close * theirs.norm())
+        gradients = found.output_gradients(lambda z, u: (z * u).flatten(1).sum(1), cotangent)
+        return found.jacobian(gradients, o.layout.size if every else o.size)[:, 0]
+
+    def value(theta: Tensor, i: int) -> Tensor:
+        return (probe.outputs(theta, probe.x[i : i + 1], every)[0] * cotangent[i]).sum()
+
+    return agree(fast, lambda: probe.gradients(value, every))

@@ -8,6 +8,7 @@ on how the data are cut into chunks.
 import copy
 import functools
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,7 +16,15 @@ from torch.func import grad, jacrev, vmap
 
 from ..memory import working_bytes
 from ..objective.objective import Objective
-from .derivatives import forward_is_cheaper, jvp, pull_back, push_forward
+from .derivatives import (
+    forward_agrees,
+    forward_is_cheaper,
+    jvp,
+    pull_back,
+    push_by_reverse,
+    push_forward,
+)
+from .gate import Probe, agree
 from .layers import Layer, find_layers, trace
 from .operators import Operator
 
@@ -213,12 +222,11 @@ class Hessian(DataCurvature):
 def _is_linear(operator: DataCurvature) -> bool:
     """Whether the outputs are affine in θ: ``z(θ+v) + z(θ−v) = 2 z(θ)`` up to rounding.
 
-    Tried on up to 3 examples and two large random steps v.
+    Tried on a few unequal examples and two large random steps v.
     """
     o = operator.objective
     theta = operator.theta
-    few = sorted({0, len(o.data) // 2, len(o.data) - 1})
-    x = o.data.x[few]
+    x = Probe.of(o).x
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for scale in (1.0, 0.1):
@@ -282,7 +290,10 @@ class GGN(DataCurvature):
             leaf = z.detach().requires_grad_()
             risk = (weights * self.objective.loss(leaf, y)).sum()
             (slope,) = torch.autograd.grad(risk, leaf, create_graph=True)
-        pushed = push_forward(model, self.theta, vectors.T)  # J v
+        if forward_agrees(self.objective, self.every):
+            pushed = push_forward(model, self.theta, vectors.T)  # J v
+        else:
+            pushed = push_by_reverse(z, theta, vectors.T)
         bent = pull_back(slope, leaf, pushed)[0]  # Λ J v
         return pull_back(z, theta, bent)[0].T  # Jᵀ Λ J v
 
@@ -327,7 +338,9 @@ class GGN(DataCurvature):
 
         with torch.no_grad():
             z = self.objective.outputs(self.full, x)
-        return z, vmap(jacrev(outputs), in_dims=(None, 0))(self.theta, x)
+        if self.objective.once(("jacrev", self.every), lambda: _jacrev_agrees(self)):
+            return z, vmap(jacrev(outputs), in_dims=(None, 0))(self.theta, x)
+        return z, torch.stack([plain_jacobian(outputs, self.theta, one) for one in x])
 
     def _add_blocks(self, result: Tensor, layers: list[Layer]) -> Tensor:
         """Add each pair of dense layers' block to the penalty's ``result``.
@@ -353,6 +366,29 @@ class GGN(DataCurvature):
                     rows_of_unit = layers[i].places[unit][:, None]
                     result[rows_of_unit, layers[j].places[first:].flatten()] += block
         return (result + result.T) / 2
+
+
+def plain_jacobian(outputs: Callable, theta: Tensor, x: Tensor) -> Tensor:
+    """``∂ outputs(θ, x)/∂θ`` of one example by a backward pass for each output, ``(C, P)``."""
+    with torch.enable_grad():
+        leaf = theta.detach().requires_grad_()
+        z = outputs(leaf, x)
+    through = functools.partial(torch.autograd.grad, inputs=leaf, retain_graph=True)
+    return torch.stack([through(one, materialize_grads=True)[0] for one in z])
+
+
+def _jacrev_agrees(operator: GGN) -> bool:
+    """Whether `vmap` of `jacrev` gives each example's Jacobian as it is alone."""
+    every, probe = operator.every, Probe.of(operator.objective)
+
+    def outputs(theta, x):
+        return probe.outputs(theta, x[None], every).reshape(-1)
+
+    theta = probe.theta(every)
+    return agree(
+        lambda: vmap(jacrev(outputs), in_dims=(None, 0))(theta, probe.x),
+        lambda: torch.stack([plain_jacobian(outputs, theta, x) for x in probe.x]),
+    )
 
 
 def curvature(

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..data.examples import Examples
+from ..data.examples import Examples, unequal
 from ..errors import UnsupportedModelError
 from .losses import cross_entropy, target_function
 from .objective import Objective, exact_convolutions
@@ -28,7 +28,7 @@ def check_examples(objective: Objective, examples: Examples, name: str) -> None:
     _check_inputs(objective, examples, name)
     check_layers(objective.model, objective.where)
     _check_targets(objective, examples, name)
-    few = torch.unique(torch.tensor([0, len(examples) // 2, len(examples) - 1]))
+    few = unequal(examples).to(examples.x.device)
     x = examples.x[few]
     y = examples.y[few]
     outputs = _checked_outputs(objective, examples, x, name)
@@ -173,9 +173,11 @@ def ask(
             "target='margin' needs class labels, "
             f"queries.y is {tuple(queries.y.shape)} {queries.y.dtype}"
         )
+    few = unequal(queries).to(queries.x.device)
+    y = queries.y[few]
     with torch.no_grad():
-        outputs = objective.outputs(objective.layout.flatten(objective.model), queries.x[:3])
-        values = function(outputs, queries.y[:3])
+        outputs = objective.outputs(objective.layout.flatten(objective.model), queries.x[few])
+        values = function(outputs, y)
     if not isinstance(values, Tensor) or values.shape != (len(outputs),):
         given = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(
@@ -183,7 +185,16 @@ def ask(
             f"expected one number per query, (B,) = ({len(outputs)},)"
         )
     if not bool(torch.isfinite(values).all()):
-        raise ValueError(f"target gives NaN or inf on the first queries: {values.tolist()}")
+        raise ValueError(f"target gives NaN or inf on some queries: {values.tolist()}")
+    with torch.no_grad():
+        singly = [function(outputs[i : i + 1], y[i : i + 1]).reshape(-1) for i in range(len(y))]
+    close = _tolerance(outputs)
+    alone = torch.cat(singly)
+    if values.shape != alone.shape or not torch.allclose(values, alone, rtol=close, atol=close):
+        raise ValueError(
+            "target(outputs, targets) mixes the queries of a batch; it must give one number per "
+            "query, from that query's outputs alone"
+        )
     return function
 
 

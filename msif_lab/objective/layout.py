@@ -92,6 +92,6 @@ class Layout:
         """Views of a flat vector ``(..., D)`` under their names and shapes."""
         parts = flat.split([len(span) for span in self.spans.values()], dim=-1)
         return {
-            name: part.reshape(*flat.shape[:-1], *shape)
+            name: part.reshape((*flat.shape[:-1], *shape))
             for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
         }

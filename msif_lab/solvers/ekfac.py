@@ -86,12 +86,17 @@ class EKFAC(Settings):
 
 
 def _require_known_layers(model: nn.Module, names: list[str]) -> None:
-    """Refuse trained parameters of layers other than Linear and Conv2d, naming them all."""
+    """Refuse trained parameters of layers other than Linear and plain Conv2d, naming them all."""
     bad = []
     for name in names:
-        kind = type(model.get_submodule(name.rpartition(".")[0]))
-        if kind not in (nn.Linear, nn.Conv2d):
-            bad.append(f"{name} ({kind.__name__})")
+        layer = model.get_submodule(name.rpartition(".")[0])
+        kind = type(layer).__name__
+        if type(layer) not in (nn.Linear, nn.Conv2d):
+            bad.append(f"{name} ({kind})")
+        elif isinstance(layer, nn.Conv2d) and layer.groups > 1:
+            bad.append(f"{name} ({kind} in {layer.groups} groups)")
+        elif isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
+            bad.append(f"{name} ({kind} with {layer.padding_mode} padding)")
     if bad:
         raise UnsupportedModelError(
             f"EKFAC knows Linear and Conv2d layers, not {', '.join(bad)}: "
@@ -156,7 +161,13 @@ class Kronecker(Approximation):
         solver = self.solver
         starts = range(0, len(o.data), solver.batch_size)
         rows = [slice(start, start + solver.batch_size) for start in starts]
-        batches = [(o.data.x[part], o.data.y[part]) for part in rows]
+        targets = o.data.y
+        if targets.is_floating_point():  # as many dimensions as the outputs, which MSELoss compares
+            with torch.no_grad():
+                targets = targets.reshape(
+                    len(targets), *o.outputs(base.full, o.data.x[:1])[0].shape
+                )
+        batches = [(o.data.x[part], targets[part]) for part in rows]
         kinds = curvlinops.FisherType
         with torch.enable_grad():
             matrix = curvlinops.EKFACLinearOperator(

@@ -1,0 +1,89 @@
+"""Which fast routes to derivatives can be trusted for this very model, loss and data.
+
+PyTorch has several ways to the same derivative: many examples at once by `vmap`, directions by
+forward mode, layers by hooks. For some models they silently give other numbers, or none. Each route
+is compared once with plain reverse mode, one example at a time, on a few unequal examples and at
+slightly shifted weights, since ReLU nets often start exactly at kinks. A route that disagrees, or
+fails, is not used.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..data.examples import unequal
+from ..objective.objective import Objective, exact_convolutions
+
+FEW = 5
+LARGE = 10**6  # parameters from which two examples must do: their gradients take as many numbers
+
+
+class Probe:
+    """A few unequal examples, shifted weights, and plain derivatives there.
+
+    Attributes:
+        objective: the stage.
+        full: all its parameters, slightly shifted, ``(D,)``.
+        x, y: inputs and targets of the examples, ``(B, ...)``.
+    """
+
+    def __init__(self, o: Objective):
+        self.objective = o
+        full = o.layout.flatten(o.model)
+        self.generator = torch.Generator().manual_seed(0)
+        self.full = full + 0.1 * self.draw(len(full))
+        few = unequal(o.data, FEW if len(full) < LARGE else 2).to(o.data.x.device)
+        self.x = o.data.x[few]
+        self.y = o.data.y[few]
+
+    @classmethod
+    def of(cls, o: Objective) -> "Probe":
+        """The stage's probe, made once."""
+        return o.once("probe", lambda: cls(o))
+
+    def draw(self, *shape: int) -> Tensor:
+        """Normal random numbers in the stage's dtype, on its device."""
+        values = torch.randn(*shape, generator=self.generator, dtype=self.objective.dtype)
+        return values.to(self.objective.device)
+
+    def theta(self, every: bool) -> Tensor:
+        """The parameters that are differentiated by, ``(P,)`` or all ``(D,)``."""
+        return self.full if every else self.objective.trained.take(self.full)
+
+    def outputs(self, theta: Tensor, x: Tensor, every: bool) -> Tensor:
+        """The model's outputs as a function of ``theta``."""
+        o = self.objective
+        return o.outputs(theta if every else o.parameters(theta, self.full), x)
+
+    def gradients(self, value: Callable[[Tensor, int], Tensor], every: bool) -> Tensor:
+        """``∂ value(θ, i)/∂θ`` by plain reverse mode, one example i at a time, ``(B, P)``."""
+        rows = []
+        for i in range(len(self.x)):
+            with torch.enable_grad(), exact_convolutions():
+                theta = self.theta(every).detach().requires_grad_()
+                result = value(theta, i)
+            if not result.requires_grad:  # a target that no parameter changes
+                rows.append(torch.zeros_like(theta))
+                continue
+            rows.append(torch.autograd.grad(result, theta, materialize_grads=True)[0])
+        return torch.stack(rows)
+
+
+def agree(fast: Callable[[], Tensor], plain: Callable[[], Tensor]) -> bool:
+    """Whether a fast route gives the plain route's rows ``(B, ...)``, one by one.
+
+    A fast route that raises does not agree; whatever the plain one raises is the model's own.
+    """
+    truth = plain()
+    try:
+        with exact_convolutions():
+            found = fast()
+    except (RuntimeError, NotImplementedError, IndexError, ValueError, TypeError):
+        return False
+    if found.shape != truth.shape:
+        return False
+    close = 1e-3 if truth.dtype != torch.float64 else 1e-9
+    gaps = (found - truth).flatten(1).norm(dim=1)
+    size = truth.flatten(1).norm(dim=1).max()
+    return bool((gaps <= close * size).all())
