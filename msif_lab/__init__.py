@@ -16,6 +16,7 @@ from .errors import (
     SavedFileError,
     UnsmoothTrainingWarning,
     UnsupportedModelError,
+    UnsupportedModelWarning,
 )
 from .evaluation import (
     Agreement,
@@ -169,5 +170,6 @@ __all__ = [
     "DataUnavailableError",
     "SavedFileError",
     "UnsupportedModelError",
+    "UnsupportedModelWarning",
     "UnsmoothTrainingWarning",
 ]

@@ -10,6 +10,7 @@ __all__ = [
     "SavedFileError",
     "UnsmoothTrainingWarning",
     "UnsupportedModelError",
+    "UnsupportedModelWarning",
 ]
 
 
@@ -53,6 +54,10 @@ class UnsupportedModelError(MsifError, ValueError):
 
     The usual cause is dropout or batch statistics left on.
     """
+
+
+class UnsupportedModelWarning(UserWarning):
+    """Some methods will refuse this model; the message says which, and the layer that is why."""
 
 
 class ConvergenceWarning(UserWarning):

@@ -423,20 +423,23 @@ def test_pipelines_without_a_run_to_differentiate():
 
 def test_a_run_that_cannot_be_repeated():
     class Moody:
-        """A loss that grows with every call."""
+        """A loss that grows with every mini-batch; with every call it would not even be taken."""
 
-        def __init__(self):
-            self.calls = 0
+        def __init__(self, batch):
+            self.calls, self.batch = 0, batch
 
         def __call__(self, outputs, targets):
-            self.calls += torch.is_grad_enabled()
+            self.calls += torch.is_grad_enabled() and len(targets) in self.batch
             return (1 + 0.01 * self.calls) * msif.cross_entropy(outputs, targets)
 
     pipeline = random_pipeline(k=1, fit=False)
-    pipeline.stages[0].loss, pipeline.stages[0].recipe = Moody(), RECIPES["plain"]
+    pipeline.stages[0].loss, pipeline.stages[0].recipe = Moody((7,)), RECIPES["plain"]
     pipeline = msif.Pipeline(pipeline.stages).fit(progress=False)
     with refused(ValueError, "'stage0'", "not deterministic", "relative"):
         msif.UnrolledInfluence().fit(pipeline)
+    pipeline.stages[0].loss = Moody(range(100))
+    with refused(msif.UnsupportedModelError, "'stage0'", "another gradient", "same weights"):
+        msif.Pipeline(pipeline.stages)
 
 
 def test_stochastic_layers_are_refused_with_the_way_out():

@@ -39,7 +39,10 @@ def jvp(function, primals, tangents):
 
 
 def pull_back(
-    outputs: Tensor, inputs: Tensor | Sequence[Tensor], cotangents: Tensor
+    outputs: Tensor,
+    inputs: Tensor | Sequence[Tensor],
+    cotangents: Tensor,
+    together: bool = True,
 ) -> tuple[Tensor, ...]:
     """``uᵀ ∂outputs/∂inputs`` for cotangents u ``(K, *outputs)``: ``(K, *input)`` for each input.
 
@@ -52,9 +55,9 @@ def pull_back(
     through = functools.partial(
         torch.autograd.grad, outputs, inputs, retain_graph=True, materialize_grads=True
     )
-    if len(cotangents) > 2:
+    if together and len(cotangents) > 2:
         return vmap(through)(cotangents)
-    # For one or two cotangents vmap is pure overhead.
+    # For one or two cotangents vmap is pure overhead; for some operators it is wrong.
     by_cotangent = [through(cotangent) for cotangent in cotangents]
     return tuple(torch.stack(by_input) for by_input in zip(*by_cotangent, strict=True))
 
@@ -71,7 +74,9 @@ def push_forward(function: Callable, point: Tensor, tangents: Tensor) -> Tensor:
     return torch.stack([along(v) for v in tangents])
 
 
-def push_by_reverse(outputs: Tensor, point: Tensor, tangents: Tensor) -> Tensor:
+def push_by_reverse(
+    outputs: Tensor, point: Tensor, tangents: Tensor, together: bool = False
+) -> Tensor:
     """``J v`` as `push_forward`, from the outputs' graph and by reverse mode alone.
 
     ``Jᵀ u`` is linear in u, so pulling v back through it by u gives ``J v``.
@@ -79,7 +84,7 @@ def push_by_reverse(outputs: Tensor, point: Tensor, tangents: Tensor) -> Tensor:
     with torch.enable_grad():
         u = torch.zeros_like(outputs, requires_grad=True)
         (pulled,) = torch.autograd.grad(outputs, point, u, create_graph=True)
-    return pull_back(pulled, u, tangents)[0]
+    return pull_back(pulled, u, tangents, together)[0]
 
 
 def forward_agrees(o: Objective, every: bool = False) -> bool:
@@ -105,6 +110,35 @@ def _forward_agrees(o: Objective, every: bool) -> bool:
         return (probe.outputs(theta, probe.x[i : i + 1], every)[0] * u[i]).sum()
 
     return agree(fast, lambda: probe.gradients(value, every) @ v[:, None])
+
+
+def together(o: Objective) -> bool:
+    """Whether many cotangents may go back through the model's gradient side by side.
+
+    Not where PyTorch's batched backward of an operator is missing or wrong, as `torch.cdist`'s is.
+    """
+    return o.once("together", lambda: _together_agrees(o))
+
+
+def _together_agrees(o: Objective) -> bool:
+    probe = Probe.of(o)
+    theta = probe.theta(False).detach().requires_grad_()
+    with torch.enable_grad():
+        outputs = probe.outputs(theta, probe.x, False)
+        losses = o.loss(outputs, probe.y)
+        (gradient,) = torch.autograd.grad(losses.sum(), theta, create_graph=True)
+    if not gradient.requires_grad:
+        return True
+    u, v = probe.draw(3, *outputs.shape), probe.draw(3, len(theta))
+
+    def products(side_by_side: bool) -> Tensor:
+        first = pull_back(outputs, theta, u, side_by_side)[0]
+        return torch.cat([first, pull_back(gradient, theta, v, side_by_side)[0]])
+
+    try:
+        return agree(lambda: products(True), lambda: products(False))
+    except (RuntimeError, NotImplementedError):
+        return False  # no second derivative at all; see `soundness`
 
 
 def _vmap_agrees(o: Objective, function: Callable, every: bool) -> bool:
@@ -280,6 +314,45 @@ def own_products(
     ``kind`` is ``"hessian"`` for ``h_i = ∇²f_i`` or ``"ggn"`` for ``J_iᵀ Λ_i J_i``.
     """
     o = objective
+    if not o.once(("own", kind), lambda: _own_agrees(kind, o)):
+        return _own_one_by_one(kind, o, full, x, y, vectors)
+    return _own_products(kind, o, full, x, y, vectors)
+
+
+def _own_agrees(kind: str, o: Objective) -> bool:
+    probe = Probe.of(o)
+    given = kind, o, probe.full, probe.x, probe.y, probe.draw(len(probe.x), o.size)
+    return agree(lambda: _own_products(*given), lambda: _own_one_by_one(*given))
+
+
+def _own_one_by_one(
+    kind: str, o: Objective, full: Tensor, x: Tensor, y: Tensor, vectors: Tensor
+) -> Tensor:
+    """`own_products` by plain reverse mode, one example at a time."""
+    rows = []
+    for i, v in enumerate(vectors):
+        with torch.enable_grad():
+            theta = o.trained.take(full).detach().requires_grad_()
+            z = o.outputs(o.parameters(theta, full), x[i : i + 1])
+            if kind == "hessian":
+                (gradient,) = torch.autograd.grad(
+                    o.loss(z, y[i : i + 1]).sum(), theta, create_graph=True
+                )
+                rows.append(pull_back(gradient, theta, v[None])[0][0])
+                continue
+            leaf = z.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(
+                o.loss(leaf, y[i : i + 1]).sum(), leaf, create_graph=True
+            )
+        bent = pull_back(slope, leaf, push_by_reverse(z, theta, v[None]))[0]
+        rows.append(pull_back(z, theta, bent)[0][0])
+    return torch.stack(rows)
+
+
+def _own_products(
+    kind: str, o: Objective, full: Tensor, x: Tensor, y: Tensor, vectors: Tensor
+) -> Tensor:
+    """`own_products` with all examples side by side."""
     with torch.enable_grad():
         # Each example gets its own copy of θ, to be differentiated along its own vector.
         theta = o.trained.take(full).repeat(len(x), 1).requires_grad_()
@@ -392,7 +465,7 @@ def gradient_transpose(
             return (w * o.losses(theta if every else o.parameters(theta, full), x, y)).sum()
 
         shares = weights[start : start + len(x)] / len(batch)
-        by_theta, by_weight = _transpose(risk, point, shares, cotangents, forward)
+        by_theta, by_weight = _transpose(risk, point, shares, cotangents, forward, together(o))
         start += len(x)
         products += by_theta
         scores.append(by_weight / len(batch))
@@ -400,7 +473,12 @@ def gradient_transpose(
 
 
 def _transpose(
-    risk: Callable, theta: Tensor, weights: Tensor, cotangents: Tensor, forward: bool
+    risk: Callable,
+    theta: Tensor,
+    weights: Tensor,
+    cotangents: Tensor,
+    forward: bool,
+    side_by_side: bool,
 ) -> tuple[Tensor, Tensor]:
     """Pull many cotangents back through ``(θ, w) ↦ ∂risk/∂θ``, to θ and to w."""
     if forward and len(cotangents) > 1:
@@ -416,4 +494,4 @@ def _transpose(
         theta = theta.detach().requires_grad_()
         weights = weights.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(risk(theta, weights), theta, create_graph=True)
-    return pull_back(gradient, (theta, weights), cotangents)
+    return pull_back(gradient, (theta, weights), cotangents, side_by_side)

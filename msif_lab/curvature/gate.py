@@ -7,10 +7,12 @@ slightly shifted weights, since ReLU nets often start exactly at kinks. A route 
 fails, is not used.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.func import vmap
 
 from ..data.examples import unequal
 from ..objective.objective import Objective, exact_convolutions
@@ -68,6 +70,30 @@ class Probe:
                 continue
             rows.append(torch.autograd.grad(result, theta, materialize_grads=True)[0])
         return torch.stack(rows)
+
+
+def lanes_agree(o: Objective) -> bool:
+    """Whether `vmap` over weightings gives the gradients of each alone, as `Lanes` relies on."""
+    probe = Probe.of(o)
+    base = torch.stack([probe.full, probe.full + 0.01 * probe.draw(len(probe.full))])
+    thetas = o.trained.take(base)
+
+    def losses(theta: Tensor, full: Tensor) -> Tensor:
+        return o.losses(o.parameters(theta, full), probe.x, probe.y)
+
+    def gradient(values: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
+        with torch.enable_grad(), exact_convolutions():
+            leaf = theta.detach().requires_grad_()
+            total = values(leaf).sum()
+        return torch.autograd.grad(total, leaf, materialize_grads=True)[0]
+
+    def plain() -> Tensor:
+        rows = []
+        for theta, full in zip(thetas, base, strict=True):
+            rows.append(gradient(functools.partial(losses, full=full), theta))
+        return torch.stack(rows)
+
+    return agree(lambda: gradient(lambda t: vmap(losses)(t, base), thetas), plain)
 
 
 def agree(fast: Callable[[], Tensor], plain: Callable[[], Tensor]) -> bool:

@@ -23,6 +23,7 @@ from .derivatives import (
     pull_back,
     push_by_reverse,
     push_forward,
+    together,
 )
 from .gate import Probe, agree
 from .layers import Layer, find_layers, trace
@@ -194,7 +195,8 @@ class Hessian(DataCurvature):
         with torch.enable_grad():
             theta = self.theta.detach().requires_grad_()
             (gradient,) = torch.autograd.grad(risk(theta), theta, create_graph=True)
-        return pull_back(gradient, theta, vectors.T)[0].T  # the Hessian is symmetric
+        # The Hessian is symmetric.
+        return pull_back(gradient, theta, vectors.T, together(o))[0].T
 
     @functools.cached_property
     def _twin(self) -> "GGN | None":
@@ -295,7 +297,7 @@ class GGN(DataCurvature):
         else:
             pushed = push_by_reverse(z, theta, vectors.T)
         bent = pull_back(slope, leaf, pushed)[0]  # Λ J v
-        return pull_back(z, theta, bent)[0].T  # Jᵀ Λ J v
+        return pull_back(z, theta, bent, together(self.objective))[0].T  # Jᵀ Λ J v
 
     def dense_multiplications(self, examples: int) -> float:
         size = self.shape[0]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..curvature.soundness import require_second_derivative
 from ..objective.objective import Lanes
 from ..pipeline.pipeline import Pipeline
 from ..pipeline.recipes import MiniBatch
@@ -89,6 +90,8 @@ def require_run(pipeline: Pipeline) -> None:
                 "cannot be run backwards here; train it with recipe=SGD(...) or Adam(...), or "
                 "use ImplicitInfluence, made for optima"
             )
+    for k in range(len(pipeline.stages)):
+        require_second_derivative(pipeline.objective(k), "differentiating its run")
     pipeline.trained()
     if pipeline.reports is None:
         raise ValueError(

@@ -63,6 +63,12 @@ class Layout:
 
     def __init__(self, model: nn.Module, where: str):
         parameters = dict(model.named_parameters())
+        for name, parameter in parameters.items():
+            if isinstance(parameter, nn.parameter.UninitializedParameter):
+                raise ValueError(
+                    f"{where}: parameter {name!r} has no shape yet; run the model once on a batch, "
+                    "as lazy layers need"
+                )
         kinds = {(p.dtype, str(p.device)) for p in parameters.values()}
         if len(kinds) != 1:
             found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))

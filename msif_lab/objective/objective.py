@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..data.examples import Examples
 from ..memory import working_bytes
@@ -33,6 +34,18 @@ def exact_convolutions() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.allow_tf32 = before
+
+
+@contextmanager
+def differentiable_attention() -> Iterator[None]:
+    """Attention by plain matrix products: fused kernels have no second derivative."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 class Objective:
@@ -131,7 +144,8 @@ class Objective:
     def outputs(self, full: Tensor | dict[str, Tensor], x: Tensor) -> Tensor:
         """Model outputs ``(B, ...)`` at all parameters, ``full`` (D,) or by name."""
         named = full if isinstance(full, dict) else self.layout.named(full)
-        return functional_call(self.model, named | self.buffers, (x,))
+        with differentiable_attention():
+            return functional_call(self.model, named | self.buffers, (x,))
 
     def losses(self, full: Tensor | dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         """Per-example losses ``f_i``, ``(B,)``."""
@@ -231,7 +245,10 @@ class Lanes:
         o = self.objective
         if len(self) == 1:  # vmap over a single lane is pure overhead
             return o.losses(o.parameters(theta[0], self.base[0]), x, y)[None]
-        return vmap(lambda t, b: o.losses(o.parameters(t, b), x, y))(theta, self.base)
+        if o.once("lanes", lambda: True):  # `gate.lanes_agree`, where a pipeline asked it first
+            return vmap(lambda t, b: o.losses(o.parameters(t, b), x, y))(theta, self.base)
+        pairs = zip(theta, self.base, strict=True)
+        return torch.stack([o.losses(o.parameters(t, b), x, y) for t, b in pairs])
 
     def _penalty(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """Weight decay and proximal term of each lane ``(R,)``, and their gradient ``(R, P)``."""

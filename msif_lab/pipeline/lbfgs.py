@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..curvature.matrices import Hessian
+from ..curvature.soundness import missing_second_derivative
 from ..objective.objective import Lanes
 from .recipes import FitReport, check_finite, noise_floor, progress_bar
 
@@ -236,6 +237,8 @@ def _polish(lanes: Lanes, theta: Tensor, max_steps: int = 60) -> tuple[Tensor, i
 
 def _hessian_factor(lanes: Lanes, theta: Tensor, lane: int) -> Tensor | None:
     """Cholesky factor of one lane's Hessian, None where it is not positive definite."""
+    if missing_second_derivative(lanes.objective):
+        return None
     one = torch.tensor([lane], device=theta.device)
     full = lanes.select(one).full(theta[one])[0]
     matrix = Hessian(lanes.objective, full, lanes.weights[lane]).dense()

@@ -1,5 +1,7 @@
 """The pipeline of stages: fit, adopt, retrain under example weights, save, load."""
 
+import functools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -7,8 +9,15 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
+from ..curvature.gate import lanes_agree
 from ..curvature.matrices import DataCurvature, curvature
+from ..curvature.soundness import (
+    check_gradient,
+    missing_second_derivative,
+    require_second_derivative,
+)
 from ..data.examples import Examples
+from ..errors import UnsupportedModelWarning
 from ..objective.checks import ask, check_examples, check_layers
 from ..objective.layout import Layout
 from ..objective.objective import Lanes, Objective
@@ -53,13 +62,24 @@ class Pipeline:
         self.reports: list[FitReport] | None = None
         self._take(None)
         self._prepare()
+        for functional in self._functional:
+            if reason := missing_second_derivative(functional.objective):
+                warnings.warn(
+                    f"{functional.objective.where}: {reason}. Hessians and UnrolledInfluence are "
+                    "refused for it; curvature='ggn' and baselines work",
+                    UnsupportedModelWarning,
+                    stacklevel=2,
+                )
 
     def _prepare(self) -> None:
         """Make functions of the stages, with their present settings, data and buffers."""
         functional: list[FunctionalStage] = []
         for stage in self.stages:
             functional.append(FunctionalStage(stage, functional[-1] if functional else None))
-            check_examples(functional[-1].objective, stage.data, f"stage {stage.name!r} data")
+            objective = functional[-1].objective
+            check_examples(objective, stage.data, f"stage {stage.name!r} data")
+            check_gradient(objective)
+            objective.once("lanes", functools.partial(lanes_agree, objective))
         self._functional = functional
 
     def index(self, stage: int | str) -> int:
@@ -243,6 +263,8 @@ class Pipeline:
         It is kept until they change.
         """
         k, trained = self.index(stage), self.trained()
+        if kind == "hessian":
+            require_second_derivative(self._functional[k].objective, "curvature='hessian'")
         if (k, kind) not in self._curvatures:
             self._curvatures[k, kind] = curvature(kind, self._functional[k].objective, trained[k])
         return self._curvatures[k, kind]

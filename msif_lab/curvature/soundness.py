@@ -1,0 +1,288 @@
+"""Whether the model's derivatives are those of its loss: compared with differences, made up front.
+
+Backward passes can be written by hand, cut (`detach`), or be wrong in PyTorch itself, and nothing
+downstream would notice. So for a few unequal examples, at slightly shifted weights since many nets
+start exactly at kinks, the gradient is compared with differences of the loss, and one Hessian
+product with differences of the gradient. Differences are taken at several step sizes of which the
+best counts, because kinks spoil the large ones and rounding the small ones.
+"""
+
+import copy
+import functools
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..data.examples import unequal
+from ..errors import UnsupportedModelError
+from ..objective.objective import Objective, exact_convolutions
+from .gate import FEW, LARGE
+
+STEPS = {torch.float64: (1e-4, 1e-5, 1e-6, 1e-7, 1e-3), torch.float32: (1e-2, 3e-3, 3e-2, 1e-3)}
+GRADIENT_CLOSE = {torch.float64: 5e-3, torch.float32: 1e-1}
+HESSIAN_CLOSE = 1e-2
+SHIFT = 0.05
+COPIED = 10**5  # parameters of a model up to which a float64 copy is made
+FAILURES = (RuntimeError, NotImplementedError, IndexError, ValueError, TypeError)
+
+Value = Callable[[Tensor], Tensor]
+
+
+def check_gradient(o: Objective) -> None:
+    """Refuse a stage whose gradient is not the derivative of its loss.
+
+    Raises:
+        UnsupportedModelError: with the layer, as far as it can be told.
+    """
+    probed = _probed(o)
+    if probed is None:
+        return
+    value, theta = _risk(probed)
+    try:
+        first, again = (_slope(value, theta)[1] for _ in range(2))
+        error = _gradient_error(value, theta)
+    except FAILURES as problem:
+        where = _culprit(probed, lambda *given: _fails(_gradient_error, *given))
+        raise UnsupportedModelError(
+            f"{o.where}: the loss has no gradient in {where}: {_first(problem)}"
+        ) from problem
+    close = GRADIENT_CLOSE[probed.dtype]
+    if not torch.allclose(
+        first, again, rtol=1e-4, atol=1e-6 * float(first.abs().max()), equal_nan=True
+    ):
+        raise UnsupportedModelError(
+            f"{o.where}: a second call gives another gradient at the same weights, so model or "
+            "loss draws random numbers or remembers its calls; influence needs fixed functions"
+        )
+    if error > close:
+        where = _culprit(probed, lambda *given: _exceeds(_gradient_error, close, *given))
+        raise UnsupportedModelError(
+            f"{o.where}: the gradient is not the derivative of the loss, off by {error:.0%}; the "
+            f"reason is in {where}. A stop-gradient (detach), a straight-through estimator, a "
+            "gradient reversal, a backward function of one's own or activation checkpointing does "
+            "that; such a field has no Hessian, so nothing here could predict its retraining. "
+            "Replace it, or leave it out"
+        )
+
+
+def missing_second_derivative(o: Objective) -> str:
+    """Why this stage's Hessian cannot be trusted, in words; empty if it can."""
+    return o.once("second derivative", lambda: _missing_second_derivative(o))
+
+
+def require_second_derivative(o: Objective, what: str) -> None:
+    """Refuse what needs a Hessian where there is none; ``what``: the method's name for the message.
+
+    Raises:
+        UnsupportedModelError: naming the layer and the methods that do without.
+    """
+    if reason := missing_second_derivative(o):
+        raise UnsupportedModelError(
+            f"{o.where}: {what} needs second derivatives, but {reason}. Use curvature='ggn', a "
+            "baseline such as GradientDot(), or another layer"
+        )
+
+
+def _missing_second_derivative(o: Objective) -> str:
+    probed = _probed(o)
+    if probed is None:
+        return ""
+    try:
+        error = _hessian_error(*_risk(probed))
+    except FAILURES as problem:
+        where = _culprit(probed, lambda *given: _fails(_hessian_error, *given))
+        return f"PyTorch has none of {where}: {_first(problem)}"
+    if error > HESSIAN_CLOSE:
+        where = _culprit(probed, lambda *given: _exceeds(_hessian_error, HESSIAN_CLOSE, *given))
+        return f"those of {where} are wrong by {error:.0%}"
+    return ""
+
+
+def _fails(error: Callable, value: Value, theta: Tensor) -> bool:
+    try:
+        error(value, theta)
+    except FAILURES:
+        return True
+    return False
+
+
+def _exceeds(error: Callable, close: float, value: Value, theta: Tensor) -> bool:
+    try:
+        return error(value, theta) > close
+    except FAILURES:
+        return False
+
+
+def _probed(o: Objective) -> Objective | None:
+    """The stage on a few examples, in float64 where it is small enough to be copied.
+
+    In float32 rounding leaves no step size at which the kinks of a ReLU net do not count.
+    """
+    return o.once("probed", lambda: _make_probed(o))
+
+
+def _make_probed(o: Objective) -> Objective | None:
+    if o.dtype not in STEPS:
+        return None
+    few = unequal(o.data, FEW if o.layout.size < LARGE else 2).tolist()
+    if o.dtype == torch.float64 or o.layout.size > COPIED:
+        return o.on(o.data[few])
+    try:
+        model = copy.deepcopy(o.model).double()
+        double = Objective(model, o.data[few].double(), o.loss, trained=o.trained_names)
+        double.losses(double.layout.flatten(model), double.data.x, double.data.y)
+    except FAILURES:  # a model that insists on its dtype
+        return o.on(o.data[few])
+    return double
+
+
+def _risk(o: Objective) -> tuple[Value, Tensor]:
+    """A weighted loss of the examples as a function of θ, and where to differentiate it."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(o.layout.size, generator=generator, dtype=o.dtype).to(o.device)
+    full = o.layout.flatten(o.model) + SHIFT * noise
+    x, y = o.data.x[: len(o.data)], o.data.y
+    weights = 1 + 0.5 * torch.randn(len(y), generator=generator, dtype=o.dtype).sign().to(o.device)
+
+    def value(theta: Tensor) -> Tensor:
+        return (weights * o.losses(o.parameters(theta, full), x, y)).sum()
+
+    return value, o.trained.take(full)
+
+
+def _slope(value: Value, theta: Tensor, create_graph: bool = False) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad(), exact_convolutions():
+        leaf = theta.detach().requires_grad_()
+        result = value(leaf)
+        if not result.requires_grad:
+            return leaf, torch.zeros_like(leaf)
+        (gradient,) = torch.autograd.grad(
+            result, leaf, create_graph=create_graph, materialize_grads=True
+        )
+    return leaf, gradient
+
+
+def _gradient_error(value: Value, theta: Tensor) -> float:
+    """The largest relative error of the gradient, along itself and random directions."""
+    _, gradient = _slope(value, theta)
+    size = float(gradient.norm())
+    if not 0 < size < math.inf:
+        return 0.0
+    directions = [gradient / size]
+    if theta.dtype == torch.float64:  # single numbers of a gradient drown in float32's rounding
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(2):
+            directions.append(_direction(gradient, generator))
+    errors = []
+    with torch.no_grad(), exact_convolutions():
+        for v in directions:
+            slope = float(gradient @ v)
+            scale = abs(slope) + 0.1 * size / math.sqrt(len(theta))
+            best = math.inf
+            for h in STEPS[theta.dtype]:
+                difference = float(value(theta + h * v) - value(theta - h * v)) / (2 * h)
+                best = min(best, abs(difference - slope) / scale)
+                if best < 0.1 * GRADIENT_CLOSE[theta.dtype]:
+                    break
+            errors.append(best)
+    return max(errors)
+
+
+def _hessian_error(value: Value, theta: Tensor) -> float:
+    """The relative error of one Hessian product against differences of gradients."""
+    leaf, gradient = _slope(value, theta, create_graph=True)
+    size = float(gradient.detach().norm())
+    if not 0 < size < math.inf:
+        return 0.0
+    v = _direction(gradient.detach(), torch.Generator().manual_seed(1))
+    if gradient.requires_grad:
+        with exact_convolutions():
+            (product,) = torch.autograd.grad(gradient, leaf, v, materialize_grads=True)
+    else:
+        product = torch.zeros_like(theta)
+    if theta.dtype != torch.float64:  # that it exists is all that float32 can tell
+        return 0.0
+    scale = float(product.norm()) + 1e-3 * size / math.sqrt(len(theta))
+    if not math.isfinite(scale):
+        return 0.0
+    best = math.inf
+    for h in STEPS[theta.dtype]:
+        up, down = (_slope(value, theta + s * h * v)[1] for s in (1, -1))
+        best = min(best, float(((up - down) / (2 * h) - product).norm()) / scale)
+        if best < 0.1 * HESSIAN_CLOSE:
+            break
+    return best
+
+
+def _direction(gradient: Tensor, generator: torch.Generator) -> Tensor:
+    """A random unit vector among the parameters that have a gradient at all.
+
+    The others never move, so the loss may depend on them as it likes: the row of
+    `Embedding(padding_idx)`, or what stands behind a whole detached branch.
+    """
+    v = torch.randn(len(gradient), generator=generator, dtype=gradient.dtype).to(gradient.device)
+    v = v * (gradient != 0)
+    return v / v.norm()
+
+
+def _culprit(o: Objective, faulty: Callable[[Value, Tensor], bool]) -> str:
+    """The innermost module that alone shows the fault, in words."""
+    given: dict[str, tuple] = {}
+
+    def keep(name):
+        def hook(module, args):
+            given.setdefault(name, args)
+
+        return hook
+
+    modules = {name: module for name, module in o.model.named_modules() if name}
+    hooks = [m.register_forward_pre_hook(keep(name)) for name, m in modules.items()]
+    try:
+        with torch.no_grad():
+            o.outputs(o.layout.flatten(o.model), o.data.x[: len(o.data)])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name in sorted(given, key=lambda name: -name.count(".")):
+        value, theta = _alone(modules[name], given[name])
+        if len(theta) and faulty(value, theta):
+            return f"layer {name!r} ({type(modules[name]).__name__})"
+    return "the forward pass of the model itself, or in its loss"
+
+
+def _alone(module: nn.Module, args: Iterable) -> tuple[Value, Tensor]:
+    """A random combination of a module's outputs as a function of its parameters and inputs."""
+    args = list(args)
+    places = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.is_floating_point()]
+    named = {name: p.detach() for name, p in module.named_parameters()}
+    tensors = [*named.values(), *(args[i].detach() for i in places)]
+    sizes = [t.numel() for t in tensors]
+    theta = torch.cat([t.reshape(-1) for t in tensors]) if tensors else torch.zeros(0)
+    generator = torch.Generator().manual_seed(2)
+    shift = torch.randn(len(theta), generator=generator, dtype=theta.dtype).to(theta.device)
+
+    @functools.cache
+    def cotangent(shape: torch.Size) -> Tensor:
+        draw = torch.Generator().manual_seed(3)
+        return torch.randn(shape, generator=draw, dtype=theta.dtype).to(theta.device)
+
+    def value(theta: Tensor) -> Tensor:
+        parts = theta.split(sizes)
+        views = [part.view_as(t) for part, t in zip(parts, tensors, strict=True)]
+        inputs = list(args)
+        for i, view in zip(places, views[len(named) :], strict=True):
+            inputs[i] = view.clone()  # which an in-place layer may overwrite
+        outputs = functional_call(module, dict(zip(named, views, strict=False)), tuple(inputs))
+        outputs = outputs if isinstance(outputs, Tensor) else outputs[0]
+        # Bent, so that the second derivative of a linear layer is asked for too.
+        return (outputs.sin() * cotangent(outputs.shape)).sum()
+
+    return value, theta + SHIFT * shift
+
+
+def _first(problem: Exception) -> str:
+    """The first sentence of PyTorch's own words."""
+    return str(problem).strip().splitlines()[0].split(". ")[0]
