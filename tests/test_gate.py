@@ -320,4 +320,8 @@ def test_unequal_examples_differ():
     labels[40] = 1
     assert 40 in unequal(msif.Examples(x, labels), among=100).tolist()
     copies = msif.Examples(torch.ones(50, 2), torch.zeros(50).long())
-    assert len(unequal(copies)) == 1
+    assert len(unequal(copies).unique()) == 5
+    sparse = torch.zeros(6, 20000)
+    sparse[range(6), range(1, 12, 2)] = 1.0
+    assert len(unequal(msif.Examples(sparse, torch.zeros(6).long())).unique()) == 5
+    assert unequal(msif.Examples(torch.ones(1, 2), [0])).tolist() == [0]

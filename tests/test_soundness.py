@@ -179,11 +179,11 @@ def test_a_gradient_that_is_no_derivative_is_refused_at_construction(make, where
     ("make", "data", "reason"),
     [
         (OwnFunction, DATA, r"layer 'squared' \(SquaredLayer\) are wrong by"),
-        (BagOfWords, WORDS, r"PyTorch has none of layer 'words' \(EmbeddingBag\)"),
+        (BagOfWords, WORDS, r"PyTorch has none for layer 'words' \(EmbeddingBag\)"),
         (
             lambda: nn.Sequential(nn.Linear(5, 4), nn.Hardsigmoid(), nn.Linear(4, 3)),
             DATA,
-            r"PyTorch has none of layer '1' \(Hardsigmoid\)",
+            r"PyTorch has none for layer '1' \(Hardsigmoid\)",
         ),
     ],
 )
@@ -291,3 +291,73 @@ def test_attention_is_as_the_user_left_it_afterwards():
     pipeline_of(seeded(Attention), msif.Examples(draw(12, 4, 5), torch.arange(12) % 3)).adopt()
     assert torch.backends.mha.get_fastpath_enabled() == before
     assert torch.backends.cuda.flash_sdp_enabled() == flash
+
+
+def saturated():
+    """Sure of every label: differences of its loss are below float32's rounding."""
+    net = nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 3))
+    with torch.no_grad():
+        net[2].bias.copy_(torch.tensor([20.0, 0.0, 0.0]))
+    return net
+
+
+class RootOfAParameter(TwoLayers):
+    """Not a number once its small positive parameter is shifted below zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor([1e-3]))
+
+    def forward(self, x):
+        return self.h(torch.tanh(self.a(x))) * self.scale.sqrt()
+
+
+class Insists(TwoLayers):
+    def forward(self, x):
+        assert x.dtype == torch.float32
+        return self.h(torch.tanh(self.a(x)))
+
+
+class Inner(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(5, 4)
+
+    def forward(self, *, x):
+        z = self.a(x)
+        return {"features": torch.tanh(z / (1 + z.detach().norm(dim=1, keepdim=True)))}
+
+
+class Nested(nn.Module):
+    """A fault inside a module that takes keywords and returns a dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.h = Inner(), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.h(self.inner(x=x)["features"])
+
+
+def float32_inside(outputs, targets):
+    return nn.functional.cross_entropy(outputs.float(), targets, reduction="none").to(outputs.dtype)
+
+
+def test_rounding_is_no_fault(recwarn):
+    images = msif.Examples(draw(12, 784).float(), torch.zeros(12).long(), classes=(0, 1, 2))
+    for seed in range(3):
+        pipeline_of(seeded(saturated, torch.float32, seed), images)
+        deep = nn.Sequential(nn.Linear(5, 200), nn.ReLU(), nn.Linear(200, 200), nn.ReLU())
+        net = seeded(lambda deep=deep: nn.Sequential(deep, nn.Linear(200, 3)), F64, seed)
+        pipeline_of(net, loss=float32_inside)
+    pipeline_of(seeded(RootOfAParameter))
+    pipeline_of(seeded(Insists, torch.float32), DATA.to(torch.float32))
+    constant = msif.Examples(DATA.x, torch.zeros(30, 1, dtype=F64))
+    pipeline_of(nn.Linear(5, 1).double(), constant, loss=msif.mean_squared_error)
+    pipeline_of(seeded(lambda: nn.Linear(5, 3)), DATA[:1])
+    assert [str(w.message) for w in recwarn if "derivative" in str(w.message)] == []
+
+
+def test_a_fault_inside_a_module_with_keywords_and_a_dict_is_still_refused():
+    with pytest.raises(msif.UnsupportedModelError, match="not the derivative of the loss"):
+        pipeline_of(seeded(Nested))

@@ -100,7 +100,7 @@ def _forward_agrees(o: Objective, every: bool) -> bool:
     probe = Probe.of(o)
     with torch.no_grad():
         u = probe.draw(*o.outputs(probe.full, probe.x).shape)
-    v = probe.draw(len(probe.theta(every)))
+    v = probe.draw(len(probe.theta(every)), seed=1)
 
     def fast() -> Tensor:
         pushed = jvp(lambda t: probe.outputs(t, probe.x, every), (probe.theta(every),), (v,))[1]
@@ -125,11 +125,14 @@ def _together_agrees(o: Objective) -> bool:
     theta = probe.theta(False).detach().requires_grad_()
     with torch.enable_grad():
         outputs = probe.outputs(theta, probe.x, False)
-        losses = o.loss(outputs, probe.y)
-        (gradient,) = torch.autograd.grad(losses.sum(), theta, create_graph=True)
+        total = o.loss(outputs, probe.y).sum()
+        if not total.requires_grad:
+            return True
+        (gradient,) = torch.autograd.grad(total, theta, create_graph=True)
     if not gradient.requires_grad:
         return True
-    u, v = probe.draw(3, *outputs.shape), probe.draw(3, len(theta))
+    u = probe.draw(3, *outputs.shape)
+    v = probe.draw(3, len(theta), seed=1)
 
     def products(side_by_side: bool) -> Tensor:
         first = pull_back(outputs, theta, u, side_by_side)[0]
@@ -195,11 +198,16 @@ def per_example_gradients(
         outputs = o.outputs(theta if every else o.parameters(theta, full), x[None])
         return function(outputs, y[None])[0]
 
+    vectorised = layers is None and (
+        o.once(("vmap", every), lambda: _vmap_agrees(o, o.loss, every))
+        if function is o.loss
+        else _vmap_agrees(o, function, every)
+    )
     # Besides its activations, an example takes a few vectors of P numbers.
     gradient_bytes = (2 if layers else 8) * len(theta) * full.element_size()
     copies = 2 + gradient_bytes // o.bytes_per_example()
     for part, x, y in o.chunks(examples, copies, rows):
-        if layers is None and o.once(("vmap", every), lambda: _vmap_agrees(o, o.loss, every)):
+        if layers is None and vectorised:
             yield part, vmap(grad(value), in_dims=(None, 0, 0))(theta, x, y)
         elif layers is None:
             alone = [_plain_gradient(value, theta, *one) for one in zip(x, y, strict=True)]

@@ -18,6 +18,7 @@ from ..data.examples import unequal
 from ..objective.objective import Objective, exact_convolutions
 
 FEW = 5
+CLOSE = {torch.float64: 1e-9, torch.float32: 1e-3}
 LARGE = 10**6  # parameters from which two examples must do: their gradients take as many numbers
 
 
@@ -32,10 +33,8 @@ class Probe:
 
     def __init__(self, o: Objective):
         self.objective = o
-        full = o.layout.flatten(o.model)
-        self.generator = torch.Generator().manual_seed(0)
-        self.full = full + 0.1 * self.draw(len(full))
-        few = unequal(o.data, FEW if len(full) < LARGE else 2).to(o.data.x.device)
+        self.full = shifted(o, 0.2)
+        few = unequal(o.data, FEW if o.layout.size < LARGE else 2).to(o.data.x.device)
         self.x = o.data.x[few]
         self.y = o.data.y[few]
 
@@ -44,9 +43,10 @@ class Probe:
         """The stage's probe, made once."""
         return o.once("probe", lambda: cls(o))
 
-    def draw(self, *shape: int) -> Tensor:
+    def draw(self, *shape: int, seed: int = 0) -> Tensor:
         """Normal random numbers in the stage's dtype, on its device."""
-        values = torch.randn(*shape, generator=self.generator, dtype=self.objective.dtype)
+        generator = torch.Generator().manual_seed(seed)
+        values = torch.randn(*shape, generator=generator, dtype=self.objective.dtype)
         return values.to(self.objective.device)
 
     def theta(self, every: bool) -> Tensor:
@@ -72,10 +72,25 @@ class Probe:
         return torch.stack(rows)
 
 
+def shifted(o: Objective, size: float) -> Tensor:
+    """All parameters, each moved at random by ``size`` times the spread of its tensor, ``(D,)``.
+
+    Tensors of equal numbers, as biases and scales are at first, move by a quarter of ``size``.
+    """
+    generator = torch.Generator().manual_seed(0)
+    parts = []
+    for parameter in o.model.parameters():
+        values = parameter.detach().reshape(-1)
+        spread = float(values.std()) if len(values) > 1 else 0.0
+        noise = torch.randn(len(values), generator=generator, dtype=values.dtype).to(values.device)
+        parts.append(values + size * (spread or 0.25) * noise)
+    return torch.cat(parts)
+
+
 def lanes_agree(o: Objective) -> bool:
     """Whether `vmap` over weightings gives the gradients of each alone, as `Lanes` relies on."""
     probe = Probe.of(o)
-    base = torch.stack([probe.full, probe.full + 0.01 * probe.draw(len(probe.full))])
+    base = torch.stack([probe.full, o.layout.flatten(o.model)])
     thetas = o.trained.take(base)
 
     def losses(theta: Tensor, full: Tensor) -> Tensor:
@@ -85,6 +100,8 @@ def lanes_agree(o: Objective) -> bool:
         with torch.enable_grad(), exact_convolutions():
             leaf = theta.detach().requires_grad_()
             total = values(leaf).sum()
+        if not total.requires_grad:
+            return torch.zeros_like(leaf)
         return torch.autograd.grad(total, leaf, materialize_grads=True)[0]
 
     def plain() -> Tensor:
@@ -109,7 +126,7 @@ def agree(fast: Callable[[], Tensor], plain: Callable[[], Tensor]) -> bool:
         return False
     if found.shape != truth.shape:
         return False
-    close = 1e-3 if truth.dtype != torch.float64 else 1e-9
+    close = CLOSE.get(truth.dtype, 0.1)
     gaps = (found - truth).flatten(1).norm(dim=1)
     size = truth.flatten(1).norm(dim=1).max()
     return bool((gaps <= close * size).all())

@@ -374,8 +374,8 @@ class Examples:
 def unequal(examples: Examples, count: int = 5, among: int = 32) -> Tensor:
     """Positions of a few examples that differ as much as possible, in inputs and in targets.
 
-    A check on equal examples sees nothing: whoever mixes or swaps them gets the right numbers.
-    Farthest first, of candidates spread over the data; fewer where the candidates are copies.
+    A check on equal examples sees nothing: mixing or swapping them gives the right numbers.
+    Farthest first, among candidates spread over the data.
 
     Args:
         examples: the data.
@@ -385,21 +385,20 @@ def unequal(examples: Examples, count: int = 5, among: int = 32) -> Tensor:
     >>> unequal(Examples([[0.0], [0.0], [0.0], [7.0]], [0, 0, 1, 0]), count=3)
     tensor([2, 3, 0])
     """
-    spread = torch.linspace(0, len(examples) - 1, min(among, len(examples))).round().long()
+    last = len(examples) - 1
+    spread = torch.linspace(0, last, min(among, last + 1), dtype=torch.float64).round().long()
     at = spread.to(examples.x.device)
     distance = _distances(examples.x[at]) + _distances(examples.y[at])
     chosen = [int(distance.sum(1).argmax())]
     while len(chosen) < min(count, len(spread)):
         gap = distance[:, chosen].amin(1)
-        if not float(gap.max()) > 0:
-            break
+        gap[chosen] = -1.0
         chosen.append(int(gap.argmax()))
     return spread[chosen]
 
 
 def _distances(values: Tensor) -> Tensor:
-    """Distances between rows, in units of the largest, ``(N, N)``; of a part of long rows."""
-    rows = values.detach().cpu().double().flatten(1) if values.ndim > 1 else values.cpu()[:, None]
-    rows = rows.double()[:, :: max(1, rows.shape[1] // 512)]
-    gaps = (rows[:, None] - rows[None]).norm(dim=2)
+    """Distances between rows, in units of the largest, ``(N, N)``."""
+    rows = values.detach().reshape(len(values), -1).cpu().to(torch.float32)
+    gaps = torch.stack([(rows - row).norm(dim=1) for row in rows])
     return gaps / gaps.max().clamp(min=torch.finfo(gaps.dtype).tiny)

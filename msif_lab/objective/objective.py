@@ -7,6 +7,7 @@ link). A stage trained under R weightings at once has R *lanes*, ``(R, P)``.
 """
 
 import copy
+import threading
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,24 +29,44 @@ def exact_convolutions() -> Iterator[None]:
     By default PyTorch computes them in TF32, with 10 bits of mantissa. Two kernels then differ by
     1e-3, too much to tell whether two ways of computing a number agree.
     """
-    before = torch.backends.cudnn.allow_tf32
+    before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
     torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before
+        torch.backends.cudnn.allow_tf32 = before[0]
+        torch.set_float32_matmul_precision(before[1])
+
+
+class _FastPathOff:
+    """`nn.MultiheadAttention` without its fast path; the last thread that leaves restores it."""
+
+    def __init__(self):
+        self.lock, self.inside, self.before = threading.Lock(), 0, True
+
+    def __enter__(self):
+        with self.lock:
+            if not self.inside:
+                self.before = torch.backends.mha.get_fastpath_enabled()
+                torch.backends.mha.set_fastpath_enabled(False)
+            self.inside += 1
+
+    def __exit__(self, *_):
+        with self.lock:
+            self.inside -= 1
+            if not self.inside:
+                torch.backends.mha.set_fastpath_enabled(self.before)
+
+
+_FAST_PATH = _FastPathOff()
 
 
 @contextmanager
 def differentiable_attention() -> Iterator[None]:
     """Attention by plain matrix products: fused kernels have no second derivative."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+    with _FAST_PATH, sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 class Objective:
@@ -92,6 +113,10 @@ class Objective:
         if name not in self._found:
             self._found[name] = measure()
         return self._found[name]
+
+    def known(self, name: Hashable, default):
+        """What `once` has found under this name, or the default if nobody asked yet."""
+        return self._found.get(name, default)
 
     def on(self, data: Examples) -> "Objective":
         """The same function on other examples, with its own buffers; facts of `once` are shared."""
@@ -245,7 +270,7 @@ class Lanes:
         o = self.objective
         if len(self) == 1:  # vmap over a single lane is pure overhead
             return o.losses(o.parameters(theta[0], self.base[0]), x, y)[None]
-        if o.once("lanes", lambda: True):  # `gate.lanes_agree`, where a pipeline asked it first
+        if o.known("lanes", True):  # `gate.lanes_agree`, which a pipeline asks for first
             return vmap(lambda t, b: o.losses(o.parameters(t, b), x, y))(theta, self.base)
         pairs = zip(theta, self.base, strict=True)
         return torch.stack([o.losses(o.parameters(t, b), x, y) for t, b in pairs])

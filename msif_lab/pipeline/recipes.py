@@ -303,7 +303,7 @@ class Adam(MiniBatch):
         # ∂(m̂ / (√ŝ + ε))/∂s. Where s is 0, so were all gradients, and with them m̂ and the product.
         by_second = torch.where(root > 0, mean / (2 * c2 * root * (root + self.eps) ** 2), 0.0)
         # What no gradient has reached yet stays put: the rule has a kink of slope 1/ε there,
-        # but nothing in the run leads off it.
+        # but none of its examples leads off it.
         reached = torch.where(root > 0, rate / c1 / (root + self.eps), 0.0)
         first_bar = state_bar[0] - reached * theta_bar
         second_bar = state_bar[1] + rate * by_second * theta_bar
