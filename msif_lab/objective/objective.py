@@ -39,33 +39,40 @@ def exact_convolutions() -> Iterator[None]:
         torch.set_float32_matmul_precision(before[1])
 
 
-class _FastPathOff:
-    """`nn.MultiheadAttention` without its fast path; the last thread that leaves restores it."""
+class _FusedAttentionOff:
+    """Attention without its fused kernels, which torch switches for the whole process.
+
+    The first thread that enters switches them off, the last one that leaves restores them.
+    """
 
     def __init__(self):
         self.lock, self.inside, self.before = threading.Lock(), 0, True
+        self.kernel = None
 
     def __enter__(self):
         with self.lock:
             if not self.inside:
                 self.before = torch.backends.mha.get_fastpath_enabled()
                 torch.backends.mha.set_fastpath_enabled(False)
+                self.kernel = sdpa_kernel(SDPBackend.MATH)
+                self.kernel.__enter__()
             self.inside += 1
 
     def __exit__(self, *_):
         with self.lock:
             self.inside -= 1
             if not self.inside:
+                self.kernel.__exit__(None, None, None)
                 torch.backends.mha.set_fastpath_enabled(self.before)
 
 
-_FAST_PATH = _FastPathOff()
+_FUSED_OFF = _FusedAttentionOff()
 
 
 @contextmanager
 def differentiable_attention() -> Iterator[None]:
     """Attention by plain matrix products: fused kernels have no second derivative."""
-    with _FAST_PATH, sdpa_kernel(SDPBackend.MATH):
+    with _FUSED_OFF:
         yield
 
 
