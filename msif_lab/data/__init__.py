@@ -2,5 +2,6 @@
 
 from .datasets import load_cifar10, load_digits, load_mnist
 from .examples import Examples, Inputs
+from .fields import Fields
 
-__all__ = ["Examples", "Inputs", "load_cifar10", "load_digits", "load_mnist"]
+__all__ = ["Examples", "Fields", "Inputs", "load_cifar10", "load_digits", "load_mnist"]

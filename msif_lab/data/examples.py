@@ -3,12 +3,13 @@
 import html
 import numbers
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ..storage import digest
+from .fields import Fields, move
 
 __all__ = ["Examples", "Inputs"]
 
@@ -26,7 +27,7 @@ class Inputs:
         self.positions = positions
         self._like = like
         self._targets = targets  # of `to`, applied to whatever is read
-        moved = _move(like, targets)
+        moved = move(like, targets)
         self.shape = (len(positions), *like.shape)
         self.dtype = moved.dtype
         self.device = moved.device
@@ -53,18 +54,10 @@ class Inputs:
         index = index.cpu() if isinstance(index, Tensor) else index
         places = self.positions[index]
         if places.ndim == 0:
-            return _move(read_item(self.dataset, int(places), self._like)[0], self._targets)
+            return move(read_item(self.dataset, int(places), self._like)[0], self._targets)
         items = [read_item(self.dataset, i, self._like)[0] for i in places.tolist()]
         stacked = torch.stack(items) if items else self._like.new_empty(0, *self._like.shape)
-        return _move(stacked, self._targets)
-
-
-def _move(values, targets: Iterable):
-    """``values`` on these devices and in these dtypes; integers keep their dtype."""
-    for target in targets:
-        if not isinstance(target, torch.dtype) or values.is_floating_point():
-            values = values.to(target)
-    return values
+        return move(stacked, self._targets)
 
 
 def read_item(dataset, i: int, like: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -112,6 +105,11 @@ def _require_finite(name: str, values: Tensor) -> None:
     )
 
 
+def _tensors(x: Tensor | Fields) -> list[tuple[str, Tensor]]:
+    """The tensors that inputs in memory consist of, with the names that messages call them."""
+    return [("x", x)] if isinstance(x, Tensor) else [(f"x[{n!r}]", v) for n, v in x.items()]
+
+
 def _checked_ids(ids, count: int) -> Tensor:
     """Identities as int64 ``(count,)`` on the CPU, by default positions."""
     ids = torch.arange(count) if ids is None else torch.as_tensor(ids).cpu()
@@ -133,7 +131,8 @@ class Examples:
     memory or, from `from_dataset`, `Inputs` that are read when needed.
 
     Args:
-        x: inputs, ``(N, ...)``; a tensor, an array or `Inputs`. Floating inputs must be finite.
+        x: inputs, ``(N, ...)``; a tensor, an array, a dictionary of them (see `Fields`) or
+            `Inputs`. Floating inputs must be finite.
         y: targets, ``(N,)`` integer class labels, or ``(N, ...)`` floating targets for regression.
         ids: ``(N,)`` integers that name the examples through selections; default ``0 .. N-1``.
         classes: original name of each label, so ``classes[y]`` is what the label meant before
@@ -148,7 +147,8 @@ class Examples:
     """
 
     def __init__(self, x, y, ids=None, *, classes: Sequence | None = None):
-        self.x = x if isinstance(x, Inputs) else torch.as_tensor(x)
+        x = Fields(x) if isinstance(x, Mapping) else x
+        self.x = x if isinstance(x, (Fields, Inputs)) else torch.as_tensor(x)
         self.y = torch.as_tensor(y)
         self.y = self.y if self.y.is_floating_point() else self.y.to(torch.int64)
         if self.x.ndim == 0 or self.y.ndim == 0 or len(self.x) == 0:
@@ -161,7 +161,8 @@ class Examples:
                 f"x holds {len(self.x)} examples but y holds {len(self.y)}; they must be equal"
             )
         if not isinstance(self.x, Inputs):  # those are checked as they are read
-            _require_finite("x", self.x)
+            for name, values in _tensors(self.x):
+                _require_finite(name, values)
         _require_finite("y", self.y)
         if self.has_labels and int(self.y.min()) < 0:
             raise ValueError(
@@ -227,9 +228,12 @@ class Examples:
 
     def digest(self) -> str:
         """SHA-256 of inputs, targets and ids: same digest, same examples."""
-        if not isinstance(self.x, Inputs):
+        if isinstance(self.x, Tensor):
             return digest(self.x, self.y, self.ids)
-        parts = [digest(self.x[i : i + 256]) for i in range(0, len(self), 256)]
+        if isinstance(self.x, Fields):
+            parts = [name + digest(values) for name, values in self.x.items()]
+        else:
+            parts = [digest(self.x[i : i + 256]) for i in range(0, len(self), 256)]
         inputs = torch.frombuffer(bytearray("".join(parts).encode()), dtype=torch.uint8)
         return digest(inputs, self.y, self.ids)
 
@@ -340,8 +344,8 @@ class Examples:
 
     def to(self, *targets: torch.device | torch.dtype | str) -> "Examples":
         """A copy on another device and / or in another floating dtype; labels stay integers."""
-        x = self.x.to(*targets) if isinstance(self.x, Inputs) else _move(self.x, targets)
-        return self._with(x, _move(self.y, targets), self.ids)
+        x = move(self.x, targets) if isinstance(self.x, Tensor) else self.x.to(*targets)
+        return self._with(x, move(self.y, targets), self.ids)
 
     def double(self) -> "Examples":
         """A copy with float64 inputs."""
@@ -358,7 +362,10 @@ class Examples:
         )
         about += ", read when needed" if isinstance(self.x, Inputs) else ""
         dtype = str(self.x.dtype).removeprefix("torch.")
-        return f"Examples({len(self)} × {tuple(self.x.shape[1:])} {dtype}, {about})"
+        inputs = f"{tuple(self.x.shape[1:])} {dtype}"
+        if isinstance(self.x, Fields):
+            inputs = repr(self.x[0])
+        return f"Examples({len(self)} × {inputs}, {about})"
 
     def _repr_html_(self) -> str:
         if not self.has_labels:
@@ -388,7 +395,9 @@ def unequal(examples: Examples, count: int = 5, among: int = 32) -> Tensor:
     last = len(examples) - 1
     spread = torch.linspace(0, last, min(among, last + 1), dtype=torch.float64).round().long()
     at = spread.to(examples.x.device)
-    distance = _distances(examples.x[at]) + _distances(examples.y[at])
+    distance = _distances(examples.y[at])
+    for _, values in _tensors(examples.x[at]):
+        distance = distance + _distances(values)
     chosen = [int(distance.sum(1).argmax())]
     while len(chosen) < min(count, len(spread)):
         gap = distance[:, chosen].amin(1)

@@ -237,7 +237,11 @@ def _base(pipeline: Pipeline, queries: Examples, target, protocol: str) -> Tenso
 
 
 def _key(pipeline, queries, groups, stage, target, protocol) -> str:
-    parts = [digest(t) for t in (*pipeline.trained(), queries.x, queries.y, queries.ids)]
+    parts = [digest(full) for full in pipeline.trained()]
+    if isinstance(queries.x, Tensor):
+        parts += [digest(t) for t in (queries.x, queries.y, queries.ids)]
+    else:
+        parts.append(queries.digest())
     return f"{parts} {groups} {stage} {describe(target)} {protocol} {pipeline.facts()}"
 
 

@@ -18,6 +18,7 @@ from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..data.examples import Examples
+from ..data.fields import Fields
 from ..memory import working_bytes
 from .layout import Layout, Places
 
@@ -176,6 +177,7 @@ class Objective:
     def outputs(self, full: Tensor | dict[str, Tensor], x: Tensor) -> Tensor:
         """Model outputs ``(B, ...)`` at all parameters, ``full`` (D,) or by name."""
         named = full if isinstance(full, dict) else self.layout.named(full)
+        x = dict(x) if isinstance(x, Fields) else x
         with differentiable_attention():
             return functional_call(self.model, named | self.buffers, (x,))
 

@@ -1,0 +1,134 @@
+"""`Fields`: the inputs of models that take a dictionary of tensors, as Hugging Face's do."""
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import register_pytree_node
+
+__all__ = ["Fields"]
+
+
+class Fields:
+    """Several named tensors ``(N, ...)``, a row of each per example.
+
+    Read by name like a dictionary, and by position like one tensor ``(N, ...)``: ``fields["mask"]``
+    is a tensor, ``fields[3:9]`` are six examples. The model is called with a plain dictionary.
+
+    Args:
+        tensors: by name; all of one length and on one device, the floating ones of one dtype.
+
+    Raises:
+        ValueError, TypeError: no fields, names that are no strings, different lengths, devices or
+            floating dtypes.
+
+    >>> fields = Fields({"tokens": [[1, 2], [3, 0]], "mask": [[True, True], [True, False]]})
+    >>> fields[0]["tokens"]
+    tensor([1, 2])
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        if not tensors or not all(isinstance(name, str) for name in tensors):
+            raise TypeError(f"fields need names that are strings, but have {list(tensors)}")
+        values = {name: torch.as_tensor(value) for name, value in tensors.items()}
+        lengths = {name: len(value) if value.ndim else None for name, value in values.items()}
+        if len(set(lengths.values())) != 1 or None in lengths.values():
+            raise ValueError(f"fields must hold one row per example each, but have {lengths} rows")
+        kinds = {str(value.dtype) for value in values.values() if value.is_floating_point()}
+        devices = {str(value.device) for value in values.values()}
+        if len(kinds) > 1 or len(devices) > 1:
+            raise ValueError(
+                f"fields must share one device and one floating dtype, but have {sorted(devices)} "
+                f"and {sorted(kinds)}; convert them"
+            )
+        self._tensors = values
+
+    @classmethod
+    def _of(cls, tensors: dict[str, Tensor]) -> "Fields":
+        """Without checks, which `vmap`'s batched tensors would not pass."""
+        fields = cls.__new__(cls)
+        fields._tensors = tensors
+        return fields
+
+    def keys(self):
+        """The names."""
+        return self._tensors.keys()
+
+    def values(self):
+        """The tensors."""
+        return self._tensors.values()
+
+    def items(self):
+        """Pairs of name and tensor."""
+        return self._tensors.items()
+
+    def __getitem__(self, index):
+        if isinstance(index, str):
+            return self._tensors[index]
+        return Fields._of({name: value[index] for name, value in self.items()})
+
+    def __len__(self) -> int:
+        return len(next(iter(self.values())))
+
+    def __iter__(self) -> Iterator["Fields"]:
+        return (self[i] for i in range(len(self)))
+
+    def __repr__(self) -> str:
+        about = (
+            f"{name} {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+            for name, value in self.items()
+        )
+        return f"Fields({', '.join(about)})"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(N, K)``, with K numbers per example in all fields."""
+        return len(self), self.numel() // max(1, len(self))
+
+    @property
+    def ndim(self) -> int:
+        """As if the fields were one tensor ``(N, K)``."""
+        return 2
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the floating fields, or of the first field where there is none."""
+        floating = [value for value in self.values() if value.is_floating_point()]
+        return [*floating, *self.values()][0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """That of all fields."""
+        return next(iter(self.values())).device
+
+    def is_floating_point(self) -> bool:
+        """Whether any field is."""
+        return any(map(Tensor.is_floating_point, self.values()))
+
+    def numel(self) -> int:
+        """Numbers in all fields."""
+        return sum(value.numel() for value in self.values())
+
+    def element_size(self) -> int:
+        """Bytes of the largest number."""
+        return max(value.element_size() for value in self.values())
+
+    def to(self, *targets) -> "Fields":
+        """Moved to a device and / or converted; integers keep their dtype."""
+        return Fields._of({name: move(value, targets) for name, value in self.items()})
+
+
+def move(values, targets: Iterable):
+    """``values`` on these devices and in these dtypes; integers keep their dtype."""
+    for target in targets:
+        if not isinstance(target, torch.dtype) or values.is_floating_point():
+            values = values.to(target)
+    return values
+
+
+# So that `vmap` and the other transforms of torch.func take fields as they take a tensor.
+register_pytree_node(
+    Fields,
+    lambda fields: ([*fields.values()], [*fields.keys()]),
+    lambda tensors, names: Fields._of(dict(zip(names, tensors, strict=True))),
+)
