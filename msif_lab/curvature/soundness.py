@@ -92,7 +92,7 @@ def require_second_derivative(o: Objective, what: str) -> None:
 
 def _missing_second_derivative(o: Objective) -> str:
     probed = _probed(o)
-    o.forget("probed")  # nobody asks for it after this, and it holds a copy of the model
+    o.forget("probed", "risk")  # nobody asks for them again, and they hold a copy of the model
     if probed is None:
         return ""
     try:
