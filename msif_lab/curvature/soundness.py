@@ -335,4 +335,4 @@ def _alone(module: nn.Module, args: tuple, kwargs: dict) -> tuple[Value, Tensor]
 
 def _first(problem: Exception) -> str:
     """The first sentence of PyTorch's own words."""
-    return str(problem).strip().splitlines()[0].split(". ")[0]
+    return str(problem).strip().splitlines()[0].split(". ")[0].rstrip(".")
