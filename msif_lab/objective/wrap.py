@@ -1,6 +1,6 @@
 """`wrap`: models that take a dictionary or several arguments, or return more than a tensor."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
@@ -33,6 +33,11 @@ class Wrapped(nn.Module):
     def forward(self, batch):
         return self.__call(self.__model, batch)
 
+    def named_modules(self, memo=None, prefix: str = "", remove_duplicate: bool = True):
+        """The model's modules under its names, and the model itself under the name of this view."""
+        yield from super().named_modules(memo, prefix, remove_duplicate)
+        yield prefix, self.__model
+
     def train(self, mode: bool = True) -> "Wrapped":
         """Set training mode for the model too, which is no submodule."""
         self.__model.train(mode)
@@ -40,6 +45,21 @@ class Wrapped(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{type(self.__model).__name__}, call={describe(self.__call)}"
+
+
+def no_tensor(model: nn.Module, outputs) -> str:
+    """What is wrong with outputs that are no tensor, and the way out, in words."""
+    wrapped = isinstance(model, Wrapped)
+    called = "call(model, batch) of wrap" if wrapped else "the model"
+    if isinstance(outputs, Mapping):
+        held = [name for name, value in outputs.items() if isinstance(value, Tensor)]
+        pick = f" of {held}" + (f", such as m(...)[{held[0]!r}]" if held else "")
+    elif isinstance(outputs, (tuple, list)):
+        pick = f", one of its {len(outputs)} members such as m(...)[0]"
+    else:
+        pick = ""
+    way_out = "let call return one" if wrapped else "use msif.wrap(model, call=...) to return one"
+    return f"{called} returns {type(outputs).__name__}, not a tensor (B, ...); {way_out}{pick}"
 
 
 def wrap(model: nn.Module, call: Callable[[nn.Module, object], Tensor]) -> Wrapped:
@@ -70,6 +90,7 @@ def wrap(model: nn.Module, call: Callable[[nn.Module, object], Tensor]) -> Wrapp
     Raises:
         TypeError: ``model`` is no module, or ``call`` no function.
 
+    >>> import torch
     >>> pair = torch.nn.Bilinear(2, 3, 4)
     >>> wrapped = wrap(pair, call=lambda m, batch: m(batch["left"], batch["right"]))
     >>> [name for name, _ in wrapped.named_parameters()]
