@@ -273,8 +273,8 @@ def _culprit(o: Objective, faulty: Callable[[Value, Tensor], bool]) -> str:
         for hook in hooks:
             hook.remove()
     for name in sorted(given, key=lambda name: -name.count(".")):
-        value, theta = _alone(modules[name], *given[name])
         with torch.no_grad(), contextlib.suppress(Exception):  # only what runs alone can be blamed
+            value, theta = _alone(modules[name], *given[name])
             value(theta)
             if len(theta) and faulty(value, theta):
                 return f"layer {name!r} ({type(modules[name]).__name__})"

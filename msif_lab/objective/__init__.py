@@ -5,7 +5,7 @@ from .layout import Layout, Places
 from .losses import cross_entropy, mean_squared_error, next_token_loss, target_function, target_name
 from .models import EmbeddingHead, convnet, mlp, softmax_regression
 from .objective import Lanes, Objective
-from .wrap import Wrapped, wrap
+from .wrapping import Wrapped, wrap
 
 __all__ = [
     "EmbeddingHead",

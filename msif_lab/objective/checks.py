@@ -11,7 +11,7 @@ from ..errors import UnsupportedModelError
 from .losses import cross_entropy, target_function
 from .objective import Objective, exact_convolutions
 from .precision import computing_dtype
-from .wrap import Wrapped
+from .wrapping import Wrapped
 
 __all__ = ["ask", "check_examples", "check_layers"]
 

@@ -56,10 +56,13 @@ def no_tensor(model: nn.Module, outputs) -> str:
         pick = f" of {held}" + (f", such as m(...)[{held[0]!r}]" if held else "")
     elif isinstance(outputs, (tuple, list)):
         pick = f", one of its {len(outputs)} members such as m(...)[0]"
+    elif isinstance(outputs, Tensor):
+        pick = ", with padding: torch.nested.to_padded_tensor(outputs, 0.0)"
     else:
         pick = ""
     way_out = "let call return one" if wrapped else "use msif.wrap(model, call=...) to return one"
-    return f"{called} returns {type(outputs).__name__}, not a tensor (B, ...); {way_out}{pick}"
+    kind = "a nested tensor" if isinstance(outputs, Tensor) else type(outputs).__name__
+    return f"{called} returns {kind}, not a tensor (B, ...); {way_out}{pick}"
 
 
 def wrap(model: nn.Module, call: Callable[[nn.Module, object], Tensor]) -> Wrapped:
