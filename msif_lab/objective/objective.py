@@ -213,7 +213,7 @@ class Objective:
         named = full if isinstance(full, dict) else self.layout.named(full)
         with differentiable_attention():
             outputs = functional_call(self.model, named | self.buffers, (as_model_input(x),))
-        if not isinstance(outputs, Tensor) or outputs.is_nested:
+        if not isinstance(outputs, Tensor) or outputs.is_nested or not outputs.ndim:
             raise UnsupportedModelError(f"{self.where}: {no_tensor(self.model, outputs)}")
         # Some models return float32 whatever they are, and autocast returns its own dtype.
         dtype = next(iter(named.values())).dtype

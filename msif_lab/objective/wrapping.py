@@ -48,20 +48,23 @@ class Wrapped(nn.Module):
 
 
 def no_tensor(model: nn.Module, outputs) -> str:
-    """What is wrong with outputs that are no tensor, and the way out, in words."""
-    wrapped = isinstance(model, Wrapped)
-    called = "call(model, batch) of wrap" if wrapped else "the model"
+    """What is wrong with outputs that are not one tensor (B, ...), and the way out, in words."""
+    kind = type(outputs).__name__
+    pick = ""
     if isinstance(outputs, Mapping):
         held = [name for name, value in outputs.items() if isinstance(value, Tensor)]
         pick = f" of {held}" + (f", such as m(...)[{held[0]!r}]" if held else "")
     elif isinstance(outputs, (tuple, list)):
         pick = f", one of its {len(outputs)} members such as m(...)[0]"
-    elif isinstance(outputs, Tensor):
+    elif isinstance(outputs, Tensor) and outputs.is_nested:
+        kind = "a nested tensor"
         pick = ", with padding: torch.nested.to_padded_tensor(outputs, 0.0)"
-    else:
-        pick = ""
+    elif isinstance(outputs, Tensor):
+        kind = "a single number"
+        pick = ", the logits rather than the mean loss"
+    wrapped = isinstance(model, Wrapped)
+    called = "call(model, batch) of wrap" if wrapped else "the model"
     way_out = "let call return one" if wrapped else "use msif.wrap(model, call=...) to return one"
-    kind = "a nested tensor" if isinstance(outputs, Tensor) else type(outputs).__name__
     return f"{called} returns {kind}, not a tensor (B, ...); {way_out}{pick}"
 
 
@@ -87,8 +90,8 @@ def wrap(model: nn.Module, call: Callable[[nn.Module, object], Tensor]) -> Wrapp
 
     Args:
         model: any module; not copied. Call ``model.eval()``, as for every model with dropout.
-        call: ``(model, batch) -> (B, ...)``. A function of a module of its own, unlike a lambda,
-            can be pickled, as parallel retraining in other processes needs.
+        call: ``(model, batch) -> (B, ...)``. With a function that can be imported, unlike a lambda,
+            the wrapped model can be pickled and its saved files name the function.
 
     Raises:
         TypeError: ``model`` is no module, or ``call`` no function.
