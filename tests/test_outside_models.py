@@ -1,5 +1,8 @@
 """Models from torchvision and torch.nn as people bring them: scored rightly, or refused by name."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torchvision
@@ -31,15 +34,15 @@ def vision(make, trained=None, side=32):
     """
     model = seeded(make).train()
     with torch.no_grad():
-        for seed in range(15):
+        for seed in range(5):
             model(draw(8, 3, side, side, seed=100 + seed))
     for name, p in model.named_parameters():
         p.requires_grad_(trained is None or name.startswith(trained))
-    return Case(model.eval(), plain, images(6, side), images(2, side, seed=1))
+    return Case(model.eval(), plain, images(4, side), images(2, side, seed=1))
 
 
 def resnet():
-    return vision(lambda: models.resnet18(num_classes=3), ("conv1", "bn1", "layer1.0", "fc"))
+    return vision(lambda: models.resnet18(num_classes=3), ("bn1", "layer1.0.conv1", "fc"))
 
 
 def transformer():
@@ -48,7 +51,7 @@ def transformer():
 
 def mobilenet():
     make = models.mobilenet_v2
-    last = ("features.17", "features.18", "classifier")
+    last = ("features.17", "classifier")
     return vision(lambda: make(num_classes=3, width_mult=0.1), last)
 
 
@@ -140,7 +143,7 @@ def test_mobilenet_v3_has_no_hessian_but_all_the_rest():
     def make():
         return models.mobilenet_v3_small(num_classes=3, width_mult=0.1)
 
-    one = vision(make, ("features.9", "features.10", "features.11", "features.12", "classifier"))
+    one = vision(make, ("features.11", "features.12", "classifier"))
     one.model.eval()
     words = r"PyTorch has none for layer 'features\.\d+\.block.*' \(Hardsigmoid\)"
     with pytest.warns(msif.UnsupportedModelWarning, match=words):
@@ -244,9 +247,6 @@ def test_a_wrapped_model_is_a_view_under_its_own_names():
 
 
 def test_a_wrapped_model_is_copied_and_pickled_whole():
-    import copy
-    import pickle
-
     wrapped = msif.wrap(seeded(Pair), second)
     x = dict(pairs(4).x.items())
     for other in (copy.deepcopy(wrapped), pickle.loads(pickle.dumps(wrapped))):
