@@ -93,14 +93,15 @@ def read_item(dataset, i: int, like: Tensor | None = None) -> tuple[Tensor, Tens
     return x, y
 
 
-def _check_fixed(dataset, like: Tensor, with_targets: bool) -> None:
-    """Refuse a data set whose items change from reading to reading, or whose reading is random."""
+def _fixed_like(dataset, with_targets: bool) -> Tensor:
+    """The first input; refuses data sets whose items change from reading to reading, or draw."""
     last = len(dataset) - 1
     few = sorted({round(i * last / 4) for i in range(5)})
     readings: list[list[tuple[Tensor, Tensor]]] = []
 
     def read() -> None:
-        readings.append([read_item(dataset, i, like) for i in few])
+        first = read_item(dataset, 0)
+        readings.append([first, *(read_item(dataset, i, first[0]) for i in few[1:])])
 
     drawn = draws_from(read, [dataset])
     way_out = "influence needs fixed examples, so take random augmentation out of the transform"
@@ -115,6 +116,7 @@ def _check_fixed(dataset, like: Tensor, with_targets: bool) -> None:
             f"reading an item draws from {' and '.join(drawn)}, so items may change from reading "
             f"to reading; {way_out}, or draw it once and keep what it gave"
         )
+    return readings[0][0][0]
 
 
 def _equal(left: Tensor, right: Tensor) -> bool:
@@ -243,8 +245,7 @@ class Examples:
             )
         if len(dataset) == 0:
             raise ValueError("dataset is empty")
-        like = read_item(dataset, 0)[0]
-        _check_fixed(dataset, like, targets is None)
+        like = _fixed_like(dataset, targets is None)
         if targets is None:
             targets = torch.stack([read_item(dataset, i, like)[1] for i in range(len(dataset))])
         inputs = Inputs(dataset, torch.arange(len(dataset)), like.new_zeros(like.shape))

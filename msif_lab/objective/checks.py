@@ -88,6 +88,7 @@ def _checked_outputs(o: Objective, examples: Examples, x: Tensor, name: str) -> 
     try:
         with torch.no_grad(), exact_convolutions():
             drawn = draws_from(lambda: calls.append(probe.outputs(full, x)), o.model.modules())
+            _refuse_draws(probe, full, x, drawn)
             _check_writes(probe, full, x, given)
             alone = torch.cat([probe.outputs(full, x[i : i + 1]) for i in range(len(x))])
     except UnsupportedModelError:
@@ -97,12 +98,6 @@ def _checked_outputs(o: Objective, examples: Examples, x: Tensor, name: str) -> 
             f"{name}.x of shape {tuple(examples.x.shape)} "
             f"does not fit the model of {o.where}: {error}"
         ) from error
-    if drawn:
-        raise UnsupportedModelError(
-            f"{o.where}: {_drawing(probe, full, x)} draws from {' and '.join(drawn)}, so the "
-            "model's outputs change from call to call, if only on some examples; influence needs "
-            "a deterministic function of each example: call model.eval(), or leave that part out"
-        )
     outputs, again = calls[:2]
     close = _tolerance(outputs)
     fixed = torch.equal(outputs, again)
@@ -141,6 +136,16 @@ def _check_writes(o: Objective, full: Tensor, x: Tensor, given: Tensor) -> None:
         raise UnsupportedModelError(
             f"{o.where}: calling the model writes into its inputs, which are the examples "
             "themselves; work on a copy (x = x.clone()), or make its first layer not in-place"
+        )
+
+
+def _refuse_draws(o: Objective, full: Tensor, x: Tensor, drawn: list[str]) -> None:
+    """Refuse a model that moves the generators of these names, if any."""
+    if drawn:
+        raise UnsupportedModelError(
+            f"{o.where}: {_drawing(o, full, x)} draws from {' and '.join(drawn)}, so the model's "
+            "outputs change from call to call, if only on some examples; influence needs a "
+            "deterministic function of each example: call model.eval(), or leave that part out"
         )
 
 
