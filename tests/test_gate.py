@@ -13,6 +13,7 @@ from torch.func import functional_call
 import msif_lab as msif
 from msif_lab.curvature import derivatives, layers, matrices
 from msif_lab.data.examples import unequal
+from msif_lab.pipeline import pipeline as pipelines
 
 
 def seeded(make, seed=1):
@@ -310,6 +311,76 @@ def test_ekfac_takes_one_target_with_or_without_its_dimension():
         attributor = msif.ImplicitInfluence(msif.EKFAC(samples=None), curvature="ggn")
         scores.append(attributor.fit(pipeline).score(data[:5]).values)
     assert relative_error(scores[0], scores[1]) < 1e-9
+
+
+class Activated(nn.Module):
+    """Its activation is a plain attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Linear(5, 4), nn.Linear(4, 3)
+        self.activation = torch.tanh
+
+    def forward(self, x):
+        return self.head(self.activation(self.layer(x)))
+
+
+CHANGES = {
+    "activation": lambda s: setattr(s.model, "activation", torch.sigmoid),
+    "data in place": lambda s: s.data.x.mul_(0.5),
+    "data": lambda s: setattr(s, "data", labelled(30, 5, seed=4)),
+    "loss": lambda s: setattr(s, "loss", lambda z, y: msif.cross_entropy(z, y)),
+    "what is trained": lambda s: s.model.layer.bias.requires_grad_(False),
+    "layer": lambda s: setattr(s.model, "head", nn.Linear(4, 3).double()),
+    "mode": lambda s: s.model.eval(),
+}
+
+
+def test_checks_are_made_again_only_where_something_changed(monkeypatch):
+    checked = []
+    monkeypatch.setattr(pipelines, "check_gradient", lambda o: checked.append(o.where))
+    for change in CHANGES.values():
+        checked.clear()
+        stage = msif.Stage("fit", Activated().double(), labelled(30, 5), weight_decay=0.05)
+        pipeline = msif.Pipeline([stage]).fit(progress=False)
+        pipeline.fit(progress=False).adopt()
+        assert len(checked) == 1
+        change(stage)
+        pipeline.fit(progress=False)
+        assert len(checked) == 2
+
+
+def test_checks_of_another_dtype_are_not_believed():
+    """Integer inputs stay the same object when a pipeline changes its dtype."""
+    stage = msif.Stage("fit", Bag().float(), sentences(20), weight_decay=0.05)
+    pipeline = msif.Pipeline([stage]).fit(progress=False)
+    before = pipeline.objective(0)
+    assert pipeline.double().fit(progress=False).objective(0)._found is not before._found
+
+
+def test_plan_names_what_is_done_the_slow_way():
+    padded = msif.plan(pipeline_of(seeded(Bag), sentences(60), fit=False))
+    assert "reverse mode alone" in str(padded)
+    mixed = msif.plan(pipeline_of(seeded(Routed), labelled(30, 5), fit=False))
+    assert "gradients one example at a time" in str(mixed)
+    usual = msif.plan(pipeline_of(seeded(Activated), labelled(30, 5), fit=False))
+    assert usual.stages[0].plain == ()
+
+
+class Routed(nn.Module):
+    """A mixture of two experts, each of which sees only its own rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(5, 3), nn.Linear(5, 3)])
+        self.head = nn.Linear(3, 3)
+
+    def forward(self, x):
+        features = x.new_zeros(len(x), 3)
+        for i, expert in enumerate(self.experts):
+            rows = ((x[:, 0] > 0).long() == i).nonzero().flatten()
+            features = features.index_add(0, rows, expert(x[rows]))
+        return self.head(torch.tanh(features))
 
 
 def test_unequal_examples_differ():

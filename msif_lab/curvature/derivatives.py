@@ -19,6 +19,7 @@ __all__ = [
     "gradient_transpose",
     "own_products",
     "per_example_gradients",
+    "plain_routes",
     "product_chunks",
 ]
 
@@ -144,6 +145,11 @@ def _together_agrees(o: Objective) -> bool:
         return False  # no second derivative at all; see `soundness`
 
 
+def vectorised(o: Objective, every: bool = False) -> bool:
+    """Whether the gradients of many examples may be computed side by side by `vmap`."""
+    return o.once(("vmap", every), lambda: _vmap_agrees(o, o.loss, every))
+
+
 def _vmap_agrees(o: Objective, function: Callable, every: bool) -> bool:
     """Whether `vmap` of `grad` gives each example's gradient as it is alone."""
     probe = Probe.of(o)
@@ -198,16 +204,14 @@ def per_example_gradients(
         outputs = o.outputs(theta if every else o.parameters(theta, full), x[None])
         return function(outputs, y[None])[0]
 
-    vectorised = layers is None and (
-        o.once(("vmap", every), lambda: _vmap_agrees(o, o.loss, every))
-        if function is o.loss
-        else _vmap_agrees(o, function, every)
+    side_by_side = layers is None and (
+        vectorised(o, every) if function is o.loss else _vmap_agrees(o, function, every)
     )
     # Besides its activations, an example takes a few vectors of P numbers.
     gradient_bytes = (2 if layers else 8) * len(theta) * full.element_size()
     copies = 2 + gradient_bytes // o.bytes_per_example()
     for part, x, y in o.chunks(examples, copies, rows):
-        if layers is None and vectorised:
+        if layers is None and side_by_side:
             yield part, vmap(grad(value), in_dims=(None, 0, 0))(theta, x, y)
         elif layers is None:
             alone = [_plain_gradient(value, theta, *one) for one in zip(x, y, strict=True)]
@@ -312,6 +316,22 @@ def cheapest_products(o: Objective, queries: int) -> str:
     if find_layers(o) is not None:
         return "layers"
     return "forward" if queries <= 2 and forward_agrees(o) else "gradients"
+
+
+def plain_routes(o: Objective) -> list[str]:
+    """Where a fast route is wrong or missing for this model: what is done instead, in words."""
+    found = []
+    if find_layers(o) is None and not vectorised(o):
+        found.append(
+            "gradients one example at a time, since vmap over examples is wrong or not possible"
+        )
+    if not forward_agrees(o):
+        found.append("reverse mode alone, since forward mode's derivatives are wrong or missing")
+    if not together(o):
+        found.append("products one vector at a time, since batched backward passes are wrong")
+    if not o.known("lanes", True):
+        found.append("retraining one weighting at a time, since vmap over weightings is wrong")
+    return found
 
 
 def own_products(

@@ -16,10 +16,12 @@ from ..curvature.derivatives import (
     example_products,
     gradient_transpose,
     per_example_gradients,
+    plain_routes,
 )
 from ..curvature.matrices import DataCurvature, curvature
 from ..errors import ConvergenceWarning, IndefiniteCurvatureError, MemoryBudgetError
 from ..memory import parse_bytes, require_memory, working_bytes
+from ..objective.objective import Objective
 from ..pipeline.pipeline import Pipeline
 from ..solvers.conjugate_gradient import ConjugateGradient
 from ..solvers.exact import Exact
@@ -28,8 +30,11 @@ from .adjoint import CHUNK_BYTES
 
 __all__ = ["Plan", "StagePlan", "UnrolledPlan", "plan"]
 
-PROBE = 128  # examples
-STEPS = 60  # of the probe's conjugate gradients
+PROBE = 128  # examples at most
+PROBE_BYTES = 2**28  # of a probe's vectors
+PRODUCT_SECONDS = 0.1  # of one product on the probe's examples
+SOLVE_SECONDS = 2.0  # of the probe's conjugate gradients
+STEPS = 60  # of those, at most
 LARGE = 2000  # parameters from which a preconditioner pays
 
 
@@ -45,6 +50,8 @@ class StagePlan:
         bytes: estimated peak beyond data and model.
         seconds: of solving for all queries and of scoring all examples.
         reason: why this solver.
+        plain: fast routes to derivatives that are wrong or missing for this model, and what is
+            done instead; the seconds are measured with that.
     """
 
     stage: str
@@ -55,6 +62,7 @@ class StagePlan:
     bytes: int
     seconds: float
     reason: str
+    plain: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,8 @@ class Plan:
         title = f"{self.queries} queries, {self.memory / 1e6:,.0f} MB; a probe's estimate"
         counted = f"{'parameters':>11}{'examples':>10}{'products':>10}"
         head = f"{'stage':<14}{counted}{'memory':>10}{'time':>9}  solver"
-        return "\n".join([title, head, *map(self._row, self.stages)])
+        notes = [f"  {s.stage}: {note}" for s in self.stages for note in s.plain]
+        return "\n".join([title, head, *map(self._row, self.stages), *notes])
 
     @staticmethod
     def _row(s: StagePlan) -> str:
@@ -109,10 +118,11 @@ def plan(
 ) -> Plan:
     """What implicit influence will cost, stage by stage, and a solver for each.
 
-    From a probe of a few seconds: one product, one solve and one scoring per stage, with 128
-    examples. `Exact` is suggested where its matrices fit the memory and it is about as fast (it has
-    no tolerance to worry about and finds the smallest eigenvalue), `ConjugateGradient` elsewhere,
-    with `LowRank` as its preconditioner for larger models.
+    From a probe of a few seconds, whatever the model: a few products, the start of one solve and
+    one scoring per stage, with at most 128 examples. `Exact` is suggested where its matrices fit
+    the memory and it is about as fast (it has no tolerance to worry about and finds the smallest
+    eigenvalue), `ConjugateGradient` elsewhere, with `LowRank` as its preconditioner for larger
+    models. Below the table stands what must be done the slow way for this model, and why.
 
     Args:
         pipeline: trained or adopted.
@@ -147,15 +157,15 @@ def _plan_stage(
 ) -> StagePlan:
     o = pipeline.objective(k)
     size, item = o.size, full.element_size()
-    few = o.on(o.data[:: max(1, len(o.data) // PROBE)] if len(o.data) > PROBE else o.data)
+    few, operator = _probe(o, full, kind)
     more = len(o.data) / len(few.data)
-    operator = curvature(kind, few, full)
-    some = torch.arange(min(queries, len(few.data)))
+    at_once = max(1, PROBE_BYTES // (6 * size * item))  # gradients, solutions, search directions
+    some = torch.arange(min(queries, len(few.data), at_once))
     block = torch.cat([g for _, g in per_example_gradients(few, full, rows=some)])
     column = seconds(lambda: operator @ block.T) * more / len(block)
     shifted = operator + damping if damping else operator
-    solver = _iterative(o, size, damping, memory, full.element_size())
-    products, note = _products(shifted, _scaled(solver, more), block.T)
+    solver = _iterative(o, size, damping, memory, item)
+    products, note = _products(shifted, _scaled(solver, more, column / more), block.T)
     products = round(products * queries / len(block))
     scoring = seconds(lambda: example_products(few, full, block.T)) * more * queries / len(block)
     if cheapest_products(o, queries) == "gradients":
@@ -181,7 +191,24 @@ def _plan_stage(
         + min(3 * working_bytes(o.device) // 2, 40 * len(o.data) * o.bytes_per_example()),
         seconds=(direct if exact else iterative) + scoring,
         reason=reason,
+        plain=tuple(plain_routes(o)),
     )
+
+
+def _probe(o: Objective, full: Tensor, kind: str) -> tuple[Objective, DataCurvature]:
+    """The stage on as many examples, 128 at most, as one product takes little time with."""
+
+    def on(count: int) -> Objective:
+        if len(o.data) <= count:
+            return o
+        return o.on(o.data[torch.linspace(0, len(o.data) - 1, count).long()])
+
+    few = on(4)
+    operator = curvature(kind, few, full)
+    v = torch.ones(o.size, 1, dtype=full.dtype, device=full.device)
+    each = seconds(lambda: operator @ v) / len(few.data)
+    few = on(int(min(PROBE, max(4, PRODUCT_SECONDS / each))))
+    return few, curvature(kind, few, full)
 
 
 def _iterative(o, size: int, damping: float, memory: int, item: int) -> ConjugateGradient:
@@ -192,26 +219,41 @@ def _iterative(o, size: int, damping: float, memory: int, item: int) -> Conjugat
     return ConjugateGradient(tol=1e-3, preconditioner=LowRank(rank=rank, memory=memory))
 
 
-def _scaled(solver: ConjugateGradient, more: float) -> ConjugateGradient:
-    """The solver for 1/``more`` of the data: its preconditioner's rank shrinks in proportion."""
+def _scaled(solver: ConjugateGradient, more: float, column: float) -> ConjugateGradient:
+    """The solver for 1/``more`` of the data: its preconditioner's rank shrinks in proportion.
+
+    There is none where making it would take long, at ``column`` seconds a product.
+    """
     if solver.preconditioner is None:
         return solver
     rank = max(1, round(solver.preconditioner.rank / more))
+    if rank * column > SOLVE_SECONDS:
+        return replace(solver, preconditioner=None)
     return replace(solver, preconditioner=replace(solver.preconditioner, rank=rank))
+
+
+class _Enough(Exception):
+    """The probe's time is up."""
 
 
 def _products(operator, solver: ConjugateGradient, columns: Tensor) -> tuple[int, str]:
     """Products to the solver's tolerance on the probe's data, extrapolated if it falls short."""
     worst, most = [], columns.numel()
+    deadline = time.perf_counter() + SOLVE_SECONDS
 
     def note(step: int, residuals: Tensor) -> None:
         worst.append(float(residuals.max()))
+        if time.perf_counter() > deadline:
+            raise _Enough
 
     probe = replace(solver, max_iter=STEPS, callback=note)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         try:
             _, report = probe.solve(operator, columns)
+        except _Enough:
+            rate = max(1e-3, -math.log(min(worst))) / len(worst)
+            return min(most, math.ceil(-math.log(solver.tol) / rate) * columns.shape[1]), ""
         except IndefiniteCurvatureError as error:
             return most, f"; indefinite on the probe ({error.smallest:.1e}), so use curvature='ggn'"
     if bool(report.converged.all()):

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..data.examples import Examples
+from ..data.examples import Examples, Inputs
 from ..data.fields import Fields
 from ..memory import working_bytes
 from .layout import Layout, Places
@@ -115,6 +115,7 @@ class Objective:
         # call does not change its own.
         self.buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
         self._found: dict = {}  # see `once`
+        self._made_of = self._parts()
 
     def once(self, name: Hashable, measure: Callable[[], object]):
         """A fact about model and loss by name: ``measure()`` is called only the first time."""
@@ -125,6 +126,37 @@ class Objective:
     def known(self, name: Hashable, default):
         """What `once` has found under this name, or the default if nobody asked yet."""
         return self._found.get(name, default)
+
+    def recall(self, other: "Objective") -> bool:
+        """Take over what `once` found for another stage, if it is this very function and data.
+
+        The values of the weights do not count: facts are about the function of them.
+        """
+        ours, theirs = self._made_of, other._made_of
+        same = len(ours) == len(theirs) and all(map(_same, ours, theirs))
+        same = same and all(torch.equal(b, other.buffers[n]) for n, b in self.buffers.items())
+        if same:
+            self._found = other._found
+        return same
+
+    def _parts(self) -> list:
+        """Everything but numbers that the function consists of.
+
+        Kept as objects, since the address of one that is gone may be given to another.
+        """
+        tensors = [self.data.y]
+        if not isinstance(self.data.x, Inputs):
+            tensors += self.data.x.values() if isinstance(self.data.x, Fields) else [self.data.x]
+        parts = [self.loss, self.data.x, self.dtype, str(self.device), *self.trained_names]
+        for tensor in tensors:
+            parts += [tensor, tensor._version]
+        for name, module in self.model.named_modules():
+            parts += [name, module, module.training, len(module._buffers)]
+            parts += [len(module._forward_hooks), len(module._forward_pre_hooks)]
+            for key, value in vars(module).items():
+                if not key.startswith("_"):
+                    parts += [key, value]
+        return parts
 
     def on(self, data: Examples) -> "Objective":
         """The same function on other examples, with its own buffers; facts of `once` are shared."""
@@ -230,6 +262,11 @@ class Objective:
             stop = min(start + step, count)
             part = slice(start, stop) if rows is None else rows[start:stop]
             yield part, examples.x[part], examples.y[part]
+
+
+def _same(a, b) -> bool:
+    """Whether two settings are one object, or equal and simple enough that this says it all."""
+    return a is b or (type(a) is type(b) and isinstance(a, (int, float, str, tuple)) and a == b)
 
 
 @dataclass

@@ -61,6 +61,7 @@ class Pipeline:
         self._initial = [Layout(s.model, s.name).flatten(s.model) for s in self.stages]
         self.reports: list[FitReport] | None = None
         self._take(None)
+        self._functional: list[FunctionalStage] = []
         self._prepare()
         for functional in self._functional:
             if reason := missing_second_derivative(functional.objective):
@@ -74,10 +75,12 @@ class Pipeline:
     def _prepare(self) -> None:
         """Make functions of the stages, with their present settings, data and buffers."""
         functional: list[FunctionalStage] = []
-        for stage in self.stages:
+        for k, stage in enumerate(self.stages):
             functional.append(FunctionalStage(stage, functional[-1] if functional else None))
             objective = functional[-1].objective
             check_examples(objective, stage.data, f"stage {stage.name!r} data")
+            if self._functional and objective.recall(self._functional[k].objective):
+                continue
             check_gradient(objective)
             objective.once("lanes", functools.partial(lanes_agree, objective))
         self._functional = functional
