@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..storage import digest
 from .fields import Fields, move
+from .randomness import draws_from
 
 __all__ = ["Examples", "Inputs"]
 
@@ -90,6 +91,36 @@ def read_item(dataset, i: int, like: Tensor | None = None) -> tuple[Tensor, Tens
     if x.is_floating_point() and not bool(torch.isfinite(x).all()):
         raise ValueError(f"the input of dataset[{i}] holds NaN or inf; remove or repair it")
     return x, y
+
+
+def _fixed_like(dataset, with_targets: bool) -> Tensor:
+    """The first input; refuses data sets whose items change from reading to reading, or draw."""
+    last = len(dataset) - 1
+    few = sorted({round(i * last / 4) for i in range(5)})
+    readings: list[list[tuple[Tensor, Tensor]]] = []
+
+    def read() -> None:
+        first = read_item(dataset, 0)
+        readings.append([first, *(read_item(dataset, i, first[0]) for i in few[1:])])
+
+    drawn = draws_from(read, [dataset])
+    way_out = "influence needs fixed examples, so take random augmentation out of the transform"
+    for pairs in readings[1:]:
+        for i, (x, y), (x_again, y_again) in zip(few, readings[0], pairs, strict=True):
+            if not _equal(x, x_again):
+                raise ValueError(f"dataset[{i}] is another input at the second reading; {way_out}")
+            if with_targets and not _equal(y, y_again):
+                raise ValueError(f"dataset[{i}] is another target at the second reading; {way_out}")
+    if drawn:
+        raise ValueError(
+            f"reading an item draws from {' and '.join(drawn)}, so items may change from reading "
+            f"to reading; {way_out}, or draw it once and keep what it gave"
+        )
+    return readings[0][0][0]
+
+
+def _equal(left: Tensor, right: Tensor) -> bool:
+    return left.shape == right.shape and torch.equal(left, right)
 
 
 def _require_finite(name: str, values: Tensor) -> None:
@@ -198,8 +229,8 @@ class Examples:
         Raises:
             TypeError: no length or no indexing (an iterable data set), or items that are not pairs
                 of numbers.
-            ValueError: the data set is empty, inputs differ in shape or hold NaN, or the first
-                input is different when read again.
+            ValueError: the data set is empty, inputs differ in shape or hold NaN, or some of a few
+                items are different when read again or draw random numbers.
 
         >>> labels = torch.tensor([0, 1, 1, 0, 1])
         >>> images = torch.utils.data.TensorDataset(torch.zeros(5, 1, 8, 8), labels)
@@ -214,13 +245,7 @@ class Examples:
             )
         if len(dataset) == 0:
             raise ValueError("dataset is empty")
-        like = read_item(dataset, 0)[0]
-        again = read_item(dataset, 0)[0]
-        if not torch.equal(like, again):
-            raise ValueError(
-                "dataset[0] is another input at the second reading; influence needs fixed "
-                "examples, so take random augmentation out of the transform"
-            )
+        like = _fixed_like(dataset, targets is None)
         if targets is None:
             targets = torch.stack([read_item(dataset, i, like)[1] for i in range(len(dataset))])
         inputs = Inputs(dataset, torch.arange(len(dataset)), like.new_zeros(like.shape))

@@ -4,8 +4,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..data.examples import Examples, unequal
+from ..data.randomness import States, draws_from
 from ..errors import UnsupportedModelError
 from .losses import cross_entropy, target_function
 from .objective import Objective, exact_convolutions
@@ -81,22 +83,22 @@ def _checked_outputs(o: Objective, examples: Examples, x: Tensor, name: str) -> 
     """The outputs for ``x``, checked to be a fixed function of each example alone."""
     full = o.layout.flatten(o.model)
     probe = o.on(o.data)
+    given = tree_map(torch.clone, x)
+    calls: list[Tensor] = []
     try:
         with torch.no_grad(), exact_convolutions():
-            outputs = probe.outputs(full, x)
-            again = probe.outputs(full, x)
+            drawn = draws_from(lambda: calls.append(probe.outputs(full, x)), o.model.modules())
+            _refuse_draws(probe, full, x, drawn)
+            _check_writes(probe, full, x, given)
             alone = torch.cat([probe.outputs(full, x[i : i + 1]) for i in range(len(x))])
+    except UnsupportedModelError:
+        raise
     except (RuntimeError, IndexError, TypeError, ValueError, AssertionError) as error:
         raise ValueError(
             f"{name}.x of shape {tuple(examples.x.shape)} "
             f"does not fit the model of {o.where}: {error}"
         ) from error
-    for buffer, before in o.buffers.items():
-        if not torch.equal(before, probe.buffers[buffer]):
-            raise UnsupportedModelError(
-                f"{o.where}: calling the model writes into its buffer {buffer!r}, "
-                "so it is not a fixed function; call model.eval() first, or replace that layer"
-            )
+    outputs, again = calls[:2]
     close = _tolerance(outputs)
     fixed = torch.equal(outputs, again)
     single = outputs.shape == alone.shape and torch.allclose(outputs, alone, close, close)
@@ -107,6 +109,75 @@ def _checked_outputs(o: Objective, examples: Examples, x: Tensor, name: str) -> 
             "of each example (call model.eval(), drop batch statistics)"
         )
     return outputs
+
+
+def _check_writes(o: Objective, full: Tensor, x: Tensor, given: Tensor) -> None:
+    """Refuse a model whose call has changed its buffers, its parameters or its inputs.
+
+    Args:
+        o: the stage, with buffers of its own for the call.
+        full: what the parameters are after the call.
+        x, given: what the inputs are after the call, and what they were.
+    """
+    for name, buffer in o.model.named_buffers():
+        if not torch.equal(buffer, o.buffers[name]):
+            raise UnsupportedModelError(
+                f"{o.where}: calling the model writes into its buffer {name!r}, "
+                "so it is not a fixed function; call model.eval() first, or replace that layer"
+            )
+    now = o.layout.named(full)
+    for name, parameter in o.model.named_parameters():
+        if not torch.equal(parameter, now[name]):
+            raise UnsupportedModelError(
+                f"{o.where}: calling the model writes into its parameter {name!r}, so it is not a "
+                "fixed function; compute with a changed copy instead (weight / weight.norm())"
+            )
+    if not all(map(torch.equal, tree_leaves(x), tree_leaves(given))):
+        raise UnsupportedModelError(
+            f"{o.where}: calling the model writes into its inputs, which are the examples "
+            "themselves; work on a copy (x = x.clone()), or make its first layer not in-place"
+        )
+
+
+def _refuse_draws(o: Objective, full: Tensor, x: Tensor, drawn: list[str]) -> None:
+    """Refuse a model that moves the generators of these names, if any."""
+    if drawn:
+        raise UnsupportedModelError(
+            f"{o.where}: {_drawing(o, full, x)} draws from {' and '.join(drawn)}, so the model's "
+            "outputs change from call to call, if only on some examples; influence needs a "
+            "deterministic function of each example: call model.eval(), or leave that part out"
+        )
+
+
+def _drawing(o: Objective, full: Tensor, x: Tensor) -> str:
+    """The innermost module whose call moves a random generator, in words."""
+    inside: list[States] = []
+    found: list[str] = []
+
+    def enter(module, given):
+        inside.append(States([module]))
+
+    def leave(name):
+        def hook(module, given, outputs):
+            if inside.pop().moved() and not found:
+                found.append(f"layer {name!r} ({type(module).__name__})")
+
+        return hook
+
+    hooks = []
+    for name, module in o.model.named_modules():
+        if name:
+            hooks.append(module.register_forward_pre_hook(enter))
+            hooks.append(module.register_forward_hook(leave(name)))
+    start = States(o.model.modules())
+    try:
+        with torch.no_grad():
+            o.outputs(full, x)
+    finally:
+        start.restore()
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else "the model's own forward pass"
 
 
 def _check_labels(o: Objective, examples: Examples, outputs: Tensor, name: str) -> None:
@@ -127,12 +198,25 @@ def _check_labels(o: Objective, examples: Examples, outputs: Tensor, name: str) 
 def _check_losses(o: Objective, outputs: Tensor, y: Tensor, name: str) -> None:
     """Check that the loss gives one number per example, from that example alone."""
     count = len(y)
+    given = outputs.clone(), y.clone()
+    calls: list[Tensor] = []
     try:
         with torch.no_grad():
-            losses = o.loss(outputs, y)
+            drawn = draws_from(lambda: calls.append(o.loss(outputs, y)), [o.loss])
             singly = [o.loss(outputs[i : i + 1], y[i : i + 1]) for i in range(count)]
     except (RuntimeError, IndexError, TypeError) as error:
         raise ValueError(f"{o.where}: loss(outputs, targets) fails on {name}: {error}") from error
+    if drawn:
+        raise ValueError(
+            f"{o.where}: loss(outputs, targets) draws from {' and '.join(drawn)}, so it may change "
+            "from call to call; influence needs a fixed loss: draw the numbers once, beforehand"
+        )
+    if not torch.equal(outputs, given[0]) or not torch.equal(y, given[1]):
+        raise ValueError(
+            f"{o.where}: loss(outputs, targets) writes into the outputs or targets that it is "
+            "given; let it work on a copy (outputs.clone())"
+        )
+    losses = calls[0]
     if losses.shape != (count,):
         raise ValueError(
             f"{o.where}: loss(outputs, targets) gives {tuple(losses.shape)}, "
@@ -177,7 +261,14 @@ def ask(
     y = queries.y[few]
     with torch.no_grad():
         outputs = objective.outputs(objective.layout.flatten(objective.model), queries.x[few])
-        values = function(outputs, y)
+        calls: list[Tensor] = []
+        drawn = draws_from(lambda: calls.append(function(outputs, y)), [function])
+    values = calls[0]
+    if drawn:
+        raise ValueError(
+            f"target(outputs, targets) draws from {' and '.join(drawn)}, so it may change from "
+            "call to call; give a fixed function"
+        )
     if not isinstance(values, Tensor) or values.shape != (len(outputs),):
         given = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(

@@ -430,7 +430,14 @@ class Retrained:
         function = ask(o, queries, target)
         with torch.no_grad():
             parts = [
-                vmap(lambda full, x=x, y=y: function(o.outputs(full, x), y))(fulls)
+                torch.stack([function(outputs, y) for outputs in _outputs(o, fulls, x)])
                 for _, x, y in o.chunks(queries, copies=len(fulls))
             ]
         return torch.cat(parts, dim=1).T
+
+
+def _outputs(o: Objective, fulls: Tensor, x: Tensor) -> Tensor:
+    """The outputs at the parameters of each lane ``(R, D)``: ``(R, B, ...)``."""
+    if len(fulls) > 1 and o.known("lanes", True):
+        return vmap(lambda full: o.outputs(full, x))(fulls)
+    return torch.stack([o.outputs(full, x) for full in fulls])
