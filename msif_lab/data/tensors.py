@@ -61,9 +61,11 @@ def to_tensor(value, name: str) -> Tensor:
 def _converted(value) -> Tensor:
     """As `torch.as_tensor`, and for what it does not take: lists of tensors, odd arrays."""
     if isinstance(value, np.ndarray):
-        # PyTorch takes neither negative strides nor another byte order than the machine's.
-        if any(stride < 0 for stride in value.strides):
-            value = np.ascontiguousarray(value)
+        # PyTorch takes neither negative strides nor another byte order than the machine's, and
+        # warns of arrays that must not be written to, as pandas' are; files on disk are not copied.
+        kept = value.flags.writeable or isinstance(value, np.memmap)
+        if not kept or any(stride < 0 for stride in value.strides):
+            value = value.copy()
         if not value.dtype.isnative:
             value = value.astype(value.dtype.newbyteorder("="))
     if isinstance(value, (list, tuple)) and value:
@@ -100,12 +102,17 @@ def _way_out(value, name: str) -> str:
     while isinstance(first, (list, tuple, np.ndarray)) and len(first):
         first = first[0]
     if isinstance(first, (str, bytes)):
+        if name == "y":
+            return "text labels must be one string per example, (N,), such as y.astype(str)"
         return (
             "text must become numbers first, e.g. "
             'tokenizer(texts, padding=True, return_tensors="pt")'
         )
     if isinstance(value, (list, tuple)) and any(hasattr(part, "__len__") for part in value):
-        return "its rows must be numbers and have equal shapes: pad, crop or resize them"
+        return (
+            "its rows must be numbers and have equal shapes: pad them, as "
+            "tokenizer(texts, padding=True) does, or crop or resize"
+        )
     return "give numbers: a tensor, an array or a list"
 
 
