@@ -58,6 +58,7 @@ from .objective import (
     mlp,
     next_token_loss,
     softmax_regression,
+    wrap,
 )
 from .pipeline import (
     LBFGS,
@@ -98,6 +99,7 @@ __all__ = [
     "convnet",
     "mlp",
     "softmax_regression",
+    "wrap",
     "cross_entropy",
     "mean_squared_error",
     "next_token_loss",

@@ -19,6 +19,7 @@ from torch.func import functional_call
 from ..data.examples import unequal
 from ..errors import UnsupportedModelError
 from ..objective.objective import Objective, differentiable_attention, exact_convolutions
+from ..objective.precision import HALF, computing_dtype
 from .gate import FEW, LARGE, shifted
 
 STEPS = {
@@ -127,17 +128,18 @@ def _probed(o: Objective) -> Objective | None:
 
 
 def _make_probed(o: Objective) -> Objective | None:
-    if o.dtype not in STEPS:
-        return None
+    coarse = computing_dtype(o) in HALF
     few = unequal(o.data, FEW if o.layout.size < LARGE else 2).tolist()
-    if o.dtype == torch.float64 or o.layout.size > COPIED:
+    if not coarse and (o.dtype == torch.float64 or o.layout.size > COPIED):
         return o.on(o.data[few])
+    # Autocast leaves float64 alone, so the copy of a model that uses it does not round either.
+    precise = torch.float32 if o.dtype in HALF and o.layout.size > COPIED else torch.float64
     try:
-        model = copy.deepcopy(o.model).double()
-        double = Objective(model, o.data[few].double(), o.loss, trained=o.trained_names)
+        model = copy.deepcopy(o.model).to(precise)
+        double = Objective(model, o.data[few].to(precise), o.loss, trained=o.trained_names)
         double.losses(double.layout.flatten(model), double.data.x, double.data.y)
     except Exception:  # cannot be copied, or insists on its dtype: whatever it says, we do without
-        return o.on(o.data[few])
+        return None if coarse else o.on(o.data[few])
     return double
 
 
@@ -271,8 +273,8 @@ def _culprit(o: Objective, faulty: Callable[[Value, Tensor], bool]) -> str:
         for hook in hooks:
             hook.remove()
     for name in sorted(given, key=lambda name: -name.count(".")):
-        value, theta = _alone(modules[name], *given[name])
         with torch.no_grad(), contextlib.suppress(Exception):  # only what runs alone can be blamed
+            value, theta = _alone(modules[name], *given[name])
             value(theta)
             if len(theta) and faulty(value, theta):
                 return f"layer {name!r} ({type(modules[name]).__name__})"

@@ -165,6 +165,11 @@ def move(values, targets: Iterable):
     return values
 
 
+def as_model_input(x):
+    """What the model is called with: `Fields` as a plain dictionary, all else as it is."""
+    return dict(x.items()) if isinstance(x, Fields) else x
+
+
 # So that `vmap` and the other transforms of torch.func take fields as they take a tensor.
 register_pytree_node(
     Fields,

@@ -11,7 +11,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ..curvature.derivatives import example_products, per_example_gradients
 from ..data.examples import Examples
@@ -288,19 +287,20 @@ class RepresentationSimilarity(Baseline):
         o, seen = self._pipeline.objective(k), []
         modules = dict(o.model.named_modules())
         if self.layer not in modules or not self.layer:
-            known = ", ".join(filter(None, modules))
+            known = [name for name in modules if name]
+            shown = ", ".join(known[:10] + [f"... {len(known)} in all"] * (len(known) > 10))
             raise ValueError(
-                f"layer={self.layer!r} is no module of the model of {o.where}; those are {known}"
+                f"layer={self.layer!r} is no module of the model of {o.where}; those are {shown}"
             )
 
-        def keep(module, given):
-            seen.append(given[0].detach())
+        def keep(module, given, named):
+            seen.append((given or tuple(named.values()))[0].detach())
 
-        hook = modules[self.layer].register_forward_pre_hook(keep)
+        hook = modules[self.layer].register_forward_pre_hook(keep, with_kwargs=True)
         try:
             with torch.no_grad():
                 for _, x, _ in o.chunks(examples):
-                    functional_call(o.model, o.layout.named(self._full[k]) | o.buffers, (x,))
+                    o.outputs(self._full[k], x)
         finally:
             hook.remove()
         if sum(map(len, seen)) != len(examples):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..curvature.soundness import require_second_derivative
 from ..objective.objective import Lanes
+from ..objective.precision import require_precision
 from ..pipeline.pipeline import Pipeline
 from ..pipeline.recipes import MiniBatch
 
@@ -80,7 +81,7 @@ def even_bounds(steps: int, segments: int) -> list[int]:
 
 
 def require_run(pipeline: Pipeline) -> None:
-    """Refuse pipelines whose training cannot be replayed and run backwards, with the way out."""
+    """Refuse pipelines whose training cannot be replayed, with the way out."""
     if not isinstance(pipeline, Pipeline):
         raise TypeError(f"pipeline must be a msif_lab.Pipeline, not {type(pipeline).__name__}")
     for stage in pipeline.stages:
@@ -90,8 +91,6 @@ def require_run(pipeline: Pipeline) -> None:
                 "cannot be run backwards here; train it with recipe=SGD(...) or Adam(...), or "
                 "use ImplicitInfluence, made for optima"
             )
-    for k in range(len(pipeline.stages)):
-        require_second_derivative(pipeline.objective(k), "differentiating its run")
     pipeline.trained()
     if pipeline.reports is None:
         raise ValueError(
@@ -100,6 +99,13 @@ def require_run(pipeline: Pipeline) -> None:
             "needs only the final weights"
         )
     pipeline.require_repeatable()
+
+
+def require_derivatives(pipeline: Pipeline) -> None:
+    """Refuse runs whose steps cannot be differentiated, or too coarsely to be of use."""
+    for k in range(len(pipeline.stages)):
+        require_precision(pipeline.objective(k), "differentiating its run")
+        require_second_derivative(pipeline.objective(k), "differentiating its run")
 
 
 def require_same_end(name: str, ours: Tensor, trained: Tensor) -> None:

@@ -22,7 +22,13 @@ from ..pipeline.pipeline import Pipeline, Retrained
 from ..pipeline.recipes import progress_bar
 from .adjoint import Adjoint, Probes
 from .cost import UnrolledPlan, make_plan, timed
-from .replay import Trajectory, even_bounds, require_run, require_same_end
+from .replay import (
+    Trajectory,
+    even_bounds,
+    require_derivatives,
+    require_run,
+    require_same_end,
+)
 from .result import Influence
 from .run_check import RunCheck, check_run
 
@@ -117,6 +123,7 @@ class UnrolledInfluence:
             ValueError: the pipeline cannot be unrolled (see `fit`).
         """
         require_run(pipeline)
+        require_derivatives(pipeline)
         plan = self._plan(pipeline, queries if isinstance(queries, int) else len(queries))
         return timed(plan, pipeline, self.memory, fits=1 + (self.group_fraction > 0))
 
@@ -138,6 +145,7 @@ class UnrolledInfluence:
             MemoryBudgetError: not even √T checkpoints fit their half of the budget.
         """
         require_run(pipeline)
+        require_derivatives(pipeline)
         trained = pipeline.trained()
         self._pipeline, self._at = pipeline, {}
         plan = self._plan(pipeline, 1)

@@ -5,6 +5,7 @@ from .layout import Layout, Places
 from .losses import cross_entropy, mean_squared_error, next_token_loss, target_function, target_name
 from .models import EmbeddingHead, convnet, mlp, softmax_regression
 from .objective import Lanes, Objective
+from .wrapping import Wrapped, wrap
 
 __all__ = [
     "EmbeddingHead",
@@ -12,6 +13,7 @@ __all__ = [
     "Layout",
     "Objective",
     "Places",
+    "Wrapped",
     "ask",
     "check_examples",
     "check_layers",
@@ -23,4 +25,5 @@ __all__ = [
     "softmax_regression",
     "target_function",
     "target_name",
+    "wrap",
 ]

@@ -18,9 +18,11 @@ from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..data.examples import Examples, Inputs
-from ..data.fields import Fields
+from ..data.fields import Fields, as_model_input
+from ..errors import UnsupportedModelError
 from ..memory import working_bytes
 from .layout import Layout, Places
+from .wrapping import no_tensor
 
 
 @contextmanager
@@ -209,9 +211,13 @@ class Objective:
     def outputs(self, full: Tensor | dict[str, Tensor], x: Tensor) -> Tensor:
         """Model outputs ``(B, ...)`` at all parameters, ``full`` (D,) or by name."""
         named = full if isinstance(full, dict) else self.layout.named(full)
-        x = dict(x) if isinstance(x, Fields) else x
         with differentiable_attention():
-            return functional_call(self.model, named | self.buffers, (x,))
+            outputs = functional_call(self.model, named | self.buffers, (as_model_input(x),))
+        if not isinstance(outputs, Tensor) or outputs.is_nested or not outputs.ndim:
+            raise UnsupportedModelError(f"{self.where}: {no_tensor(self.model, outputs)}")
+        # Some models return float32 whatever they are, and autocast returns its own dtype.
+        dtype = next(iter(named.values())).dtype
+        return outputs.to(dtype) if outputs.is_floating_point() else outputs
 
     def losses(self, full: Tensor | dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         """Per-example losses ``f_i``, ``(B,)``."""

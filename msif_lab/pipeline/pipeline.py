@@ -21,6 +21,7 @@ from ..errors import UnsupportedModelWarning
 from ..objective.checks import ask, check_examples, check_layers
 from ..objective.layout import Layout
 from ..objective.objective import Lanes, Objective
+from ..objective.precision import half_precision, require_precision
 from . import saved
 from .recipes import FitReport
 from .stages import FunctionalStage, Stage, check_buffers
@@ -64,13 +65,18 @@ class Pipeline:
         self._functional: list[FunctionalStage] = []
         self._prepare()
         for functional in self._functional:
-            if reason := missing_second_derivative(functional.objective):
-                warnings.warn(
-                    f"{functional.objective.where}: {reason}. Hessians and UnrolledInfluence are "
-                    "refused for it; curvature='ggn' and baselines work",
-                    UnsupportedModelWarning,
-                    stacklevel=2,
+            o = functional.objective
+            if reason := half_precision(o):
+                rest = "Curvature, UnrolledInfluence and retraining are refused; baselines work"
+            elif reason := missing_second_derivative(o):
+                rest = (
+                    "Hessians and UnrolledInfluence are refused for it; "
+                    "curvature='ggn' and baselines work"
                 )
+            else:
+                continue
+            message = f"{o.where}: {reason}. {rest}"
+            warnings.warn(message, UnsupportedModelWarning, stacklevel=2)
 
     def _prepare(self) -> None:
         """Make functions of the stages, with their present settings, data and buffers."""
@@ -107,6 +113,9 @@ class Pipeline:
         """
         self._prepare()
         check_buffers(self.stages)
+        for stage, functional in zip(self.stages, self._functional, strict=True):
+            if hasattr(stage.recipe, "tol"):
+                require_precision(functional.objective, f"training to an optimum by {stage.recipe}")
         weights = [None] * len(self.stages)
         done, reports = self._run(weights, [i[None] for i in self._initial], False, progress)
         self._write([full[0] for full in done])
@@ -266,6 +275,7 @@ class Pipeline:
         It is kept until they change.
         """
         k, trained = self.index(stage), self.trained()
+        require_precision(self._functional[k].objective, f"curvature={kind!r}")
         if kind == "hessian":
             require_second_derivative(self._functional[k].objective, "curvature='hessian'")
         if (k, kind) not in self._curvatures:
@@ -302,6 +312,8 @@ class Pipeline:
         Raises:
             ValueError: wrong shapes, NaN, unknown stage, or a same-seed rerun of adopted weights.
         """
+        for functional in self._functional:
+            require_precision(functional.objective, "retraining")
         if not warm_start:
             self.require_repeatable()
         by_stage = self._weights(weights if isinstance(weights, Mapping) else {0: weights})
@@ -364,6 +376,10 @@ class Pipeline:
     def double(self) -> "Pipeline":
         """Everything in float64, the precision for stages of up to a few thousand parameters."""
         return self.to(torch.float64)
+
+    def float(self) -> "Pipeline":
+        """Everything in float32, for stages that came in half precision."""
+        return self.to(torch.float32)
 
     def facts(self) -> dict:
         """What identifies this pipeline: names, shapes, settings, digests of data; JSON-able."""

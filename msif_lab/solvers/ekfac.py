@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..curvature.matrices import DataCurvature
 from ..curvature.operators import Operator
+from ..data.fields import as_model_input
 from ..errors import UnsupportedModelError
 from ..objective.losses import cross_entropy, mean_squared_error
 from .approximation import Approximation, parts
@@ -167,7 +168,7 @@ class Kronecker(Approximation):
                 targets = targets.reshape(
                     len(targets), *o.outputs(base.full, o.data.x[:1])[0].shape
                 )
-        batches = [(o.data.x[part], targets[part]) for part in rows]
+        batches = [(as_model_input(o.data.x[part]), targets[part]) for part in rows]
         kinds = curvlinops.FisherType
         with torch.enable_grad():
             matrix = curvlinops.EKFACLinearOperator(
@@ -180,6 +181,7 @@ class Kronecker(Approximation):
                 fisher_type=kinds.TYPE2 if solver.samples is None else kinds.MC,
                 mc_samples=solver.samples or 1,
                 num_data=len(o.data),
+                batch_size_fn=lambda fields: len(next(iter(fields.values()))),
                 separate_weight_and_bias=self._apart(o.trained_names),
             )
             inverses = {
