@@ -89,6 +89,11 @@ class Fields:
         fields._tensors = tensors
         return fields
 
+    @property
+    def names(self) -> list[str]:
+        """The names, in a list."""
+        return list(self._tensors)
+
     def keys(self):
         """The names."""
         return self._tensors.keys()

@@ -52,6 +52,7 @@ class Inputs:
         self.dtype = moved.dtype
         self.device = moved.device
         self.ndim = len(self.shape)
+        self.names = like.names if isinstance(like, Fields) else None  # of the fields
 
     def __getstate__(self) -> dict:
         # A copy in another process reads by itself: that one's siblings have the other cores.
@@ -113,10 +114,10 @@ def check_dataset(dataset, workers: int) -> None:
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
         raise ValueError(f"workers={workers!r} must be a whole number, 0 for reading here")
     if workers:
-        from joblib.externals import cloudpickle
+        from joblib.externals.loky.backend.reduction import dumps
 
         try:
-            cloudpickle.dumps(dataset)
+            dumps(dataset)
         except Exception as error:  # whatever an attribute raises that cannot be copied
             raise TypeError(
                 f"dataset={type(dataset).__name__} cannot be copied to workers={workers} "
@@ -166,8 +167,8 @@ def _stacked(items: Sequence[Tensor | Fields]) -> Tensor | Fields:
     """A batch of inputs."""
     if isinstance(items[0], Tensor):
         return torch.stack(list(items))
-    names = list(items[0].keys())
-    return Fields._of({name: torch.stack([item[name] for item in items]) for name in names})
+    fields = {name: torch.stack([item[name] for item in items]) for name in items[0].names}
+    return Fields._of(fields)
 
 
 def read_many(
