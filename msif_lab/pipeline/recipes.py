@@ -128,9 +128,12 @@ class MiniBatch(ABC):
             lambda lr: 0 < lr < math.inf,
             "positive and finite, one number for all parameters; schedule= lets it change",
         )
-        check_whole(self, epochs=1, batch_size=1, warmup=0, seed=-(2**63))
-        if self.seed >= 2**64:
-            raise ValueError(f"seed={self.seed} must be below 2**64")
+        check_whole(self, epochs=1, batch_size=1, warmup=0)
+        # what torch.Generator takes
+        whole = isinstance(self.seed, numbers.Integral) and not isinstance(self.seed, bool)
+        if not whole or not -(2**63) <= self.seed < 2**64:
+            raise ValueError(f"seed={self.seed!r} must be a whole number below 2**64, such as 0")
+        object.__setattr__(self, "seed", int(self.seed))
         known = ("constant", "linear", "cosine")
         if isinstance(self.schedule, type) or not (
             callable(self.schedule) or (isinstance(self.schedule, str) and self.schedule in known)
