@@ -252,7 +252,7 @@ class Picky(nn.Linear):
         (lambda: build(net().to("meta")), "data.x is on cpu | 'only' on meta | .to()"),
         (
             lambda: build(nn.Embedding(3, 3), examples(Y.to("meta"))),
-            "data.x is on meta | 'only' on cpu | .to()",
+            "x is on meta | no numbers | give real ones",
         ),
     ],
     [(lambda: build(nn.Flatten()), "only | parameters | none at all")],

@@ -3,106 +3,18 @@
 import html
 import numbers
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from ..storage import digest
+from .conversion import MOST_CLASSES, to_classes, to_ids, to_inputs, to_targets
 from .fields import Fields, move
+from .inputs import Inputs, check_dataset, fixed_like, read_many
+from .tensors import require_finite
 
 __all__ = ["Examples", "Inputs"]
-
-
-class Inputs:
-    """The inputs of a map-style `torch.utils.data.Dataset`, read only when they are indexed.
-
-    Offers what the library needs of a tensor ``(N, ...)``: ``len``, ``shape``, ``dtype``,
-    ``device``, ``to``, and indexing by an integer, a slice or positions, so ``inputs[3:9]`` is a
-    tensor. Made by `Examples.from_dataset`.
-    """
-
-    def __init__(self, dataset, positions: Tensor, like: Tensor, targets: tuple = ()):
-        self.dataset = dataset
-        self.positions = positions
-        self._like = like
-        self._targets = targets  # of `to`, applied to whatever is read
-        moved = move(like, targets)
-        self.shape = (len(positions), *like.shape)
-        self.dtype = moved.dtype
-        self.device = moved.device
-        self.ndim = len(self.shape)
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def is_floating_point(self) -> bool:
-        return self.dtype.is_floating_point
-
-    def element_size(self) -> int:
-        return self._like.new_empty(0, dtype=self.dtype).element_size()
-
-    def select(self, keep: Tensor) -> "Inputs":
-        """The inputs at these positions, still unread."""
-        return Inputs(self.dataset, self.positions[keep.cpu()], self._like, self._targets)
-
-    def to(self, *targets) -> "Inputs":
-        """The same inputs, moved and / or converted when they are read."""
-        return Inputs(self.dataset, self.positions, self._like, (*self._targets, *targets))
-
-    def __getitem__(self, index) -> Tensor:
-        index = index.cpu() if isinstance(index, Tensor) else index
-        places = self.positions[index]
-        if places.ndim == 0:
-            return move(read_item(self.dataset, int(places), self._like)[0], self._targets)
-        items = [read_item(self.dataset, i, self._like)[0] for i in places.tolist()]
-        stacked = torch.stack(items) if items else self._like.new_empty(0, *self._like.shape)
-        return move(stacked, self._targets)
-
-
-def read_item(dataset, i: int, like: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The checked pair ``(x, y)`` of item i; x must have the shape and dtype of ``like``.
-
-    Raises:
-        TypeError: the item is not a pair of tensors, arrays or numbers.
-        ValueError: the input differs from the first in shape or dtype, or holds NaN or inf.
-    """
-    item = dataset[i]
-    if not isinstance(item, (tuple, list)) or len(item) != 2:
-        raise TypeError(
-            f"dataset[{i}] is {type(item).__name__}, not a pair (input, target); "
-            "wrap the data set so it is"
-        )
-    try:
-        x, y = map(torch.as_tensor, item)
-    except (TypeError, ValueError, RuntimeError) as error:
-        kinds = ", ".join(type(part).__name__ for part in item)
-        raise TypeError(
-            f"dataset[{i}] is ({kinds}); input and target must be tensors, arrays or numbers, "
-            "e.g. with transform=torchvision.transforms.ToTensor()"
-        ) from error
-    if like is not None and (x.shape != like.shape or x.dtype != like.dtype):
-        raise ValueError(
-            f"the input of dataset[{i}] is {tuple(x.shape)} {x.dtype}, "
-            f"that of dataset[0] {tuple(like.shape)} {like.dtype}; "
-            "resize or convert in the data set's transform"
-        )
-    if x.is_floating_point() and not bool(torch.isfinite(x).all()):
-        raise ValueError(f"the input of dataset[{i}] holds NaN or inf; remove or repair it")
-    return x, y
-
-
-def _require_finite(name: str, values: Tensor) -> None:
-    if not values.is_floating_point():
-        return
-    # In blocks: a check of everything at once takes more memory than a large data set itself.
-    if all(bool(torch.isfinite(block).all()) for block in values.split(4096)):
-        return
-    not_finite = (~torch.isfinite(values)).reshape(len(values), -1).any(1)
-    bad = not_finite.nonzero()[:5].flatten().tolist()
-    raise ValueError(
-        f"{name} holds NaN or inf, first at positions {bad}; remove or repair those examples"
-    )
 
 
 def _tensors(x: Tensor | Fields) -> list[tuple[str, Tensor]]:
@@ -110,47 +22,47 @@ def _tensors(x: Tensor | Fields) -> list[tuple[str, Tensor]]:
     return [("x", x)] if isinstance(x, Tensor) else [(f"x[{n!r}]", v) for n, v in x.items()]
 
 
-def _checked_ids(ids, count: int) -> Tensor:
-    """Identities as int64 ``(count,)`` on the CPU, by default positions."""
-    ids = torch.arange(count) if ids is None else torch.as_tensor(ids).cpu()
-    if ids.is_floating_point():
-        raise ValueError(f"ids are {ids.dtype}, but must be integers, one per example")
-    ids = ids.to(torch.int64)
-    if ids.shape != (count,):
-        raise ValueError(f"ids has shape {tuple(ids.shape)}, expected ({count},), one per example")
-    if len(torch.unique(ids)) != len(ids):
-        raise ValueError("ids must be unique; they name the examples in every result")
-    return ids
-
-
 class Examples:
     """Inputs, targets and identities of a data set, never shuffled.
+
+    Inputs may be a tensor, an array, nested lists, or a list of equal tensors or arrays; a pandas
+    frame of numbers, column by column; a list of PIL images (L or RGB, of one size), which become
+    ``(N, C, H, W)`` in [0, 1] as torchvision's ToTensor makes them; a dictionary of these or a
+    tokenizer's output, and a list of one dictionary per example (see `Fields`); a list of
+    sequences of different lengths, which are padded with a mask (see `Fields.pad`).
 
     Behaves as a PyTorch map-style data set: ``examples[3]`` is the pair ``(x, y)``; a slice, a list
     or a boolean / integer tensor gives `Examples` again; ``len`` counts. Inputs are a tensor in
     memory or, from `from_dataset`, `Inputs` that are read when needed.
 
     Args:
-        x: inputs, ``(N, ...)``; a tensor, an array, a dictionary of them (see `Fields`) or
-            `Inputs`. Floating inputs must be finite.
+        x: inputs, ``(N, ...)``. Floating inputs must be finite.
         y: targets, ``(N,)`` integer class labels, or ``(N, ...)`` floating targets for regression.
-        ids: ``(N,)`` integers that name the examples through selections; default ``0 .. N-1``.
+            Text labels, and pandas' categories, become the positions of their names in
+            ``classes``.
+        ids: ``(N,)`` integers that name the examples through selections; default ``0 .. N-1``,
+            also for a pandas frame: pass ``ids=frame.index`` if its index shall count.
         classes: original name of each label, so ``classes[y]`` is what the label meant before
-            `select` re-indexed it; default: the label itself.
+            `select` re-indexed it; default: the label itself, for text labels their names in
+            sorted order.
 
     Raises:
-        ValueError: there are no examples, lengths differ, values are NaN or inf, labels are
-            negative or lack a name, or ids repeat.
+        ValueError, TypeError: there are no examples, lengths differ, values are NaN or inf, labels
+            are negative or lack a name, ids repeat, or something holds no numbers.
 
     >>> Examples([[0.0], [1.0], [2.0]], [0, 1, 1]).select(classes=(1,)).ids
     tensor([1, 2])
+    >>> Examples([[0.0], [1.0], [2.0]], ["owl", "cat", "owl"])
+    Examples(3 × (1,) float32, classes {'cat': 1, 'owl': 2})
+    >>> Examples([[7, 8], [9]], [0, 1]).x["attention_mask"]
+    tensor([[1, 1],
+            [1, 0]])
     """
 
     def __init__(self, x, y, ids=None, *, classes: Sequence | None = None):
-        x = Fields(x) if isinstance(x, Mapping) else x
-        self.x = x if isinstance(x, (Fields, Inputs)) else torch.as_tensor(x)
-        self.y = torch.as_tensor(y)
-        self.y = self.y if self.y.is_floating_point() else self.y.to(torch.int64)
+        self.x = x if isinstance(x, (Fields, Inputs)) else to_inputs(x)
+        self.y, self.classes = to_targets(y, to_classes(classes))
+        self.named = self.classes is not None  # else labels mean whatever the user says they mean
         if self.x.ndim == 0 or self.y.ndim == 0 or len(self.x) == 0:
             raise ValueError(
                 f"x {tuple(self.x.shape)} and y {tuple(self.y.shape)} "
@@ -162,17 +74,22 @@ class Examples:
             )
         if not isinstance(self.x, Inputs):  # those are checked as they are read
             for name, values in _tensors(self.x):
-                _require_finite(name, values)
-        _require_finite("y", self.y)
+                require_finite(name, values)
+        require_finite("y", self.y)
         if self.has_labels and int(self.y.min()) < 0:
             raise ValueError(
-                f"y holds the negative label {int(self.y.min())}; labels are 0 .. classes-1"
+                f"y holds the negative label {int(self.y.min())}; labels are 0 .. classes-1. "
+                "Leave out examples without a label (x[y >= 0], y[y >= 0]); if -1 is a number, "
+                "as for a hinge loss, give floating targets: y.float()"
             )
-        self.ids = _checked_ids(ids, len(self.x))
-        self.named = classes is not None  # else the labels mean whatever the user says they mean
-        self.classes = None if classes is None else tuple(classes)
+        self.ids = to_ids(ids, len(self.x))
         if self.has_labels:
             count = int(self.y.max()) + 1
+            if count > MOST_CLASSES:
+                raise ValueError(
+                    f"y holds the label {count - 1}; labels are 0 .. classes-1, so number them "
+                    "anew: names, y = torch.unique(y, return_inverse=True)"
+                )
             self.classes = tuple(range(count)) if self.classes is None else self.classes
             if count > len(self.classes):
                 raise ValueError(
@@ -181,7 +98,9 @@ class Examples:
                 )
 
     @classmethod
-    def from_dataset(cls, dataset, targets=None, *, classes: Sequence | None = None) -> "Examples":
+    def from_dataset(
+        cls, dataset, targets=None, *, ids=None, workers: int = 0, classes: Sequence | None = None
+    ) -> "Examples":
         """Examples of a map-style data set whose inputs are read when needed and never kept.
 
         The data set need not fit in memory: every stage, score and baseline takes it chunk by
@@ -190,50 +109,44 @@ class Examples:
 
         Args:
             dataset: has ``len(dataset)`` and ``dataset[i] -> (input, target)``, the same at every
-                call: no random augmentation.
+                call: no random augmentation. An input is a tensor, an array, a PIL image or a
+                dictionary of tensors (see `Fields`); all have one shape.
             targets: ``(N,)``, the targets of all items, if they are at hand; otherwise every item
                 is read once for its target.
-            classes: as in `Examples`.
+            ids, classes: as in `Examples`.
+            workers: processes that read items where this takes longer than a moment, each with a
+                copy of the data set; 0 for none.
 
         Raises:
             TypeError: no length or no indexing (an iterable data set), or items that are not pairs
                 of numbers.
-            ValueError: the data set is empty, inputs differ in shape or hold NaN, or the first
-                input is different when read again.
+            ValueError: the data set is empty, inputs differ in shape or hold NaN, or some of a few
+                items are different when read again or draw random numbers.
 
         >>> labels = torch.tensor([0, 1, 1, 0, 1])
         >>> images = torch.utils.data.TensorDataset(torch.zeros(5, 1, 8, 8), labels)
         >>> Examples.from_dataset(images)
         Examples(5 × (1, 8, 8) float32, classes {0: 2, 1: 3}, read when needed)
         """
-        if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
-            raise TypeError(
-                f"dataset={type(dataset).__name__} has no length or indexing; "
-                "only map-style data sets keep the identity of their examples: "
-                "define __len__ and __getitem__"
-            )
-        if len(dataset) == 0:
-            raise ValueError("dataset is empty")
-        like = read_item(dataset, 0)[0]
-        again = read_item(dataset, 0)[0]
-        if not torch.equal(like, again):
-            raise ValueError(
-                "dataset[0] is another input at the second reading; influence needs fixed "
-                "examples, so take random augmentation out of the transform"
-            )
+        check_dataset(dataset, workers)
+        like = fixed_like(dataset, targets is None)
         if targets is None:
-            targets = torch.stack([read_item(dataset, i, like)[1] for i in range(len(dataset))])
-        inputs = Inputs(dataset, torch.arange(len(dataset)), like.new_zeros(like.shape))
-        return cls(inputs, targets, classes=classes)
+            targets = read_many(dataset, list(range(len(dataset))), like, workers, part=1)
+        like = like.new_zeros(like.shape) if isinstance(like, Tensor) else like
+        inputs = Inputs(dataset, torch.arange(len(dataset)), like, workers)
+        return cls(inputs, targets, ids, classes=classes)
 
     def digest(self) -> str:
         """SHA-256 of inputs, targets and ids: same digest, same examples."""
         if isinstance(self.x, Tensor):
             return digest(self.x, self.y, self.ids)
-        if isinstance(self.x, Fields):
-            parts = [name + digest(values) for name, values in self.x.items()]
-        else:
-            parts = [digest(self.x[i : i + 256]) for i in range(0, len(self), 256)]
+        step = len(self) if isinstance(self.x, Fields) else 256
+        chunks = [self.x[i : i + step] for i in range(0, len(self), step)]
+        parts = [
+            digest(values) if name == "x" else name + digest(values)
+            for chunk in chunks
+            for name, values in _tensors(chunk)
+        ]
         inputs = torch.frombuffer(bytearray("".join(parts).encode()), dtype=torch.uint8)
         return digest(inputs, self.y, self.ids)
 
@@ -249,7 +162,8 @@ class Examples:
         # Tensors of one element have __index__ too, whatever their shape.
         if getattr(index, "ndim", 0) == 0 and hasattr(index, "__index__"):
             i = operator.index(index)
-            return self.x[i], self.y[i]
+            x = self.x[i]
+            return (dict(x.items()) if isinstance(x, Fields) else x), self.y[i]
         if isinstance(index, slice):
             keep = torch.arange(len(self))[index]
         else:

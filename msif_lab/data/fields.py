@@ -1,10 +1,14 @@
 """`Fields`: the inputs of models that take a dictionary of tensors, as Hugging Face's do."""
 
-from collections.abc import Iterable, Iterator, Mapping
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import register_pytree_node
+
+from .tensors import to_tensor
 
 __all__ = ["Fields"]
 
@@ -16,7 +20,8 @@ class Fields:
     is a tensor, ``fields[3:9]`` are six examples. The model is called with a plain dictionary.
 
     Args:
-        tensors: by name; all of one length and on one device, the floating ones of one dtype.
+        tensors: by name, or arrays or lists; all of one length and on one device, the floating ones
+            of one dtype.
 
     Raises:
         ValueError, TypeError: no fields, names that are no strings, different lengths, devices or
@@ -28,9 +33,10 @@ class Fields:
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]):
-        if not tensors or not all(isinstance(name, str) for name in tensors):
-            raise TypeError(f"fields need names that are strings, but have {list(tensors)}")
-        values = {name: torch.as_tensor(value) for name, value in tensors.items()}
+        names = list(tensors.keys())
+        if not names or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"fields need names that are strings, but have {names}")
+        values = {name: to_tensor(tensors[name], f"x[{name!r}]") for name in names}
         lengths = {name: len(value) if value.ndim else None for name, value in values.items()}
         if len(set(lengths.values())) != 1 or None in lengths.values():
             raise ValueError(f"fields must hold one row per example each, but have {lengths} rows")
@@ -44,11 +50,49 @@ class Fields:
         self._tensors = values
 
     @classmethod
+    def pad(cls, sequences: Sequence) -> "Fields":
+        """Sequences of different lengths as a padded tensor and a mask, both ``(N, T, ...)``.
+
+        Integers become the field ``"input_ids"`` and floating sequences the field ``"inputs"``; the
+        padding is 0. ``"attention_mask"`` is 1 where the sequence is and 0 where the padding is.
+        These are the names that Hugging Face's models take.
+
+        Args:
+            sequences: one per example, ``(T,)`` or ``(T, D)``.
+
+        Raises:
+            TypeError, ValueError: a sequence is empty, or of another width than the first.
+
+        >>> Fields.pad([[7, 8], [9]])["input_ids"]
+        tensor([[7, 8],
+                [9, 0]])
+        """
+        rows = [to_tensor(row, f"x[{i}]") for i, row in enumerate(sequences)]
+        for i, row in enumerate(rows):
+            if row.ndim not in (1, 2) or row.shape[1:] != rows[0].shape[1:] or not len(row):
+                raise ValueError(
+                    f"x[{i}] is {tuple(row.shape)}, x[0] is {tuple(rows[0].shape)}; inputs of "
+                    "different sizes must be sequences (T,) or (T, D) of at least one step and of "
+                    "one width D; crop or resize others, such as pictures"
+                )
+        floating = [row.dtype for row in rows if row.is_floating_point()]
+        kind = functools.reduce(torch.promote_types, floating, torch.int64)
+        ones = [torch.ones(len(row), dtype=torch.int64, device=row.device) for row in rows]
+        values = pad_sequence([row.to(kind) for row in rows], batch_first=True)
+        name = "inputs" if floating else "input_ids"
+        return cls({name: values, "attention_mask": pad_sequence(ones, batch_first=True)})
+
+    @classmethod
     def _of(cls, tensors: dict[str, Tensor]) -> "Fields":
         """Without checks, which `vmap`'s batched tensors would not pass."""
         fields = cls.__new__(cls)
         fields._tensors = tensors
         return fields
+
+    @property
+    def names(self) -> list[str]:
+        """The names, in a list."""
+        return list(self._tensors)
 
     def keys(self):
         """The names."""

@@ -4,11 +4,13 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..data.examples import Examples, unequal
 from ..data.fields import Fields
+from ..data.randomness import States, draws_from
 from ..errors import UnsupportedModelError
-from .losses import cross_entropy, target_function
+from .losses import cross_entropy, next_token_loss, target_function
 from .objective import Objective, exact_convolutions
 from .precision import computing_dtype
 from .wrapping import Wrapped
@@ -37,7 +39,11 @@ def check_examples(objective: Objective, examples: Examples, name: str) -> None:
     outputs = _checked_outputs(objective, examples, x, name)
     if objective.loss is cross_entropy:
         _check_labels(objective, examples, outputs, name)
+    if objective.loss is next_token_loss:
+        _check_tokens(objective, examples, outputs, name)
     _check_losses(objective, outputs, y, name)
+    if examples is objective.data:
+        _check_training(objective, x, y, name)
 
 
 def _check_inputs(o: Objective, examples: Examples, name: str) -> None:
@@ -58,9 +64,12 @@ def _check_inputs(o: Objective, examples: Examples, name: str) -> None:
             f"{name}.x is {examples.x.dtype}, the model of {o.where} is {parameter.dtype}; "
             f"convert one of them, e.g. {name}.to({parameter.dtype})"
         )
-    if examples.x.dtype == torch.uint8:
+    here, there = (getattr(e.x, "names", None) for e in (examples, o.data))
+    if here != there:
+        kinds = [f"the fields {names}" if names else "one tensor" for names in (here, there)]
         raise ValueError(
-            f"{name}.x is uint8; scale it yourself, e.g. x.to(torch.get_default_dtype()) / 255"
+            f"{name}.x is {kinds[0]}, the data of {o.where} {kinds[1]}; give both alike "
+            "(Fields.pad makes fields of sequences that happen to be equally long)"
         )
 
 
@@ -71,7 +80,8 @@ def _check_targets(o: Objective, examples: Examples, name: str) -> None:
         raise ValueError(
             f"{name} have classes {examples.classes}, {o.where} has {o.data.classes}: "
             "labels would mean something else; "
-            "select the queries with the same classes in the same order"
+            "select the queries with the same classes in the same order, or name their text "
+            "labels in the stage's order: Examples(x, y, classes=data.classes)"
         )
     dtype = next(o.model.parameters()).dtype
     if examples.y.is_floating_point() and examples.y.dtype != dtype:
@@ -84,10 +94,13 @@ def _checked_outputs(o: Objective, examples: Examples, x: Tensor, name: str) -> 
     """The outputs for ``x``, checked to be a fixed function of each example alone."""
     full = o.layout.flatten(o.model)
     probe = o.on(o.data)
+    given = tree_map(torch.clone, x)
+    calls: list[Tensor] = []
     try:
         with torch.no_grad(), exact_convolutions():
-            outputs = probe.outputs(full, x)
-            again = probe.outputs(full, x)
+            drawn = draws_from(lambda: calls.append(probe.outputs(full, x)), o.model.modules())
+            _refuse_draws(probe, full, x, drawn)
+            _check_writes(probe, full, x, given)
             alone = torch.cat([probe.outputs(full, x[i : i + 1]) for i in range(len(x))])
     except UnsupportedModelError:
         raise
@@ -95,17 +108,15 @@ def _checked_outputs(o: Objective, examples: Examples, x: Tensor, name: str) -> 
         raise ValueError(
             f"{name}.x of shape {tuple(examples.x.shape)} "
             f"does not fit the model of {o.where}: {type(error).__name__}: {error}"
-            f"{_hint(o.model, examples.x)}"
+            f"{_hint(o, x, name)}"
         ) from error
-    for buffer, before in o.buffers.items():
-        if not torch.equal(before, probe.buffers[buffer]):
-            raise UnsupportedModelError(
-                f"{o.where}: calling the model writes into its buffer {buffer!r}, "
-                "so it is not a fixed function; call model.eval() first, or replace that layer"
-            )
+    outputs, again = calls[:2]
     close = _tolerance(o)
-    fixed = torch.equal(outputs, again)
-    single = outputs.shape == alone.shape and torch.allclose(outputs, alone, close, close)
+    # NaN where the loss does not look, as behind padding, is the model's own business.
+    fixed = torch.allclose(outputs, again, rtol=0, atol=0, equal_nan=True)
+    single = outputs.shape == alone.shape and torch.allclose(
+        outputs, alone, rtol=close, atol=close, equal_nan=True
+    )
     if not fixed or not single:
         raise UnsupportedModelError(
             f"{o.where}: the model's outputs change from call to call "
@@ -115,52 +126,231 @@ def _checked_outputs(o: Objective, examples: Examples, x: Tensor, name: str) -> 
     return outputs
 
 
-def _hint(model: nn.Module, x) -> str:
-    """The way out where a model that was not wrapped is given a dictionary."""
-    if not isinstance(x, Fields) or isinstance(model, Wrapped):
-        return ""
-    return (
-        f"; it was called with a dictionary of {list(x.keys())}: if it takes them one by one, use "
-        "msif.wrap(model, call=lambda m, batch: m(**batch).logits) or the like"
-    )
+def _hint(o: Objective, x: Tensor | Fields, name: str) -> str:
+    """What the inputs are and the likely way out, where a model fails on them."""
+    if isinstance(x, Fields):
+        if isinstance(o.model, Wrapped):
+            return ""
+        return (
+            f"; it was called with a dictionary of {x.names}: if it takes them one by one, use "
+            "msif.wrap(model, call=lambda m, batch: m(**batch).logits) or the like"
+        )
+    rows = [m.num_embeddings for m in o.model.modules() if isinstance(m, nn.Embedding)]
+    dtype = str(x.dtype).removeprefix("torch.")
+    if x.is_floating_point():
+        return f"; {name}.x is {dtype}, and tokens must be integers: x.long()" if rows else ""
+    if rows:
+        found = f"{int(x.min())} .. {int(x.max())}"
+        return f"; {name}.x holds {found}, the embedding has the rows 0 .. {min(rows) - 1}"
+    scaled = " / 255" if x.dtype == torch.uint8 else ""
+    return f"; {name}.x is {dtype}, so convert it yourself: x.to({o.dtype}){scaled}"
+
+
+def _check_writes(o: Objective, full: Tensor, x: Tensor, given: Tensor) -> None:
+    """Refuse a model whose call has changed its buffers, its parameters or its inputs.
+
+    Args:
+        o: the stage, with buffers of its own for the call.
+        full: what the parameters are after the call.
+        x, given: what the inputs are after the call, and what they were.
+    """
+    for name, buffer in o.model.named_buffers():
+        if not torch.equal(buffer, o.buffers[name]):
+            raise UnsupportedModelError(
+                f"{o.where}: calling the model writes into its buffer {name!r}, "
+                "so it is not a fixed function; call model.eval() first, or replace that layer"
+            )
+    now = o.layout.named(full)
+    for name, parameter in o.model.named_parameters():
+        if not torch.equal(parameter, now[name]):
+            raise UnsupportedModelError(
+                f"{o.where}: calling the model writes into its parameter {name!r}, so it is not a "
+                "fixed function; compute with a changed copy instead (weight / weight.norm())"
+            )
+    if not all(map(torch.equal, tree_leaves(x), tree_leaves(given))):
+        raise UnsupportedModelError(
+            f"{o.where}: calling the model writes into its inputs, which are the examples "
+            "themselves; work on a copy (x = x.clone()), or make its first layer not in-place"
+        )
+
+
+def _refuse_draws(o: Objective, full: Tensor, x: Tensor, drawn: list[str]) -> None:
+    """Refuse a model that moves the generators of these names, if any."""
+    if drawn:
+        raise UnsupportedModelError(
+            f"{o.where}: {_drawing(o, full, x)} draws from {' and '.join(drawn)}, so the model's "
+            "outputs change from call to call, if only on some examples; influence needs a "
+            "deterministic function of each example: call model.eval(), or leave that part out"
+        )
+
+
+def _drawing(o: Objective, full: Tensor, x: Tensor) -> str:
+    """The innermost module whose call moves a random generator, in words."""
+    inside: list[States] = []
+    found: list[str] = []
+
+    def enter(module, given):
+        inside.append(States([module]))
+
+    def leave(name):
+        def hook(module, given, outputs):
+            if inside.pop().moved() and not found:
+                found.append(f"layer {name!r} ({type(module).__name__})")
+
+        return hook
+
+    hooks = []
+    for name, module in o.model.named_modules():
+        if name:
+            hooks.append(module.register_forward_pre_hook(enter))
+            hooks.append(module.register_forward_hook(leave(name)))
+    start = States(o.model.modules())
+    try:
+        with torch.no_grad():
+            o.outputs(full, x)
+    finally:
+        start.restore()
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else "the model's own forward pass"
 
 
 def _check_labels(o: Objective, examples: Examples, outputs: Tensor, name: str) -> None:
     """Check that labels for cross-entropy are integers, each with its own output."""
+    y = examples.y
     if not examples.has_labels:
         raise ValueError(
-            f"{name}.y {tuple(examples.y.shape)} {examples.y.dtype}: "
-            "cross_entropy needs integer labels (N,)"
+            f"{name}.y {tuple(y.shape)} {y.dtype}: cross_entropy needs integer labels (N,); "
+            f"{_as_labels(y)}"
         )
-    if outputs.ndim != 2 or int(examples.y.max()) >= outputs.shape[1]:
+    highest = int(y.max())
+    if outputs.ndim != 2 or highest >= outputs.shape[1]:
+        from_one = " (y - 1 where they start at 1)" if int(y.min()) == 1 else ""
         raise ValueError(
-            f"{name}.y holds the label {int(examples.y.max())}, the model of {o.where} has "
-            f"outputs {tuple(outputs.shape[1:])}: labels must be 0 .. {outputs.shape[-1] - 1}; "
-            "use select() or more outputs"
+            f"{name}.y holds the label {highest}, the model of {o.where} has "
+            f"outputs {tuple(outputs.shape[1:])}: labels must be 0 .. {outputs.shape[-1] - 1}"
+            f"{from_one}; use select() or more outputs"
+        )
+
+
+def _as_labels(y: Tensor) -> str:
+    """How targets of another form become labels, in words."""
+    if y.ndim == 1:
+        return "use y.long() if they are labels, mean_squared_error if they are numbers"
+    if y.ndim == 2 and y.shape[1] == 1:
+        return "use y[:, 0]"
+    one_hot = y.ndim == 2 and bool(((y == 0) | (y == 1)).all()) and bool((y.sum(1) == 1).all())
+    return "they look one-hot: use y.argmax(1)" if one_hot else "use another loss for others"
+
+
+def _check_tokens(o: Objective, examples: Examples, outputs: Tensor, name: str) -> None:
+    """Check that every token for next-token loss has its own output."""
+    y = examples.y
+    if y.is_floating_point() or y.ndim != 2 or outputs.shape[1:2] != y.shape[1:2]:
+        raise ValueError(
+            f"{name}.y {tuple(y.shape)} {y.dtype}: next_token_loss needs integer tokens (N, T) "
+            f"and outputs (N, T, V), the model of {o.where} gives {tuple(outputs.shape)}"
+        )
+    if int(y.min()) < 0 or int(y.max()) >= outputs.shape[-1]:
+        raise ValueError(
+            f"{name}.y holds tokens {int(y.min())} .. {int(y.max())}, the model of {o.where} has "
+            f"outputs for 0 .. {outputs.shape[-1] - 1}; where positions shall not count, as -100 "
+            "says elsewhere, give a loss of your own that leaves them out"
         )
 
 
 def _check_losses(o: Objective, outputs: Tensor, y: Tensor, name: str) -> None:
     """Check that the loss gives one number per example, from that example alone."""
+    _per_example(o, o.loss, outputs, y, f"{o.where}: loss(outputs, targets)", f"example of {name}")
+
+
+def _check_training(o: Objective, x: Tensor, y: Tensor, name: str) -> None:
+    """Check that the loss is finite at the start, and that the trained parameters change it."""
+    full = o.layout.flatten(o.model)
+    theta = o.trained.take(full).detach().clone().requires_grad_()
+    with torch.enable_grad():
+        losses = o.losses(o.parameters(theta, full), x, y)
+    if not bool(torch.isfinite(losses).all()):
+        at = (~torch.isfinite(losses)).nonzero().flatten()
+        raise ValueError(
+            f"{o.where}: loss(outputs, targets) gives NaN or inf on {name} at the model's present "
+            f"weights, {losses[at[0]].item()} for the target {y[at[0]].tolist()}; check the loss, "
+            "the targets and the scale of the inputs"
+        )
+    if not losses.requires_grad:
+        raise ValueError(
+            f"{o.where}: no trained parameter changes the loss, so nothing can be learned; model "
+            "or loss cuts the graph by detach(), no_grad(), item(), NumPy or argmax: take it out"
+        )
+
+
+def _per_example(
+    o: Objective, function: Callable, outputs: Tensor, y: Tensor, what: str, each: str
+) -> Tensor:
+    """Values of a loss or target, checked to be one fixed number per example, from it alone.
+
+    Args:
+        o: the stage.
+        function: ``(outputs, targets) -> (B,)``.
+        outputs, y: what it is called with.
+        what, each: how messages call the function and an example.
+    """
     count = len(y)
+    given = outputs.clone(), y.clone()
+    calls: list[Tensor] = []
     try:
         with torch.no_grad():
-            losses = o.loss(outputs, y)
-            singly = [o.loss(outputs[i : i + 1], y[i : i + 1]) for i in range(count)]
-    except (RuntimeError, IndexError, TypeError) as error:
-        raise ValueError(f"{o.where}: loss(outputs, targets) fails on {name}: {error}") from error
-    if losses.shape != (count,):
+            drawn = draws_from(lambda: calls.append(function(outputs, y)), [function])
+            singly = [function(outputs[i : i + 1], y[i : i + 1]) for i in range(count)]
+    except Exception as error:  # whatever a function raises that was made for other arguments
         raise ValueError(
-            f"{o.where}: loss(outputs, targets) gives {tuple(losses.shape)}, "
-            f"expected one per example ({count},)"
+            f"{what} fails on outputs {tuple(outputs.shape)} and targets {tuple(y.shape)}, one row "
+            f"per {each}: {type(error).__name__}: {error}"
+        ) from error
+    if drawn:
+        raise ValueError(
+            f"{what} draws from {' and '.join(drawn)}, so it may change from call to call; "
+            "influence needs a fixed function: draw the numbers once, beforehand"
         )
-    alone = torch.cat([loss.reshape(-1) for loss in singly])
+    if not _alike(outputs, given[0]) or not _alike(y, given[1]):
+        raise ValueError(
+            f"{what} writes into the outputs or targets that it is given; "
+            "let it work on a copy (outputs.clone())"
+        )
+    values = calls[0]
+    _require_row(values, count, what, each)
+    if not all(isinstance(value, Tensor) and value.numel() == 1 for value in singly):
+        raise ValueError(f"{what} gives something else than one number (1,) for one {each}")
+    alone = torch.cat([value.reshape(-1) for value in singly])
     close = _tolerance(o)
-    if not torch.allclose(losses, alone, rtol=close, atol=close, equal_nan=True):
+    if not torch.allclose(values, alone, rtol=close, atol=close, equal_nan=True):
         raise ValueError(
-            f"{o.where}: loss(outputs, targets) mixes the examples of a batch; "
-            "it must give one per example"
+            f"{what} mixes the rows of a batch; it must give one per {each}, from that row alone"
         )
+    return values
+
+
+def _require_row(values, count: int, what: str, each: str) -> None:
+    """Refuse what is no tensor of one real number per example."""
+    expected = f"expected a tensor (B,), here one per {each.partition(' ')[0]} ({count},)"
+    if not isinstance(values, Tensor):
+        raise ValueError(f"{what} gives {type(values).__name__}, {expected}")
+    if values.shape != (count,):
+        way_out = "take the mean or sum over all dimensions but the first"
+        if values.ndim == 0:
+            way_out = 'use reduction="none" instead of a mean over the batch'
+        elif values.numel() == count:
+            way_out = "use .reshape(-1)"
+        elif values.shape == (count, count):
+            way_out = "outputs and targets were broadcast: give them equal shapes"
+        raise ValueError(f"{what} gives {tuple(values.shape)}, {expected}; {way_out}")
+    if not values.is_floating_point():
+        raise ValueError(f"{what} gives {values.dtype}, {expected} of floating numbers")
+
+
+def _alike(left: Tensor, right: Tensor) -> bool:
+    """Whether all numbers are the same, NaN too."""
+    return torch.allclose(left, right, rtol=0, atol=0, equal_nan=True)
 
 
 def _tolerance(o: Objective) -> float:
@@ -193,27 +383,12 @@ def ask(
             f"queries.y is {tuple(queries.y.shape)} {queries.y.dtype}"
         )
     few = unequal(queries).to(queries.x.device)
-    y = queries.y[few]
     with torch.no_grad():
         outputs = objective.outputs(objective.layout.flatten(objective.model), queries.x[few])
-        values = function(outputs, y)
-    if not isinstance(values, Tensor) or values.shape != (len(outputs),):
-        given = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        raise ValueError(
-            f"target(outputs, targets) gives {given}, "
-            f"expected one number per query, (B,) = ({len(outputs)},)"
-        )
+    what = "target(outputs, targets)"
+    values = _per_example(objective, function, outputs, queries.y[few], what, "query")
     if not bool(torch.isfinite(values).all()):
         raise ValueError(f"target gives NaN or inf on some queries: {values.tolist()}")
-    with torch.no_grad():
-        singly = [function(outputs[i : i + 1], y[i : i + 1]).reshape(-1) for i in range(len(y))]
-    close = _tolerance(objective)
-    alone = torch.cat(singly)
-    if values.shape != alone.shape or not torch.allclose(values, alone, rtol=close, atol=close):
-        raise ValueError(
-            "target(outputs, targets) mixes the queries of a batch; it must give one number per "
-            "query, from that query's outputs alone"
-        )
     return function
 
 

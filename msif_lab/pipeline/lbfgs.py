@@ -1,5 +1,6 @@
 """Full-batch training to a stationary point, as the implicit function theorem requires."""
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -9,7 +10,14 @@ from torch import Tensor
 from ..curvature.matrices import Hessian
 from ..curvature.soundness import missing_second_derivative
 from ..objective.objective import Lanes
-from .recipes import FitReport, check_finite, noise_floor, progress_bar
+from .recipes import (
+    FitReport,
+    check_finite,
+    check_number,
+    check_whole,
+    noise_floor,
+    progress_bar,
+)
 
 __all__ = ["LBFGS"]
 
@@ -39,8 +47,9 @@ class LBFGS:
     polish_up_to: int = 2000
 
     def __post_init__(self):
-        if (self.tol is not None and not self.tol > 0) or self.max_iter < 1 or self.history < 1:
-            raise ValueError(f"{self}: tol must be positive, max_iter and history at least 1")
+        if self.tol is not None:
+            check_number(self, "tol", lambda tol: 0 < tol < math.inf, "positive, or None")
+        check_whole(self, max_iter=1, history=1, polish_up_to=0)
 
     def run(self, lanes: Lanes, theta: Tensor, progress: bool = True) -> tuple[Tensor, FitReport]:
         """Minimise F from ``theta`` (R, P); returns the minimisers and their report."""

@@ -4,6 +4,8 @@ A recipe trains under many example weightings at once, the same way every time; 
 differentiates the whole run by the reverse of each step.
 """
 
+import math
+import numbers
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -11,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -76,6 +79,38 @@ Schedule = str | Callable[[int, int], float]
 State = tuple[Tensor, ...]
 
 
+def check_whole(settings, **least: int) -> None:
+    """Refuse settings that are no whole numbers of at least this size; NumPy's become Python's.
+
+    Raises:
+        ValueError: naming the setting and its value.
+    """
+    for name, lowest in least.items():
+        value = getattr(settings, name)
+        whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        if not whole or value < lowest:
+            raise ValueError(f"{name}={value!r} must be a whole number of at least {lowest}")
+        object.__setattr__(settings, name, int(value))
+
+
+def is_number(value) -> bool:
+    """Whether it is one real number of Python or NumPy."""
+    return isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))
+
+
+def check_number(settings, name: str, holds: Callable[[float], bool], text: str) -> None:
+    """Refuse a setting that is not one number for which ``holds``; NumPy's become Python's.
+
+    Raises:
+        ValueError: naming the setting and its value; ``text`` says what is allowed.
+    """
+    value = getattr(settings, name)
+    if not is_number(value) or not holds(value):
+        raise ValueError(f"{name}={value!r}: {name} must be {text}")
+    if type(value) not in (int, float):
+        object.__setattr__(settings, name, float(value))
+
+
 class MiniBatch(ABC):
     """What mini-batch recipes share: batches, schedule, and the loop.
 
@@ -90,17 +125,51 @@ class MiniBatch(ABC):
     decoupled: ClassVar[bool] = False  # weight decay acts on θ directly, not through the gradient
 
     def _check(self) -> None:
-        for name in ("epochs", "batch_size", "warmup"):
-            if not isinstance(getattr(self, name), int):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number")
-        if not self.lr > 0 or self.epochs < 1 or self.batch_size < 1 or self.warmup < 0:
+        check_number(
+            self,
+            "lr",
+            lambda lr: 0 < lr < math.inf,
+            "positive and finite, one number for all parameters; schedule= lets it change",
+        )
+        check_whole(self, epochs=1, batch_size=1, warmup=0)
+        # what torch.Generator takes
+        whole = isinstance(self.seed, numbers.Integral) and not isinstance(self.seed, bool)
+        if not whole or not -(2**63) <= self.seed < 2**64:
+            raise ValueError(f"seed={self.seed!r} must be a whole number below 2**64, such as 0")
+        object.__setattr__(self, "seed", int(self.seed))
+        known = ("constant", "linear", "cosine")
+        if isinstance(self.schedule, type) or not (
+            callable(self.schedule) or (isinstance(self.schedule, str) and self.schedule in known)
+        ):
             raise ValueError(
-                f"{self}: lr must be positive, epochs and batch_size at least 1, warmup at least 0"
+                f"schedule={self.schedule!r} must be 'constant', 'linear', 'cosine' or a function "
+                "f(step, steps) of the factor on lr, such as lambda step, steps: 0.5 ** (step // 9)"
             )
-        if not callable(self.schedule) and self.schedule not in ("constant", "linear", "cosine"):
-            raise ValueError(
-                f"schedule={self.schedule!r} must be 'constant', 'linear', 'cosine' or a function"
-            )
+
+    def check(self, m: int) -> None:
+        """Refuse a schedule that does not give one fixed factor for each step on ``m`` examples.
+
+        Raises:
+            ValueError: naming the step and what the schedule gives there.
+        """
+        if not callable(self.schedule):
+            return
+        total = self.epochs * -(-m // self.batch_size)
+        for step in range(0, total, -(-total // 1000)):
+            way_out = "f(step, steps) must give one number, zero or positive, the same every time"
+            try:
+                factors = [self.schedule(step, total) for _ in range(2)]
+                fine = factors[0] == factors[1] and 0 <= float(factors[0]) < math.inf
+            except Exception as error:  # whatever a function of other arguments raises
+                raise ValueError(
+                    f"schedule={self.schedule!r} fails at step {step} of {total}: "
+                    f"{type(error).__name__}: {error}; {way_out}"
+                ) from error
+            if not fine:
+                raise ValueError(
+                    f"schedule={self.schedule!r} gives {factors} at step {step} of {total}; "
+                    f"{way_out}"
+                )
 
     # --- the optimiser, defined by each recipe ----------------------------------------------------
 
@@ -224,8 +293,9 @@ class SGD(MiniBatch):
 
     def __post_init__(self):
         self._check()
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"{self}: momentum must be in [0, 1)")
+        check_number(self, "momentum", lambda m: 0 <= m < 1, "in [0, 1)")
+        if not isinstance(self.nesterov, bool):
+            raise ValueError(f"nesterov={self.nesterov!r} must be True or False")
 
     def start(self, theta):
         return (torch.zeros_like(theta),)
@@ -280,8 +350,12 @@ class Adam(MiniBatch):
 
     def __post_init__(self):
         self._check()
-        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas) or not self.eps > 0:
-            raise ValueError(f"{self}: betas must be two numbers in [0, 1), eps positive")
+        betas = self.betas if isinstance(self.betas, (tuple, list)) else ()
+        if len(betas) != 2 or not all(is_number(b) and 0 <= b < 1 for b in betas):
+            raise ValueError(
+                f"betas={self.betas!r}: betas must be two numbers in [0, 1), such as (0.9, 0.999)"
+            )
+        check_number(self, "eps", lambda eps: 0 < eps < math.inf, "positive and finite")
 
     def start(self, theta):
         return torch.zeros_like(theta), torch.zeros_like(theta)

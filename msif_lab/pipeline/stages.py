@@ -2,18 +2,20 @@
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ..data.examples import Examples
 from ..objective.layout import Layout
 from ..objective.losses import cross_entropy
 from ..objective.objective import Lanes, Objective
 from .lbfgs import LBFGS
+from .recipes import is_number
 
 __all__ = ["Frozen", "Proximal", "Stage", "WarmStart"]
 
@@ -30,6 +32,11 @@ def shared_names(shared: Shared, before: Layout, after: Layout, where: str) -> l
         names = [n for n in offered if n.startswith(shared)]
     elif callable(shared):
         names = [n for n in offered if shared(n)]
+    elif not isinstance(shared, Iterable):
+        raise TypeError(
+            f"{where}: shared={shared!r} must be None, a prefix, a list of names, or a function "
+            "of the name"
+        )
     else:
         unknown = [n for n in shared if n not in offered]
         if unknown:
@@ -82,10 +89,10 @@ class Proximal:
     shared: Shared = None
 
     def __post_init__(self):
-        if not _is_number(self.alpha) or not 0 < self.alpha < math.inf:
+        if not is_number(self.alpha) or not 0 < self.alpha < math.inf:
             raise ValueError(
-                f"alpha={self.alpha!r} must be positive and finite; for the limit α → ∞ use "
-                "Frozen()"
+                f"alpha={self.alpha!r} must be one number, positive and finite; for the limit "
+                "α → ∞ use Frozen()"
             )
 
 
@@ -134,21 +141,26 @@ class Stage:
     def problems(self, first: bool) -> list[str]:
         """Everything wrong with the settings; ``first``: whether no stage comes before."""
         problems = []
-        if not isinstance(self.model, nn.Module):
-            problems.append(f"model is {type(self.model).__name__}, not a torch.nn.Module")
+        problems += filter(None, [_model_problem(self.model), _loss_problem(self.loss)])
         if not isinstance(self.data, Examples):
+            problems.append(_no_examples(self.data))
+        if not is_number(self.weight_decay) or not 0 <= self.weight_decay < math.inf:
             problems.append(
-                f"data is {type(self.data).__name__}, not msif_lab.Examples; "
-                "wrap it: Examples(x, y)"
+                f"weight_decay={self.weight_decay!r} must be zero or positive, one number for all "
+                "that the stage trains; leave parameters out by requires_grad_(False)"
             )
-        if not callable(self.loss):
-            problems.append(f"loss={self.loss!r} is not a function (outputs, targets) -> (B,)")
-        if not _is_number(self.weight_decay) or not 0 <= self.weight_decay < math.inf:
-            problems.append(f"weight_decay={self.weight_decay!r} must be zero or positive")
         if not hasattr(self.recipe, "run") or isinstance(self.recipe, type):
+            given = " ".join(repr(self.recipe).split())
             problems.append(
-                f"recipe={self.recipe!r} is not a recipe such as LBFGS() or SGD(lr=0.1)"
+                f"recipe={given if len(given) < 60 else type(self.recipe).__name__} is not a "
+                "recipe such as LBFGS() or SGD(lr=0.1); after a training loop of your own, call "
+                "pipeline.adopt()"
             )
+        elif isinstance(self.data, Examples) and hasattr(self.recipe, "check"):
+            try:
+                self.recipe.check(len(self.data))
+            except ValueError as error:
+                problems.append(str(error))
         if first and self.link is not None:
             problems.append(
                 f"link={self.link!r}, but the first stage has nothing to take over; leave it out"
@@ -161,8 +173,70 @@ class Stage:
         return [f"stage {self.name!r}: {p}" for p in problems]
 
 
-def _is_number(value) -> bool:
-    return isinstance(value, (int, float, numpy.floating))
+def _model_problem(model) -> str:
+    """What is wrong with a model as such, in words; empty if nothing is."""
+    if isinstance(model, type):
+        return f"model={model.__name__} is a class, not a torch.nn.Module; make one: model()"
+    if not isinstance(model, nn.Module):
+        return (
+            f"model is {type(model).__name__}, not a torch.nn.Module; weights alone go into one "
+            "by model.load_state_dict()"
+        )
+    for name, module in model.named_modules():
+        where = f"layer {name!r}" if name else "model"
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None):
+            return (
+                f"{where} is compiled by torch.compile, which changes how it is differentiated and "
+                "what its parameters are called; give the module itself (model._orig_mod, or the "
+                "one that was compiled), which shares the weights"
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            return (
+                f"{where} is a {type(module).__name__} of torch.jit, which cannot be called with "
+                "other weights; give the module that it was made from, with the same state dict"
+            )
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
+    if isinstance(model, wrappers):
+        return (
+            f"model is {type(model).__name__}, which puts 'module.' before every name; give "
+            "model.module, which holds the weights"
+        )
+    complex_ones = [name for name, p in model.named_parameters() if p.is_complex()]
+    if complex_ones:
+        return (
+            f"parameter {complex_ones[0]!r} of the model is complex, and derivatives here are of "
+            "real numbers; hold its real and imaginary part as two parameters"
+        )
+    return ""
+
+
+def _loss_problem(loss) -> str:
+    """What is wrong with a loss as such, in words; empty if nothing is."""
+    if isinstance(loss, type):
+        return f'loss={loss.__name__} is a class; make one: {loss.__name__}(reduction="none")'
+    if not callable(loss):
+        return (
+            f"loss={loss!r} is not a function (outputs, targets) -> (B,), such as "
+            "msif.cross_entropy or msif.mean_squared_error"
+        )
+    own = loss.named_parameters() if isinstance(loss, nn.Module) else []
+    trained = [name for name, parameter in own if parameter.requires_grad]
+    if trained:
+        return (
+            f"loss={type(loss).__name__} has parameters {trained} of its own, which no stage "
+            "trains; move them into the model, or freeze them: loss.requires_grad_(False)"
+        )
+    return ""
+
+
+def _no_examples(data) -> str:
+    """What data are that are no examples, and how they become some, in words."""
+    way_out = "Examples(x, y)"
+    if isinstance(data, DataLoader):
+        way_out = "Examples.from_dataset(loader.dataset)"
+    elif isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        way_out = "Examples.from_dataset(dataset)"
+    return f"data is {type(data).__name__}, not msif_lab.Examples; wrap it: {way_out}"
 
 
 class FunctionalStage:
