@@ -669,6 +669,45 @@ def _architectures():
 ARCHITECTURES = _architectures()
 
 
+def _block(kind, activation, bias, width):
+    """One block from features to as many features."""
+    layer = nn.Linear(width, width, bias)
+    act = ACTIVATIONS[activation]() if "channel" not in activation else nn.PReLU(width)
+    if kind == "norm":
+        return seq(layer, nn.LayerNorm(width), act)
+    if kind == "residual":
+        return Sum(nn.Identity(), seq(layer, act))
+    if kind == "gate":
+        gate = seq(nn.Linear(width, width), nn.Sigmoid())
+        return Sum(seq(layer, act), gate, combine=torch.mul)
+    if kind == "scaled":
+        return ZeroDim(seq(layer, act))
+    if kind == "tied":
+        return Twice(layer)
+    return seq(layer, act)
+
+
+def assembled(description):
+    """The architecture of a description that hypothesis drew."""
+    width = 3
+    into = {
+        "flat": lambda: seq(nn.Linear(5, width), nn.Tanh()),
+        "steps": lambda: seq(nn.Linear(3, width), mean_of_steps),
+        "map": lambda: seq(conv(out=width, stride=2), nn.Softplus(), mean),
+        "words": lambda: words(mean_of_steps, padding_idx=0),
+    }[description["inputs"]]
+
+    def make_net(outputs):
+        first = into()
+        if description["frozen"]:
+            for parameter in first.parameters():
+                parameter.requires_grad_(False)
+        blocks = [_block(*block, width) for block in description["blocks"]]
+        return Net(seq(first, *blocks), width, outputs)
+
+    return Architecture(description["inputs"], make_net)
+
+
 def random_weights(model, seed):
     """Move all weights and running statistics off the special values they start at."""
     generator = torch.Generator().manual_seed(seed)

@@ -79,8 +79,8 @@ def even_bounds(steps: int, segments: int) -> list[int]:
     return [round(i * steps / segments) for i in range(segments + 1)]
 
 
-def require_run(pipeline: Pipeline) -> None:
-    """Refuse pipelines whose training cannot be replayed and run backwards, with the way out."""
+def require_run(pipeline: Pipeline, backwards: bool = True) -> None:
+    """Refuse pipelines whose training cannot be replayed, or run ``backwards``, with a way out."""
     if not isinstance(pipeline, Pipeline):
         raise TypeError(f"pipeline must be a msif_lab.Pipeline, not {type(pipeline).__name__}")
     for stage in pipeline.stages:
@@ -90,7 +90,7 @@ def require_run(pipeline: Pipeline) -> None:
                 "cannot be run backwards here; train it with recipe=SGD(...) or Adam(...), or "
                 "use ImplicitInfluence, made for optima"
             )
-    for k in range(len(pipeline.stages)):
+    for k in range(len(pipeline.stages) if backwards else 0):
         require_second_derivative(pipeline.objective(k), "differentiating its run")
     pipeline.trained()
     if pipeline.reports is None:
