@@ -131,6 +131,10 @@ class Case:
         for k in range(1 if self.link is None else 2):
             data = examples(inputs, N, self.loss, 10 * self.seed + k, self.variant)
             model = make(self.name, outputs, self.seed + k)
+            if k:  # running statistics are constants, which a later stage has to share
+                buffers = dict(stages[0].model.double().named_buffers())
+                model.load_state_dict(buffers, strict=False)
+                stages[0].model.to(self.dtype)
             self.initial.append(copy.deepcopy(model).to(self.dtype).double())
             stages.append(
                 msif.Stage(
@@ -320,7 +324,7 @@ class Case:
 
 # ---- What is compared ----
 
-TIGHT = {F64: 1e-8, torch.float32: 1e-6}
+TIGHT = {F64: 1e-8, torch.float32: 1e-5}
 
 
 def implicit(case, solver, kind="hessian", leave_one_out=False):
@@ -497,8 +501,12 @@ def turns(number, among, count):
     return [among[(number * count + i) % len(among)] for i in range(count)]
 
 
+# Many steps, each with several operators: most of the time for few of the kinds.
+LONG = {"gru", "gru, time first", "own recurrence", "transformer"}
 NUMBERED = [
-    pytest.param(number, name, id=name, marks=[pytest.mark.slow] if number % 2 else [])
+    pytest.param(
+        number, name, id=name, marks=[pytest.mark.slow] if number % 2 or name in LONG else []
+    )
     for number, name in enumerate(ARCHITECTURES)
 ]
 LINKS = {"frozen": msif.Frozen(), "proximal": msif.Proximal(0.3), "warm": msif.WarmStart()}
@@ -517,9 +525,9 @@ def test_every_method_is_right_in_float64(number, name):
     assert errors
 
 
-@pytest.mark.parametrize(("number", "name"), NUMBERED[::4])
+@pytest.mark.parametrize(("number", "name"), NUMBERED[::6])
 def test_methods_are_right_in_float32(number, name):
-    methods = turns(number // 4, [n for n in METHODS if n != "derivatives"], 4)
+    methods = turns(number // 6, [n for n in METHODS if n != "derivatives"], 4)
     check(case_of(number, name, dtype=torch.float32), methods)
 
 
@@ -581,7 +589,7 @@ def drawn(draw):
 
 
 @hypothesis.given(drawn(), st.integers(0, 100))
-@hypothesis.settings(derandomize=True, max_examples=12, deadline=None, database=None)
+@hypothesis.settings(derandomize=True, max_examples=8, deadline=None, database=None)
 def test_drawn_architectures(description, turn):
     name = repr(description)
     ARCHITECTURES[name] = assembled(description)
