@@ -361,7 +361,8 @@ def test_check_sees_a_wrong_derivative(monkeypatch):
     pipeline = trained()
     attributor = msif.UnrolledInfluence().fit(pipeline)
     monkeypatch.setattr(msif.SGD, "pull_back", forget_momentum)
-    assert attributor.check().error > 1e-2
+    with pytest.warns(msif.UnsmoothTrainingWarning, match="central differences .* apart"):
+        assert attributor.check().error > 1e-2
 
 
 def sgd_digits(digits, lr, activation=torch.nn.Tanh, epochs=6):
@@ -386,6 +387,39 @@ def test_too_large_a_learning_rate_warns(digits):
     attributor = msif.UnrolledInfluence().fit(sgd_digits(digits, 1.0, epochs=12), progress=False)
     with pytest.warns(msif.UnsmoothTrainingWarning, match=r"amplifies small changes \d+-fold"):
         attributor.score(digits[1].select(classes=range(4, 10), n=6), progress=False)
+
+
+class Sentences(torch.nn.Module):
+    """A transformer of one layer, and the mean over its tokens."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.words = torch.nn.Embedding(20, 8)
+        self.layer = torch.nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.head = torch.nn.Linear(8, classes)
+
+    def forward(self, tokens):
+        return self.head(self.layer(self.words(tokens)).mean(1))
+
+
+@pytest.mark.parametrize(("lr", "rough"), [(0.05, False), (0.5, True)])
+def test_transformers_warn_where_removals_are_unpredictable(lr, rough):
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 20, (80, 6), generator=generator)
+    data = msif.Examples(tokens, torch.randint(0, 3, (80,), generator=generator))
+    torch.manual_seed(0)
+    recipe = msif.SGD(lr, epochs=6, batch_size=20)
+    stage = msif.Stage("fit", Sentences(3).double(), data, weight_decay=1e-3, recipe=recipe)
+    pipeline = msif.Pipeline([stage]).fit(progress=False)
+    attributor = msif.UnrolledInfluence().fit(pipeline, progress=False)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        scores = attributor.score(data[:8], progress=False)
+    kinds = [w.category for w in seen]
+    assert (msif.UnsmoothTrainingWarning in kinds) == rough
+    effects = msif.removal_effects(pipeline, data[:8], [[i] for i in range(20)], progress=False)
+    r = msif.agreement(scores, effects).mean("r")
+    assert r < 0.5 if rough else r > 0.9
 
 
 def test_kinks_warn_in_check(digits):

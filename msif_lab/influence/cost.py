@@ -94,16 +94,16 @@ class Plan:
 
     def __str__(self) -> str:
         title = f"{self.queries} queries, {self.memory / 1e6:,.0f} MB; a probe's estimate"
-        counted = f"{'parameters':>11}{'examples':>10}{'products':>10}"
-        head = f"{'stage':<14}{counted}{'memory':>10}{'time':>9}  solver"
+        counted = f"{'parameters':>11} {'examples':>9} {'products':>9}"
+        head = f"{'stage':<14}{counted} {'memory':>10} {'time':>8}  solver"
         notes = [f"  {s.stage}: {note}" for s in self.stages for note in s.plain]
         return "\n".join([title, head, *map(self._row, self.stages), *notes])
 
     @staticmethod
     def _row(s: StagePlan) -> str:
-        counted = f"{s.parameters:>11,}{s.examples:>10,}{s.products:>10,}"
-        taken = f"{s.bytes / 1e6:>7,.0f} MB{s.seconds:>7,.1f} s"
-        return f"{s.stage:<14}{counted}{taken}  {type(s.solver).__name__}: {s.reason}"
+        counted = f"{s.parameters:>11,} {s.examples:>9,} {s.products:>9,}"
+        taken = f"{s.bytes / 1e6:>7,.0f} MB {s.seconds:>6,.1f} s"
+        return f"{s.stage:<14}{counted} {taken}  {type(s.solver).__name__}: {s.reason}"
 
     __repr__ = __str__
 

@@ -127,6 +127,11 @@ class Objective:
         """What `once` has found under this name, or the default if nobody asked yet."""
         return self._found.get(name, default)
 
+    def forget(self, *names: Hashable) -> None:
+        """Drop what `once` has found under these names."""
+        for name in names:
+            self._found.pop(name, None)
+
     def recall(self, other: "Objective") -> bool:
         """Take over what `once` found for another stage, if it is this very function and data.
 

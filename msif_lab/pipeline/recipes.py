@@ -57,10 +57,13 @@ def progress_bar(total: int, text: str, show: bool = True) -> tqdm:
 
 def check_finite(value: Tensor, gradient: Tensor, step: int, advice: str) -> None:
     """Raise `NotConvergedError` where a step's risk or gradient is NaN or inf."""
-    if not bool(torch.isfinite(value).all() and torch.isfinite(gradient).all()):
+    finite = torch.isfinite(value) & torch.isfinite(gradient).flatten(1).all(1)
+    if not bool(finite.all()):
+        bad = (~finite).nonzero().flatten().tolist()
+        which = f" of weightings {bad[:5]} of {len(finite)}" if len(finite) > 1 else ""
         raise NotConvergedError(
-            f"training produced NaN or inf at step {step}: the risk is {value.tolist()[:3]}; "
-            f"{advice}"
+            f"training produced NaN or inf at step {step}: the risk{which} is "
+            f"{value[~finite].tolist()[:3]}; {advice}"
         )
 
 
