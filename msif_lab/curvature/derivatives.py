@@ -10,9 +10,10 @@ from torch.func import grad, vmap
 
 from ..data.examples import Examples
 from ..errors import UnsupportedModelError
-from ..objective.objective import Objective
+from ..objective.objective import Objective, exact_convolutions
 from .gate import Probe, agree
 from .layers import find_layers, trace
+from .soundness import missing_second_derivative
 
 __all__ = [
     "example_products",
@@ -89,7 +90,7 @@ def push_by_reverse(
 
 
 def forward_agrees(o: Objective, every: bool = False) -> bool:
-    """Whether forward mode gives what reverse mode does for this model.
+    """Whether forward mode gives what reverse mode does for this model and its loss.
 
     Not for `Embedding(padding_idx)`, whose padding row has a tangent but no gradient, nor where
     PyTorch has no forward derivative.
@@ -103,14 +104,23 @@ def _forward_agrees(o: Objective, every: bool) -> bool:
         u = probe.draw(*o.outputs(probe.full, probe.x).shape)
     v = probe.draw(len(probe.theta(every)), seed=1)
 
+    def both(outputs: Tensor, u: Tensor, y: Tensor) -> Tensor:
+        return torch.stack([(outputs * u).flatten(1).sum(1), o.loss(outputs, y)], 1)
+
     def fast() -> Tensor:
-        pushed = jvp(lambda t: probe.outputs(t, probe.x, every), (probe.theta(every),), (v,))[1]
-        return (pushed * u).flatten(1).sum(1, keepdim=True)
+        def values(theta):
+            return both(probe.outputs(theta, probe.x, every), u, probe.y)
 
-    def value(theta: Tensor, i: int) -> Tensor:
-        return (probe.outputs(theta, probe.x[i : i + 1], every)[0] * u[i]).sum()
+        return jvp(values, (probe.theta(every),), (v,))[1]
 
-    return agree(fast, lambda: probe.gradients(value, every) @ v[:, None])
+    def plain(which: int) -> Tensor:
+        def value(theta: Tensor, i: int) -> Tensor:
+            one = slice(i, i + 1)
+            return both(probe.outputs(theta, probe.x[one], every), u[one], probe.y[one])[0, which]
+
+        return probe.gradients(value, every) @ v
+
+    return agree(fast, lambda: torch.stack([plain(0), plain(1)], 1))
 
 
 def together(o: Objective) -> bool:
@@ -359,22 +369,47 @@ def _own_one_by_one(
     """`own_products` by plain reverse mode, one example at a time."""
     rows = []
     for i, v in enumerate(vectors):
-        with torch.enable_grad():
-            theta = o.trained.take(full).detach().requires_grad_()
-            z = o.outputs(o.parameters(theta, full), x[i : i + 1])
-            if kind == "hessian":
-                (gradient,) = torch.autograd.grad(
-                    o.loss(z, y[i : i + 1]).sum(), theta, create_graph=True
-                )
-                rows.append(pull_back(gradient, theta, v[None])[0][0])
-                continue
-            leaf = z.detach().requires_grad_()
-            (slope,) = torch.autograd.grad(
-                o.loss(leaf, y[i : i + 1]).sum(), leaf, create_graph=True
-            )
-        bent = pull_back(slope, leaf, push_by_reverse(z, theta, v[None]))[0]
-        rows.append(pull_back(z, theta, bent)[0][0])
+        one = slice(i, i + 1)
+        rows.append(own_curvature(kind, o, full, x[one], y[one], v[None])[0])
     return torch.stack(rows)
+
+
+def own_curvature(
+    kind: str,
+    o: Objective,
+    full: Tensor,
+    x: Tensor,
+    y: Tensor,
+    vectors: Tensor,
+    every: bool = False,
+) -> Tensor:
+    """One example's own curvature times vectors ``(K, P)``, by plain reverse mode, one by one.
+
+    Args:
+        kind: as in `own_products`.
+        o: the stage.
+        full: all its parameters ``(D,)``.
+        x, y: the example, ``(1, ...)``.
+        vectors: ``(K, P)``.
+        every: derivatives in all D parameters instead of the trained P.
+    """
+    with torch.enable_grad(), exact_convolutions():
+        theta = (full if every else o.trained.take(full)).detach().requires_grad_()
+        z = o.outputs(theta if every else o.parameters(theta, full), x)
+        if kind == "hessian":
+            risk = o.loss(z, y).sum()
+            (gradient,) = torch.autograd.grad(risk, theta, create_graph=True)
+            return pull_back(gradient, theta, vectors, together=False)[0]
+        leaf = z.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(o.loss(leaf, y).sum(), leaf, create_graph=True)
+        if missing_second_derivative(o):  # of the model, which J v by reverse mode needs
+            units = torch.eye(z.numel(), dtype=z.dtype, device=z.device).view(-1, *z.shape)
+            jacobian = pull_back(z, theta, units, together=False)[0]
+            pushed = (vectors @ jacobian.T).view(-1, *z.shape)
+        else:
+            pushed = push_by_reverse(z, theta, vectors)
+        bent = pull_back(slope, leaf, pushed, together=False)[0]
+        return pull_back(z, theta, bent, together=False)[0]
 
 
 def _own_products(
@@ -484,7 +519,7 @@ def gradient_transpose(
     products = torch.zeros_like(cotangents)
     scores = []
     weights = full.new_ones(len(batch)) if weights is None else weights
-    forward = forward_is_cheaper(o, full.dtype)
+    forward, side_by_side = _transpose_ways(o, every)
     copies = TRANSPOSE_FIXED + TRANSPOSE_PER_QUERY * len(cotangents)
     start = 0
     for _, x, y in o.chunks(copies=copies, rows=batch, memory=memory):
@@ -493,11 +528,35 @@ def gradient_transpose(
             return (w * o.losses(theta if every else o.parameters(theta, full), x, y)).sum()
 
         shares = weights[start : start + len(x)] / len(batch)
-        by_theta, by_weight = _transpose(risk, point, shares, cotangents, forward, together(o))
+        by_theta, by_weight = _transpose(risk, point, shares, cotangents, forward, side_by_side)
         start += len(x)
         products += by_theta
         scores.append(by_weight / len(batch))
     return products, torch.cat(scores, dim=1)
+
+
+def _transpose_ways(o: Objective, every: bool) -> tuple[bool, bool]:
+    """Whether `_transpose` may go forward, and with the cotangents side by side."""
+
+    def find() -> tuple[bool, bool]:
+        ways = forward_is_cheaper(o, o.dtype), together(o)
+        return ways if not any(ways) or _transpose_agrees(o, every, *ways) else (False, False)
+
+    return o.once(("transpose", every), find)
+
+
+def _transpose_agrees(o: Objective, every: bool, *ways: bool) -> bool:
+    probe = Probe.of(o)
+    weights = 1 + probe.draw(len(probe.y)).sign() / 2
+    cotangents = probe.draw(3, len(probe.theta(every)), seed=1)
+
+    def risk(theta, w):
+        return (w * o.loss(probe.outputs(theta, probe.x, every), probe.y)).sum()
+
+    def both(*ways: bool) -> Tensor:
+        return torch.cat(_transpose(risk, probe.theta(every), weights, cotangents, *ways), 1)
+
+    return agree(lambda: both(*ways), lambda: both(False, False))
 
 
 def _transpose(

@@ -92,25 +92,26 @@ def lanes_agree(o: Objective) -> bool:
     probe = Probe.of(o)
     base = torch.stack([probe.full, o.layout.flatten(o.model)])
     thetas = o.trained.take(base)
+    weights = 1 + probe.draw(len(base), len(probe.x)).sign() / 2  # else swapped lanes would pass
 
     def losses(theta: Tensor, full: Tensor) -> Tensor:
         return o.losses(o.parameters(theta, full), probe.x, probe.y)
 
-    def gradient(values: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
+    def gradient(values: Callable[[Tensor], Tensor], theta: Tensor, weights: Tensor) -> Tensor:
         with torch.enable_grad(), exact_convolutions():
             leaf = theta.detach().requires_grad_()
-            total = values(leaf).sum()
+            total = (weights * values(leaf)).sum()
         if not total.requires_grad:
             return torch.zeros_like(leaf)
         return torch.autograd.grad(total, leaf, materialize_grads=True)[0]
 
     def plain() -> Tensor:
         rows = []
-        for theta, full in zip(thetas, base, strict=True):
-            rows.append(gradient(functools.partial(losses, full=full), theta))
+        for theta, full, own in zip(thetas, base, weights, strict=True):
+            rows.append(gradient(functools.partial(losses, full=full), theta, own))
         return torch.stack(rows)
 
-    return agree(lambda: gradient(lambda t: vmap(losses)(t, base), thetas), plain)
+    return agree(lambda: gradient(lambda t: vmap(losses)(t, base), thetas, weights), plain)
 
 
 def agree(fast: Callable[[], Tensor], plain: Callable[[], Tensor]) -> bool:

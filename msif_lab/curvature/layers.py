@@ -389,6 +389,7 @@ def _agrees(o: Objective, layers: list[Layer], every: bool) -> bool:
     probe = Probe.of(o)
     with torch.no_grad():
         cotangent = probe.draw(*o.outputs(probe.full, probe.x).shape)
+    vectors = probe.draw(len(probe.theta(every)), 1, seed=1) / len(probe.theta(every)) ** 0.5
 
     def fast() -> Tensor:
         found = trace(o, probe.full, probe.x, layers)
@@ -397,9 +398,14 @@ def _agrees(o: Objective, layers: list[Layer], every: bool) -> bool:
         for layer, z in zip(layers, found.z, strict=True):
             layer.size = tuple(z.shape[1:])
         gradients = found.output_gradients(lambda z, u: (z * u).flatten(1).sum(1), cotangent)
-        return found.jacobian(gradients, o.layout.size if every else o.size)[:, 0]
+        rows = found.jacobian(gradients, len(vectors))[:, 0]
+        return torch.cat([rows, found.along(gradients, vectors)], 1)
 
     def value(theta: Tensor, i: int) -> Tensor:
         return (probe.outputs(theta, probe.x[i : i + 1], every)[0] * cotangent[i]).sum()
 
-    return agree(fast, lambda: probe.gradients(value, every))
+    def plain() -> Tensor:
+        rows = probe.gradients(value, every)
+        return torch.cat([rows, rows @ vectors], 1)
+
+    return agree(fast, plain)

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 from torch.func import grad, jacrev, vmap
 
+from ..data.examples import Examples
 from ..memory import working_bytes
 from ..objective.objective import Objective
 from .derivatives import (
     forward_agrees,
     forward_is_cheaper,
     jvp,
+    own_curvature,
     pull_back,
     push_by_reverse,
     push_forward,
@@ -48,6 +50,8 @@ class DataCurvature(Operator):
         every: over all D parameters instead of the trained P, and without the penalty; the
             off-diagonal block is the ``G_WT`` of the frozen case.
     """
+
+    kind: str  # what `own_curvature` calls it
 
     def __init__(
         self,
@@ -131,6 +135,65 @@ class DataCurvature(Operator):
         return -(-columns // -(-columns // most))
 
     def _product(self, vectors: Tensor) -> Tensor:
+        columns = self._telling(vectors.shape[1])
+        if self._trusted("product", columns):
+            return self._fast_product(vectors)
+        return self._plain_product(vectors)
+
+    def _dense(self) -> Tensor:
+        if self._makes_dense() and self._trusted("dense", 3):
+            return self._fast_dense()
+        return super()._dense()
+
+    def _makes_dense(self) -> bool:
+        """Whether there is a faster way to the matrix than products with unit vectors."""
+        return False
+
+    def _trusted(self, what: str, columns: int) -> bool:
+        """Whether a fast way gives what plain reverse mode does, one example and vector at a time.
+
+        Found out once for each way, on a few examples.
+        """
+        way = (what, type(self).__name__, self.every, self._way(columns))
+        return self.objective.once(way, lambda: self._agrees(what, columns))
+
+    def _way(self, columns: int) -> tuple:
+        """What decides how products with this many columns are computed."""
+        return (columns > 2,)
+
+    def _telling(self, columns: int) -> int:
+        """How many columns are enough to tell whether products with so many are right."""
+        return min(columns, 3)
+
+    def _agrees(self, what: str, columns: int) -> bool:
+        probe = Probe.of(self.objective)
+        small = self._at(probe)
+        vectors = probe.draw(len(self.theta), columns, seed=2)
+
+        def fast() -> Tensor:
+            if what == "dense":
+                return (small._fast_dense() @ vectors).T
+            return small._fast_product(vectors).T
+
+        return agree(fast, lambda: small._plain_product(vectors).T)
+
+    def _at(self, probe: Probe) -> "DataCurvature":
+        """The same curvature of a few examples, without the penalty."""
+        o = self.objective.on(Examples(probe.x, probe.y))
+        return type(self)(o, probe.full, ridge=False, every=self.every)
+
+    def _plain_product(self, vectors: Tensor) -> Tensor:
+        """The product by plain reverse mode, one example and one vector at a time."""
+        vectors, result = self._start(vectors)
+        o = self.objective
+        for rows, x, y in self._chunks(4):
+            for i, weight in enumerate(self.weights[rows] / len(o.data)):
+                one = slice(i, i + 1)
+                given = self.full, x[one], y[one], vectors.T, self.every
+                result += weight * own_curvature(self.kind, o, *given).T
+        return result
+
+    def _fast_product(self, vectors: Tensor) -> Tensor:
         # The columns share one linearisation, which takes as much memory as three of them. Both the
         # columns and the examples are cut so that the tangents fit in memory.
         vectors, result = self._start(vectors)
@@ -172,6 +235,8 @@ class Hessian(DataCurvature):
     pulled back through it. Where `forward_is_cheaper`, by forward over reverse mode.
     """
 
+    kind = "hessian"
+
     def _forward(self, columns: int) -> bool:
         return columns > 2 and forward_is_cheaper(self.objective, self.dtype)
 
@@ -211,11 +276,28 @@ class Hessian(DataCurvature):
         twin.rows = self.rows
         return twin
 
-    def _product(self, vectors: Tensor) -> Tensor:
-        return super()._product(vectors) if self._twin is None else self._twin._product(vectors)
+    def _way(self, columns):
+        own = self._forward(columns), columns > 2
+        return own if self._twin is None else ("linear", *self._twin._way(columns))
 
-    def _dense(self) -> Tensor:
-        return super()._dense() if self._twin is None else self._twin._dense()
+    def _telling(self, columns):
+        return super()._telling(columns) if self._twin is None else self._twin._telling(columns)
+
+    def _at(self, probe):
+        small = super()._at(probe)
+        small.__dict__["_twin"] = None if self._twin is None else self._twin._at(probe)
+        return small
+
+    def _makes_dense(self):
+        return self._twin is not None and self._twin._makes_dense()
+
+    def _fast_product(self, vectors: Tensor) -> Tensor:
+        if self._twin is None:
+            return super()._fast_product(vectors)
+        return self._twin._fast_product(vectors)
+
+    def _fast_dense(self) -> Tensor:
+        return self._twin._fast_dense()
 
     def dense_multiplications(self, examples: int) -> float:
         return float("inf") if self._twin is None else self._twin.dense_multiplications(examples)
@@ -252,12 +334,24 @@ class GGN(DataCurvature):
     pushed forward and Jᵀ Λ J v pulled back.
     """
 
-    def _product(self, vectors: Tensor) -> Tensor:
+    kind = "ggn"
+
+    def _by_layers(self, columns: int) -> bool:
+        layers = find_layers(self.objective, self.every)
+        return layers is not None and self._outputs() <= 2 * columns
+
+    def _way(self, columns):
+        return self._by_layers(columns), columns > 2
+
+    def _telling(self, columns):
+        return min(columns, max(3, -(-self._outputs() // 2)))
+
+    def _fast_product(self, vectors: Tensor) -> Tensor:
         o = self.objective
         layers = find_layers(o, self.every)
         count = self._outputs()
-        if layers is None or count > 2 * vectors.shape[1]:
-            return super()._product(vectors)
+        if not self._by_layers(vectors.shape[1]):
+            return super()._fast_product(vectors)
         vectors, result = self._start(vectors)
         numbers = count * sum(layer.numel for layer in layers)
         most = max(layer.numel for layer in layers)
@@ -303,12 +397,15 @@ class GGN(DataCurvature):
         size = self.shape[0]
         count = self._outputs()
         layers = find_layers(self.objective, self.every)
-        if 4 * count > size:
+        if not self._makes_dense():
             return float("inf")
         dense = layers and all(layer.dense for layer in layers)
         return float(examples * size**2 * (0.5 if dense else count))
 
-    def _dense(self) -> Tensor:
+    def _makes_dense(self):
+        return 4 * self._outputs() <= self.shape[0]
+
+    def _fast_dense(self) -> Tensor:
         """``Σ_i w_i J_iᵀ Λ_i J_i / m`` from each example's Jacobian.
 
         That takes C backward passes and one matrix product, where P products with unit vectors
@@ -317,8 +414,6 @@ class GGN(DataCurvature):
         o = self.objective
         size = self.shape[0]
         count = self._outputs()
-        if 4 * count > size:
-            return super()._dense()
         result = torch.diag(self.full.new_zeros(size) if self.ridge is None else self.ridge)
         layers = find_layers(o, self.every)
         if layers and all(layer.dense for layer in layers):

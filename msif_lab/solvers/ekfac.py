@@ -144,7 +144,14 @@ class Kronecker(Approximation):
         self.shapes = [o.layout.shapes[name] for name in o.trained_names]
         sizes = [shape.numel() for shape in self.shapes]
         self.shifts = _uniform_shifts(known.diagonal, sizes)
-        self.inverses = self._factorise(known.base)
+        try:
+            self.inverses = self._factorise(known.base)
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise UnsupportedModelError(
+                f"{o.where}: EKFAC needs layers that are each called with every batch, which is "
+                f"not so for this model, or curvlinops cannot follow it ({error}): use LowRank() "
+                "or ConjugateGradient()"
+            ) from error
         self.bytes = 3 * operator.shape[0] * known.diagonal.element_size()
 
     def _factorise(self, base: DataCurvature) -> dict:
