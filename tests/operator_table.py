@@ -96,10 +96,9 @@ words = torch.randint(1, 5, (COUNT, 3), generator=torch.Generator().manual_seed(
 
 def lengths(layer, z):
     """A padded batch as a `PackedSequence`."""
-    packed = nn.utils.rnn.pack_padded_sequence(
-        z, torch.tensor([2, 1] * (len(z) // 2) + [2] * (len(z) % 2)), True, False
-    )
-    return nn.utils.rnn.pad_packed_sequence(layer(packed)[0], True)[0]
+    long = 1 + (z[:, 0, 0] > 0).long()
+    packed = nn.utils.rnn.pack_padded_sequence(z, long.cpu(), True, False)
+    return nn.utils.rnn.pad_packed_sequence(layer(packed)[0], True, total_length=2)[0]
 
 
 class Words(nn.Module):
@@ -184,12 +183,16 @@ LAYERS = {
     "AvgPool2d": Entry(lambda: nn.AvgPool2d(2, 1), (1, 3, 3)),
     "AvgPool3d": Entry(lambda: nn.AvgPool3d(2, 1), (1, 2, 2, 3)),
     "FractionalMaxPool2d": Entry(
-        lambda: nn.FractionalMaxPool2d(2, 2, _random_samples=torch.full((1, 1, 2), 0.3)),
-        (1, 4, 3),
+        lambda: nn.FractionalMaxPool2d(2, 2), (1, 4, 4), expected=REFUSED, named="deterministic"
     ),
-    "FractionalMaxPool3d": Entry(lambda: nn.FractionalMaxPool3d(2, 1), (1, 2, 3, 3)),
+    "FractionalMaxPool3d": Entry(
+        lambda: nn.FractionalMaxPool3d(2, 2), (1, 4, 4, 4), expected=REFUSED, named="deterministic"
+    ),
+    "LPPool2d of odd power": Entry(
+        lambda: nn.LPPool2d(3, 2), (1, 2, 4), expected=REFUSED, named="NaN"
+    ),
     "LPPool1d": Entry(lambda: nn.LPPool1d(2, 2), (2, 4)),
-    "LPPool2d": Entry(lambda: nn.LPPool2d(3, 2), (1, 2, 4)),
+    "LPPool2d": Entry(lambda: nn.LPPool2d(4, 2), (1, 2, 4)),
     "LPPool3d": Entry(lambda: nn.LPPool3d(2, 2), (1, 2, 2, 4)),
     "AdaptiveMaxPool1d": Entry(lambda: nn.AdaptiveMaxPool1d(2), (2, 3)),
     "AdaptiveMaxPool2d": Entry(lambda: nn.AdaptiveMaxPool2d(2), (1, 3, 3)),
@@ -212,11 +215,31 @@ LAYERS = {
     **{
         kind: acts(getattr(nn, kind))
         for kind in (
-            "ReLU", "ReLU6", "LeakyReLU", "PReLU", "ELU", "SELU", "CELU", "GELU", "SiLU", "Mish",
-            "Sigmoid", "Tanh", "Softplus", "Softsign", "Softshrink", "Hardshrink", "Hardtanh",
-            "Hardswish", "Hardsigmoid", "LogSigmoid", "Tanhshrink", "GLU", "RReLU",
+            "ReLU",
+            "ReLU6",
+            "LeakyReLU",
+            "PReLU",
+            "ELU",
+            "SELU",
+            "CELU",
+            "GELU",
+            "SiLU",
+            "Mish",
+            "Sigmoid",
+            "Tanh",
+            "Softplus",
+            "Softsign",
+            "Softshrink",
+            "Hardshrink",
+            "Hardtanh",
+            "Hardswish",
+            "Hardsigmoid",
+            "LogSigmoid",
+            "Tanhshrink",
+            "GLU",
+            "RReLU",
         )
-    },  # fmt: skip
+    },
     "GELU tanh": acts(nn.GELU, approximate="tanh"),
     "ReLU in place": acts(nn.ReLU, inplace=True),
     "ELU in place": acts(nn.ELU, inplace=True),
@@ -240,9 +263,7 @@ LAYERS = {
     "CrossMapLRN2d": Entry(lambda: nn.CrossMapLRN2d(2), (3, 1, 1)),
     # recurrent
     "RNN": Entry(lambda: nn.RNN(2, 2, batch_first=True), (3, 2), last),
-    "RNN relu": Entry(
-        lambda: nn.RNN(2, 2, nonlinearity="relu", batch_first=True), (3, 2), last
-    ),
+    "RNN relu": Entry(lambda: nn.RNN(2, 2, nonlinearity="relu", batch_first=True), (3, 2), last),
     "LSTM": Entry(lambda: nn.LSTM(2, 2, batch_first=True), (3, 2), last),
     "LSTM deep": Entry(
         lambda: nn.LSTM(2, 2, 2, bidirectional=True, proj_size=1, batch_first=True), (2, 2), last
@@ -252,9 +273,7 @@ LAYERS = {
     ),
     "LSTM packed": Entry(lambda: nn.LSTM(2, 2, batch_first=True), (2, 2), lengths),
     "GRU": Entry(lambda: nn.GRU(2, 2, batch_first=True), (3, 2), last),
-    "GRU deep": Entry(
-        lambda: nn.GRU(2, 2, 2, bidirectional=True, batch_first=True), (2, 2), last
-    ),
+    "GRU deep": Entry(lambda: nn.GRU(2, 2, 2, bidirectional=True, batch_first=True), (2, 2), last),
     "RNNCell": Entry(lambda: nn.RNNCell(4, 2), call=hidden),
     "LSTMCell": Entry(lambda: nn.LSTMCell(4, 2), call=cell),
     "GRUCell": Entry(lambda: nn.GRUCell(4, 2), call=hidden),
@@ -277,24 +296,20 @@ LAYERS = {
         (2, 2),
         twice,
     ),
-    "Transformer": Entry(
-        lambda: nn.Transformer(2, 1, 1, 1, 2, batch_first=True), (2, 2), twice
-    ),
+    "Transformer": Entry(lambda: nn.Transformer(2, 1, 1, 1, 2, batch_first=True), (2, 2), twice),
     # embeddings
     "Embedding": Entry(lambda: Words(nn.Embedding(5, 2)), None, x=words),
-    "Embedding padded": Entry(
-        lambda: Words(nn.Embedding(5, 2, padding_idx=2)), None, x=words
-    ),
-    "Embedding max_norm": Entry(
-        lambda: Words(nn.Embedding(5, 2, max_norm=0.5)), None, x=words
-    ),
+    "Embedding padded": Entry(lambda: Words(nn.Embedding(5, 2, padding_idx=2)), None, x=words),
+    "Embedding max_norm": Entry(lambda: Words(nn.Embedding(5, 2, max_norm=0.5)), None, x=words),
     "EmbeddingBag": Entry(lambda: Words(nn.EmbeddingBag(5, 2), 2), None, x=words),
     "EmbeddingBag sum": Entry(lambda: Words(nn.EmbeddingBag(5, 2, mode="sum"), 2), None, x=words),
     "EmbeddingBag max": Entry(lambda: Words(nn.EmbeddingBag(5, 2, mode="max"), 2), None, x=words),
     "AdaptiveLogSoftmaxWithLoss": Entry(
-        Adaptive, None, y=torch.arange(COUNT) % 5,
+        Adaptive,
+        None,
+        y=torch.arange(COUNT) % 5,
         loss=lambda z, y: F.nll_loss(z, y, reduction="none"),
-    ),  # fmt: skip
+    ),
     # shapes and distances
     "Flatten": Entry(nn.Flatten, (2, 2)),
     "Unflatten": Entry(lambda: nn.Unflatten(1, (2, 2))),
@@ -318,11 +333,15 @@ LAYERS = {
     **{
         kind: Entry(lambda kind=kind: getattr(nn, kind)(), shape)
         for kind, shape in (
-            ("Dropout", (4,)), ("AlphaDropout", (4,)), ("FeatureAlphaDropout", (4,)),
-            ("Dropout1d", (2, 2)), ("Dropout2d", (2, 1, 2)), ("Dropout3d", (2, 1, 1, 2)),
+            ("Dropout", (4,)),
+            ("AlphaDropout", (4,)),
+            ("FeatureAlphaDropout", (4,)),
+            ("Dropout1d", (2, 2)),
+            ("Dropout2d", (2, 1, 2)),
+            ("Dropout3d", (2, 1, 1, 2)),
         )
     },
-}  # fmt: skip
+}
 
 # ---- Operators: each a function of z (B, 4), unless it stands with another shape ----
 
@@ -386,9 +405,7 @@ OPERATORS = {
     "cholesky_inverse": lambda z: torch.cholesky_inverse(torch.linalg.cholesky(definite(z))),
     "qr": lambda z: torch.linalg.qr(square(z))[1],
     "lu": lambda z: torch.linalg.lu(square(z))[2],
-    "lu_solve": lambda z: torch.linalg.lu_solve(
-        *torch.linalg.lu_factor(square(z)), z[:, :2, None]
-    ),
+    "lu_solve": lambda z: torch.linalg.lu_solve(*torch.linalg.lu_factor(square(z)), z[:, :2, None]),
     "eigh": lambda z: torch.linalg.eigh(definite(z))[1].square(),
     "eigvalsh": lambda z: torch.linalg.eigvalsh(definite(z)),
     "eigvals": lambda z: parts(torch.linalg.eigvals(square(z))),
@@ -434,11 +451,30 @@ OPERATORS = {
     **{
         name: (lambda z, name=name, domain=domain: getattr(torch.special, name)(domain(z)))
         for name, domain in {
-            "digamma": positive, "gammaln": positive, "erf": unit, "erfc": unit, "erfinv": unit,
-            "erfcx": unit, "ndtr": unit, "log_ndtr": unit, "expit": unit, "expm1": unit,
-            "exp2": unit, "log1p": positive, "entr": positive, "i0": unit, "i0e": unit, "i1": unit,
-            "i1e": unit, "sinc": unit, "psi": positive, "bessel_j0": unit, "bessel_j1": unit,
-            "bessel_y0": positive, "modified_bessel_i0": unit, "spherical_bessel_j0": unit,
+            "digamma": positive,
+            "gammaln": positive,
+            "erf": unit,
+            "erfc": unit,
+            "erfinv": unit,
+            "erfcx": unit,
+            "ndtr": unit,
+            "log_ndtr": unit,
+            "expit": unit,
+            "expm1": unit,
+            "exp2": unit,
+            "log1p": positive,
+            "entr": positive,
+            "i0": unit,
+            "i0e": unit,
+            "i1": unit,
+            "i1e": unit,
+            "sinc": unit,
+            "psi": positive,
+            "bessel_j0": unit,
+            "bessel_j1": unit,
+            "bessel_y0": positive,
+            "modified_bessel_i0": unit,
+            "spherical_bessel_j0": unit,
             "airy_ai": unit,
         }.items()
     },
@@ -494,16 +530,18 @@ OPERATORS = {
     "index_put": lambda z: z.index_put((torch.arange(len(z)), ORDER[[0] * len(z)]), z[:, 0] ** 2),
     "index_reduce": lambda z: z.index_reduce(1, ORDER // 2, positive(z), "prod"),
     "masked_fill": lambda z: z.masked_fill(z > 0, 0.2),
-    "masked_scatter": lambda z: z.masked_scatter(z > 0, z.square()),
-    "masked_select": lambda z: torch.stack([r.masked_select(r > 0).square().sum()[None] for r in z]),
+    "masked_scatter": lambda z: torch.stack([r.masked_scatter(r > 0, r.square()) for r in z]),
+    "masked_select": lambda z: torch.stack(
+        [r.masked_select(r > 0).square().sum()[None] for r in z]
+    ),
     "boolean index": lambda z: torch.stack([r[r > 0].exp().sum()[None] for r in z]),
     "take_along_dim": lambda z: z.take_along_dim(z.argsort(1), 1)[:, :2],
     "take": lambda z: torch.stack([r.take(ORDER[:2]) for r in z]),
     "roll": lambda z: z.roll(1, 1) * z,
     "repeat_interleave": lambda z: z.repeat_interleave(2, 1),
-    "segment_reduce": lambda z: torch.segment_reduce(
-        z.T.contiguous(), "mean", lengths=torch.tensor([1, 3])
-    ).T,
+    "segment_reduce": lambda z: (
+        torch.segment_reduce(z.T.contiguous(), "mean", lengths=torch.tensor([1, 3])).T
+    ),
     "one_hot": lambda z: F.one_hot(z.argmax(1), 4) * z,
     "in place": lambda z: z.clone().mul_(2).sin_().add_(z),
     "slice assigned": lambda z: assigned(z),
@@ -549,7 +587,9 @@ OPERATORS = {
         torch.stft(z, 4, 2, window=torch.ones(4, dtype=F64), return_complex=True)
     ),
     "istft": lambda z: torch.istft(
-        torch.stft(z, 4, 2, window=torch.ones(4, dtype=F64), return_complex=True) ** 2, 4, 2,
+        torch.stft(z, 4, 2, window=torch.ones(4, dtype=F64), return_complex=True) ** 2,
+        4,
+        2,
         window=torch.ones(4, dtype=F64),
     ),
     "fftshift": lambda z: torch.fft.fftshift(z, 1),
@@ -592,9 +632,8 @@ OPERATORS = {
     "sign straight through": lambda z: z + (z.sign() - z).detach(),
     "numpy": lambda z: z * torch.from_numpy(z.detach().numpy()),
     "item": lambda z: torch.stack([r * r[0].item() for r in z]),
-    "float32 inside": lambda z: z.float().sin().double(),
     "cosine of a batch": lambda z: z - z.mean(0),
-}  # fmt: skip
+}
 
 
 def assigned(z):
@@ -645,7 +684,8 @@ LOSSES = {
     "HuberLoss": (each(F.huber_loss, delta=0.7), None),
     "CrossEntropyLoss": (by_label(F.cross_entropy), LABELS),
     "CrossEntropyLoss smoothed": (
-        by_label(F.cross_entropy, label_smoothing=0.1, weight=SHARES[0]), LABELS,
+        by_label(F.cross_entropy, label_smoothing=0.1, weight=SHARES[0]),
+        LABELS,
     ),
     "CrossEntropyLoss of shares": (by_label(F.cross_entropy), SHARES),
     "NLLLoss": (lambda z, y: F.nll_loss(z.log_softmax(1), y, reduction="none"), LABELS),
@@ -654,7 +694,9 @@ LOSSES = {
     "KLDivLoss": (lambda z, y: F.kl_div(z.log_softmax(1), y, reduction="none").sum(1), SHARES),
     "PoissonNLLLoss": (each(F.poisson_nll_loss, full=True), 3 * BITS),
     "GaussianNLLLoss": (
-        lambda z, y: F.gaussian_nll_loss(z[:, :1], y[:, :1], z[:, 1:2].exp(), reduction="none")[:, 0],
+        lambda z, y: mean(
+            F.gaussian_nll_loss(z[:, :1], y[:, :1], z[:, 1:2].exp(), reduction="none")
+        ),
         None,
     ),
     "HingeEmbeddingLoss": (
@@ -665,7 +707,8 @@ LOSSES = {
     "MultiMarginLoss": (by_label(F.multi_margin_loss), LABELS),
     "MultiMarginLoss squared": (by_label(F.multi_margin_loss, p=2, margin=2.0), LABELS),
     "MultiLabelMarginLoss": (
-        by_label(F.multilabel_margin_loss), torch.tensor([[0, 2, -1], [1, -1, 0]] * (COUNT // 2)),
+        by_label(F.multilabel_margin_loss),
+        torch.tensor([[0, 2, -1], [1, -1, 0]] * (COUNT // 2)),
     ),
     "MultiLabelSoftMarginLoss": (by_label(F.multilabel_soft_margin_loss), BITS),
     "MarginRankingLoss": (
@@ -681,24 +724,37 @@ LOSSES = {
     "TripletMarginLoss": (triplet, None),
     "TripletMarginWithDistanceLoss": (
         lambda z, y: F.triplet_margin_with_distance_loss(
-            z, y, y.flip(1), margin=5.0, reduction="none",
+            z,
+            y,
+            y.flip(1),
+            margin=5.0,
+            reduction="none",
             distance_function=lambda a, b: (a - b).square().sum(1),
         ),
         None,
     ),
     "CTCLoss": (
         lambda z, y: F.ctc_loss(
-            torch.stack([z, z.flip(1), z.roll(1, 1)]).log_softmax(2), y[:, None] + 1,
-            torch.full((len(z),), 3), torch.full((len(z),), 1), reduction="none",
+            torch.stack([z, z.flip(1), z.roll(1, 1)]).log_softmax(2),
+            y[:, None] + 1,
+            torch.full((len(z),), 3),
+            torch.full((len(z),), 1),
+            reduction="none",
         ),
         LABELS % 2,
     ),
     "LinearCrossEntropyLoss": (
-        lambda z, y: by_label(F.cross_entropy)(F.linear(z, CONSTANT[:3, :3]), y), LABELS,
+        lambda z, y: by_label(F.cross_entropy)(F.linear(z, CONSTANT[:3, :3]), y),
+        LABELS,
     ),
     "focal": (
-        lambda z, y: (1 - (p := F.cross_entropy(z, y, reduction="none").neg().exp())) ** 2
-        * -p.log(),
+        lambda z, y: (
+            (1 - (p := F.cross_entropy(z, y, reduction="none").neg().exp())) ** 2 * -p.log()
+        ),
+        LABELS,
+    ),
+    "distance to prototypes": (
+        lambda z, y: torch.cdist(z, SHARES).square().gather(1, y[:, None])[:, 0],
         LABELS,
     ),
     "log cosh": (lambda z, y: mean(torch.log(torch.cosh(z - y))), None),
@@ -707,7 +763,7 @@ LOSSES = {
     "zero-one": (lambda z, y: (z.argmax(1) != y).double(), LABELS),
     "of the batch": (lambda z, y: mean((z - z.mean(0) - y) ** 2), None),
     "mean": (lambda z, y: F.mse_loss(z, y), None),
-}  # fmt: skip
+}
 
 
 # ---- The oracle: plain autograd by the module itself, and differences of its gradients ----
@@ -743,8 +799,14 @@ class Plain:
         return result
 
     def hessian(self) -> Tensor:
+        """Of the mean; parameters without any gradient are constants, as in training."""
         rows = list(range(len(self.data)))
-        return torch.stack([self.difference(e, rows) for e in torch.eye(len(self.theta), dtype=F64)], 1)
+        units = torch.diag(self.moved())
+        return torch.stack([self.difference(e, rows) for e in units], 1)
+
+    def moved(self) -> Tensor:
+        """1 for what some example's gradient moves, 0 for the rest: a padding row, say."""
+        return (self.gradients() != 0).any(0).double()
 
     def ggns(self) -> Tensor:
         """``J_iᵀ Λ_i J_i`` of each example, J row by row and Λ by differences."""

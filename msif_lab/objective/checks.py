@@ -97,6 +97,11 @@ def _checked_outputs(o: Objective, examples: Examples, x: Tensor, name: str) -> 
                 f"{o.where}: calling the model writes into its buffer {buffer!r}, "
                 "so it is not a fixed function; call model.eval() first, or replace that layer"
             )
+    if outputs.is_floating_point() and not bool(torch.isfinite(outputs).all()):
+        raise ValueError(
+            f"{o.where}: the model's outputs are NaN or inf on some {name}; look for a logarithm or "
+            "root of a negative number, or for weights that diverged"
+        )
     close = _tolerance(outputs)
     fixed = torch.equal(outputs, again)
     single = outputs.shape == alone.shape and torch.allclose(outputs, alone, close, close)

@@ -13,7 +13,9 @@ from ..curvature.gate import lanes_agree
 from ..curvature.matrices import DataCurvature, curvature
 from ..curvature.soundness import (
     check_gradient,
+    missing_loss_curvature,
     missing_second_derivative,
+    require_loss_curvature,
     require_second_derivative,
 )
 from ..data.examples import Examples
@@ -64,9 +66,12 @@ class Pipeline:
         self._prepare()
         for functional in self._functional:
             if reason := missing_second_derivative(functional.objective):
+                ways = "curvature='ggn' and baselines work"
+                if missing_loss_curvature(functional.objective):
+                    ways = "so is curvature='ggn'; baselines work"
                 warnings.warn(
                     f"{functional.objective.where}: {reason}. Hessians and UnrolledInfluence are "
-                    "refused for it; curvature='ggn' and baselines work",
+                    f"refused for it; {ways}",
                     UnsupportedModelWarning,
                     stacklevel=2,
                 )
@@ -265,6 +270,8 @@ class Pipeline:
         k, trained = self.index(stage), self.trained()
         if kind == "hessian":
             require_second_derivative(self._functional[k].objective, "curvature='hessian'")
+        elif kind == "ggn":
+            require_loss_curvature(self._functional[k].objective)
         if (k, kind) not in self._curvatures:
             self._curvatures[k, kind] = curvature(kind, self._functional[k].objective, trained[k])
         return self._curvatures[k, kind]
