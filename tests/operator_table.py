@@ -1,7 +1,8 @@
 """A table of torch's layers, tensor operators and losses, each with what is known of it.
 
 ``RIGHT``: every derivative is right. ``FIRST``: PyTorch has no second derivative, so that those are
-refused by name and all else is right. ``REFUSED``: refused at construction.
+refused by name and all else is right. ``GRADIENTS``: the loss has none in the outputs either, so
+that the Gauss-Newton matrix is refused too. ``REFUSED``: refused at construction.
 """
 
 import math
@@ -17,6 +18,7 @@ from torch.func import functional_call
 import msif_lab as msif
 
 RIGHT, FIRST, REFUSED = "right", "no second derivative", "refused"
+GRADIENTS = "gradients alone"
 COUNT = 6  # examples
 
 
@@ -183,10 +185,10 @@ LAYERS = {
     "AvgPool2d": Entry(lambda: nn.AvgPool2d(2, 1), (1, 3, 3)),
     "AvgPool3d": Entry(lambda: nn.AvgPool3d(2, 1), (1, 2, 2, 3)),
     "FractionalMaxPool2d": Entry(
-        lambda: nn.FractionalMaxPool2d(2, 2), (1, 4, 4), expected=REFUSED, named="deterministic"
+        lambda: nn.FractionalMaxPool2d(2, 2), (1, 5, 5), expected=REFUSED, named="deterministic"
     ),
     "FractionalMaxPool3d": Entry(
-        lambda: nn.FractionalMaxPool3d(2, 2), (1, 4, 4, 4), expected=REFUSED, named="deterministic"
+        lambda: nn.FractionalMaxPool3d(2, 2), (1, 3, 3, 3), expected=REFUSED, named="deterministic"
     ),
     "LPPool2d of odd power": Entry(
         lambda: nn.LPPool2d(3, 2), (1, 2, 4), expected=REFUSED, named="NaN"
@@ -342,6 +344,25 @@ LAYERS = {
         )
     },
 }
+
+
+def expect(table: dict, outcomes: dict[str, tuple[str, str]]) -> None:
+    """Set what is known of the entries that are not right by every route."""
+    for name, (expected, named) in outcomes.items():
+        table[name].expected, table[name].named = expected, named
+
+
+expect(
+    LAYERS,
+    {
+        "Hardsigmoid": (FIRST, "layer 'layer' (Hardsigmoid)"),
+        "CrossMapLRN2d": (FIRST, "layer 'layer' (CrossMapLRN2d)"),
+        "EmbeddingBag": (FIRST, "layer 'layer' (EmbeddingBag)"),
+        "EmbeddingBag sum": (FIRST, "layer 'layer' (EmbeddingBag)"),
+        "EmbeddingBag max": (FIRST, "layer 'layer' (EmbeddingBag)"),
+        "Embedding max_norm": (REFUSED, "layer 'layer' (Embedding)"),
+    },
+)
 
 # ---- Operators: each a function of z (B, 4), unless it stands with another shape ----
 
@@ -636,6 +657,30 @@ OPERATORS = {
 }
 
 
+# The polynomials and Bessel functions have no gradient in PyTorch at all: what stands before them
+# is never trained, and the rest is right.
+OPERATORS = {name: Entry(lambda f=f: Function(f)) for name, f in OPERATORS.items()}
+LAYER, MIXED = "layer 'layer' (Function)", "with the batch around an example"
+expect(
+    OPERATORS,
+    {
+        "segment_reduce": (FIRST, LAYER),
+        "gammainc in a": (REFUSED, LAYER),
+        "zeta in x": (REFUSED, LAYER),
+        "remainder by z": (REFUSED, LAYER),
+        "nan_to_num": (REFUSED, "NaN or inf; the reason lies in " + LAYER),
+        "bernoulli weights": (REFUSED, MIXED),
+        "gumbel_softmax": (REFUSED, MIXED),
+        "dropout": (REFUSED, MIXED),
+        "detach": (REFUSED, LAYER),
+        "sign straight through": (REFUSED, LAYER),
+        "numpy": (REFUSED, LAYER),
+        "item": (REFUSED, LAYER),
+        "cosine of a batch": (REFUSED, MIXED),
+    },
+)
+
+
 def assigned(z):
     result = torch.zeros_like(z)
     result[:, 1:] = z[:, :-1].square()
@@ -766,6 +811,21 @@ LOSSES = {
 }
 
 
+LOSSES = {name: Entry(nn.Identity, loss=f, y=y, outputs=3) for name, (f, y) in LOSSES.items()}
+expect(
+    LOSSES,
+    {
+        "MultiMarginLoss": (GRADIENTS, "multi_margin_loss_backward"),
+        "MultiMarginLoss squared": (GRADIENTS, "multi_margin_loss_backward"),
+        "MultiLabelMarginLoss": (GRADIENTS, "multilabel_margin_loss_backward"),
+        "CTCLoss": (GRADIENTS, "ctc_loss_backward"),
+        "zero-one": (REFUSED, "loss has no gradient"),
+        "of the batch": (REFUSED, "mixes the examples"),
+        "mean": (REFUSED, "expected one per example"),
+    },
+)
+
+
 # ---- The oracle: plain autograd by the module itself, and differences of its gradients ----
 
 
@@ -791,11 +851,11 @@ class Plain:
     def gradients(self) -> Tensor:
         return torch.stack([self.gradient(self.theta, [i]) for i in range(len(self.data))])
 
-    def difference(self, v: Tensor, rows, h: float = 1e-4) -> Tensor:
-        """``∇² v`` by fourth-order differences of the gradient."""
+    def difference(self, v: Tensor, rows, h: float = 1e-5) -> Tensor:
+        """``∇² v`` by central differences of the gradient."""
         result = torch.zeros_like(v)
-        for step, factor in ((1, 2 / 3), (-1, -2 / 3), (2, -1 / 12), (-2, 1 / 12)):
-            result += factor / h * self.gradient(self.theta + step * h * v, rows)
+        for sign in (1, -1):
+            result += sign / (2 * h) * self.gradient(self.theta + sign * h * v, rows)
         return result
 
     def hessian(self) -> Tensor:

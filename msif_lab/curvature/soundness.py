@@ -45,6 +45,9 @@ def check_gradient(o: Objective) -> None:
         return
     try:
         value, theta, rounding = _risk(probed)
+        with torch.enable_grad():
+            if not value(theta.detach().requires_grad_()).requires_grad:
+                raise RuntimeError("it is constant, or made of steps, in every trained parameter")
         first, again = (_slope(value, theta)[1] for _ in range(2))
         error = _gradient_error(value, theta, rounding)
     except FAILURES as problem:

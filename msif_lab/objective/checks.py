@@ -99,8 +99,8 @@ def _checked_outputs(o: Objective, examples: Examples, x: Tensor, name: str) -> 
             )
     if outputs.is_floating_point() and not bool(torch.isfinite(outputs).all()):
         raise ValueError(
-            f"{o.where}: the model's outputs are NaN or inf on some {name}; look for a logarithm or "
-            "root of a negative number, or for weights that diverged"
+            f"{o.where}: the model's outputs are NaN or inf on some {name}; look for a logarithm "
+            "or root of a negative number, or for weights that diverged"
         )
     close = _tolerance(outputs)
     fixed = torch.equal(outputs, again)
