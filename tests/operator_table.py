@@ -185,10 +185,10 @@ LAYERS = {
     "AvgPool2d": Entry(lambda: nn.AvgPool2d(2, 1), (1, 3, 3)),
     "AvgPool3d": Entry(lambda: nn.AvgPool3d(2, 1), (1, 2, 2, 3)),
     "FractionalMaxPool2d": Entry(
-        lambda: nn.FractionalMaxPool2d(2, 2), (1, 5, 5), expected=REFUSED, named="deterministic"
+        lambda: nn.FractionalMaxPool2d(2, 3), (1, 5, 5), expected=REFUSED, named="deterministic"
     ),
     "FractionalMaxPool3d": Entry(
-        lambda: nn.FractionalMaxPool3d(2, 2), (1, 3, 3, 3), expected=REFUSED, named="deterministic"
+        lambda: nn.FractionalMaxPool3d(2, 3), (1, 5, 5, 5), expected=REFUSED, named="deterministic"
     ),
     "LPPool2d of odd power": Entry(
         lambda: nn.LPPool2d(3, 2), (1, 2, 4), expected=REFUSED, named="NaN"

@@ -43,7 +43,8 @@ class Case:
 
     def __init__(self, entry: Entry):
         self.model, self.data, self.loss = entry.model(), entry.data(), entry.loss
-        stage = msif.Stage("net", self.model, self.data, loss=self.loss, weight_decay=0.0)
+        settings = {"weight_decay": 0.0, "recipe": msif.SGD(lr=0.1, epochs=1, batch_size=3)}
+        stage = msif.Stage("net", self.model, self.data, self.loss, **settings)
         self.pipeline = msif.Pipeline([stage]).adopt()
         self.o, self.full = self.pipeline.objective(0), self.pipeline.trained()[0]
         self.plain = Plain(self.model, self.data, self.loss)
