@@ -13,7 +13,6 @@ from ..errors import UnsupportedModelError
 from ..objective.objective import Objective, exact_convolutions
 from .gate import Probe, agree
 from .layers import find_layers, trace
-from .soundness import missing_second_derivative
 
 __all__ = [
     "example_products",
@@ -76,6 +75,14 @@ def push_forward(function: Callable, point: Tensor, tangents: Tensor) -> Tensor:
     return torch.stack([along(v) for v in tangents])
 
 
+def rows_of_jacobian(outputs: Tensor, point: Tensor) -> Tensor:
+    """``∂outputs/∂point`` by a backward pass for each output, ``(C, P)``; the graph is kept."""
+    through = functools.partial(
+        torch.autograd.grad, inputs=point, retain_graph=True, materialize_grads=True
+    )
+    return torch.stack([through(one)[0] for one in outputs.reshape(-1)])
+
+
 def push_by_reverse(
     outputs: Tensor, point: Tensor, tangents: Tensor, together: bool = False
 ) -> Tensor:
@@ -84,7 +91,7 @@ def push_by_reverse(
     ``Jᵀ u`` is linear in u, so pulling v back through it by u gives ``J v``.
     """
     with torch.enable_grad():
-        u = torch.zeros_like(outputs, requires_grad=True)
+        u = torch.ones_like(outputs, requires_grad=True)  # some backward passes take log u
         (pulled,) = torch.autograd.grad(outputs, point, u, create_graph=True)
     return pull_back(pulled, u, tangents, together)[0]
 
@@ -104,23 +111,76 @@ def _forward_agrees(o: Objective, every: bool) -> bool:
         u = probe.draw(*o.outputs(probe.full, probe.x).shape)
     v = probe.draw(len(probe.theta(every)), seed=1)
 
-    def both(outputs: Tensor, u: Tensor, y: Tensor) -> Tensor:
-        return torch.stack([(outputs * u).flatten(1).sum(1), o.loss(outputs, y)], 1)
-
     def fast() -> Tensor:
-        def values(theta):
-            return both(probe.outputs(theta, probe.x, every), u, probe.y)
+        pushed = jvp(lambda t: probe.outputs(t, probe.x, every), (probe.theta(every),), (v,))[1]
+        return (pushed * u).flatten(1).sum(1, keepdim=True)
 
-        return jvp(values, (probe.theta(every),), (v,))[1]
+    def value(theta: Tensor, i: int) -> Tensor:
+        return (probe.outputs(theta, probe.x[i : i + 1], every)[0] * u[i]).sum()
 
-    def plain(which: int) -> Tensor:
-        def value(theta: Tensor, i: int) -> Tensor:
-            one = slice(i, i + 1)
-            return both(probe.outputs(theta, probe.x[one], every), u[one], probe.y[one])[0, which]
+    return agree(fast, lambda: probe.gradients(value, every) @ v[:, None])
 
-        return probe.gradients(value, every) @ v
 
-    return agree(fast, lambda: torch.stack([plain(0), plain(1)], 1))
+def forward_agrees_for_losses(o: Objective) -> bool:
+    """Whether forward mode through model and loss gives each example's ``∇f_i·v``."""
+    return o.once("forward losses", lambda: _forward_losses_agree(o))
+
+
+def _forward_losses_agree(o: Objective) -> bool:
+    probe = Probe.of(o)
+    theta, v = probe.theta(False), probe.draw(o.size, seed=1)
+
+    def losses(theta: Tensor) -> Tensor:
+        return o.loss(probe.outputs(theta, probe.x, False), probe.y)
+
+    def alone(theta: Tensor, i: int) -> Tensor:
+        return o.loss(probe.outputs(theta, probe.x[i : i + 1], False), probe.y[i : i + 1]).sum()
+
+    return agree(
+        lambda: jvp(losses, (theta,), (v,))[1][:, None],
+        lambda: probe.gradients(alone, False) @ v[:, None],
+    )
+
+
+def reverse_agrees(o: Objective, every: bool = False) -> bool:
+    """Whether `push_by_reverse` gives ``J v``: not where a backward pass has no derivative."""
+    return o.once(("reverse", every), lambda: _reverse_agrees(o, every))
+
+
+def _reverse_agrees(o: Objective, every: bool) -> bool:
+    probe = Probe.of(o)
+    with torch.enable_grad():
+        theta = probe.theta(every).detach().requires_grad_()
+        z = probe.outputs(theta, probe.x, every)
+    u = probe.draw(*z.shape)
+    v = probe.draw(len(theta), seed=1)
+
+    def value(theta: Tensor, i: int) -> Tensor:
+        return (probe.outputs(theta, probe.x[i : i + 1], every)[0] * u[i]).sum()
+
+    return agree(
+        lambda: (push_by_reverse(z, theta, v[None])[0] * u).flatten(1).sum(1, keepdim=True),
+        lambda: probe.gradients(value, every) @ v[:, None],
+    )
+
+
+def loss_together(o: Objective) -> bool:
+    """Whether many tangents may go through the loss's own second derivative side by side."""
+    return o.once("loss together", lambda: _loss_together(o))
+
+
+def _loss_together(o: Objective) -> bool:
+    probe = Probe.of(o)
+    with torch.no_grad():
+        z = probe.outputs(probe.theta(False), probe.x, False)
+    u = probe.draw(3, *z.shape)
+    with torch.enable_grad():
+        leaf = z.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(o.loss(leaf, probe.y).sum(), leaf, create_graph=True)
+    return agree(
+        lambda: pull_back(slope, leaf, u)[0].flatten(1),
+        lambda: pull_back(slope, leaf, u, False)[0].flatten(1),
+    )
 
 
 def together(o: Objective) -> bool:
@@ -289,10 +349,10 @@ def product_chunks(
         raise ValueError(
             f"vectors have shape {tuple(vectors.shape)}, expected (P, Q) with P = {o.size}"
         )
-    if mode == "forward" and not forward_agrees(o):
+    if mode == "forward" and not forward_agrees_for_losses(o):
         raise UnsupportedModelError(
             f"{o.where}: mode='forward' disagrees with reverse mode for this model, as with "
-            "Embedding(padding_idx=...), or PyTorch has no forward derivative of a layer; "
+            "Embedding(padding_idx=...), or PyTorch has no forward derivative of a layer or loss; "
             "use mode='gradients'"
         )
     if mode == "auto":
@@ -325,7 +385,7 @@ def cheapest_products(o: Objective, queries: int) -> str:
     """
     if find_layers(o) is not None:
         return "layers"
-    return "forward" if queries <= 2 and forward_agrees(o) else "gradients"
+    return "forward" if queries <= 2 and forward_agrees_for_losses(o) else "gradients"
 
 
 def plain_routes(o: Objective) -> list[str]:
@@ -402,12 +462,10 @@ def own_curvature(
             return pull_back(gradient, theta, vectors, together=False)[0]
         leaf = z.detach().requires_grad_()
         (slope,) = torch.autograd.grad(o.loss(leaf, y).sum(), leaf, create_graph=True)
-        if missing_second_derivative(o):  # of the model, which J v by reverse mode needs
-            units = torch.eye(z.numel(), dtype=z.dtype, device=z.device).view(-1, *z.shape)
-            jacobian = pull_back(z, theta, units, together=False)[0]
-            pushed = (vectors @ jacobian.T).view(-1, *z.shape)
-        else:
+        if reverse_agrees(o, every):
             pushed = push_by_reverse(z, theta, vectors)
+        else:
+            pushed = (vectors @ rows_of_jacobian(z, theta).T).view(-1, *z.shape)
         bent = pull_back(slope, leaf, pushed, together=False)[0]
         return pull_back(z, theta, bent, together=False)[0]
 
@@ -424,7 +482,7 @@ def _own_products(
             (gradient,) = torch.autograd.grad(o.loss(z, y).sum(), theta, create_graph=True)
             return pull_back(gradient, theta, vectors[None])[0][0]
         # Jᵀ u is linear in u, so pulling v back through it by u gives J v.
-        u = torch.zeros_like(z, requires_grad=True)
+        u = torch.ones_like(z, requires_grad=True)  # some backward passes take log u
         (pulled,) = torch.autograd.grad(z, theta, u, create_graph=True)
         pushed = pull_back(pulled, u, vectors[None])[0]  # J v
         leaf = z.detach().requires_grad_()
@@ -479,7 +537,28 @@ def forward_is_cheaper(o: Objective, dtype: torch.dtype) -> bool:
     reverse mode is cheaper (bench_unrolled.py).
     """
     convolutions = any(len(shape) > 2 for shape in o.layout.shapes.values())
-    return dtype == torch.float64 and convolutions and forward_agrees(o)
+    return dtype == torch.float64 and convolutions and forward_over_reverse_agrees(o)
+
+
+def forward_over_reverse_agrees(o: Objective) -> bool:
+    """Whether forward mode through the gradient gives the products that reverse mode does."""
+    return o.once("forward over reverse", lambda: _forward_over_reverse_agrees(o))
+
+
+def _forward_over_reverse_agrees(o: Objective) -> bool:
+    probe = Probe.of(o)
+    theta, v = probe.theta(False), probe.draw(3, o.size, seed=1)
+
+    def risk(theta: Tensor) -> Tensor:
+        return o.losses(o.parameters(theta, probe.full), probe.x, probe.y).sum()
+
+    def plain() -> Tensor:
+        with torch.enable_grad():
+            leaf = theta.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(risk(leaf), leaf, create_graph=True)
+        return pull_back(gradient, leaf, v, False)[0]
+
+    return agree(lambda: vmap(lambda v: jvp(grad(risk), (theta,), (v,))[1])(v), plain)
 
 
 # How many sets of activations one example costs in `gradient_transpose`.

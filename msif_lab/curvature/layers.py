@@ -231,6 +231,7 @@ class Trace:
     outputs: Tensor
     a: list[Tensor]
     z: list[Tensor]
+    side_by_side: bool = True  # whether many cotangents may go back at once
 
     def output_gradients(self, function: Callable, y: Tensor) -> list[Tensor]:
         """``∂ function(outputs, y)_i / ∂z`` of each layer: ``(B, 1, n)``.
@@ -245,14 +246,29 @@ class Trace:
         return [s.flatten(1)[:, None] for s in gradients]
 
     def jacobians(self) -> list[Tensor]:
-        """``∂ outputs_ic / ∂z`` of each layer, ``(B, C, n)``, by C backward passes side by side."""
+        """``∂ outputs_ic / ∂z`` of each layer, ``(B, C, n)``, by C backward passes."""
         flat = self.outputs.flatten(1)
         eye = torch.eye(flat.shape[1], dtype=flat.dtype, device=flat.device)
         units = eye[:, None].expand(-1, len(flat), -1)  # (C, B, C)
-        gradients = torch.autograd.grad(
-            flat, self.z, units, is_grads_batched=True, materialize_grads=True
-        )
-        return [s.flatten(2).transpose(0, 1).contiguous() for s in gradients]
+        return [s.transpose(0, 1).contiguous() for s in self.pull_units(units, self.side_by_side)]
+
+    def pull_units(self, units: Tensor, side_by_side: bool) -> list[Tensor]:
+        """``uᵀ ∂ outputs / ∂z`` of each layer for cotangents u ``(K, B, C)``: ``(K, B, n)``."""
+        flat = self.outputs.flatten(1)
+        # Outputs that depend on no z have no gradient to be batched.
+        settings = {"retain_graph": True, "allow_unused": True}
+        if side_by_side:
+            found = torch.autograd.grad(flat, self.z, units, is_grads_batched=True, **settings)
+        else:
+            alone = [torch.autograd.grad(flat, self.z, unit, **settings) for unit in units]
+            found = [
+                None if by_layer[0] is None else torch.stack(by_layer)
+                for by_layer in zip(*alone, strict=True)
+            ]
+        rows = []
+        for z, s in zip(self.z, found, strict=True):
+            rows.append((z.new_zeros(len(units), *z.shape) if s is None else s).flatten(2))
+        return rows
 
     def push(self, s: Sequence[Tensor], vectors: Tensor) -> Tensor:
         """``J v``: ``vectors`` (P, K) → ``(B, K, C)``."""
@@ -359,7 +375,21 @@ def trace(o: Objective, full: Tensor, x: Tensor, layers: list[Layer]) -> Trace |
         return None
     a = [calls[0][0] for calls in seen.values()]
     z = [calls[0][1] for calls in seen.values()]
-    return Trace(layers, outputs, a, z)
+    return Trace(layers, outputs, a, z, o.known(_side_by_side(layers), True))
+
+
+def _side_by_side(layers: list[Layer]) -> tuple:
+    """The name under which `Objective.once` knows whether these layers' rows can be batched."""
+    return ("rows side by side", *(layer.name for layer in layers))
+
+
+def _rows_agree(probe: Probe, found: Trace) -> bool:
+    units = probe.draw(3, *found.outputs.flatten(1).shape, seed=2)
+
+    def rows(side_by_side: bool) -> Tensor:
+        return torch.cat(found.pull_units(units, side_by_side), dim=2)
+
+    return agree(lambda: rows(True), lambda: rows(False))
 
 
 def _works_in_place(o: Objective, x: Tensor) -> bool:
@@ -397,6 +427,7 @@ def _agrees(o: Objective, layers: list[Layer], every: bool) -> bool:
             raise ValueError("the layers cannot follow this model")
         for layer, z in zip(layers, found.z, strict=True):
             layer.size = tuple(z.shape[1:])
+        o.once(_side_by_side(layers), lambda: _rows_agree(probe, found))
         gradients = found.output_gradients(lambda z, u: (z * u).flatten(1).sum(1), cotangent)
         rows = found.jacobian(gradients, len(vectors))[:, 0]
         return torch.cat([rows, found.along(gradients, vectors)], 1)

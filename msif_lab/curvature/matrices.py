@@ -21,10 +21,13 @@ from .derivatives import (
     forward_agrees,
     forward_is_cheaper,
     jvp,
+    loss_together,
     own_curvature,
     pull_back,
     push_by_reverse,
     push_forward,
+    reverse_agrees,
+    rows_of_jacobian,
     together,
 )
 from .gate import Probe, agree
@@ -117,7 +120,8 @@ class DataCurvature(Operator):
             slope = slope.flatten(1)
         eye = torch.eye(slope.shape[1], dtype=z.dtype, device=z.device)
         units = eye[:, None].expand(-1, len(z), -1)  # (C, B, C)
-        return pull_back(slope, z, units)[0].flatten(2).transpose(0, 1)
+        bent = pull_back(slope, z, units, loss_together(self.objective))[0]
+        return bent.flatten(2).transpose(0, 1)
 
     def _chunks(self, copies: int):
         return self.objective.chunks(copies=copies, rows=self.rows)
@@ -366,6 +370,13 @@ class GGN(DataCurvature):
                 traced.pull(s, traced.push(s, part) @ bend, added)
         return result
 
+    def _copies(self, columns):
+        o = self.objective
+        if forward_agrees(o, self.every) or reverse_agrees(o, self.every):
+            return super()._copies(columns)
+        numbers = self._outputs() * (self.shape[0] + columns)  # each example's J itself
+        return 2 + 2 * numbers * self.full.element_size() // o.bytes_per_example()
+
     def _outputs(self) -> int:
         """C, the number of outputs per example."""
         o = self.objective
@@ -388,9 +399,12 @@ class GGN(DataCurvature):
             (slope,) = torch.autograd.grad(risk, leaf, create_graph=True)
         if forward_agrees(self.objective, self.every):
             pushed = push_forward(model, self.theta, vectors.T)  # J v
-        else:
+        elif reverse_agrees(self.objective, self.every):
             pushed = push_by_reverse(z, theta, vectors.T)
-        bent = pull_back(slope, leaf, pushed)[0]  # Λ J v
+        else:
+            outputs, jacobian = self._jacobian(x, None)
+            pushed = (jacobian @ vectors).permute(2, 0, 1).reshape(-1, *outputs.shape)
+        bent = pull_back(slope, leaf, pushed, loss_together(self.objective))[0]  # Λ J v
         return pull_back(z, theta, bent, together(self.objective))[0].T  # Jᵀ Λ J v
 
     def dense_multiplications(self, examples: int) -> float:
@@ -470,8 +484,7 @@ def plain_jacobian(outputs: Callable, theta: Tensor, x: Tensor) -> Tensor:
     with torch.enable_grad():
         leaf = theta.detach().requires_grad_()
         z = outputs(leaf, x)
-    through = functools.partial(torch.autograd.grad, inputs=leaf, retain_graph=True)
-    return torch.stack([through(one, materialize_grads=True)[0] for one in z])
+    return rows_of_jacobian(z, leaf)
 
 
 def _jacrev_agrees(operator: GGN) -> bool:

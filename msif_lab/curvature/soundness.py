@@ -19,7 +19,7 @@ from torch.func import functional_call
 
 from ..data.examples import unequal
 from ..errors import UnsupportedModelError
-from ..objective.objective import Objective, differentiable_attention, exact_convolutions
+from ..objective.objective import Objective, exact_convolutions, twice_differentiable
 from ..objective.precision import HALF, computing_dtype
 from .gate import FEW, LARGE, shifted
 
@@ -47,6 +47,9 @@ def check_gradient(o: Objective) -> None:
         return
     try:
         risk = _risk(probed)
+        with torch.enable_grad():
+            if not risk.value(risk.theta.detach().requires_grad_()).requires_grad:
+                raise RuntimeError("it is constant, or made of steps, in every trained parameter")
         first = risk.gradient
         again = _slope(risk.value, risk.theta)[1]
         error = _gradient_error(risk.value, risk.theta, first, risk.rounding)
@@ -55,6 +58,12 @@ def check_gradient(o: Objective) -> None:
         raise UnsupportedModelError(
             f"{o.where}: the loss has no gradient in {where}: {_first(problem)}"
         ) from problem
+    if not bool(torch.isfinite(first).all()):
+        raise UnsupportedModelError(
+            f"{o.where}: the gradient of the loss is NaN or inf; the reason lies in "
+            f"{_culprit(probed, _not_finite)}. A square root or logarithm at 0 or below does that, "
+            "also in a branch that torch.where leaves out"
+        )
     close = GRADIENT_CLOSE[probed.dtype]
     limit = 1e-3 if probed.dtype == torch.float32 else 1e-9
     if not float((first - again).norm()) <= limit * float(first.norm()):
@@ -66,9 +75,9 @@ def check_gradient(o: Objective) -> None:
         where = _culprit(probed, lambda *given: _exceeds(_gradient_error, close, *given))
         raise UnsupportedModelError(
             f"{o.where}: the gradient is not the derivative of the loss, off by {error:.0%}; the "
-            f"reason is in {where}. A stop-gradient (detach), a straight-through estimator, a "
+            f"reason lies in {where}. A stop-gradient (detach), a straight-through estimator, a "
             "gradient reversal, a backward function of one's own or activation checkpointing does "
-            "that; such a field has no Hessian, so nothing here could predict its retraining. "
+            "that; there is then no Hessian, so nothing here could predict its retraining. "
             "Replace it, or leave it out"
         )
 
@@ -86,9 +95,48 @@ def require_second_derivative(o: Objective, what: str) -> None:
     """
     if reason := missing_second_derivative(o):
         raise UnsupportedModelError(
-            f"{o.where}: {what} needs second derivatives, but {reason}. Use curvature='ggn', a "
-            "baseline such as GradientDot(), or another layer"
+            f"{o.where}: {what} needs second derivatives, but {reason}. Use "
+            + ("" if missing_loss_curvature(o) else "curvature='ggn', ")
+            + "a baseline such as GradientDot(), or another layer or loss"
         )
+
+
+def require_loss_curvature(o: Objective) -> None:
+    """Refuse a Gauss-Newton matrix where the loss has no second derivative in the outputs.
+
+    Raises:
+        UnsupportedModelError: naming the methods that do without.
+    """
+    if reason := missing_loss_curvature(o):
+        raise UnsupportedModelError(
+            f"{o.where}: curvature='ggn' needs the loss's second derivatives in the outputs, but "
+            f"{reason}. Use a baseline such as GradientDot(), or another loss"
+        )
+
+
+def missing_loss_curvature(o: Objective) -> str:
+    """Why the loss has no Hessian in the model's outputs, in words; empty if it has one."""
+    return o.once("loss curvature", lambda: _missing_loss_curvature(o))
+
+
+def _missing_loss_curvature(o: Objective) -> str:
+    probed = _probed(o)
+    o.forget("probed", "risk")
+    if probed is None:
+        return ""
+    with torch.no_grad():
+        z = probed.outputs(shifted(probed, SHIFTS[1]), probed.data.x[: len(probed.data)])
+    if not z.is_floating_point():
+        return ""
+
+    def value(theta: Tensor) -> Tensor:
+        return probed.loss(theta.view_as(z), probed.data.y).sum()
+
+    try:
+        error = _hessian_error(value, z.reshape(-1))
+    except FAILURES as problem:
+        return f"PyTorch has none for the loss: {_first(problem)}"
+    return f"the loss's are wrong by {error:.0%}" if error > HESSIAN_CLOSE else ""
 
 
 def _missing_second_derivative(o: Objective) -> str:
@@ -106,6 +154,10 @@ def _missing_second_derivative(o: Objective) -> str:
         where = _culprit(probed, lambda *given: _exceeds(_hessian_error, HESSIAN_CLOSE, *given))
         return f"those of {where} are wrong by {error:.0%}"
     return ""
+
+
+def _not_finite(value: Value, theta: Tensor) -> bool:
+    return not bool(torch.isfinite(_slope(value, theta)[1]).all())
 
 
 def _fails(error: Callable, value: Value, theta: Tensor) -> bool:
@@ -303,7 +355,7 @@ def _culprit(o: Objective, faulty: Callable[[Value, Tensor], bool]) -> str:
             value(theta)
             if len(theta) and faulty(value, theta):
                 return f"layer {name!r} ({type(modules[name]).__name__})"
-    return "the forward pass of the model itself, or in its loss"
+    return "the model's own forward pass or its loss"
 
 
 def _alone(module: nn.Module, args: tuple, kwargs: dict) -> tuple[Value, Tensor]:
@@ -324,7 +376,7 @@ def _alone(module: nn.Module, args: tuple, kwargs: dict) -> tuple[Value, Tensor]
             inputs[i] = view.clone()  # which an in-place layer may overwrite
         state = dict(zip(named, views, strict=False))
         state |= {name: buffer.clone() for name, buffer in module.named_buffers()}
-        with differentiable_attention():
+        with twice_differentiable(module):
             outputs = functional_call(module, state, tuple(inputs), kwargs)
         outputs = outputs if isinstance(outputs, Tensor) else outputs[0]
         draw = torch.Generator().manual_seed(3)

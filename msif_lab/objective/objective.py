@@ -9,13 +9,14 @@ link). A stage trained under R weightings at once has R *lanes*, ``(R, P)``.
 import copy
 import threading
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..data.examples import Examples, Inputs
 from ..data.fields import Fields, as_model_input
@@ -42,34 +43,55 @@ def exact_convolutions() -> Iterator[None]:
         torch.set_float32_matmul_precision(before[1])
 
 
-class _FusedAttentionOff:
-    """Attention without its fused kernels, which torch switches for the whole process.
+class _Switch:
+    """A switch of the whole process, turned by the first thread that enters.
 
-    The first thread that enters switches them off, the last one that leaves restores them.
+    The last thread that leaves turns it back.
+
+    Args:
+        turn: makes a context manager that turns it, and back.
     """
 
-    def __init__(self):
-        self.lock, self.inside, self.before = threading.Lock(), 0, True
-        self.kernel = None
+    def __init__(self, turn: Callable):
+        self.turn = turn
+        self.lock, self.inside, self.turned = threading.Lock(), 0, None
 
     def __enter__(self):
         with self.lock:
             if not self.inside:
-                self.before = torch.backends.mha.get_fastpath_enabled()
-                torch.backends.mha.set_fastpath_enabled(False)
-                self.kernel = sdpa_kernel(SDPBackend.MATH)
-                self.kernel.__enter__()
+                self.turned = self.turn()
+                self.turned.__enter__()
             self.inside += 1
 
     def __exit__(self, *_):
         with self.lock:
             self.inside -= 1
             if not self.inside:
-                self.kernel.__exit__(None, None, None)
-                torch.backends.mha.set_fastpath_enabled(self.before)
+                self.turned.__exit__(None, None, None)
 
 
-_FUSED_OFF = _FusedAttentionOff()
+@contextmanager
+def _fused_attention_off() -> Iterator[None]:
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def _cudnn_off() -> Iterator[None]:
+    before = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = before
+
+
+_FUSED_OFF, _CUDNN_OFF = _Switch(_fused_attention_off), _Switch(_cudnn_off)
 
 
 @contextmanager
@@ -77,6 +99,32 @@ def differentiable_attention() -> Iterator[None]:
     """Attention by plain matrix products: fused kernels have no second derivative."""
     with _FUSED_OFF:
         yield
+
+
+@contextmanager
+def twice_differentiable(model: nn.Module) -> Iterator[None]:
+    """A forward pass without the kernels that have no second derivative.
+
+    These are fused attention and, on CUDA, the recurrent layers of cuDNN.
+    """
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    with _FUSED_OFF, _CUDNN_OFF if recurrent else nullcontext():
+        yield
+
+
+class _CountBytes(TorchDispatchMode):
+    """Counts the bytes of every tensor made."""
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        for result in results if isinstance(results, (list, tuple)) else [results]:
+            if isinstance(result, Tensor):
+                self.total += result.numel() * result.element_size()
+        return results
 
 
 class Objective:
@@ -216,7 +264,7 @@ class Objective:
     def outputs(self, full: Tensor | dict[str, Tensor], x: Tensor) -> Tensor:
         """Model outputs ``(B, ...)`` at all parameters, ``full`` (D,) or by name."""
         named = full if isinstance(full, dict) else self.layout.named(full)
-        with differentiable_attention():
+        with twice_differentiable(self.model):
             outputs = functional_call(self.model, named | self.buffers, (as_model_input(x),))
         if not isinstance(outputs, Tensor) or outputs.is_nested or not outputs.ndim:
             raise UnsupportedModelError(f"{self.where}: {no_tensor(self.model, outputs)}")
@@ -245,10 +293,20 @@ class Objective:
                 self.losses(full, self.data.x[[0] * count], self.data.y[[0] * count]).sum()
             return sum(sizes)
 
-        one = kept(1)
-        three = kept(3)
+        try:
+            one, three = kept(1), kept(3)
+        except RuntimeError:  # `torch.func.grad` inside the model allows no such hooks
+            one, three = self._forward_bytes(1), self._forward_bytes(3)
         input_bytes = self.data.x[0].numel() * self.data.x.element_size()
         return max((three - one) // 2, input_bytes, 64)
+
+    def _forward_bytes(self, count: int) -> int:
+        """Bytes of all results of a forward pass, of which a backward pass keeps about as many."""
+        counted = _CountBytes()
+        with torch.no_grad(), counted:
+            full = self.layout.flatten(self.model)
+            self.losses(full, self.data.x[[0] * count], self.data.y[[0] * count])
+        return counted.total
 
     def chunks(
         self,

@@ -13,7 +13,9 @@ from ..curvature.gate import lanes_agree
 from ..curvature.matrices import DataCurvature, curvature
 from ..curvature.soundness import (
     check_gradient,
+    missing_loss_curvature,
     missing_second_derivative,
+    require_loss_curvature,
     require_second_derivative,
 )
 from ..data.examples import Examples
@@ -69,9 +71,11 @@ class Pipeline:
             if reason := half_precision(o):
                 rest = "Curvature, UnrolledInfluence and retraining are refused; baselines work"
             elif reason := missing_second_derivative(o):
-                rest = (
-                    "Hessians and UnrolledInfluence are refused for it; "
-                    "curvature='ggn' and baselines work"
+                rest = "Hessians and UnrolledInfluence are refused for it; "
+                rest += (
+                    "so is curvature='ggn'; baselines work"
+                    if missing_loss_curvature(o)
+                    else "curvature='ggn' and baselines work"
                 )
             else:
                 continue
@@ -278,6 +282,8 @@ class Pipeline:
         require_precision(self._functional[k].objective, f"curvature={kind!r}")
         if kind == "hessian":
             require_second_derivative(self._functional[k].objective, "curvature='hessian'")
+        elif kind == "ggn":
+            require_loss_curvature(self._functional[k].objective)
         if (k, kind) not in self._curvatures:
             self._curvatures[k, kind] = curvature(kind, self._functional[k].objective, trained[k])
         return self._curvatures[k, kind]
