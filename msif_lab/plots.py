@@ -170,7 +170,10 @@ def influence_grid(
     import matplotlib.pyplot as plt
 
     if examples.x.ndim != 4 or queries.x.ndim != 4:
-        raise ValueError(f"images (N, C, H, W) are needed; examples.x is {tuple(examples.x.shape)}")
+        raise ValueError(
+            f"images (N, C, H, W) are needed; examples are {examples}, queries {queries}; "
+            "scores without pictures are in scores.to_frame()"
+        )
     if len(examples) != len(scores.ids) or len(queries) != len(scores):
         raise ValueError(
             f"scores are {tuple(scores.values.shape)}, given {len(queries)} queries, "

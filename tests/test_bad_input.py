@@ -2,6 +2,7 @@
 as they were.
 """
 
+import collections
 import copy
 import functools
 import math
@@ -9,9 +10,12 @@ import warnings
 from contextlib import contextmanager
 
 import numpy
+import pandas
 import pytest
+import scipy.sparse
 import torch
 from oracles import random_pipeline, random_queries
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
@@ -51,7 +55,9 @@ def examples(x=X, y=Y, **settings):
 def build(model=None, data=None, loss=msif.cross_entropy, **settings):
     """A pipeline of the one float32 stage 'only'."""
     settings = {"weight_decay": 0.1, "recipe": msif.SGD(0.1, epochs=2)} | settings
-    return msif.Pipeline([msif.Stage("only", model or net(), data or examples(), loss, **settings)])
+    model = net() if model is None else model
+    data = examples() if data is None else data
+    return msif.Pipeline([msif.Stage("only", model, data, loss, **settings)])
 
 
 def build_two(link, first=None, second=None, fit=False, **settings):
@@ -154,6 +160,361 @@ def test_data_refuse(pairs):
         error = IndexError if "out of range" in says else (ValueError, TypeError)
         with refused(error, says):
             use()
+
+
+class Forward(nn.Linear):
+    """A layer whose output a function changes."""
+
+    def __init__(self, change):
+        super().__init__(3, 3)
+        self.change = change
+
+    def forward(self, x):
+        return self.change(super().forward(x))
+
+
+class Part(nn.Module):
+    """A model of which one layer is compiled."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = torch.compile(nn.Linear(3, 3), backend="eager"), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+class Weighted(nn.Module):
+    """A loss with a parameter of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+
+    def forward(self, z, y):
+        return msif.cross_entropy(z * self.scale, y)
+
+
+class Endless(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter([])
+
+    def __len__(self):
+        return 3
+
+
+def pictures(*modes, sizes=((4, 4), (4, 4))):
+    return [Image.new(mode, size) for mode, size in zip(modes, sizes, strict=True)]
+
+
+def frame(**columns):
+    return pandas.DataFrame(columns)
+
+
+def sequences(data):
+    """A model of tokens on these inputs."""
+    return build(nn.Sequential(nn.Embedding(3, 3), nn.Flatten(), nn.Linear(9, 3)), data)
+
+
+def tokens(y):
+    data = msif.Examples(torch.ones(len(y), 4).long(), y)
+    return build(nn.Sequential(nn.Embedding(5, 3)), data, msif.next_token_loss)
+
+
+def optimiser():
+    return torch.optim.SGD(net().parameters(), 0.1)
+
+
+def linked(link):
+    return msif.Pipeline(
+        [msif.Stage("one", net(), examples()), msif.Stage("two", net(), examples(), link=link)]
+    )
+
+
+def dataset(*items):
+    return msif.Examples.from_dataset(list(items))
+
+
+LOADER = torch.utils.data.DataLoader([(X[0], 0)])
+PAIRS = torch.utils.data.TensorDataset(X, Y)
+SCHEDULE = "f(step, steps) must give one number"
+BROUGHT = {  # what people bring -> argument, what was found, way out
+    "None": (lambda: examples(None), "x is None | give numbers"),
+    "no targets": (lambda: examples(y=None), "y is None | give numbers"),
+    "text": (lambda: examples(["a", "b"]), "x is a list of str | tokenizer("),
+    "text array": (lambda: examples(numpy.array(["a"])), "x is an array of <U1 | tokenizer("),
+    "objects": (lambda: examples([object()]), "x is a list of object | give numbers"),
+    "generator": (lambda: examples(i for i in (1, 2)), "x is a generator | list(x)"),
+    "loader": (lambda: examples(LOADER), "x is a DataLoader | from_dataset(loader.dataset)"),
+    "dataset": (lambda: examples(PAIRS), "x is a TensorDataset | from_dataset(dataset)"),
+    "iterable": (lambda: examples(Endless()), "x is a Endless | no positions | into tensors"),
+    "complex": (lambda: examples(X.to(torch.complex64)), "x is torch.complex64 | view_as_real"),
+    "sparse": (lambda: examples(X.to_sparse()), "x is a sparse tensor | x.to_dense()"),
+    "SciPy": (lambda: examples(scipy.sparse.csr_matrix(X.numpy())), "csr_matrix | x.toarray()"),
+    "float8": (lambda: examples(X.to(torch.float8_e4m3fn)), "x is torch.float8 | torch.float32"),
+    "meta": (lambda: examples(X.to("meta")), "x is on meta | real ones"),
+    "images of two sizes": (
+        lambda: examples([X[None], X[None, :, :2]], Y[:2]),
+        "x is a list of Tensor | equal shapes | resize",
+    ),
+    "widths": (lambda: examples([X[:2], X[:3, :2]], Y[:2]), "x[1] is (3, 2) | (2, 3) | one width"),
+    "empty sequence": (lambda: examples([[1], []], Y[:2]), "x[1] is (0,) | at least one step"),
+    "ragged field": (
+        lambda: examples({"a": [[1], [1, 2]]}, Y[:2]),
+        "x['a'] is a list of list | padding=True",
+    ),
+    "unequal fields": (
+        lambda: examples({"a": X, "b": X[:2]}),
+        "fields | {'a': 6, 'b': 2} | one row",
+    ),
+    "no fields": (lambda: examples({}), "fields | [] | strings"),
+    "numbered fields": (lambda: examples({1: X}), "fields | [1] | strings"),
+    "unlike rows": (
+        lambda: examples([{"a": 1}, {"b": 1}], Y[:2]),
+        "x[1] | ['b'] | x[0] has ['a'] | give all examples the same",
+    ),
+    "text column": (
+        lambda: examples(frame(a=[1, 2], b=["x", "y"]), Y[:2]),
+        "x has columns ['b'] | x.drop(columns=['b']) | get_dummies",
+    ),
+    "missing value": (
+        lambda: examples(frame(a=[1, None]), Y[:2]),
+        "x lacks values | column 'a' at positions [1] | fill them or drop",
+    ),
+    "sizes of pictures": (
+        lambda: examples(pictures("L", "L", sizes=((4, 4), (5, 4))), Y[:2]),
+        "x[1] | (5, 4) | resize((4, 4))",
+    ),
+    "modes of pictures": (
+        lambda: examples(pictures("L", "RGB"), Y[:2]),
+        "x[1] | RGB | convert('L')",
+    ),
+    "palette": (lambda: examples(pictures("P", "P"), Y[:2]), "x[0] | mode 'P' | convert(\"RGB\")"),
+    "picture and tensor": (
+        lambda: examples([*pictures("L", "L"), X[0]], Y[:3]),
+        "x[2] is Tensor | give one kind",
+    ),
+    "mixed labels": (
+        lambda: examples(y=["a", None, "b", "a", "b", "a"]),
+        "y mixes text with NoneType | positions [1] | drop examples",
+    ),
+    "unknown label": (
+        lambda: examples(y=list("abcabd"), classes="abc"),
+        "y holds 'd' at positions [5] | ('a', 'b', 'c') | add it",
+    ),
+    "bytes": (lambda: examples(y=numpy.array([b"a"] * 6)), "y is an array of |S1 | y.astype(str)"),
+    "huge label": (lambda: examples(y=[0, 1, 2, 0, 1, 10**9]), "y | 1000000000 | return_inverse"),
+    "too large": (
+        lambda: examples(y=numpy.array([2**63] * 6, dtype=numpy.uint64)),
+        "y holds numbers of 2**63 | smaller",
+    ),
+    "-100": (lambda: examples(y=Y.where(Y > 0, -100)), "y | -100 | x[y >= 0] | y.float()"),
+    "text ids": (lambda: examples(ids=list("abcdef")), "ids | 'a' | by position: names[i]"),
+    "ids of bool": (
+        lambda: examples(X[:2], Y[:2], ids=[True, False]),
+        "ids are torch.bool | integers",
+    ),
+    "repeated ids": (
+        lambda: examples(ids=[1, 1, 2, 3, 4, 4]),
+        "ids must be unique | [1, 4] repeat",
+    ),
+    "classes": (lambda: examples(classes=3), "classes=3 | one name per label"),
+    "equal classes": (lambda: examples(classes="aab"), "classes=('a', 'a', 'b') | must differ"),
+    "from loader": (
+        lambda: msif.Examples.from_dataset(LOADER),
+        "dataset is a DataLoader | loader.dataset",
+    ),
+    "from iterable": (
+        lambda: msif.Examples.from_dataset(Endless()),
+        "dataset=Endless | no length or indexing | __getitem__",
+    ),
+    "from class": (lambda: msif.Examples.from_dataset(list), "dataset=a class | give an instance"),
+    "from rows": (lambda: dataset({"x": 1}), "dataset[0] is dict | (input, target) | wrap"),
+    "unlike items": (
+        lambda: dataset(({"a": X[0]}, 0), ({"a": X}, 0)),
+        "dataset[1] | (6, 3) | dataset[0] | (3,) | resize",
+    ),
+    "workers": (
+        lambda: msif.Examples.from_dataset(PAIRS, workers=-1),
+        "workers=-1 | 0 for reading here",
+    ),
+    "open things": (
+        lambda: msif.Examples.from_dataset([(X[0], 0), (i for i in ())], workers=2),
+        "workers=2 | cannot be copied | open files in __getitem__ | workers=0",
+    ),
+    "DataLoader as data": (
+        lambda: build(data=LOADER),
+        "data is DataLoader | from_dataset(loader.dataset)",
+    ),
+    "data set as data": (
+        lambda: build(data=PAIRS),
+        "data is TensorDataset | from_dataset(dataset)",
+    ),
+    "bool inputs": (lambda: build(data=examples(X > 0.5)), "data.x is bool | x.to(torch.float32)"),
+    "uint8 images": (
+        lambda: build(data=examples((X * 9).byte())),
+        "data.x is uint8 | x.to(torch.float32) / 255",
+    ),
+    "half inputs": (
+        lambda: build(data=examples(X.half())),
+        "data.x is torch.float16 | .to(torch.float32)",
+    ),
+    "floating tokens": (lambda: sequences(examples()), "data.x is float32 | tokens | x.long()"),
+    "tokens beyond": (
+        lambda: sequences(examples(X.long() + 5)),
+        "data.x holds 5 .. 6 | rows 0 .. 2",
+    ),
+    "dictionary for a plain model": (
+        lambda: build(data=examples({"a": X})),
+        "data.x | 'only' | dictionary of ['a'] | msif.wrap(",
+    ),
+    "floating labels": (lambda: build(data=examples(y=Y.float())), "data.y | float32 | y.long()"),
+    "one-hot": (
+        lambda: build(data=examples(y=functional.one_hot(Y))),
+        "data.y (6, 3) | y.argmax(1)",
+    ),
+    "column of labels": (lambda: build(data=examples(y=Y[:, None])), "data.y (6, 1) | y[:, 0]"),
+    "labels from 1": (lambda: build(data=examples(y=Y + 1)), "data.y | label 3 | 0 .. 2 | y - 1"),
+    "-100 among tokens": (
+        lambda: tokens(torch.zeros(99, 4).long().index_fill(0, torch.tensor([50]), -100)),
+        "data.y holds tokens -100 .. 0 | a loss of your own",
+    ),
+    "tuple": (lambda: build(Forward(lambda z: (z, z))), "returns tuple | msif.wrap( | m(...)[0]"),
+    "dictionary": (lambda: build(Forward(lambda z: {"a": z})), "returns dict | msif.wrap( | ['a']"),
+    "outputs object": (
+        lambda: build(Forward(lambda z: collections.OrderedDict(logits=z))),
+        "returns OrderedDict | msif.wrap( | ['logits']",
+    ),
+    "no output": (lambda: build(Forward(lambda z: None)), "'only' | returns NoneType | msif.wrap("),
+    "NumPy output": (
+        lambda: build(Forward(lambda z: z.detach().numpy())),
+        "'only' | returns ndarray | msif.wrap(",
+    ),
+    "no gradient": (
+        lambda: build(Forward(torch.detach)),
+        "'only' | no trained parameter | detach()",
+    ),
+    "classes as output": (
+        lambda: build(Forward(lambda z: (z > 0).float())),
+        "'only' | no trained parameter | take it out",
+    ),
+    "NaN outputs": (lambda: build(Forward(lambda z: z * NAN)), "loss | NaN or inf | data | check"),
+    "mean loss": (lambda: build(loss=nn.CrossEntropyLoss()), 'loss | () | reduction="none"'),
+    "(B, 1) loss": (
+        lambda: build(loss=lambda z, y: msif.cross_entropy(z, y)[:, None]),
+        "loss | (5, 1) | .reshape(-1)",
+    ),
+    "(B, T) loss": (lambda: build(loss=lambda z, y: z), "loss | (5, 3) | mean or sum over"),
+    "broadcast loss": (
+        lambda: build(net(1), examples(y=X[:, 0]), nn.MSELoss(reduction="none")),
+        "loss | (5, 5) | broadcast | equal shapes",
+    ),
+    "number as loss": (lambda: build(loss=lambda z, y: 1.0), "loss | gives float | tensor (B,)"),
+    "None as loss": (lambda: build(loss=lambda z, y: None), "loss | NoneType | tensor (B,)"),
+    "integer loss": (lambda: build(loss=lambda z, y: y), "loss | torch.int64 | floating"),
+    "NaN loss": (lambda: build(loss=lambda z, y: z[:, 0] * NAN), "loss | NaN or inf | nan | check"),
+    "detached loss": (lambda: build(loss=lambda z, y: z[:, 0].detach()), "loss | detach()"),
+    "failing loss": (
+        lambda: build(loss=lambda z, y: 1 / 0),
+        "loss | fails on | (5, 3) | ZeroDivisionError",
+    ),
+    "class of loss": (
+        lambda: build(loss=nn.CrossEntropyLoss),
+        "loss=CrossEntropyLoss is a class | none",
+    ),
+    "parameters in a loss": (
+        lambda: build(loss=Weighted()),
+        "loss=Weighted | ['scale'] | requires_grad_(False)",
+    ),
+    "list of lr": (lambda: msif.SGD([0.1, 0.2]), "lr=[0.1, 0.2] | one number | schedule="),
+    "lr as text": (lambda: msif.SGD("0.1"), "lr='0.1' | one number"),
+    "infinite lr": (lambda: msif.SGD(INF), "lr=inf | finite"),
+    "lr as tensor": (lambda: msif.Adam(torch.tensor(0.1)), "lr=tensor(0.1000) | one number"),
+    "negative momentum": (lambda: msif.SGD(0.1, momentum=-0.1), "momentum=-0.1 | [0, 1)"),
+    "momentum as text": (lambda: msif.SGD(0.1, momentum="a"), "momentum='a' | [0, 1)"),
+    "true epochs": (lambda: msif.SGD(0.1, epochs=True), "epochs=True | whole number"),
+    "no batch size": (lambda: msif.SGD(0.1, batch_size=None), "batch_size=None | at least 1"),
+    "no seed": (lambda: msif.SGD(0.1, seed=None), "seed=None | whole number | such as 0"),
+    "half a seed": (lambda: msif.SGD(0.1, seed=1.5), "seed=1.5 | whole number"),
+    "share as warm-up": (lambda: msif.SGD(0.1, warmup=0.1), "warmup=0.1 | whole number"),
+    "scheduler": (
+        lambda: msif.SGD(0.1, schedule=torch.optim.lr_scheduler.ConstantLR(optimiser())),
+        "schedule=<torch | 'cosine' | f(step, steps)",
+    ),
+    "class of scheduler": (
+        lambda: msif.SGD(0.1, schedule=torch.optim.lr_scheduler.StepLR),
+        "schedule=<class | 'cosine' | f(step, steps)",
+    ),
+    "NaN schedule": (
+        lambda: build(recipe=msif.SGD(0.1, schedule=lambda step, steps: NAN)),
+        f"schedule=<function | nan | at step 0 of | {SCHEDULE}",
+    ),
+    "schedule of one argument": (
+        lambda: build(recipe=msif.SGD(0.1, schedule=lambda step: 1)),
+        f"schedule=<function | TypeError | {SCHEDULE}",
+    ),
+    "late schedule": (
+        lambda: build(recipe=msif.SGD(0.1, schedule=lambda step, steps: 3 - step)),
+        f"schedule=<function | [-1, -1] | at step 4 of 10 | {SCHEDULE}",
+    ),
+    "random schedule": (
+        lambda: build(recipe=msif.SGD(0.1, schedule=lambda step, steps: numpy.random.rand())),
+        f"schedule=<function | at step 0 | {SCHEDULE} | the same every time",
+    ),
+    "one beta": (lambda: msif.Adam(betas=0.9), "betas=0.9 | two numbers in [0, 1)"),
+    "eps": (lambda: msif.Adam(eps=0), "eps=0 | positive"),
+    "tol as text": (lambda: msif.LBFGS(tol="a"), "tol='a' | tol must be positive"),
+    "half an iteration": (lambda: msif.LBFGS(max_iter=1.5), "max_iter=1.5 | whole number"),
+    "weight decay by name": (
+        lambda: build(weight_decay={"head": 0.1}),
+        "weight_decay={'head': 0.1} | one number | requires_grad_(False)",
+    ),
+    "optimizer": (lambda: build(recipe=optimiser()), "recipe=SGD | SGD(lr=0.1) | pipeline.adopt()"),
+    "class of link": (lambda: linked(msif.Frozen), "'two' | link=<class | link=Frozen()"),
+    "alpha as tensor": (lambda: msif.Proximal(torch.tensor(1.0)), "alpha=tensor(1.) | one number"),
+    "shared": (lambda: linked(msif.Frozen(3)), "'two' | shared=3 | a prefix, a list"),
+    "class of model": (lambda: build(nn.Linear), "model=Linear is a class | make one"),
+    "weights as model": (lambda: build({"w": numpy.ones(3)}), "model is dict | load_state_dict()"),
+    "compiled": (
+        lambda: build(torch.compile(net(), backend="eager")),
+        "'only' | model is compiled | model._orig_mod",
+    ),
+    "compiled layer": (lambda: build(Part()), "'only' | layer 'body' is compiled | ._orig_mod"),
+    "parallel": (lambda: build(nn.DataParallel(net())), "model is DataParallel | model.module"),
+    "averaged": (
+        lambda: build(torch.optim.swa_utils.AveragedModel(net())),
+        "model is AveragedModel | model.module",
+    ),
+    "traced": (
+        lambda: build(torch.jit.trace(net(), X)),
+        "torch.jit | the module that it was made from",
+    ),
+    "complex weights": (
+        lambda: build(nn.Linear(3, 3).to(torch.complex64)),
+        "'only' | 'weight' | complex | two parameters",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("case", BROUGHT)
+def test_what_people_bring_is_refused_before_any_training(case, monkeypatch):
+    monkeypatch.setattr(msif.SGD, "run", lambda *_, **__: pytest.fail("trained before it checked"))
+    use, says = BROUGHT[case]
+    with refused((ValueError, TypeError, msif.UnsupportedModelError), says, case):
+        use()
+
+
+def test_what_is_only_unusual_is_taken():
+    assert build(recipe=msif.SGD(0.1, batch_size=99, epochs=1)).fit(progress=False).reports
+    assert str(msif.SGD(numpy.float32(0.5), batch_size=numpy.int64(3))) == str(
+        msif.SGD(0.5, batch_size=3)
+    )
+    assert build(weight_decay=numpy.int64(1)).objective(0).weight_decay == 1.0
+    scaled = Forward(lambda z: z)
+    scaled.register_forward_pre_hook(lambda module, given: (given[0].float() / 255,))
+    assert build(scaled, examples((X * 99).byte())).fit(progress=False).reports
 
 
 def test_labels_of_any_integer_dtype_train_alike():

@@ -90,7 +90,7 @@ class Fields:
         return fields
 
     @property
-    def names(self) -> list[str]:
+    def field_names(self) -> list[str]:
         """The names, in a list."""
         return list(self._tensors)
 

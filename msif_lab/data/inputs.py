@@ -52,7 +52,7 @@ class Inputs:
         self.dtype = moved.dtype
         self.device = moved.device
         self.ndim = len(self.shape)
-        self.names = like.names if isinstance(like, Fields) else None  # of the fields
+        self.field_names = like.field_names if isinstance(like, Fields) else None  # of the fields
 
     def __getstate__(self) -> dict:
         # A copy in another process reads by itself: that one's siblings have the other cores.
@@ -167,7 +167,7 @@ def _stacked(items: Sequence[Tensor | Fields]) -> Tensor | Fields:
     """A batch of inputs."""
     if isinstance(items[0], Tensor):
         return torch.stack(list(items))
-    fields = {name: torch.stack([item[name] for item in items]) for name in items[0].names}
+    fields = {name: torch.stack([item[name] for item in items]) for name in items[0].field_names}
     return Fields._of(fields)
 
 

@@ -64,7 +64,7 @@ def _check_inputs(o: Objective, examples: Examples, name: str) -> None:
             f"{name}.x is {examples.x.dtype}, the model of {o.where} is {parameter.dtype}; "
             f"convert one of them, e.g. {name}.to({parameter.dtype})"
         )
-    here, there = (getattr(e.x, "names", None) for e in (examples, o.data))
+    here, there = (getattr(e.x, "field_names", None) for e in (examples, o.data))
     if here != there:
         kinds = [f"the fields {names}" if names else "one tensor" for names in (here, there)]
         raise ValueError(
@@ -132,8 +132,8 @@ def _hint(o: Objective, x: Tensor | Fields, name: str) -> str:
         if isinstance(o.model, Wrapped):
             return ""
         return (
-            f"; it was called with a dictionary of {x.names}: if it takes them one by one, use "
-            "msif.wrap(model, call=lambda m, batch: m(**batch).logits) or the like"
+            f"; it was called with a dictionary of {x.field_names}: if it takes them one by one, "
+            "use msif.wrap(model, call=lambda m, batch: m(**batch).logits) or the like"
         )
     rows = [m.num_embeddings for m in o.model.modules() if isinstance(m, nn.Embedding)]
     dtype = str(x.dtype).removeprefix("torch.")

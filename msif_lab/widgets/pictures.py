@@ -46,9 +46,14 @@ class Gallery:
     def __init__(self, examples: Examples, name: str):
         shape = tuple(examples.x.shape)
         if len(shape) != 4 or shape[1] not in (1, 3):
+            fields = getattr(examples.x, "field_names", None)
+            held = f"the fields {fields}" if fields else f"inputs of shape {shape}"
+            way_out = "scores without pictures are in scores.to_frame()"
+            if not fields:
+                way_out = f"reshape the inputs, and let the model flatten them, or: {way_out}"
             raise ValueError(
-                f"{name} hold inputs of shape {shape}: an explorer needs pictures, "
-                "(N, 1, H, W) or (N, 3, H, W); reshape the inputs, and let the model flatten them"
+                f"{name} hold {held}: an explorer needs pictures, "
+                f"(N, 1, H, W) or (N, 3, H, W); {way_out}"
             )
         self.examples = examples
         self.png = functools.lru_cache(maxsize=4096)(
