@@ -248,9 +248,9 @@ def test_a_target_that_mixes_the_batch_is_refused():
     queries = labelled(6, 5, seed=1)
     methods = [msif.ImplicitInfluence(), msif.GradientDot()]
     for method in methods:
-        with pytest.raises(ValueError, match="mixes the queries of a batch"):
+        with pytest.raises(ValueError, match="mixes the examples of a batch"):
             method.fit(pipeline).score(queries, target=lambda z, y: z[:, 1] - z[:, 1].mean())
-    with pytest.raises(ValueError, match="mixes the queries of a batch"):
+    with pytest.raises(ValueError, match="mixes the examples of a batch"):
         msif.removal_effects(
             pipeline, queries, [[0], [1]], target=lambda z, y: z[:, 1] - z[:, 1].mean()
         )

@@ -238,7 +238,7 @@ class TracIn(Baseline):
                 replay.
         """
         super().fit(pipeline)
-        require_run(pipeline)
+        require_run(pipeline, backwards=False)
         self._states, previous = [], None
         for k, stage in enumerate(pipeline.stages):
             lanes = pipeline.fresh_lanes(k, previous)

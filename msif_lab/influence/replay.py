@@ -80,8 +80,8 @@ def even_bounds(steps: int, segments: int) -> list[int]:
     return [round(i * steps / segments) for i in range(segments + 1)]
 
 
-def require_run(pipeline: Pipeline) -> None:
-    """Refuse pipelines whose training cannot be replayed, with the way out."""
+def require_run(pipeline: Pipeline, backwards: bool = True) -> None:
+    """Refuse pipelines whose training cannot be replayed, or run ``backwards``, with a way out."""
     if not isinstance(pipeline, Pipeline):
         raise TypeError(f"pipeline must be a msif_lab.Pipeline, not {type(pipeline).__name__}")
     for stage in pipeline.stages:
@@ -91,6 +91,8 @@ def require_run(pipeline: Pipeline) -> None:
                 "cannot be run backwards here; train it with recipe=SGD(...) or Adam(...), or "
                 "use ImplicitInfluence, made for optima"
             )
+    if backwards:
+        _require_derivatives(pipeline)
     pipeline.trained()
     if pipeline.reports is None:
         raise ValueError(
@@ -101,7 +103,7 @@ def require_run(pipeline: Pipeline) -> None:
     pipeline.require_repeatable()
 
 
-def require_derivatives(pipeline: Pipeline) -> None:
+def _require_derivatives(pipeline: Pipeline) -> None:
     """Refuse runs whose steps cannot be differentiated, or too coarsely to be of use."""
     for k in range(len(pipeline.stages)):
         require_precision(pipeline.objective(k), "differentiating its run")

@@ -26,7 +26,6 @@ from .cost import UnrolledPlan, make_plan, timed
 from .replay import (
     Trajectory,
     even_bounds,
-    require_derivatives,
     require_run,
     require_same_end,
 )
@@ -127,7 +126,6 @@ class UnrolledInfluence:
             ValueError: the pipeline cannot be unrolled (see `fit`).
         """
         require_run(pipeline)
-        require_derivatives(pipeline)
         plan = self._plan(pipeline, queries if isinstance(queries, int) else len(queries))
         return timed(plan, pipeline, self.memory, fits=1 + (self.group_fraction > 0))
 
@@ -149,7 +147,6 @@ class UnrolledInfluence:
             MemoryBudgetError: not even √T checkpoints fit their half of the budget.
         """
         require_run(pipeline)
-        require_derivatives(pipeline)
         trained = pipeline.trained()
         self._pipeline, self._at = pipeline, {}
         plan = self._plan(pipeline, 1)

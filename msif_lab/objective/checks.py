@@ -325,7 +325,7 @@ def _per_example(
     close = _tolerance(o)
     if not torch.allclose(values, alone, rtol=close, atol=close, equal_nan=True):
         raise ValueError(
-            f"{what} mixes the rows of a batch; it must give one per {each}, from that row alone"
+            f"{what} mixes the examples of a batch; it must give one per {each}, from it alone"
         )
     return values
 
