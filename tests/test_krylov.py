@@ -121,6 +121,8 @@ def mislabelled(digits):
 def test_nested_solves_spare_products_and_count_what_they_spend(mislabelled, monkeypatch):
     smallest = float(torch.linalg.eigvalsh(mislabelled.dense())[0])
     a, b = mislabelled + (0.05 - smallest), draw(460, 6)
+    for columns in (6, 1):  # the checks of these routes, which are made once, are not counted
+        a @ b[:, :columns]
     # No public interface counts examples times columns: a hook of the model sees neither.
     spent, chunk = [], msif.Hessian._chunk
 

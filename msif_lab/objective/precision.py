@@ -4,7 +4,6 @@ import contextlib
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import UnsupportedModelError
 from .objective import Objective
@@ -12,21 +11,6 @@ from .objective import Objective
 __all__ = ["computing_dtype", "half_precision", "require_precision"]
 
 HALF = (torch.float16, torch.bfloat16)
-
-
-class _Dtypes(TorchDispatchMode):
-    """Notes the dtypes of all floating results, those under autocast included."""
-
-    def __init__(self):
-        super().__init__()
-        self.found: set[torch.dtype] = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        results = function(*args, **(kwargs or {}))
-        for result in results if isinstance(results, (tuple, list)) else [results]:
-            if isinstance(result, Tensor) and result.is_floating_point():
-                self.found.add(result.dtype)
-        return results
 
 
 def computing_dtype(o: Objective) -> torch.dtype:
@@ -39,12 +23,31 @@ def computing_dtype(o: Objective) -> torch.dtype:
 
 
 def _computing_dtype(o: Objective) -> torch.dtype:
-    seen = _Dtypes()
     apart = o.on(o.data)  # with buffers of its own
+    found = {o.dtype}
     # A loss that fails is refused elsewhere, in words of its own.
-    with torch.no_grad(), seen, contextlib.suppress(Exception):
-        apart.losses(o.layout.flatten(o.model), o.data.x[:1], o.data.y[:1])
-    return max({o.dtype, *seen.found}, key=lambda dtype: torch.finfo(dtype).eps)
+    with torch.enable_grad(), contextlib.suppress(Exception):
+        full = o.layout.flatten(o.model).requires_grad_()
+        found |= _dtypes(apart.losses(full, o.data.x[:1], o.data.y[:1]))
+    return max(found, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def _dtypes(result: Tensor) -> set[torch.dtype]:
+    """Floating dtypes of all that a result was computed from and that depends on parameters.
+
+    Read from the graph: a dispatch mode would see them too, but makes PyTorch load its compiler.
+    """
+    found = {result.dtype}
+    nodes = [result.grad_fn]
+    seen = {None}
+    while nodes:
+        node = nodes.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        found |= {metadata.dtype for metadata in node._input_metadata}
+        nodes += [before for before, _ in node.next_functions]
+    return {dtype for dtype in found if dtype.is_floating_point}
 
 
 def half_precision(o: Objective) -> str:
