@@ -90,3 +90,33 @@ def test_unrolled_baselines_and_retraining(kind, link):
             agree(ran(lambda p, q, b=baseline: b.fit(p).score(q).values), name)
     cpu, cuda = ran(lambda p, q: msif.removal_effects(p, q, [[0], [1, 2]], progress=False).values)
     torch.testing.assert_close(cuda.cpu(), cpu.cpu(), rtol=1e-6, atol=1e-9)
+
+
+class Recurrent(torch.nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words = torch.nn.Embedding(9, 4)
+        self.layer = kind(4, 5, batch_first=True)
+        self.head = torch.nn.Linear(5, 3)
+
+    def forward(self, tokens):
+        return self.head(self.layer(self.words(tokens))[0].mean(1))
+
+
+@pytest.mark.parametrize("kind", [torch.nn.LSTM, torch.nn.GRU, torch.nn.RNN])
+def test_recurrent_layers_have_second_derivatives(kind):
+    """cuDNN's own have none, so it is off inside the library's calls, and on again afterwards."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 9, (20, 6), generator=generator)
+    found = []
+    for device in ("cpu", "cuda"):
+        data = msif.Examples(tokens, torch.arange(20) % 3).to(device)
+        model = Recurrent(kind).double().to(device)
+        stage = msif.Stage("fit", model, data, weight_decay=0.1, recipe=SGD)
+        pipeline = msif.Pipeline([stage]).fit(progress=False)
+        scores = msif.UnrolledInfluence().fit(pipeline, progress=False).score(data[:3])
+        found.append([scores.values, pipeline.curvature(0).dense()])
+        assert torch.backends.cudnn.enabled
+    for what, pair in zip(("unrolled", "hessian"), zip(*found, strict=True), strict=True):
+        agree(pair, what)
