@@ -9,21 +9,28 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+import torchvision
 from oracles import draw
 from torch import nn
 
 import msif_lab as msif
 
 SHAPES = {"flat": (5,), "steps": (4, 3), "line": (2, 6), "map": (2, 4, 4), "words": (5,)}
+SHAPES |= {"picture": (3, 16, 16), "thumbnail": (3, 8, 8)}
 VOCABULARY = 7
 
 
 @dataclass
 class Architecture:
-    """A net of this kind for any number of outputs, and the kind of its inputs."""
+    """A net of this kind for any number of outputs, and the kind of its inputs.
+
+    Attributes:
+        ready: whether its weights are used as they are made.
+    """
 
     inputs: str
     make: Callable[[int], nn.Module]
+    ready: bool = False
 
 
 class Net(nn.Module):
@@ -724,7 +731,89 @@ def random_weights(model, seed):
 
 def make(name, outputs, seed):
     torch.manual_seed(seed)
-    return random_weights(ARCHITECTURES[name].make(outputs), seed)
+    kind = (ARCHITECTURES | OUTSIDE)[name]
+    model = kind.make(outputs)
+    return model.double().eval() if kind.ready else random_weights(model, seed)
+
+
+# ---- Models of others, of which so little is trained that every derivative can be differenced ----
+
+
+def partly(body, width, outputs, inputs, trained):
+    """A model of others as the body of a `Net`; only parameters with these endings are trained."""
+    net = Net(body, width, outputs).double()
+    with torch.no_grad():
+        for parameter in net.parameters():  # off the special values that they start at
+            parameter.add_(0.02 * torch.randn_like(parameter))
+        if inputs != "words":
+            for seed in range(5):  # running statistics as after training
+                net.train()(draw(8, *SHAPES[inputs], seed=100 + seed))
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(name.endswith(trained))
+    return net
+
+
+def resnet18(outputs):
+    body = torchvision.models.resnet18()
+    body.fc = nn.Identity()
+    return partly(body, 512, outputs, "picture", ("body.bn1.bias", "head.bias"))
+
+
+def mobilenet_v2(outputs):
+    body = torchvision.models.mobilenet_v2(width_mult=0.1)
+    body.classifier = nn.Identity()
+    trained = ("features.0.1.weight", "features.2.conv.1.1.bias", "head.bias")
+    return partly(body, 1280, outputs, "picture", trained)
+
+
+def vision_transformer(outputs):
+    body = torchvision.models.VisionTransformer(8, 4, 2, 2, 4, 6)
+    body.heads = nn.Identity()
+    trained = ("layer_0.self_attention.in_proj_weight", "layer_1.mlp.0.weight", "class_token")
+    return partly(body, 4, outputs, "thumbnail", (*trained, "head.weight", "head.bias"))
+
+
+class Language(nn.Module):
+    """The mean feature over words that are not padding."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids):
+        kept = ids != 0
+        features = self.model(ids, attention_mask=kept.long()).last_hidden_state
+        return (features * kept[..., None]).sum(1) / kept.sum(1, keepdim=True)
+
+
+def hugging_face(name, settings, trained):
+    def build(outputs):
+        import transformers
+
+        kind = getattr(transformers, name)
+        config = kind.config_class(vocab_size=VOCABULARY, pad_token_id=0, **settings)
+        config.use_cache = False
+        body = Language(kind(config))
+        return partly(body, 4, outputs, "words", (*trained, "head.weight", "head.bias"))
+
+    return Architecture("words", build, ready=True)
+
+
+OUTSIDE = {
+    "resnet18": Architecture("picture", resnet18, ready=True),
+    "mobilenet_v2": Architecture("picture", mobilenet_v2, ready=True),
+    "VisionTransformer": Architecture("thumbnail", vision_transformer, ready=True),
+    "GPT-2": hugging_face(
+        "GPT2Model",
+        {"n_positions": 8, "n_embd": 4, "n_layer": 2, "n_head": 2, "bos_token_id": 1},
+        ("h.0.attn.c_attn.weight", "h.1.mlp.c_fc.bias", "wpe.weight"),
+    ),
+    "DistilBERT": hugging_face(
+        "DistilBertModel",
+        {"max_position_embeddings": 8, "dim": 4, "n_layers": 2, "n_heads": 2, "hidden_dim": 6},
+        ("layer.0.attention.q_lin.weight", "layer.1.ffn.lin1.weight", "word_embeddings.weight"),
+    ),
+}
 
 
 # ---- Losses ----

@@ -10,7 +10,8 @@ from torch.func import grad, vmap
 
 from ..data.examples import Examples
 from ..errors import UnsupportedModelError
-from ..objective.objective import Objective, exact_convolutions
+from ..objective.objective import Objective
+from ..objective.switches import exact_products
 from .gate import Probe, agree
 from .layers import find_layers, trace
 
@@ -453,7 +454,7 @@ def own_curvature(
         vectors: ``(K, P)``.
         every: derivatives in all D parameters instead of the trained P.
     """
-    with torch.enable_grad(), exact_convolutions():
+    with torch.enable_grad(), exact_products():
         theta = (full if every else o.trained.take(full)).detach().requires_grad_()
         z = o.outputs(theta if every else o.parameters(theta, full), x)
         if kind == "hessian":

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.func import vmap
 
 from ..data.examples import unequal
-from ..objective.objective import Objective, exact_convolutions
+from ..objective.objective import Objective
+from ..objective.switches import exact_products
 
 FEW = 5
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-3}
@@ -62,7 +63,7 @@ class Probe:
         """``∂ value(θ, i)/∂θ`` by plain reverse mode, one example i at a time, ``(B, P)``."""
         rows = []
         for i in range(len(self.x)):
-            with torch.enable_grad(), exact_convolutions():
+            with torch.enable_grad(), exact_products():
                 theta = self.theta(every).detach().requires_grad_()
                 result = value(theta, i)
             if not result.requires_grad:  # a target that no parameter changes
@@ -98,7 +99,7 @@ def lanes_agree(o: Objective) -> bool:
         return o.losses(o.parameters(theta, full), probe.x, probe.y)
 
     def gradient(values: Callable[[Tensor], Tensor], theta: Tensor, weights: Tensor) -> Tensor:
-        with torch.enable_grad(), exact_convolutions():
+        with torch.enable_grad(), exact_products():
             leaf = theta.detach().requires_grad_()
             total = (weights * values(leaf)).sum()
         if not total.requires_grad:
@@ -121,7 +122,7 @@ def agree(fast: Callable[[], Tensor], plain: Callable[[], Tensor]) -> bool:
     """
     truth = plain()
     try:
-        with exact_convolutions():
+        with exact_products():
             found = fast()
     except (RuntimeError, NotImplementedError, IndexError, ValueError, TypeError):
         return False

@@ -19,8 +19,9 @@ from torch.func import functional_call
 
 from ..data.examples import unequal
 from ..errors import UnsupportedModelError
-from ..objective.objective import Objective, exact_convolutions, twice_differentiable
+from ..objective.objective import Objective
 from ..objective.precision import HALF, computing_dtype
+from ..objective.switches import exact_products, twice_differentiable
 from .gate import FEW, LARGE, shifted
 
 STEPS = {
@@ -258,7 +259,7 @@ def _rounding(value: Value, theta: Tensor, gradient: Tensor) -> float:
 
 
 def _slope(value: Value, theta: Tensor, create_graph: bool = False) -> tuple[Tensor, Tensor]:
-    with torch.enable_grad(), exact_convolutions():
+    with torch.enable_grad(), exact_products():
         leaf = theta.detach().requires_grad_()
         result = value(leaf)
         if not result.requires_grad:
@@ -281,7 +282,7 @@ def _gradient_error(
     if not 0 < size < math.inf:
         return 0.0
     v, close, best = gradient / size, GRADIENT_CLOSE[theta.dtype], math.inf
-    with torch.no_grad(), exact_convolutions():
+    with torch.no_grad(), exact_products():
         noise = rounding + _rounding(value, theta, gradient)
         for h in STEPS[theta.dtype]:
             if noise / h > 0.2 * close * size:  # rounding alone could look like a fault
@@ -301,7 +302,7 @@ def _hessian_error(value: Value, theta: Tensor) -> float:
         return 0.0
     v = _direction(gradient.detach(), torch.Generator().manual_seed(1))
     if gradient.requires_grad:
-        with exact_convolutions():
+        with exact_products():
             (product,) = torch.autograd.grad(gradient, leaf, v, materialize_grads=True)
     else:
         product = torch.zeros_like(theta)

@@ -11,8 +11,9 @@ from ..data.fields import Fields
 from ..data.randomness import States, draws_from
 from ..errors import UnsupportedModelError
 from .losses import cross_entropy, next_token_loss, target_function
-from .objective import Objective, exact_convolutions
+from .objective import Objective
 from .precision import computing_dtype
+from .switches import exact_products
 from .wrapping import Wrapped
 
 __all__ = ["ask", "check_examples", "check_layers"]
@@ -97,7 +98,7 @@ def _checked_outputs(o: Objective, examples: Examples, x: Tensor, name: str) -> 
     given = tree_map(torch.clone, x)
     calls: list[Tensor] = []
     try:
-        with torch.no_grad(), exact_convolutions():
+        with torch.no_grad(), exact_products():
             drawn = draws_from(lambda: calls.append(probe.outputs(full, x)), o.model.modules())
             _refuse_draws(probe, full, x, drawn)
             _check_writes(probe, full, x, given)

@@ -7,15 +7,12 @@ link). A stage trained under R weightings at once has R *lanes*, ``(R, P)``.
 """
 
 import copy
-import threading
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..data.examples import Examples, Inputs
@@ -23,93 +20,8 @@ from ..data.fields import Fields, as_model_input
 from ..errors import UnsupportedModelError
 from ..memory import working_bytes
 from .layout import Layout, Places
+from .switches import twice_differentiable
 from .wrapping import no_tensor
-
-
-@contextmanager
-def exact_convolutions() -> Iterator[None]:
-    """Compute float32 convolutions in full precision on CUDA.
-
-    By default PyTorch computes them in TF32, with 10 bits of mantissa. Two kernels then differ by
-    1e-3, too much to tell whether two ways of computing a number agree.
-    """
-    before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
-    torch.backends.cudnn.allow_tf32 = False
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before[0]
-        torch.set_float32_matmul_precision(before[1])
-
-
-class _Switch:
-    """A switch of the whole process, turned by the first thread that enters.
-
-    The last thread that leaves turns it back.
-
-    Args:
-        turn: makes a context manager that turns it, and back.
-    """
-
-    def __init__(self, turn: Callable):
-        self.turn = turn
-        self.lock, self.inside, self.turned = threading.Lock(), 0, None
-
-    def __enter__(self):
-        with self.lock:
-            if not self.inside:
-                self.turned = self.turn()
-                self.turned.__enter__()
-            self.inside += 1
-
-    def __exit__(self, *_):
-        with self.lock:
-            self.inside -= 1
-            if not self.inside:
-                self.turned.__exit__(None, None, None)
-
-
-@contextmanager
-def _fused_attention_off() -> Iterator[None]:
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
-@contextmanager
-def _cudnn_off() -> Iterator[None]:
-    before = torch.backends.cudnn.enabled
-    torch.backends.cudnn.enabled = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.enabled = before
-
-
-_FUSED_OFF, _CUDNN_OFF = _Switch(_fused_attention_off), _Switch(_cudnn_off)
-
-
-@contextmanager
-def differentiable_attention() -> Iterator[None]:
-    """Attention by plain matrix products: fused kernels have no second derivative."""
-    with _FUSED_OFF:
-        yield
-
-
-@contextmanager
-def twice_differentiable(model: nn.Module) -> Iterator[None]:
-    """A forward pass without the kernels that have no second derivative.
-
-    These are fused attention and, on CUDA, the recurrent layers of cuDNN.
-    """
-    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-    with _FUSED_OFF, _CUDNN_OFF if recurrent else nullcontext():
-        yield
 
 
 class _CountBytes(TorchDispatchMode):
