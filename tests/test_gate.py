@@ -330,25 +330,74 @@ CHANGES = {
     "activation": lambda s: setattr(s.model, "activation", torch.sigmoid),
     "data in place": lambda s: s.data.x.mul_(0.5),
     "data": lambda s: setattr(s, "data", labelled(30, 5, seed=4)),
-    "loss": lambda s: setattr(s, "loss", lambda z, y: msif.cross_entropy(z, y)),
+    "loss": lambda s: setattr(s, "loss", lambda z, y: 2 * msif.cross_entropy(z, y)),
+    "what the loss closes over": lambda s: SCALE.append(2.0),
+    "private attribute": lambda s: setattr(s.model, "_sign", -1.0),
+    "hook for hook": lambda s: swap_hooks(s.model, lambda m, x, z: z.detach()),
+    "backward hook": lambda s: s.model.head.register_full_backward_pre_hook(scale_slope),
     "what is trained": lambda s: s.model.layer.bias.requires_grad_(False),
     "layer": lambda s: setattr(s.model, "head", nn.Linear(4, 3).double()),
     "mode": lambda s: s.model.eval(),
 }
+SCALE = []
 
 
-def test_checks_are_made_again_only_where_something_changed(monkeypatch):
+def closing_over(z, y):
+    return msif.cross_entropy(z, y) * (SCALE or [1.0])[0]
+
+
+def scale_slope(module, slope):
+    return tuple(0.3 * part for part in slope)
+
+
+def swap_hooks(model, hook):
+    model.layer._forward_hooks.clear()
+    model.layer.register_forward_hook(hook)
+
+
+class Moded(Activated):
+    """Computes something else in train mode, and after a private attribute changes."""
+
+    _sign = 1.0
+
+    def forward(self, x):
+        return self._sign * super().forward(x if self.training else 2 * x)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_checks_are_made_again_where_something_changed(change, monkeypatch):
     checked = []
-    monkeypatch.setattr(pipelines, "check_gradient", lambda o: checked.append(o.where))
-    for change in CHANGES.values():
-        checked.clear()
-        stage = msif.Stage("fit", Activated().double(), labelled(30, 5), weight_decay=0.05)
+    plain = pipelines.check_gradient
+
+    def counted(o, inherited):
+        checked.append(o.where)
+        return plain(o, inherited) if len(checked) == 1 else ~inherited
+
+    monkeypatch.setattr(pipelines, "check_gradient", counted)
+    model = Moded().double().train()
+    model.layer.register_forward_hook(lambda m, x, z: 1.5 * z)
+    stage = msif.Stage("fit", model, labelled(30, 5), closing_over, weight_decay=0.05)
+    pipeline = msif.Pipeline([stage]).fit(progress=False)
+    pipeline.fit(progress=False).adopt()
+    assert len(checked) == 1
+    try:
+        CHANGES[change](stage)
+        pipeline._prepare()
+    finally:
+        SCALE.clear()
+    assert len(checked) == 2
+
+
+def test_a_mode_that_changes_nothing_is_no_change_and_another_is_refused():
+    for kind, refused in ((Activated, False), (Moded, True)):
+        stage = msif.Stage("fit", kind().double().eval(), labelled(30, 5), weight_decay=0.05)
         pipeline = msif.Pipeline([stage]).fit(progress=False)
-        pipeline.fit(progress=False).adopt()
-        assert len(checked) == 1
-        change(stage)
-        pipeline.fit(progress=False)
-        assert len(checked) == 2
+        stage.model.train()
+        if refused:
+            with pytest.raises(ValueError, match="switched between train and eval mode"):
+                pipeline.curvature(0)
+        else:
+            pipeline.curvature(0)
 
 
 def test_checks_of_another_dtype_are_not_believed():

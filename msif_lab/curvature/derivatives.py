@@ -218,12 +218,11 @@ def _together_agrees(o: Objective) -> bool:
 
 def vectorised(o: Objective, every: bool = False) -> bool:
     """Whether the gradients of many examples may be computed side by side by `vmap`."""
-    return o.once(("vmap", every), lambda: _vmap_agrees(o, o.loss, every))
+    return o.once(("vmap", every), lambda: _vmap_agrees(Probe.of(o), o.loss, every))
 
 
-def _vmap_agrees(o: Objective, function: Callable, every: bool) -> bool:
+def _vmap_agrees(probe: Probe, function: Callable, every: bool) -> bool:
     """Whether `vmap` of `grad` gives each example's gradient as it is alone."""
-    probe = Probe.of(o)
 
     def value(theta, x, y):
         return function(probe.outputs(theta, x[None], every), y[None])[0]
@@ -276,7 +275,9 @@ def per_example_gradients(
         return function(outputs, y[None])[0]
 
     side_by_side = layers is None and (
-        vectorised(o, every) if function is o.loss else _vmap_agrees(o, function, every)
+        vectorised(o, every)
+        if function is o.loss
+        else _vmap_agrees(Probe(o, examples), function, every)
     )
     # Besides its activations, an example takes a few vectors of P numbers.
     gradient_bytes = (2 if layers else 8) * len(theta) * full.element_size()

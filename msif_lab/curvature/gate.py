@@ -8,13 +8,15 @@ fails, is not used.
 """
 
 import functools
+import operator
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.func import vmap
 
-from ..data.examples import unequal
+from ..data.examples import Examples, unequal
+from ..data.fields import Fields
 from ..objective.objective import Objective
 from ..objective.switches import exact_products
 
@@ -30,14 +32,19 @@ class Probe:
         objective: the stage.
         full: all its parameters, slightly shifted, ``(D,)``.
         x, y: inputs and targets of the examples, ``(B, ...)``.
+
+    Args:
+        o: the stage.
+        examples: of which some are taken, by default its own.
     """
 
-    def __init__(self, o: Objective):
+    def __init__(self, o: Objective, examples: Examples | None = None):
+        examples = o.data if examples is None else examples
+        few = few_unequal(o, examples).to(examples.x.device)
         self.objective = o
         self.full = shifted(o, 0.2)
-        few = unequal(o.data, FEW if o.layout.size < LARGE else 2).to(o.data.x.device)
-        self.x = o.data.x[few]
-        self.y = o.data.y[few]
+        self.x = examples.x[few]
+        self.y = examples.y[few]
 
     @classmethod
     def of(cls, o: Objective) -> "Probe":
@@ -73,6 +80,65 @@ class Probe:
         return torch.stack(rows)
 
 
+def few_unequal(o: Objective, examples: Examples) -> Tensor:
+    """Positions of the few examples that a check looks at."""
+    padding = {getattr(module, "padding_idx", None) for module in o.model.modules()}
+    count = FEW if o.layout.size < LARGE else 2
+    return unequal(examples, count, holding=[i for i in padding if isinstance(i, int)])
+
+
+class Fingerprint:
+    """What tells whether an objective is still the function of the data that was checked.
+
+    Settings, hooks, closures and modes may all change, so what counts is what it computes for a few
+    examples at fixed weights, besides the tensors and modules that facts may hold on to.
+    """
+
+    def __init__(self, o: Objective):
+        self.probe = Probe.of(o)
+        self.parts, self.kinds = self._of(o)
+        self.values = self._computed(o)
+
+    def fits(self, o: Objective) -> bool:
+        """Whether this objective is the one that was checked."""
+        parts, kinds = self._of(o)
+        if kinds != self.kinds or not all(map(operator.is_, parts, self.parts)):
+            return False
+        values = self._computed(o)
+        close = CLOSE.get(values.dtype, 0.1)
+        size = float(self.values.nan_to_num().abs().max())
+        return values.shape == self.values.shape and torch.allclose(
+            values, self.values, rtol=close, atol=close * size, equal_nan=True
+        )
+
+    @staticmethod
+    def _of(o: Objective) -> tuple[list, list]:
+        x = o.data.x
+        tensors = [o.data.y, *(x.values() if isinstance(x, Fields) else [x])]
+        versions = [t._version for t in tensors if isinstance(t, Tensor)]
+        modules = list(o.model.modules())
+        kinds = [versions, len(modules), o.dtype, o.device, o.trained_names, list(o.buffers)]
+        return [*tensors, *modules], kinds
+
+    def _computed(self, o: Objective) -> Tensor:
+        """The losses of the probe's examples, and some projections of their gradient."""
+        probe = self.probe
+        weights = 1.5 + probe.draw(len(probe.x), seed=2).sign() / 2
+        with torch.enable_grad(), exact_products():
+            theta = o.trained.take(probe.full).clone().requires_grad_()
+            losses = o.losses(o.parameters(theta, probe.full), probe.x, probe.y)
+            if not losses.requires_grad:
+                return losses
+            (slope,) = torch.autograd.grad(losses @ weights, theta, materialize_grads=True)
+        projections = [slope @ probe.draw(len(theta), seed=seed) for seed in (3, 4)]
+        return torch.cat([losses.detach(), torch.stack([slope.norm(), *projections])])
+
+
+def fingerprint(o: Objective) -> Fingerprint:
+    """The fingerprint of a stage when it was checked, made once."""
+    return o.once("fingerprint", lambda: Fingerprint(o))
+
+
 def shifted(o: Objective, size: float) -> Tensor:
     """All parameters, each moved at random by ``size`` times the spread of its tensor, ``(D,)``.
 
@@ -81,7 +147,7 @@ def shifted(o: Objective, size: float) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     parts = []
     for parameter in o.model.parameters():
-        values = parameter.detach().reshape(-1)
+        values = parameter.detach().reshape(-1).to(o.dtype)
         spread = float(values.std()) if len(values) > 1 else 0.0
         noise = torch.randn(len(values), generator=generator, dtype=values.dtype).to(values.device)
         parts.append(values + size * (spread or 0.25) * noise)

@@ -10,19 +10,17 @@ kinks spoil the large ones and rounding the small ones; what rounding alone expl
 import contextlib
 import copy
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..data.examples import unequal
 from ..errors import UnsupportedModelError
 from ..objective.objective import Objective
 from ..objective.precision import HALF, computing_dtype
 from ..objective.switches import exact_products, twice_differentiable
-from .gate import FEW, LARGE, shifted
+from .gate import LARGE, few_unequal, shifted
 
 STEPS = {
     torch.float64: (1e-4, 1e-5, 1e-6, 1e-7, 1e-3, 1e-2),
@@ -31,56 +29,134 @@ STEPS = {
 GRADIENT_CLOSE = {torch.float64: 5e-3, torch.float32: 3e-1}
 HESSIAN_CLOSE = 1e-2
 SHIFTS = (0.2, 0.01, 0.0)  # of the weights; the first at which loss and gradient are finite
-COPIED = 10**8  # parameters of a model up to which a float64 copy is made
+COPIED = 10**8  # parameters of a model up to which it is checked in float64
 FAILURES = (RuntimeError, NotImplementedError, IndexError, ValueError, TypeError)
 
 Value = Callable[[Tensor], Tensor]
 
 
-def check_gradient(o: Objective) -> None:
+def check_gradient(o: Objective, inherited: Tensor | None = None) -> Tensor:
     """Refuse a stage whose gradient is not the derivative of its loss.
+
+    Args:
+        o: the stage.
+        inherited: which of its parameters ``(D,)`` take over what an earlier stage has trained:
+            derivatives in those are needed too.
+
+    Returns:
+        which of its parameters ``(D,)`` depend on example weights, its own or earlier ones.
 
     Raises:
         UnsupportedModelError: with the layer, as far as it can be told.
     """
-    probed = _probed(o)
+    inherited = torch.zeros(o.layout.size, dtype=torch.bool) if inherited is None else inherited
+    probed, names = _probed(o), _live(o, inherited)
+    live = o.layout.places(names)
     if probed is None:
-        return
+        return live.put(inherited.clone(), torch.ones(live.size, dtype=torch.bool))
+    taken = live.take(inherited).to(o.device)
     try:
-        risk = _risk(probed)
+        risk = _Risk(probed, names)
         with torch.enable_grad():
             if not risk.value(risk.theta.detach().requires_grad_()).requires_grad:
                 raise RuntimeError("it is constant, or made of steps, in every trained parameter")
-        first = risk.gradient
         again = _slope(risk.value, risk.theta)[1]
-        error = _gradient_error(risk.value, risk.theta, first, risk.rounding)
+        error = _gradient_error(risk.value, risk.theta, risk.gradient, risk.rounding)
+        aside = _error_aside(risk, taken)
     except FAILURES as problem:
         where = _culprit(probed, lambda *given: _fails(_gradient_error, *given))
         raise UnsupportedModelError(
             f"{o.where}: the loss has no gradient in {where}: {_first(problem)}"
         ) from problem
-    if not bool(torch.isfinite(first).all()):
+    _require_finite(o, probed, risk)
+    _require_repeated(o, risk.gradient, again)
+    close = GRADIENT_CLOSE[probed.dtype]
+    if error <= close < aside:
+        _refuse_cut(o, names, risk.gradient, taken)
+    if max(error, aside) > close:
+        where = _culprit(probed, lambda *given: _exceeds(_gradient_error, close, *given))
+        raise UnsupportedModelError(
+            f"{o.where}: the gradient is not the derivative of the loss, off by "
+            f"{min(max(error, aside), 99):.0%}; the reason lies in {where}. A stop-gradient "
+            "(detach), a straight-through estimator, a gradient reversal, a backward function of "
+            "one's own or activation checkpointing does that; there is then no Hessian, so nothing "
+            "here could predict its retraining. Replace it, or leave it out"
+        )
+    moved = ((risk.gradient != 0) | taken).cpu()
+    return live.put(inherited.clone(), moved)
+
+
+def _live(o: Objective, inherited: Tensor) -> list[str]:
+    """Names of the parameters that the stage trains or an earlier one has trained."""
+    own, spans = set(o.trained_names), o.layout.spans.items()
+    return [n for n, s in spans if n in own or bool(inherited[s.start : s.stop].any())]
+
+
+def _require_finite(o: Objective, probed: Objective, risk: "_Risk") -> None:
+    if not bool(torch.isfinite(risk.gradient).all()):
         raise UnsupportedModelError(
             f"{o.where}: the gradient of the loss is NaN or inf; the reason lies in "
             f"{_culprit(probed, _not_finite)}. A square root or logarithm at 0 or below does that, "
             "also in a branch that torch.where leaves out"
         )
-    close = GRADIENT_CLOSE[probed.dtype]
-    limit = 1e-3 if probed.dtype == torch.float32 else 1e-9
+
+
+def _require_repeated(o: Objective, first: Tensor, again: Tensor) -> None:
+    limit = 1e-3 if first.dtype == torch.float32 else 1e-9
     if not float((first - again).norm()) <= limit * float(first.norm()):
         raise UnsupportedModelError(
             f"{o.where}: a second call gives another gradient at the same weights, so model or "
             "loss draws random numbers or remembers its calls; influence needs fixed functions"
         )
-    if error > close:
-        where = _culprit(probed, lambda *given: _exceeds(_gradient_error, close, *given))
+
+
+def _refuse_cut(o: Objective, names: list[str], gradient: Tensor, taken: Tensor) -> None:
+    """Refuse parameters of an earlier stage that the loss depends on without a gradient in them."""
+    sizes = [len(o.layout.spans[name]) for name in names]
+    parts = zip(names, gradient.split(sizes), taken.split(sizes), strict=True)
+    cut = [name for name, own, from_before in parts if from_before.any() and not own.any()]
+    if cut:
+        shown = ", ".join(map(repr, cut[:3])) + (f" and {len(cut) - 3} more" * (len(cut) > 3))
         raise UnsupportedModelError(
-            f"{o.where}: the gradient is not the derivative of the loss, off by {error:.0%}; the "
-            f"reason lies in {where}. A stop-gradient (detach), a straight-through estimator, a "
-            "gradient reversal, a backward function of one's own or activation checkpointing does "
-            "that; there is then no Hessian, so nothing here could predict its retraining. "
-            "Replace it, or leave it out"
+            f"{o.where}: the loss depends on {shown}, taken over from an earlier stage, but has no "
+            "gradient there: detach() or no_grad() in the model cuts it off, and with it all "
+            "influence of that stage. Take it out; link=Frozen() keeps parameters as they are "
+            "anyway"
         )
+
+
+def _error_aside(risk: "_Risk", taken: Tensor) -> float:
+    """The relative error of the loss's slope in a random direction of the parameters that move.
+
+    Those that no example moves are left out, however the loss depends on them: the padding row of
+    an `Embedding`. Where nothing has a gradient, all count.
+
+    Args:
+        risk: the loss.
+        taken: which parameters an earlier stage moves, ``(P,)``.
+    """
+    theta, gradient = risk.theta, risk.gradient
+    moved = (gradient != 0) | taken
+    moved = moved if bool(moved.any()) else torch.ones_like(moved)
+    generator = torch.Generator().manual_seed(5)
+    v = torch.randn(len(theta), generator=generator, dtype=theta.dtype).to(theta.device) * moved
+    v = v / v.norm()
+    expected = float(gradient @ v)
+    size = abs(expected) + float(gradient.norm()) / math.sqrt(int(moved.sum()))
+    if not math.isfinite(size):
+        return 0.0
+    close, best = GRADIENT_CLOSE[theta.dtype], math.inf
+    with torch.no_grad(), exact_products():
+        noise = risk.rounding + _rounding(risk.value, theta, gradient)
+        for h in STEPS[theta.dtype]:
+            if noise / h > 0.2 * close * size and size > 0:
+                continue
+            up, down = (float(risk.value(theta + s * h * v)) for s in (1, -1))
+            gap = max(0.0, abs((up - down) / (2 * h) - expected) - noise / h)
+            best = min(best, gap / size if size > 0 else gap and math.inf)
+            if best < 0.1 * close:
+                break
+    return best if size == 0 or math.isfinite(best) else 0.0
 
 
 def missing_second_derivative(o: Objective) -> str:
@@ -122,7 +198,6 @@ def missing_loss_curvature(o: Objective) -> str:
 
 def _missing_loss_curvature(o: Objective) -> str:
     probed = _probed(o)
-    o.forget("probed", "risk")
     if probed is None:
         return ""
     with torch.no_grad():
@@ -142,12 +217,12 @@ def _missing_loss_curvature(o: Objective) -> str:
 
 def _missing_second_derivative(o: Objective) -> str:
     probed = _probed(o)
-    o.forget("probed", "risk")  # nobody asks for them again, and they hold a copy of the model
     if probed is None:
         return ""
+    sizes = [len(o.layout.spans[name]) for name in o.trained_names]
     try:
-        risk = _risk(probed)
-        error = _hessian_error(risk.value, risk.theta)
+        risk = _Risk(probed, o.trained_names)
+        error = _hessian_error(risk.value, risk.theta, sizes)
     except FAILURES as problem:
         where = _culprit(probed, lambda *given: _fails(_hessian_error, *given))
         return f"PyTorch has none for {where}: {_first(problem)}"
@@ -177,32 +252,36 @@ def _exceeds(error: Callable, close: float, value: Value, theta: Tensor) -> bool
 
 
 def _probed(o: Objective) -> Objective | None:
-    """The stage on a few examples, in float64 where it is small enough to be copied.
+    """The stage on a few examples, in float64 where it can be; None where it is too coarse.
 
     In float32 rounding leaves no step size at which the kinks of a ReLU net do not count.
     """
-    return o.once("probed", lambda: _make_probed(o))
-
-
-def _make_probed(o: Objective) -> Objective | None:
     coarse = computing_dtype(o) in HALF
-    few = unequal(o.data, FEW if o.layout.size < LARGE else 2).tolist()
+    few = o.on(o.data[few_unequal(o, o.data).tolist()])
     if not coarse and (o.dtype == torch.float64 or o.layout.size > COPIED):
-        return o.on(o.data[few])
-    # Autocast leaves float64 alone, so the copy of a model that uses it does not round either.
+        return few
+    # Autocast leaves float64 alone, so what uses it does not round there either.
     precise = torch.float32 if o.dtype in HALF and o.layout.size > COPIED else torch.float64
-    try:
-        model = copy.deepcopy(o.model).to(precise)
-        double = Objective(model, o.data[few].to(precise), o.loss, trained=o.trained_names)
-        double.losses(double.layout.flatten(model), double.data.x, double.data.y)
-    except Exception:  # cannot be copied, or insists on its dtype: whatever it says, we do without
-        return None if coarse else o.on(o.data[few])
-    return double
+    for cast in (_called_with, _copied):
+        with contextlib.suppress(Exception):  # it insists on its dtype: whatever it says
+            double = cast(few, precise)
+            _Risk(double, o.trained_names)
+            return double
+    return None if coarse else few
 
 
-@dataclass(frozen=True)
+def _called_with(o: Objective, dtype: torch.dtype) -> Objective:
+    return o.cast(dtype)
+
+
+def _copied(o: Objective, dtype: torch.dtype) -> Objective:
+    """Activation checkpointing reads the module's own weights, so these must have the dtype too."""
+    model = copy.deepcopy(o.model).to(dtype)
+    return Objective(model, o.data.to(dtype), o.loss, trained=o.trained_names)
+
+
 class _Risk:
-    """A weighted loss of the examples as a function of θ.
+    """A weighted loss of the examples as a function of the parameters of these names.
 
     Attributes:
         value: the function.
@@ -212,34 +291,30 @@ class _Risk:
             smaller than the rounding of what it is computed from.
     """
 
-    value: Value
-    theta: Tensor
-    gradient: Tensor
-    rounding: float
+    def __init__(self, o: Objective, names: list[str]):
+        self.objective, self.names = o, names
+        self.x, self.y = o.data.x[: len(o.data)], o.data.y
+        draw = torch.Generator().manual_seed(0)
+        signs = torch.randn(len(self.y), generator=draw, dtype=o.dtype).sign()
+        self.weights = (1 + 0.5 * signs).to(o.device)
+        for size in SHIFTS:
+            self.full = shifted(o, size)
+            self.theta = o.layout.places(names).take(self.full)
+            self.gradient = _slope(self.value, self.theta)[1]
+            if bool(torch.isfinite(self.gradient).all()):
+                break
+        with torch.no_grad():
+            outputs = o.outputs(self.full, self.x)
+        largest = float(outputs.abs().max()) if outputs.is_floating_point() else 0.0
+        self.rounding = 8 * torch.finfo(o.dtype).eps * largest * len(self.y)
 
-
-def _risk(o: Objective) -> _Risk:
-    return o.once("risk", lambda: _make_risk(o))
-
-
-def _make_risk(o: Objective) -> _Risk:
-    generator = torch.Generator().manual_seed(0)
-    x, y = o.data.x[: len(o.data)], o.data.y
-    weights = 1 + 0.5 * torch.randn(len(y), generator=generator, dtype=o.dtype).sign().to(o.device)
-    for size in SHIFTS:
-        full = shifted(o, size)
-
-        def value(theta: Tensor, full=full) -> Tensor:
-            return (weights * o.losses(o.parameters(theta, full), x, y)).sum()
-
-        theta = o.trained.take(full)
-        _, gradient = _slope(value, theta)
-        if bool(torch.isfinite(gradient).all()):
-            break
-    with torch.no_grad():
-        outputs = o.outputs(o.parameters(theta, full), x)
-    largest = float(outputs.abs().max()) if outputs.is_floating_point() else 0.0
-    return _Risk(value, theta, gradient, 8 * torch.finfo(o.dtype).eps * largest * len(y))
+    def value(self, theta: Tensor) -> Tensor:
+        layout = self.objective.layout
+        named = layout.named(self.full)
+        parts = theta.split([len(layout.spans[name]) for name in self.names])
+        for name, part in zip(self.names, parts, strict=True):
+            named[name] = part.reshape(layout.shapes[name])
+        return (self.weights * self.objective.losses(named, self.x, self.y)).sum()
 
 
 def _rounding(value: Value, theta: Tensor, gradient: Tensor) -> float:
@@ -294,31 +369,60 @@ def _gradient_error(
     return best if math.isfinite(best) else 0.0
 
 
-def _hessian_error(value: Value, theta: Tensor) -> float:
-    """The relative error of one Hessian product against differences of gradients."""
+def _hessian_error(value: Value, theta: Tensor, sizes: list[int] | None = None) -> float:
+    """The relative error of one Hessian product against differences of gradients.
+
+    Args:
+        value: the function.
+        theta: where, ``(P,)``.
+        sizes: of the tensors that θ consists of: the one that is most wrong counts.
+    """
     leaf, gradient = _slope(value, theta, create_graph=True)
     size = float(gradient.detach().norm())
     if not 0 < size < math.inf:
         return 0.0
     v = _direction(gradient.detach(), torch.Generator().manual_seed(1))
+    product = torch.zeros_like(theta)
     if gradient.requires_grad:
         with exact_products():
             (product,) = torch.autograd.grad(gradient, leaf, v, materialize_grads=True)
-    else:
-        product = torch.zeros_like(theta)
-    if theta.dtype != torch.float64:  # that it exists is all that float32 can tell
+    floor = 1e-3 * size / math.sqrt(len(theta))
+    if not math.isfinite(float(product.norm())):
         return 0.0
-    scale = float(product.norm()) + 1e-3 * size / math.sqrt(len(theta))
-    if not math.isfinite(scale):
-        return 0.0
-    best = math.inf
-    for h in STEPS[theta.dtype]:
-        up, down = (_slope(value, theta + s * h * v)[1] for s in (1, -1))
-        gap = float(((up - down) / (2 * h) - product).norm())
-        best = min(best, gap / scale)
-        if best < 0.1 * HESSIAN_CLOSE:
+
+    def slopes() -> Iterator[Tensor]:
+        for h in STEPS[theta.dtype]:
+            up, down = (_slope(value, theta + s * h * v)[1] for s in (1, -1))
+            yield (up - down) / (2 * h)
+
+    return _smallest_error(slopes(), product, floor, sizes or [len(theta)])
+
+
+def _smallest_error(
+    slopes: Iterable[Tensor], product: Tensor, floor: float, sizes: list[int]
+) -> float:
+    """How far a product is from differences, at the step where they come closest.
+
+    A single tensor of the parameters counts only if the differences agree with each other there,
+    and in float32 everything: at kinks each step gives something else.
+    """
+    whole, single, before = math.inf, math.inf, None
+    coarse = product.dtype != torch.float64
+    norm = float(product.norm())
+    for slope in slopes:
+        gaps = [float(g.norm()) for g in (slope - product).split(sizes)]
+        norms = [float(p.norm()) + floor + 1e-3 * norm for p in product.split(sizes)]
+        single = min(single, max(g / n for g, n in zip(gaps, norms, strict=True)))
+        whole = min(whole, float((slope - product).norm()) / (norm + floor))
+        if before is not None:
+            apart = [float(d.norm()) for d in (slope - before).split(sizes)]
+            steady = [g / n for g, d, n in zip(gaps, apart, norms, strict=True) if d < 0.1 * g]
+            if max(steady, default=0.0) > (0.3 if coarse else HESSIAN_CLOSE):
+                return max(steady)
+        if whole < 0.1 * HESSIAN_CLOSE and (single < 0.1 * HESSIAN_CLOSE or before is not None):
             break
-    return best
+        before = slope
+    return 0.0 if coarse else whole
 
 
 def _direction(gradient: Tensor, generator: torch.Generator) -> Tensor:
@@ -346,23 +450,26 @@ def _culprit(o: Objective, faulty: Callable[[Value, Tensor], bool]) -> str:
     hooks = [m.register_forward_pre_hook(keep(n), with_kwargs=True) for n, m in modules.items()]
     try:
         with torch.no_grad():
-            o.outputs(o.layout.flatten(o.model), o.data.x[: len(o.data)])
+            o.outputs(o.layout.flatten(o.model).to(o.dtype), o.data.x[: len(o.data)])
     finally:
         for hook in hooks:
             hook.remove()
     for name in sorted(given, key=lambda name: -name.count(".")):
         with torch.no_grad(), contextlib.suppress(Exception):  # only what runs alone can be blamed
-            value, theta = _alone(modules[name], *given[name])
+            value, theta = _alone(modules[name], o.dtype, *given[name])
             value(theta)
             if len(theta) and faulty(value, theta):
                 return f"layer {name!r} ({type(modules[name]).__name__})"
     return "the model's own forward pass or its loss"
 
 
-def _alone(module: nn.Module, args: tuple, kwargs: dict) -> tuple[Value, Tensor]:
+def _alone(
+    module: nn.Module, dtype: torch.dtype, args: tuple, kwargs: dict
+) -> tuple[Value, Tensor]:
     """A bent combination of a module's outputs as a function of its parameters and inputs."""
     places = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.is_floating_point()]
-    named = {name: p.detach() for name, p in module.named_parameters()}
+    named = {name: p.detach().to(dtype) for name, p in module.named_parameters()}
+    buffers = {n: b.to(dtype) if b.is_floating_point() else b for n, b in module.named_buffers()}
     tensors = [*named.values(), *(args[i].detach() for i in places)]
     sizes = [t.numel() for t in tensors]
     theta = torch.cat([t.reshape(-1) for t in tensors]) if tensors else torch.zeros(0)
@@ -376,7 +483,7 @@ def _alone(module: nn.Module, args: tuple, kwargs: dict) -> tuple[Value, Tensor]
         for i, view in zip(places, views[len(named) :], strict=True):
             inputs[i] = view.clone()  # which an in-place layer may overwrite
         state = dict(zip(named, views, strict=False))
-        state |= {name: buffer.clone() for name, buffer in module.named_buffers()}
+        state |= {name: buffer.clone() for name, buffer in buffers.items()}
         with twice_differentiable(module):
             outputs = functional_call(module, state, tuple(inputs), kwargs)
         outputs = outputs if isinstance(outputs, Tensor) else outputs[0]

@@ -292,32 +292,59 @@ class Examples:
         return f"<table>{caption}<tr>{head}</tr><tr>{row}</tr></table>"
 
 
-def unequal(examples: Examples, count: int = 5, among: int = 32) -> Tensor:
+def unequal(
+    examples: Examples, count: int = 5, among: int = 32, holding: Iterable[int] = ()
+) -> Tensor:
     """Positions of a few examples that differ as much as possible, in inputs and in targets.
 
-    A check on equal examples sees nothing: mixing or swapping them gives the right numbers.
-    Farthest first, among candidates spread over the data.
+    A check on equal examples sees nothing: mixing or swapping them gives the right numbers. First
+    come integer inputs that hold the smallest and the largest value, then farthest first, among
+    candidates spread over the data and, where it is in memory, its extreme rows.
 
     Args:
         examples: the data.
         count: how many positions at most.
-        among: how many candidates are read.
+        among: how many candidates are read, besides extreme ones.
+        holding: integers of which an input that holds it is among the first, if there is one.
 
     >>> unequal(Examples([[0.0], [0.0], [0.0], [7.0]], [0, 0, 1, 0]), count=3)
     tensor([2, 3, 0])
     """
     last = len(examples) - 1
     spread = torch.linspace(0, last, min(among, last + 1), dtype=torch.float64).round().long()
-    at = spread.to(examples.x.device)
+    first, extreme = [], []
+    if not isinstance(examples.x, Inputs):  # reading a whole data set is not for a check
+        first, extreme = _extremes(examples.x, holding)
+    candidates = list(dict.fromkeys([*first, *spread.tolist(), *extreme]))
+    at = torch.tensor(candidates, device=examples.x.device)
     distance = _distances(examples.y[at])
     for _, values in _tensors(examples.x[at]):
         distance = distance + _distances(values)
-    chosen = [int(distance.sum(1).argmax())]
-    while len(chosen) < min(count, len(spread)):
+    chosen = list(range(min(len(first), count))) or [int(distance.sum(1).argmax())]
+    while len(chosen) < min(count, len(candidates)):
         gap = distance[:, chosen].amin(1)
         gap[chosen] = -1.0
         chosen.append(int(gap.argmax()))
-    return spread[chosen]
+    return torch.tensor(candidates)[chosen]
+
+
+def _extremes(x: Tensor | Fields, holding: Iterable[int]) -> tuple[list[int], list[int]]:
+    """Positions of integer inputs with extreme values or those asked for, and of extreme others."""
+    first, others = [], []
+    for _, values in _tensors(x):
+        rows = values.detach().flatten(1)
+        if not rows.shape[1] or values.dtype == torch.bool:
+            continue
+        low, high = rows.amin(1), rows.amax(1)
+        ends = [int(low.argmin()), int(high.argmax()), int(high.argmin())]
+        if values.is_floating_point() or values.dtype == torch.uint8:
+            others += ends
+            continue
+        first += ends[:2]
+        for token in holding:
+            held = (rows == token).any(1)
+            first += [int(held.to(torch.uint8).argmax())] if bool(held.any()) else []
+    return list(dict.fromkeys(first))[:4], others
 
 
 def _distances(values: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.func import functional_call, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..data.examples import Examples, Inputs
-from ..data.fields import Fields, as_model_input
+from ..data.examples import Examples
+from ..data.fields import as_model_input
 from ..errors import UnsupportedModelError
 from ..memory import working_bytes
 from .layout import Layout, Places
@@ -77,7 +77,7 @@ class Objective:
         # call does not change its own.
         self.buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
         self._found: dict = {}  # see `once`
-        self._made_of = self._parts()
+        self._cast: torch.dtype | None = None
 
     def once(self, name: Hashable, measure: Callable[[], object]):
         """A fact about model and loss by name: ``measure()`` is called only the first time."""
@@ -89,47 +89,26 @@ class Objective:
         """What `once` has found under this name, or the default if nobody asked yet."""
         return self._found.get(name, default)
 
-    def forget(self, *names: Hashable) -> None:
-        """Drop what `once` has found under these names."""
-        for name in names:
-            self._found.pop(name, None)
-
-    def recall(self, other: "Objective") -> bool:
-        """Take over what `once` found for another stage, if it is this very function and data.
-
-        The values of the weights do not count: facts are about the function of them.
-        """
-        ours, theirs = self._made_of, other._made_of
-        same = len(ours) == len(theirs) and all(map(_same, ours, theirs))
-        same = same and all(torch.equal(b, other.buffers[n]) for n, b in self.buffers.items())
-        if same:
-            self._found = other._found
-        return same
-
-    def _parts(self) -> list:
-        """Everything but numbers that the function consists of.
-
-        Kept as objects, since the address of one that is gone may be given to another.
-        """
-        tensors = [self.data.y]
-        if not isinstance(self.data.x, Inputs):
-            tensors += self.data.x.values() if isinstance(self.data.x, Fields) else [self.data.x]
-        parts = [self.loss, self.data.x, self.dtype, str(self.device), *self.trained_names]
-        for tensor in tensors:
-            parts += [tensor, tensor._version]
-        for name, module in self.model.named_modules():
-            parts += [name, module, module.training, len(module._buffers)]
-            parts += [len(module._forward_hooks), len(module._forward_pre_hooks)]
-            for key, value in vars(module).items():
-                if not key.startswith("_"):
-                    parts += [key, value]
-        return parts
+    def recall(self, other: "Objective") -> None:
+        """Share what `once` has found and will find with another objective of the same function."""
+        self._found = other._found
 
     def on(self, data: Examples) -> "Objective":
         """The same function on other examples, with its own buffers; facts of `once` are shared."""
         other = copy.copy(self)
         other.data = data
         other.buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
+        return other
+
+    def cast(self, dtype: torch.dtype) -> "Objective":
+        """The same function on the same examples with parameters, buffers and data of this dtype.
+
+        The module itself stays as it is.
+        """
+        other = self.on(self.data.to(dtype))
+        other._cast, other._found = dtype, {}
+        floating = {name: b for name, b in other.buffers.items() if b.is_floating_point()}
+        other.buffers |= {name: buffer.to(dtype) for name, buffer in floating.items()}
         return other
 
     @property
@@ -156,7 +135,7 @@ class Objective:
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the parameters."""
-        return next(self.model.parameters()).dtype
+        return self._cast or next(self.model.parameters()).dtype
 
     def join(self, theta: Tensor, base: Tensor) -> Tensor:
         """All D parameters: ``theta`` (P,) in its places, the rest from ``base`` (D,)."""
@@ -243,11 +222,6 @@ class Objective:
             stop = min(start + step, count)
             part = slice(start, stop) if rows is None else rows[start:stop]
             yield part, examples.x[part], examples.y[part]
-
-
-def _same(a, b) -> bool:
-    """Whether two settings are one object, or equal and simple enough that this says it all."""
-    return a is b or (type(a) is type(b) and isinstance(a, (int, float, str, tuple)) and a == b)
 
 
 @dataclass

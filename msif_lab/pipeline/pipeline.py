@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from ..curvature.gate import lanes_agree
+from ..curvature.gate import fingerprint, lanes_agree
 from ..curvature.matrices import DataCurvature, curvature
 from ..curvature.soundness import (
     check_gradient,
@@ -84,15 +84,24 @@ class Pipeline:
 
     def _prepare(self) -> None:
         """Make functions of the stages, with their present settings, data and buffers."""
+        if len(self.stages) != len(self._initial):
+            raise ValueError(
+                "stages were added or taken out after the pipeline was made; make a new one: "
+                "Pipeline(stages)"
+            )
         functional: list[FunctionalStage] = []
+        moved, known = None, bool(self._functional)
         for k, stage in enumerate(self.stages):
             functional.append(FunctionalStage(stage, functional[-1] if functional else None))
             objective = functional[-1].objective
             check_examples(objective, stage.data, f"stage {stage.name!r} data")
-            if self._functional and objective.recall(self._functional[k].objective):
-                continue
-            check_gradient(objective)
+            inherited = functional[-1].inherited(moved)
+            known = known and fingerprint(self._functional[k].objective).fits(objective)
+            if known:  # what was found out about it still holds
+                objective.recall(self._functional[k].objective)
+            moved = objective.once("moved", functools.partial(check_gradient, objective, inherited))
             objective.once("lanes", functools.partial(lanes_agree, objective))
+            fingerprint(objective)
         self._functional = functional
 
     def index(self, stage: int | str) -> int:
@@ -252,6 +261,11 @@ class Pipeline:
             )
         for stage, p, full in zip(self.stages, self._functional, self._trained, strict=True):
             check_layers(stage.model, f"stage {stage.name!r}")
+            if p.modes() != p.checked_modes and not fingerprint(p.objective).fits(p.objective):
+                raise ValueError(
+                    f"stage {stage.name!r}: the model was switched between train and eval mode "
+                    "since fit(), and computes something else now; switch it back"
+                )
             for name, buffer in stage.model.named_buffers():
                 if not torch.equal(buffer, p.objective.buffers[name]):
                     raise ValueError(

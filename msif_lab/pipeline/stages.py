@@ -286,6 +286,23 @@ class FunctionalStage:
         names = {"coupled": self.coupled, "frozen": self.frozen}
         self.here = {how: layout.places(some) for how, some in names.items()}
         self.there = {how: earlier.places(some) for how, some in names.items()}
+        self.checked_modes = self.modes()
+
+    def modes(self) -> list[bool]:
+        """Which modules are in train mode."""
+        return [module.training for module in self.objective.model.modules()]
+
+    def inherited(self, moved: Tensor | None) -> Tensor:
+        """Which parameters ``(D,)`` take over one that depends on earlier example weights.
+
+        Args:
+            moved: which of the previous stage's ``(D',)`` do; None for the first.
+        """
+        mask = torch.zeros(self.objective.layout.size, dtype=torch.bool)
+        if moved is not None:
+            for how, places in self.here.items():
+                places.put(mask, self.there[how].take(moved))
+        return mask
 
     def start(self, lanes: Lanes) -> Lanes:
         """The lanes of a fresh run: shared parameters that it trains start at W*."""
