@@ -5,7 +5,7 @@ retraining.
 """
 
 from .curvature import GGN, Hessian, Operator, example_products, per_example_gradients
-from .data import Examples, load_cifar10, load_digits, load_mnist
+from .data import Examples, Fields, load_cifar10, load_digits, load_mnist
 from .errors import (
     ConvergenceWarning,
     DataUnavailableError,
@@ -91,6 +91,7 @@ __version__ = "0.2.0.dev0"
 __all__ = [
     # data
     "Examples",
+    "Fields",
     "load_digits",
     "load_mnist",
     "load_cifar10",

@@ -42,7 +42,7 @@ class Probe:
         examples = o.data if examples is None else examples
         few = few_unequal(o, examples).to(examples.x.device)
         self.objective = o
-        self.full = shifted(o, 0.2)
+        self.full = o.shifted(0.2)
         self.x = examples.x[few]
         self.y = examples.y[few]
 
@@ -137,21 +137,6 @@ class Fingerprint:
 def fingerprint(o: Objective) -> Fingerprint:
     """The fingerprint of a stage when it was checked, made once."""
     return o.once("fingerprint", lambda: Fingerprint(o))
-
-
-def shifted(o: Objective, size: float) -> Tensor:
-    """All parameters, each moved at random by ``size`` times the spread of its tensor, ``(D,)``.
-
-    Tensors of equal numbers, as biases and scales are at first, move by a quarter of ``size``.
-    """
-    generator = torch.Generator().manual_seed(0)
-    parts = []
-    for parameter in o.model.parameters():
-        values = parameter.detach().reshape(-1).to(o.dtype)
-        spread = float(values.std()) if len(values) > 1 else 0.0
-        noise = torch.randn(len(values), generator=generator, dtype=values.dtype).to(values.device)
-        parts.append(values + size * (spread or 0.25) * noise)
-    return torch.cat(parts)
 
 
 def lanes_agree(o: Objective) -> bool:

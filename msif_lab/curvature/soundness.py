@@ -20,7 +20,7 @@ from ..errors import UnsupportedModelError
 from ..objective.objective import Objective
 from ..objective.precision import HALF, computing_dtype
 from ..objective.switches import exact_products, twice_differentiable
-from .gate import LARGE, few_unequal, shifted
+from .gate import LARGE, few_unequal
 
 STEPS = {
     torch.float64: (1e-4, 1e-5, 1e-6, 1e-7, 1e-3, 1e-2),
@@ -77,7 +77,7 @@ def check_gradient(o: Objective, inherited: Tensor | None = None) -> Tensor:
         where = _culprit(probed, lambda *given: _exceeds(_gradient_error, close, *given))
         raise UnsupportedModelError(
             f"{o.where}: the gradient is not the derivative of the loss, off by "
-            f"{min(max(error, aside), 99):.0%}; the reason lies in {where}. A stop-gradient "
+            f"{max(error, min(aside, 1.0)):.0%}; the reason lies in {where}. A stop-gradient "
             "(detach), a straight-through estimator, a gradient reversal, a backward function of "
             "one's own or activation checkpointing does that; there is then no Hessian, so nothing "
             "here could predict its retraining. Replace it, or leave it out"
@@ -153,10 +153,12 @@ def _error_aside(risk: "_Risk", taken: Tensor) -> float:
                 continue
             up, down = (float(risk.value(theta + s * h * v)) for s in (1, -1))
             gap = max(0.0, abs((up - down) / (2 * h) - expected) - noise / h)
-            best = min(best, gap / size if size > 0 else gap and math.inf)
+            if size == 0:  # no gradient at all: then there must be no slope either
+                return math.inf if gap > 0 else 0.0
+            best = min(best, gap / size)
             if best < 0.1 * close:
                 break
-    return best if size == 0 or math.isfinite(best) else 0.0
+    return best if math.isfinite(best) else 0.0
 
 
 def missing_second_derivative(o: Objective) -> str:
@@ -201,7 +203,7 @@ def _missing_loss_curvature(o: Objective) -> str:
     if probed is None:
         return ""
     with torch.no_grad():
-        z = probed.outputs(shifted(probed, SHIFTS[1]), probed.data.x[: len(probed.data)])
+        z = probed.outputs(probed.shifted(SHIFTS[1]), probed.data.x[: len(probed.data)])
     if not z.is_floating_point():
         return ""
 
@@ -298,7 +300,7 @@ class _Risk:
         signs = torch.randn(len(self.y), generator=draw, dtype=o.dtype).sign()
         self.weights = (1 + 0.5 * signs).to(o.device)
         for size in SHIFTS:
-            self.full = shifted(o, size)
+            self.full = o.shifted(size)
             self.theta = o.layout.places(names).take(self.full)
             self.gradient = _slope(self.value, self.theta)[1]
             if bool(torch.isfinite(self.gradient).all()):

@@ -5,6 +5,7 @@ nearly always.
 """
 
 import copy
+import inspect
 import random
 import types
 from collections.abc import Callable, Iterable, Iterator
@@ -81,13 +82,20 @@ def _bits(name: str, bits: np.random.BitGenerator) -> Source:
 
 
 def _held_by(owner: object) -> Iterable:
-    """What an object holds: its attributes, or a container's entries unless there are many."""
+    """What an object holds: attributes, entries unless there are many, what a function reads."""
     if isinstance(owner, (torch.Tensor, np.ndarray, type, types.ModuleType)):
         return []
     if isinstance(owner, (list, tuple, dict)):
         entries = owner.values() if isinstance(owner, dict) else owner
         return list(entries) if len(owner) <= MANY else []
-    return list(getattr(owner, "__dict__", {}).values())
+    if isinstance(owner, types.MethodType):
+        return [owner.__self__, owner.__func__]
+    if isinstance(owner, types.FunctionType):
+        read = inspect.getclosurevars(owner)
+        return [*read.nonlocals.values(), *read.globals.values(), *vars(owner).values()]
+    forward = getattr(type(owner), "forward", None)  # of a module: it may read globals
+    reads = [forward] if isinstance(forward, types.FunctionType) else []
+    return [*reads, *getattr(owner, "__dict__", {}).values()]
 
 
 class States:

@@ -1,5 +1,6 @@
 """Checks made up front: what would otherwise fail late, or be silently wrong."""
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -10,6 +11,7 @@ from ..data.examples import Examples, unequal
 from ..data.fields import Fields
 from ..data.randomness import States, draws_from
 from ..errors import UnsupportedModelError
+from .layout import same_numbers
 from .losses import cross_entropy, next_token_loss, target_function
 from .objective import Objective
 from .precision import computing_dtype
@@ -32,12 +34,19 @@ def check_examples(objective: Objective, examples: Examples, name: str) -> None:
         UnsupportedModelError: the model is random or mixes the examples of a batch.
     """
     _check_inputs(objective, examples, name)
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"{objective.where}: PyTorch keeps no derivatives inside torch.inference_mode(); "
+            "leave it, or use torch.no_grad()"
+        )
     check_layers(objective.model, objective.where)
     _check_targets(objective, examples, name)
     few = unequal(examples).to(examples.x.device)
     x = examples.x[few]
     y = examples.y[few]
     outputs = _checked_outputs(objective, examples, x, name)
+    for buffer, value in objective.model.named_buffers():  # some are made in the first call
+        objective.buffers.setdefault(buffer, value.detach().clone())
     if objective.loss is cross_entropy:
         _check_labels(objective, examples, outputs, name)
     if objective.loss is next_token_loss:
@@ -70,7 +79,7 @@ def _check_inputs(o: Objective, examples: Examples, name: str) -> None:
         kinds = [f"the fields {names}" if names else "one tensor" for names in (here, there)]
         raise ValueError(
             f"{name}.x is {kinds[0]}, the data of {o.where} {kinds[1]}; give both alike "
-            "(Fields.pad makes fields of sequences that happen to be equally long)"
+            "(msif.Fields.pad makes fields of sequences that happen to be equally long)"
         )
 
 
@@ -102,7 +111,8 @@ def _checked_outputs(o: Objective, examples: Examples, x: Tensor, name: str) -> 
             drawn = draws_from(lambda: calls.append(probe.outputs(full, x)), o.model.modules())
             _refuse_draws(probe, full, x, drawn)
             _check_writes(probe, full, x, given)
-            alone = torch.cat([probe.outputs(full, x[i : i + 1]) for i in range(len(x))])
+            alone = _one_by_one(probe, full, x)
+            elsewhere = _outputs_elsewhere(probe, x) if examples is o.data else (alone, alone)
     except UnsupportedModelError:
         raise
     except Exception as error:  # whatever a model raises that was made for other inputs
@@ -112,13 +122,15 @@ def _checked_outputs(o: Objective, examples: Examples, x: Tensor, name: str) -> 
             f"{_hint(o, x, name)}"
         ) from error
     outputs, again = calls[:2]
-    close = _tolerance(o)
+    if not outputs.is_floating_point():
+        raise UnsupportedModelError(
+            f"{o.where}: the model gives {outputs.dtype}, which has no derivative; "
+            "return the floating numbers that it was computed from, such as logits"
+        )
     # NaN where the loss does not look, as behind padding, is the model's own business.
     fixed = torch.allclose(outputs, again, rtol=0, atol=0, equal_nan=True)
-    single = outputs.shape == alone.shape and torch.allclose(
-        outputs, alone, rtol=close, atol=close, equal_nan=True
-    )
-    if not fixed or not single:
+    close = _tolerance(o)
+    if not fixed or not _close(outputs, alone, close, 1e-2) or not _close(*elsewhere, close, 1e-2):
         raise UnsupportedModelError(
             f"{o.where}: the model's outputs change from call to call "
             "or with the batch around an example; influence needs a deterministic function "
@@ -156,14 +168,14 @@ def _check_writes(o: Objective, full: Tensor, x: Tensor, given: Tensor) -> None:
         x, given: what the inputs are after the call, and what they were.
     """
     for name, buffer in o.model.named_buffers():
-        if not torch.equal(buffer, o.buffers[name]):
+        if name in o.buffers and not same_numbers(buffer, o.buffers[name]):
             raise UnsupportedModelError(
                 f"{o.where}: calling the model writes into its buffer {name!r}, "
                 "so it is not a fixed function; call model.eval() first, or replace that layer"
             )
     now = o.layout.named(full)
     for name, parameter in o.model.named_parameters():
-        if not torch.equal(parameter, now[name]):
+        if not same_numbers(parameter, now[name]):
             raise UnsupportedModelError(
                 f"{o.where}: calling the model writes into its parameter {name!r}, so it is not a "
                 "fixed function; compute with a changed copy instead (weight / weight.norm())"
@@ -323,8 +335,7 @@ def _per_example(
     if not all(isinstance(value, Tensor) and value.numel() == 1 for value in singly):
         raise ValueError(f"{what} gives something else than one number (1,) for one {each}")
     alone = torch.cat([value.reshape(-1) for value in singly])
-    close = _tolerance(o)
-    if not torch.allclose(values, alone, rtol=close, atol=close, equal_nan=True):
+    if not _close(values, alone, _tolerance(o)):
         raise ValueError(
             f"{what} mixes the examples of a batch; it must give one per {each}, from it alone"
         )
@@ -352,6 +363,27 @@ def _require_row(values, count: int, what: str, each: str) -> None:
 def _alike(left: Tensor, right: Tensor) -> bool:
     """Whether all numbers are the same, NaN too."""
     return torch.allclose(left, right, rtol=0, atol=0, equal_nan=True)
+
+
+def _outputs_elsewhere(o: Objective, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The outputs together and one by one at other weights: a head of zeros hides all the rest."""
+    with contextlib.suppress(Exception):  # which need not be weights that the model can have
+        full = o.shifted(0.2)
+        return o.outputs(full, x), _one_by_one(o, full, x)
+    return torch.zeros(0), torch.zeros(0)
+
+
+def _one_by_one(o: Objective, full: Tensor, x: Tensor) -> Tensor:
+    return torch.cat([o.outputs(full, x[i : i + 1]) for i in range(len(x))])
+
+
+def _close(left: Tensor, right: Tensor, close: float, floor: float = 0.0) -> bool:
+    """Whether numbers agree relative to the largest, or to ``floor`` where all are smaller."""
+    size = float(left.detach().nan_to_num().abs().max()) if left.numel() else 0.0
+    scale = close * min(1.0, max(size, floor))
+    return left.shape == right.shape and torch.allclose(
+        left, right, rtol=close, atol=scale, equal_nan=True
+    )
 
 
 def _tolerance(o: Objective) -> float:

@@ -54,6 +54,13 @@ class Places:
         return torch.cat([torch.arange(0), *spans]).to(device)
 
 
+def same_numbers(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors hold the same numbers, of which some may be NaN."""
+    if torch.equal(left, right) or left.shape != right.shape or not left.is_floating_point():
+        return torch.equal(left, right)
+    return bool(((left == right) | (left.isnan() & right.isnan())).all())
+
+
 class Layout:
     """Where each named parameter of a module lies in one flat vector of ``D`` numbers.
 

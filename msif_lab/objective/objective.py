@@ -137,6 +137,20 @@ class Objective:
         """Dtype of the parameters."""
         return self._cast or next(self.model.parameters()).dtype
 
+    def shifted(self, size: float) -> Tensor:
+        """All parameters, each moved at random by ``size`` times its tensor's spread, ``(D,)``.
+
+        Tensors of equal numbers, as biases and scales are at first, move by a quarter of ``size``.
+        """
+        draw = torch.Generator().manual_seed(0)
+        parts = []
+        for parameter in self.model.parameters():
+            values = parameter.detach().reshape(-1).to(self.dtype)
+            spread = float(values.std()) if len(values) > 1 else 0.0
+            noise = torch.randn(len(values), generator=draw, dtype=values.dtype).to(values.device)
+            parts.append(values + size * (spread or 0.25) * noise)
+        return torch.cat(parts)
+
     def join(self, theta: Tensor, base: Tensor) -> Tensor:
         """All D parameters: ``theta`` (P,) in its places, the rest from ``base`` (D,)."""
         return theta if self._all else self.trained.put(base.clone(), theta)

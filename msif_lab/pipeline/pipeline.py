@@ -21,7 +21,7 @@ from ..curvature.soundness import (
 from ..data.examples import Examples
 from ..errors import UnsupportedModelWarning
 from ..objective.checks import ask, check_examples, check_layers
-from ..objective.layout import Layout
+from ..objective.layout import Layout, same_numbers
 from ..objective.objective import Lanes, Objective
 from ..objective.precision import half_precision, require_precision
 from . import saved
@@ -267,7 +267,7 @@ class Pipeline:
                     "since fit(), and computes something else now; switch it back"
                 )
             for name, buffer in stage.model.named_buffers():
-                if not torch.equal(buffer, p.objective.buffers[name]):
+                if not same_numbers(buffer, p.objective.buffers[name]):
                     raise ValueError(
                         f"stage {stage.name!r}: buffer {name!r} changed since fit(); call "
                         "pipeline.adopt() to take it"

@@ -11,7 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ..data.examples import Examples
-from ..objective.layout import Layout
+from ..objective.layout import Layout, same_numbers
 from ..objective.losses import cross_entropy
 from ..objective.objective import Lanes, Objective
 from .lbfgs import LBFGS
@@ -333,7 +333,7 @@ def check_buffers(stages: Sequence[Stage]) -> None:
         old = dict(before.model.named_buffers())
         for name, buffer in after.model.named_buffers():
             alike = name in old and old[name].shape == buffer.shape
-            if alike and not torch.equal(old[name], buffer):
+            if alike and not same_numbers(old[name], buffer):
                 raise ValueError(
                     f"stage {after.name!r}: buffer {name!r} differs from that of stage "
                     f"{before.name!r}; buffers are constants here, so copy them: "
