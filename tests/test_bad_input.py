@@ -267,6 +267,10 @@ BROUGHT = {  # what people bring -> argument, what was found, way out
         lambda: examples({"a": X, "b": X[:2]}),
         "fields | {'a': 6, 'b': 2} | one row",
     ),
+    "frames that are sorted otherwise": (
+        lambda: examples(pandas.DataFrame(X.numpy()), pandas.Series(Y.numpy())[::-1]),
+        "indices differ | y.loc[x.index] | to_numpy()",
+    ),
     "no fields": (lambda: examples({}), "fields | [] | strings"),
     "numbered fields": (lambda: examples({1: X}), "fields | [1] | strings"),
     "unlike rows": (

@@ -31,6 +31,20 @@ def to_inputs(x) -> Tensor | Fields:
     return to_tensor(x, "x")
 
 
+def require_same_index(x, y) -> None:
+    """Refuse a pandas frame and a series whose rows are named otherwise or stand otherwise.
+
+    Raises:
+        ValueError: rows would be paired by position, against what pandas users expect.
+    """
+    ours, theirs = (getattr(v, "index", None) for v in (x, y))
+    if all(hasattr(index, "equals") for index in (ours, theirs)) and not ours.equals(theirs):
+        raise ValueError(
+            "x and y are from pandas and their indices differ, but rows are paired by position; "
+            "align them first (y = y.loc[x.index]), or give arrays: x.to_numpy(), y.to_numpy()"
+        )
+
+
 def to_input(x, name: str) -> Tensor | Fields:
     """One example's input: a tensor, or `Fields` whose tensors are this example's alone."""
     if is_picture(x):

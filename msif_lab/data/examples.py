@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from ..storage import digest
-from .conversion import MOST_CLASSES, to_classes, to_ids, to_inputs, to_targets
+from .conversion import (
+    MOST_CLASSES,
+    require_same_index,
+    to_classes,
+    to_ids,
+    to_inputs,
+    to_targets,
+)
 from .fields import Fields, move
 from .inputs import Inputs, check_dataset, fixed_like, read_many
 from .tensors import require_finite
@@ -60,6 +67,7 @@ class Examples:
     """
 
     def __init__(self, x, y, ids=None, *, classes: Sequence | None = None):
+        require_same_index(x, y)
         self.x = x if isinstance(x, (Fields, Inputs)) else to_inputs(x)
         self.y, self.classes = to_targets(y, to_classes(classes))
         self.named = self.classes is not None  # else labels mean whatever the user says they mean
