@@ -467,7 +467,7 @@ BROUGHT = {  # what people bring -> argument, what was found, way out
     "half an iteration": (lambda: msif.LBFGS(max_iter=1.5), "max_iter=1.5 | whole number"),
     "weight decay by name": (
         lambda: build(weight_decay={"head": 0.1}),
-        "weight_decay={'head': 0.1} | one number | requires_grad_(False)",
+        "'only' | key 'head' matches no parameter | 'head.*' | head.bias",
     ),
     "optimizer": (lambda: build(recipe=optimiser()), "recipe=SGD | SGD(lr=0.1) | pipeline.adopt()"),
     "class of link": (lambda: linked(msif.Frozen), "'two' | link=<class | link=Frozen()"),
