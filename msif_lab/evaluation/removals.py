@@ -96,12 +96,12 @@ class Effects:
         """
         before, after = (_finite(n, v) for n, v in (("before", before), ("after", after)))
         groups = _check_subsets(subsets)
-        if before.ndim != 1 or after.shape != (len(before), len(groups)):
-            found = f"before {tuple(before.shape)} and after {tuple(after.shape)}"
-            turned = "; turn it: after.T" if after.T.shape == (len(before), len(groups)) else ""
+        expected = (before.numel(), len(groups))
+        if before.ndim != 1 or after.shape != expected:
+            turned = "; turn it: after.T" if tuple(after.shape) == expected[::-1] else ""
             raise ValueError(
-                f"{found}: expected (Q,) and (Q, R) with R = {len(groups)} groups, a column for "
-                f"each{turned}"
+                f"before {tuple(before.shape)} and after {tuple(after.shape)}: expected (Q,) and "
+                f"(Q, R) with R = {len(groups)} groups, a column for each{turned}"
             )
         ids = torch.arange(len(before)) if query_ids is None else torch.as_tensor(query_ids)
         if ids.shape != before.shape or ids.is_floating_point():
