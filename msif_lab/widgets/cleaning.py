@@ -8,7 +8,7 @@ import torch
 from .. import plots
 from ..data.examples import Examples
 from ..evaluation.comparison import detection
-from ..evaluation.removals import default_protocol, require_start, require_still
+from ..evaluation.removals import default_protocol, removal_base, require_start
 from ..figures import img
 from ..influence.result import Influence
 from ..pipeline.pipeline import Pipeline
@@ -350,14 +350,12 @@ class CleaningExplorer(Explorer):
         warm = protocol == "warm-start"  # then "before" is going on with nobody removed
 
         def work(pipeline):
+            if pipeline.adopted:  # refuses weights that are no optimum
+                removal_base(pipeline, self.judges, "loss", protocol)
             weights = torch.ones(1 + warm, self.count)
             weights[-1, removed] = 0
             again = pipeline.retrain({self.stage: weights}, warm_start=warm, progress=False)
-            found = self._judge(again)
-            if pipeline.adopted:
-                nobody, without = found["loss"].double().split(1, dim=1)
-                require_still(pipeline, self.judges, "loss", nobody[:, 0], without)
-            return found
+            return self._judge(again)
 
         def done(found):
             if warm:
