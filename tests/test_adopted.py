@@ -166,6 +166,17 @@ def test_leave_one_out_is_a_refit_of_ridge():
         close(-scores[:, i], torch.tensor(change), 1e-9, i)
 
 
+def test_training_reaches_the_optimum_where_classes_share_a_free_bias(digits):
+    """That direction has no curvature; rounding makes it negative in some of these."""
+    for seed in range(6):
+        for classes in ((0, 1, 2), (0, 7)):
+            data = digits[0].select(classes=classes, n=60, seed=seed)
+            net = msif.softmax_regression(64, len(classes)).double()
+            stage = msif.Stage("only", net, data, weight_decay={"weight": 0.02, "bias": 0.0})
+            report = msif.Pipeline([stage]).fit(progress=False).reports[0]
+            assert float(report.gradient_norm) < 1e-12, (seed, classes)
+
+
 def stacked(first, second):
     """The nets of both stages: the second one's classifier reads the first one's outputs."""
     head = copy.deepcopy(second)

@@ -130,6 +130,10 @@ class Pipeline:
     def adopt(self) -> "Pipeline":
         """Take the models' present weights as the trained ones, after your own training code.
 
+        The stages' losses and weight decay must be those of your code; their recipes only say how
+        to retrain. Where your code did not end at an optimum, `Effects.from_values` takes the
+        effects that it measures itself.
+
         Raises:
             ValueError: a frozen parameter or a buffer differs from the previous stage's, or NaN or
                 inf in the weights.
