@@ -827,4 +827,4 @@ def test_the_example_in_the_readme(capsys):
         inside.fit(progress=False), queries, space["groups"], progress=False
     )
     close(space["effects"].values, effects.values, 1e-9)
-    assert msif.agreement(space["scores"], effects).mean("rho") > 0.3
+    assert msif.agreement(space["scores"], effects).mean("rho") > 0.2
