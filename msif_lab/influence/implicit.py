@@ -24,6 +24,7 @@ from ..solvers.exact import Exact
 from ..solvers.report import SolveReport
 from .cost import Plan, plan
 from .leave_one_out import removal_steps
+from .replay import as_proximal
 from .result import Influence, TopInfluence, rank_stream
 
 __all__ = ["ImplicitInfluence"]
@@ -114,7 +115,7 @@ class ImplicitInfluence:
         self._steps: dict[int, Tensor] = {}  # by stage, from `removal_steps`
         self._prepared = []
         for stage in pipeline.stages:
-            _refuse_warm_start(stage)
+            _refuse_warm_start(stage, pipeline.adopted)
         if self.solver == "auto":
             self.plan_ = plan(pipeline, kind=self.curvature, damping=self.damping)
             print(self.plan_)
@@ -271,13 +272,11 @@ def _together(reports: Sequence[SolveReport]) -> SolveReport:
     )
 
 
-def _refuse_warm_start(stage: Stage) -> None:
+def _refuse_warm_start(stage: Stage, adopted: bool) -> None:
     if isinstance(stage.link, WarmStart):
-        known = hasattr(stage.recipe, "equivalent_alpha")
-        alpha = f"{stage.recipe.equivalent_alpha(len(stage.data)):.3g}" if known else "..."
+        run = "" if adopted else "use UnrolledInfluence on a run by SGD(...) or Adam(...); or "
         raise ValueError(
             f"stage {stage.name!r} has link=WarmStart(): a minimum does not depend on where "
-            "training started, so implicit influence has nothing to say. Use UnrolledInfluence; "
-            "or read the finetuning as proximal: the same stages with "
-            f"link=Proximal(alpha={alpha}) in a Pipeline of their own, then adopt()"
+            f"training started, so implicit influence has nothing to say; {run}"
+            f"{as_proximal(stage)}, and curvature='ggn' where that is no minimum"
         )

@@ -245,11 +245,19 @@ def _polish(lanes: Lanes, theta: Tensor, max_steps: int = 60) -> tuple[Tensor, i
 
 
 def _hessian_factor(lanes: Lanes, theta: Tensor, lane: int) -> Tensor | None:
-    """Cholesky factor of one lane's Hessian, None where it is not positive definite."""
+    """Cholesky factor of one lane's Hessian, None where it is not positive definite.
+
+    Directions in which F is flat count as positive: classes that share a bias without a penalty
+    leave one. The gradient has nothing there, so it does not matter how they are divided.
+    """
     if missing_second_derivative(lanes.objective):
         return None
     one = torch.tensor([lane], device=theta.device)
     full = lanes.select(one).full(theta[one])[0]
     matrix = Hessian(lanes.objective, full, lanes.weights[lane]).dense()
     factor, failed = torch.linalg.cholesky_ex(matrix)
+    if bool(failed):
+        rounding = 100 * len(matrix) * torch.finfo(matrix.dtype).eps
+        matrix.diagonal().add_(rounding * matrix.diagonal().abs().max())
+        factor, failed = torch.linalg.cholesky_ex(matrix)
     return None if bool(failed) else factor

@@ -1,5 +1,6 @@
 """The pipeline of stages: fit, adopt, retrain under example weights, save, load."""
 
+import copy
 import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -138,11 +139,16 @@ class Pipeline:
     def adopt(self) -> "Pipeline":
         """Take the models' present weights as the trained ones, after your own training code.
 
+        The stages' losses and weight decay must be those of your code; their recipes only say how
+        to retrain. Where your code did not end at an optimum, `Effects.from_values` takes the
+        effects that it measures itself.
+
         Raises:
-            ValueError: a frozen parameter differs from the previous stage's, or NaN or inf in the
-                weights.
+            ValueError: a frozen parameter or a buffer differs from the previous stage's, or NaN or
+                inf in the weights.
         """
         self._prepare()
+        check_buffers(self.stages)
         present = [p.objective.layout.flatten(p.objective.model) for p in self._functional]
         for k in range(1, len(present)):
             p = self._functional[k]
@@ -150,12 +156,17 @@ class Pipeline:
             if not torch.equal(ours, theirs):
                 raise ValueError(
                     f"{p.objective.where}: frozen parameters {p.frozen} differ from those of "
-                    f"stage {self.stages[k - 1].name!r}; copy them over, or train them: "
-                    "link=Proximal(alpha=...) or WarmStart()"
+                    f"stage {self.stages[k - 1].name!r}; copy them over, or, if this stage trained "
+                    "them too, link=Proximal(alpha=...)"
                 )
         self._take(present)
         self.reports = None
         return self
+
+    @property
+    def adopted(self) -> bool:
+        """Whether the weights were not trained here, by the stages' recipes, but taken over."""
+        return self._trained is not None and self.reports is None
 
     def _run(
         self, weights, starts, warm: bool, progress: bool
@@ -179,10 +190,10 @@ class Pipeline:
 
     def require_repeatable(self) -> None:
         """Raise `ValueError` where a rerun would not repeat the run of `fit`."""
-        if self._trained is not None and self.reports is None:
+        if self.adopted:
             raise ValueError(
-                "the pipeline's weights were adopted, so how they came about is unknown; use "
-                "warm_start=True, or fit()"
+                "the pipeline's weights were adopted, or converted by to(), so the run behind them "
+                "is not known; use warm_start=True, or fit()"
             )
         if changed := self._changed():
             raise ValueError(
@@ -230,7 +241,10 @@ class Pipeline:
 
     def _take(self, trained: list[Tensor] | None) -> None:
         self._trained = trained
-        self._settings = [dict(vars(s)) for s in self.stages]
+        # A mapping may be changed in place, so it is copied.
+        self._settings = [
+            vars(s) | {"weight_decay": copy.copy(s.weight_decay)} for s in self.stages
+        ]
         self._curvatures: dict[tuple[int, str], DataCurvature] = {}
 
     def _changed(self) -> list[str]:
@@ -412,7 +426,11 @@ class Pipeline:
             raise ValueError(
                 f"{'; '.join(changed)} changed since fit(); call fit() or adopt() before save()"
             )
-        saved.write(path, self.facts(), self._initial, trained, self.reports or [])
+        facts = self.facts()
+        if self.adopted:
+            for stage in facts["stages"]:
+                stage["recipe"] = saved.ADOPTED
+        saved.write(path, facts, self._initial, trained, self.reports or [])
 
     def load(self, path) -> "Pipeline":
         """Take the weights of a saved pipeline of the same stages.
@@ -437,7 +455,8 @@ class Pipeline:
                 f"  {s.name}: {p.objective.size} of {p.objective.layout.size} parameters trained "
                 f"on {len(s.data)} examples{link}"
             )
-        lines.append(")" if self._trained else ") not trained yet")
+        state = " not trained yet" if self._trained is None else " adopted" if self.adopted else ""
+        lines.append(f"){state}")
         return "\n".join(["Pipeline(", *lines])
 
 

@@ -2,8 +2,9 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from .recipes import is_number
 
 __all__ = ["Frozen", "Proximal", "Stage", "WarmStart"]
 
+WeightDecay = float | Mapping[str, float] | Callable[[str], float]
 Shared = str | Sequence[str] | Callable[[str], bool] | None
 
 
@@ -114,9 +116,77 @@ class WarmStart:
 Link = Frozen | Proximal | WarmStart
 
 
+def decays(given: WeightDecay, layout: Layout, trained: Sequence[str], where: str):
+    """λ as `Objective` takes it: one number, or by name; see `Stage` for how names are matched."""
+    if is_number(given):
+        return given
+    if callable(given):
+        found = {name: given(name) for name in trained}
+        for name, value in found.items():
+            if not _is_decay(value):
+                raise ValueError(
+                    f"{where}: weight_decay gives {value!r} for {name!r}; it must give zero or a "
+                    "positive number for every name"
+                )
+        return found
+    found = {}
+    for key, value in given.items():
+        matched = [n for n in layout.shapes if _decides(key, n)]
+        new = [n for n in matched if n not in found]
+        if not matched:
+            raise ValueError(
+                f"{where}: weight_decay key {key!r} matches no parameter; a key is a whole "
+                "name, its last part, or a pattern such as 'head.*', and the names are "
+                f"{list(layout.shapes)}"
+            )
+        if not new:
+            raise ValueError(
+                f"{where}: weight_decay key {key!r} decides nothing, since the first key that "
+                "matches a parameter counts; put it before the more general ones"
+            )
+        found |= dict.fromkeys(new, value)
+    if missing := [name for name in trained if name not in found]:
+        raise ValueError(
+            f"{where}: no key of weight_decay matches the trained parameters {missing}; add them, "
+            'or "*": λ as the last key for all others'
+        )
+    return found
+
+
+def _decides(key: str, name: str) -> bool:
+    return key in (name, name.rpartition(".")[2]) or fnmatchcase(name, key)
+
+
+def _is_decay(value) -> bool:
+    return is_number(value) and 0 <= value < math.inf
+
+
+def _decay_problem(given) -> str:
+    """What is wrong with a weight decay as such, in words; empty if nothing is."""
+    if _is_decay(given) or (callable(given) and not isinstance(given, type)):
+        return ""
+    if isinstance(given, Mapping) and given:
+        bad = {k: v for k, v in given.items() if not isinstance(k, str) or not _is_decay(v)}
+        return f"weight_decay holds {bad}; it maps names to zero or positive numbers" if bad else ""
+    return (
+        f"weight_decay={given!r} must be zero or positive: one number for all that the stage "
+        'trains, numbers by name such as {"bias": 0.0, "*": 1e-2}, or a function of the name; '
+        "leave parameters out of training by requires_grad_(False)"
+    )
+
+
 @dataclass
 class Stage:
     """One training stage: ``F(θ; w) = (1/m) Σ_i w_i f_i(θ) + (λ/2) ‖θ‖²`` over what it trains.
+
+    ``weight_decay`` may differ between parameters, as where biases and norms have none: the penalty
+    is then ``½ Σ_j λ_j θ_j²``. In a mapping a key matches a parameter by its whole name
+    (``"head.bias"``), by the last part of it (``"bias"``), or as a pattern of the whole name with
+    ``*`` (``"*.norm.*"``). The first key that matches counts, so ``"*"`` comes last.
+
+    scikit-learn sums its losses and leaves the intercept free: for ``LogisticRegression(C)`` on m
+    examples ``weight_decay={"weight": 1 / (C * m), "bias": 0.0}``, for ``Ridge(alpha)`` under
+    `mean_squared_error` on one output ``{"weight": 2 * alpha / m, "bias": 0.0}``.
 
     Args:
         name: unique in the pipeline.
@@ -124,31 +194,37 @@ class Stage:
             into it.
         data: the `Examples` it is trained on.
         loss: ``(outputs, targets) -> (B,)``; cross-entropy by default.
-        weight_decay: λ ≥ 0 on every parameter this stage trains, biases included.
+        weight_decay: λ ≥ 0 on every parameter this stage trains, biases included; or λ by name, as
+            a mapping or a function of the name.
         link: how it takes over from the previous stage: `Frozen`, `Proximal` or `WarmStart`; None
             for the first.
         recipe: how it is trained; `LBFGS` by default.
+
+    >>> import msif_lab as msif
+    >>> train, _ = msif.load_digits()
+    >>> model = msif.mlp(64, hidden=(8,), classes=10)
+    >>> stage = Stage("digits", model, train, weight_decay={"bias": 0.0, "*": 1e-3})
+    >>> print(msif.Pipeline([stage]))
+    Pipeline(
+      digits: 610 of 610 parameters trained on 1201 examples
+    ) not trained yet
     """
 
     name: str
     model: nn.Module
     data: Examples
     loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy
-    weight_decay: float = 0.0
+    weight_decay: WeightDecay = 0.0
     link: Link | None = None
     recipe: LBFGS | object = field(default_factory=LBFGS)
 
     def problems(self, first: bool) -> list[str]:
         """Everything wrong with the settings; ``first``: whether no stage comes before."""
         problems = []
-        problems += filter(None, [_model_problem(self.model), _loss_problem(self.loss)])
+        own = (_model_problem(self.model), _loss_problem(self.loss))
+        problems += filter(None, (*own, _decay_problem(self.weight_decay)))
         if not isinstance(self.data, Examples):
             problems.append(_no_examples(self.data))
-        if not is_number(self.weight_decay) or not 0 <= self.weight_decay < math.inf:
-            problems.append(
-                f"weight_decay={self.weight_decay!r} must be zero or positive, one number for all "
-                "that the stage trains; leave parameters out by requires_grad_(False)"
-            )
         if not hasattr(self.recipe, "run") or isinstance(self.recipe, type):
             given = " ".join(repr(self.recipe).split())
             problems.append(
@@ -276,7 +352,7 @@ class FunctionalStage:
             stage.model,
             stage.data,
             stage.loss,
-            stage.weight_decay,
+            decays(stage.weight_decay, layout, trained, where),
             trained,
             alpha,
             self.coupled,
