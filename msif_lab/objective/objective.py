@@ -23,7 +23,7 @@ from ..data.fields import Fields, as_model_input
 from ..errors import UnsupportedModelError
 from ..memory import working_bytes
 from .layout import Layout, Places
-from .wrapping import no_tensor
+from .wrapping import is_compiled, no_tensor
 
 
 @contextmanager
@@ -92,6 +92,7 @@ def _cudnn_off() -> Iterator[None]:
 
 
 _FUSED_OFF, _CUDNN_OFF = _Switch(_fused_attention_off), _Switch(_cudnn_off)
+_COMPILER_OFF = _Switch(lambda: torch.compiler.set_stance("force_eager"))
 
 
 @contextmanager
@@ -105,10 +106,12 @@ def differentiable_attention() -> Iterator[None]:
 def twice_differentiable(model: nn.Module) -> Iterator[None]:
     """A forward pass without the kernels that have no second derivative.
 
-    These are fused attention and, on CUDA, the recurrent layers of cuDNN.
+    These are fused attention, what `torch.compile` made of a layer and, on CUDA, the recurrent
+    layers of cuDNN.
     """
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-    with _FUSED_OFF, _CUDNN_OFF if recurrent else nullcontext():
+    eager = _COMPILER_OFF if is_compiled(model) else nullcontext()
+    with _FUSED_OFF, eager, _CUDNN_OFF if recurrent else nullcontext():
         yield
 
 

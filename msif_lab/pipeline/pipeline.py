@@ -24,6 +24,7 @@ from ..objective.checks import ask, check_examples, check_layers
 from ..objective.layout import Layout
 from ..objective.objective import Lanes, Objective
 from ..objective.precision import half_precision, require_precision
+from ..objective.wrapping import plain_module
 from . import saved
 from .recipes import FitReport
 from .stages import FunctionalStage, Stage, check_buffers
@@ -61,7 +62,10 @@ class Pipeline:
                         "parameter object; each stage needs a model of its own "
                         "(copy.deepcopy(model)), the link carries values across"
                     )
-        self._initial = [Layout(s.model, s.name).flatten(s.model) for s in self.stages]
+        models = [plain_module(s.model) for s in self.stages]
+        self._initial = [
+            Layout(m, s.name).flatten(m) for m, s in zip(models, self.stages, strict=True)
+        ]
         self.reports: list[FitReport] | None = None
         self._take(None)
         self._functional: list[FunctionalStage] = []
@@ -116,7 +120,7 @@ class Pipeline:
         models as they were.
         """
         self._prepare()
-        check_buffers(self.stages)
+        check_buffers(self._functional)
         for stage, functional in zip(self.stages, self._functional, strict=True):
             if hasattr(stage.recipe, "tol"):
                 require_precision(functional.objective, f"training to an optimum by {stage.recipe}")
@@ -206,7 +210,7 @@ class Pipeline:
         pairs = [
             (q, new[n])
             for s, new in zip(self.stages, named, strict=True)
-            for n, q in s.model.named_parameters()
+            for n, q in plain_module(s.model).named_parameters()
         ]
         old = [q.detach().clone() for q, _ in pairs]
         with torch.no_grad():
@@ -251,14 +255,15 @@ class Pipeline:
                 "your own training"
             )
         for stage, p, full in zip(self.stages, self._functional, self._trained, strict=True):
-            check_layers(stage.model, f"stage {stage.name!r}")
-            for name, buffer in stage.model.named_buffers():
+            model = plain_module(stage.model)
+            check_layers(model, f"stage {stage.name!r}")
+            for name, buffer in model.named_buffers():
                 if not torch.equal(buffer, p.objective.buffers[name]):
                     raise ValueError(
                         f"stage {stage.name!r}: buffer {name!r} changed since fit(); call "
                         "pipeline.adopt() to take it"
                     )
-            if not torch.equal(p.objective.layout.flatten(stage.model), full):
+            if not torch.equal(p.objective.layout.flatten(model), full):
                 raise ValueError(
                     f"stage {stage.name!r}: the model's weights changed since fit(); call "
                     "pipeline.adopt() to take them"
@@ -423,6 +428,7 @@ class Pipeline:
                 f"  {s.name}: {p.objective.size} of {p.objective.layout.size} parameters trained "
                 f"on {len(s.data)} examples{link}"
             )
+            lines += [f"    {p.sharing}"] if p.sharing else []
         lines.append(")" if self._trained else ") not trained yet")
         return "\n".join(["Pipeline(", *lines])
 
