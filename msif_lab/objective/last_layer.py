@@ -112,7 +112,9 @@ def _recorded(model: nn.Module) -> Iterator[list[_Call]]:
 
     for name, module in model.named_modules():
         if "parametrizations" not in name.split("."):  # which are called to make a layer's weight
-            watch(name, module, _has_matrix(module))
+            # A model that holds its parameters itself may be several layers.
+            own_kind = name or type(module).__module__.startswith("torch.nn.")
+            watch(name, module, bool(own_kind) and _has_matrix(module))
     try:
         yield calls
     finally:
@@ -164,7 +166,7 @@ def _outside_modules(
     everywhere: dict[str, set[Node]],
     depth: dict[Node, int],
 ) -> LastLayer:
-    """The matrices nearest to the outputs, with the vectors of the same module."""
+    """The matrices nearest to the outputs, with the same module's vectors after them."""
 
     def distance(name: str) -> int:
         return min(depth[node] for node in near[name])
@@ -173,7 +175,8 @@ def _outside_modules(
     nearest = {name for name in matrices if distance(name) == least}
     nearest = {name for name in nearest if everywhere[name] == near[name]}
     homes = {name.rpartition(".")[0] for name in nearest}
-    beside = {n for n in near if n not in matrices and n.rpartition(".")[0] in homes}
+    vectors = [name for name in near if name not in matrices and distance(name) <= least]
+    beside = {name for name in vectors if name.rpartition(".")[0] in homes}
     return LastLayer(parameters=frozenset(nearest | beside))
 
 

@@ -113,7 +113,7 @@ def _by_default(offered: dict[str, str], before: Objective, after: Objective) ->
     _refuse_lost_adapters(pairs, before, after)
     free = [n for n in ours if n not in pairs and n not in apart]
     lost = [n for n in theirs if n not in pairs.values()]
-    if found := _look_alikes(free, lost, before, after):
+    if found := _look_alikes(pairs, free, lost, before, after):
         _ask(found, pairs, before, after)
     return pairs
 
@@ -132,19 +132,40 @@ def _ask(found: dict[str, str], pairs: dict[str, str], before: Objective, after:
 
 
 def _look_alikes(
-    free: Iterable[str], lost: Iterable[str], before: Objective, after: Objective
+    pairs: dict[str, str],
+    free: Sequence[str],
+    lost: Sequence[str],
+    before: Objective,
+    after: Objective,
 ) -> dict[str, str]:
     """Parameters here without partner, each with one there of the same shape and a similar name.
 
-    The last layer there counts only where all of its name is the end of the other.
+    Similar are also names that differ beyond a change of prefix which other parameters show. The
+    last layer there counts only where all of its name is the end of the other.
+
+    Args:
+        pairs: what is known to be the same.
+        free, lost: the names here and there that may have a partner.
     """
+    found: dict[str, str] = {}
+    for _ in range(2):  # what is found first shows how prefixes change
+        prefixes = _renamed(pairs | found)
+        names = {n: _renaming(n, prefixes) or n for n in free if n not in found}
+        found |= _most_similar(names, [n for n in lost if n not in found.values()], before, after)
+    return {name: found[name] for name in after.layout.shapes if name in found}
+
+
+def _most_similar(
+    names: Mapping[str, str], lost: Iterable[str], before: Objective, after: Objective
+) -> dict[str, str]:
+    """Pairs of equal shape, most similar first; ``names`` by what they may be called there."""
     ours, theirs = after.layout.shapes, before.layout.shapes
     by_shape: dict[torch.Size, list[tuple[str, list[str]]]] = {}
     for name in lost:
         by_shape.setdefault(theirs[name], []).append((name, seen_through(name).split(".")))
     scores = []
-    for here in free:
-        parts = seen_through(here).split(".")
+    for here, name in names.items():
+        parts = seen_through(name).split(".")
         for there, others in by_shape.get(ours[here], ()):
             common, wrapped = _likeness(parts, others)
             if common:
@@ -154,7 +175,7 @@ def _look_alikes(
     for wrapped, _, here, there in sorted(scores, key=lambda score: score[:2], reverse=True):
         if here not in found and there not in found.values() and (wrapped or there not in last):
             found[here] = there
-    return {name: found[name] for name in ours if name in found}
+    return found
 
 
 def _likeness(left: list[str], right: list[str]) -> tuple[int, bool]:
@@ -217,7 +238,7 @@ def _by_mapping(shared: Mapping[str, str], before: Objective, after: Objective) 
     free = [n for n in ours if n not in pairs] if prefixes else []
     apart = left_out(after) if free else set()
     lost = [n for n in theirs if n not in pairs.values()]
-    found = _look_alikes([n for n in free if n not in apart], lost, before, after)
+    found = _look_alikes(pairs, [n for n in free if n not in apart], lost, before, after)
     if found:
         raise ValueError(
             f"{after.where}: shared={dict(shared)} leaves out parameters that look the same; add "
@@ -305,21 +326,18 @@ def _prefixes(
 
 def buffer_pairs(pairs: Mapping[str, str], before: Objective, after: Objective) -> dict[str, str]:
     """The buffers of both models, by the prefixes in which the shared parameters' names differ."""
-    prefixes = sorted(_renamed(pairs), key=lambda pair: len(pair[0]), reverse=True)
-    theirs, found = before.buffers, {}
-    plainly = _plainly(theirs)
+    prefixes, plainly = _renamed(pairs), _plainly(before.buffers)
+    found = {}
     for name in after.buffers:
-        for here, there in prefixes:
-            same = there + name[len(here) :]
-            partner = same if same in theirs else plainly.get(seen_through(same))
-            if name.startswith(here) and partner is not None:
-                found[name] = partner
-                break
+        same = _renaming(name, prefixes)
+        partner = same if same in before.buffers else plainly.get(seen_through(same or ""))
+        if same is not None and partner is not None:
+            found[name] = partner
     return found
 
 
-def _renamed(pairs: Mapping[str, str]) -> set[tuple[str, str]]:
-    """The prefixes by which the two names of each pair differ, (here, there)."""
+def _renamed(pairs: Mapping[str, str]) -> list[tuple[str, str]]:
+    """The prefixes by which the two names of each pair differ, (here, there), longest first."""
     found = set()
     for name, partner in pairs.items():
         if seen_through(name) == seen_through(partner):
@@ -330,7 +348,14 @@ def _renamed(pairs: Mapping[str, str]) -> set[tuple[str, str]]:
             here.pop()
             there.pop()
         found.add(tuple("".join(f"{s}." for s in parts) for parts in (here, there)))
-    return found
+    return sorted(found, key=lambda prefixes: len(prefixes[0]), reverse=True)
+
+
+def _renaming(name: str, prefixes: Sequence[tuple[str, str]]) -> str | None:
+    """A name here as it is there, or None where no prefix says how."""
+    return next(
+        (there + name[len(here) :] for here, there in prefixes if name.startswith(here)), None
+    )
 
 
 # ---- Words ----
