@@ -383,6 +383,9 @@ def test_mappings_by_name_and_by_prefix():
     assert pair(swapped).functional(1).shared == dict(reversed(swapped.items()))
     wrapped = WRAPPERS["compiled"](Net(1))  # by the names that the wrapper shows
     assert len(pair({"_orig_mod.body.": "body."}, second=wrapped).functional(1).shared) == 4
+    assert len(pair("_orig_mod.body.", second=wrapped).functional(1).shared) == 4
+    with pytest.raises(ValueError, match="no parameter is shared"):
+        pair("_orig_mod.", second=wrapped)  # not everything, as an empty prefix would be
     one = {"_orig_mod.body.0.bias": "module.body.0.bias"}
     assert pair(one, second=wrapped).functional(1).shared == {"body.0.bias": "body.0.bias"}
 

@@ -88,7 +88,7 @@ def _plainly(names: Iterable[str]) -> dict[str, str]:
 def _chosen(shared: Shared, offered: list[str], where: str) -> list[str]:
     """The names that a prefix, a function or a list picks among those of both models."""
     if isinstance(shared, str):
-        return [n for n in offered if n.startswith(shared)]
+        return list(_behind(shared, offered))
     if callable(shared):
         return [n for n in offered if shared(n)]
     if not isinstance(shared, Iterable):
@@ -233,13 +233,10 @@ def _by_mapping(shared: Mapping[str, str], before: Objective, after: Objective) 
             f"{after.where}: shared= maps {' and '.join(map(repr, here))} to one parameter "
             f"{twice[0]!r} of {before.where}; map one of them, and leave the other out"
         )
-    ours = [n for n in after.layout.shapes if any(_starts(n, prefix) for prefix in prefixes)]
-    theirs = [n for n in before.layout.shapes if any(_starts(n, shared[p]) for p in prefixes)]
-    free = [n for n in ours if n not in pairs] if prefixes else []
-    apart = left_out(after) if free else set()
-    lost = [n for n in theirs if n not in pairs.values()]
-    found = _look_alikes(pairs, [n for n in free if n not in apart], lost, before, after)
-    if found:
+    free = {n for p in prefixes for n in _behind(p, after.layout.shapes)} - pairs.keys()
+    lost = {n for p in prefixes for n in _behind(shared[p], before.layout.shapes)}
+    free -= left_out(after) if free else set()
+    if found := _look_alikes(pairs, sorted(free), sorted(lost - {*pairs.values()}), before, after):
         raise ValueError(
             f"{after.where}: shared={dict(shared)} leaves out parameters that look the same; add "
             f"{found}, or name what is shared one by one instead of by prefixes"
@@ -272,21 +269,21 @@ def _find(name: str, names: Names) -> str | None:
     return name if name in names else _plainly(names).get(seen_through(name))
 
 
-def _starts(name: str, prefix: str) -> bool:
-    return name.startswith(prefix) or seen_through(name).startswith(seen_through(prefix))
+def _behind(prefix: str, names: Iterable[str]) -> dict[str, str]:
+    """The names with this prefix, each with what follows it; as they are, or seen through."""
+    names = list(names)
+    found = {name: name[len(prefix) :] for name in names if name.startswith(prefix)}
+    if found or not seen_through(prefix):  # which would be all names
+        return found
+    plain, start = {name: seen_through(name) for name in names}, seen_through(prefix)
+    return {n: name[len(start) :] for n, name in plain.items() if name.startswith(start)}
 
 
 def _under(here: str, there: str, before: Objective, after: Objective) -> dict[str, str]:
     """The pairs of names that differ in their prefixes ``here`` and ``there`` only."""
     theirs, plainly = before.layout.shapes, _plainly(before.layout.shapes)
     pairs = {}
-    for name in after.layout.shapes:
-        if name.startswith(here):
-            rest = name[len(here) :]
-        elif _starts(name, here):
-            rest = seen_through(name)[len(seen_through(here)) :]
-        else:
-            continue
+    for name, rest in _behind(here, after.layout.shapes).items():
         same = there + rest
         partner = same if same in theirs else plainly.get(seen_through(same))
         if partner is not None:
@@ -314,7 +311,7 @@ def _prefixes(
         for kept in range(end, 0, -1):  # the longest common end leaves the shortest prefixes
             left, right = ("".join(f"{s}." for s in parts[:-kept]) for parts in (here, there))
             reached = _under(left, right, before, after)
-            within = any(_starts(h, left) and _starts(t, right) for h, t in apart)
+            within = any(h.startswith(left) and t.startswith(right) for h, t in apart)
             if name in reached and reached.items() <= pairs.items() and not within:
                 mapping[left] = right
                 done |= reached.keys()
