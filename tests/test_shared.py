@@ -8,6 +8,7 @@ import ast
 import copy
 import functools
 import re
+import threading
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from oracles import (
     implicit_scores,
     random_examples,
     relative_error,
+    same,
     unrolled_scores,
 )
 from torch import nn
@@ -29,6 +31,7 @@ from msif_lab.objective import Objective
 from msif_lab.objective.last_layer import find_last_layer
 from msif_lab.objective.wrapping import plain_module, seen_through
 from msif_lab.pipeline.sharing import shared_parameters
+from msif_lab.widgets.background import Stopped, stoppable_copy
 
 CLASSES = 3  # in both stages, so that names and shapes alone would share the classifier too
 SGD = msif.SGD(0.2, momentum=0.5, epochs=3, batch_size=8)
@@ -255,14 +258,64 @@ def test_fit_writes_into_the_wrapper_and_the_module_inside():
     for name in ("compiled", "averaged", "parallel"):
         inner = Net(1)
         wrapper = WRAPPERS[name](inner)
-        pipeline = two_stages(Net(0), wrapper, msif.Frozen()).fit(progress=False)
+        pipeline = two_stages(Net(0), wrapper, msif.Frozen(), SGD).fit(progress=False)
         assert pipeline.stages[1].model is wrapper
         inside = plain_module(wrapper)
         assert (inside is inner) == (name != "averaged")  # which holds a copy
-        assert relative_error(inside(QUERIES.x), Net(1)(QUERIES.x)) > 1e-2
-        close(wrapper(QUERIES.x), inside(QUERIES.x), 0.0)
-        again = copy.deepcopy(pipeline)
-        close(scores(again, "frozen"), scores(pipeline, "frozen"), 0.0)
+        with torch.no_grad():
+            assert relative_error(inside(QUERIES.x), Net(1)(QUERIES.x)) > 1e-2
+            close(wrapper(QUERIES.x), inside(QUERIES.x), 0.0)
+        again = pipeline.retrain(torch.ones(20), progress=False)
+        assert same(again.state("two", 0), dict(wrapper.named_parameters()))
+        stop = threading.Event()
+        o = stoppable_copy(pipeline, stop).objective(1)  # that an explorer works on
+        stop.set()
+        with pytest.raises(Stopped):
+            o.outputs(o.layout.flatten(o.model), QUERIES.x)
+
+
+@pytest.mark.filterwarnings("ignore:EKFAC:msif_lab.ConvergenceWarning")
+@pytest.mark.parametrize("in_place", [True, False])
+def test_what_is_compiled_inside_is_never_compiled_and_can_be_sent(in_place):
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph
+
+    net = Net(1)
+    if in_place:
+        net.compile(backend=backend)
+    else:
+        net.body = torch.compile(net.body, backend=backend)
+    pipeline = two_stages(Net(0), net, msif.Proximal(0.3)).fit(progress=False)
+    plain = two_stages(Net(0), Net(1), msif.Proximal(0.3)).fit(progress=False)
+    for solver in (msif.EKFAC(samples=None), msif.Exact()):
+        rows = [implicit_scores(p, QUERIES, solver, curvature="ggn") for p in (pipeline, plain)]
+        close(*rows, 1e-10, solver)
+    assert not compiled
+    net(QUERIES.x)  # outside, the compiler is on as before
+    assert compiled
+    pipeline = two_stages(Net(0), compiled_body(Net(1)), msif.Frozen(), SGD).fit(progress=False)
+    cloudpickle = pytest.importorskip("cloudpickle")  # by which joblib sends to other processes
+    sent = cloudpickle.loads(cloudpickle.dumps(pipeline))
+    assert same(sent.trained(), pipeline.trained())
+
+
+def test_modules_inside_wrappers():
+    net = Net(0)
+    distributed = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(distributed)  # without the processes that it would talk to
+    distributed.module = nn.DataParallel(net)
+    assert plain_module(distributed) is net
+    for call in (msif.wrap(WRAPPERS["compiled"](net), calling), msif.wrap(net, calling)):
+        assert set(two_stages(Net(1), call, msif.Frozen()).functional(1).shared.values()) == {
+            f"body.{i}.{n}" for i in (0, 2) for n in ("weight", "bias")
+        }
+
+
+def calling(model, batch):
+    return model(batch)
 
 
 def test_names_seen_through():
@@ -702,7 +755,7 @@ def test_running_statistics_of_a_wrapped_backbone_are_compared():
     with pytest.raises(ValueError, match=r"'base\.0\.1\.running_mean' differs .*copy_") as caught:
         two_stages(first, second, link).fit(progress=False)
     after, before = second, first
-    exec(re.search(r"copy them: (.*)", str(caught.value))[1])
+    exec(re.search(r"wrappers\): (.*)", str(caught.value))[1])
     assert two_stages(before, after, link).fit(progress=False).reports
 
 

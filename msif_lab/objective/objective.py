@@ -211,6 +211,8 @@ class Objective:
         for name, module in self.model.named_modules():
             parts += [name, module, module.training, len(module._buffers)]
             parts += [len(module._forward_hooks), len(module._forward_pre_hooks)]
+            if "_orig_mod" in module._modules:  # compiled: the module inside is the function
+                continue
             for key, value in vars(module).items():
                 if not key.startswith("_"):
                     parts += [key, value]

@@ -450,7 +450,11 @@ class Retrained:
     def state(self, stage: int | str, lane: int) -> dict[str, Tensor]:
         """Named parameters of one stage in one lane, for ``load_state_dict(..., strict=False)``."""
         k = self.pipeline.index(stage)
-        return self.pipeline.objective(k).layout.named(self.parameters[k][lane])
+        values = self.pipeline.objective(k).layout.named(self.parameters[k][lane])
+        model = self.pipeline.stages[k].model
+        known = {id(p): name for name, p in model.named_parameters()}  # as a wrapper calls them
+        inside = plain_module(model).named_parameters()
+        return {known[id(p)]: values[name] for name, p in inside}
 
     def evaluate(self, queries: Examples, target: str | Callable = "loss") -> Tensor:
         """The quantity q of each query under each weighting, ``(Q, R)``."""

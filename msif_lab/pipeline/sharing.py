@@ -39,11 +39,11 @@ def shared_parameters(shared: Shared, before: Objective, after: Objective) -> di
     else:
         pairs = {n: offered[n] for n in _chosen(shared, list(offered), after.where)}
     if not pairs:
-        last = f"; {_some(left_out(after))} left out as the last layer" if shared is None else ""
+        last = "" if shared is not None else "outside the last layer, which '' takes too, "
         raise ValueError(
             f"{after.where}: no parameter is shared with {before.where} (shared={shared!r}); "
-            f"parameters of both models: {list(offered) or 'none'}{last}; give equal names and "
-            "shapes, or shared=a prefix, a list, or a function of the name, or a mapping "
+            f"parameters of both models: {list(offered) or 'none'}; give equal names and shapes "
+            f"{last}or shared=a prefix, a list, or a function of the name, or a mapping "
             "{name here: name there}"
         )
     for here, there in pairs.items():

@@ -334,5 +334,6 @@ def check_buffers(functional: Sequence[FunctionalStage]) -> None:
                     copying = f"after.get_buffer({name!r}).copy_(before.get_buffer({partner!r}))"
                 raise ValueError(
                     f"{ours.where}: buffer {name!r} differs from {partner!r} of "
-                    f"{theirs.where}; buffers are constants here, so copy them: {copying}"
+                    f"{theirs.where}; buffers are constants here, so copy them (between the "
+                    f"modules inside any wrappers): {copying}"
                 )
