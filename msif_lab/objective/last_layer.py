@@ -113,13 +113,19 @@ def _recorded(model: nn.Module) -> Iterator[list[_Call]]:
     for name, module in model.named_modules():
         if "parametrizations" not in name.split("."):  # which are called to make a layer's weight
             # A model that holds its parameters itself may be several layers.
-            own_kind = name or type(module).__module__.startswith("torch.nn.")
-            watch(name, module, bool(own_kind) and _has_matrix(module))
+            watch(name, module, _has_matrix(module) and bool(name or _is_a_layer(module)))
     try:
         yield calls
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _is_a_layer(module: nn.Module) -> bool:
+    """Whether this is one of PyTorch's layers, or made from one."""
+    kinds = {kind.__module__ for kind in type(module).__mro__}
+    kinds -= {"torch.nn.modules.module", "torch.nn.modules.container"}
+    return any(kind.startswith("torch.nn.") for kind in kinds)
 
 
 def _has_matrix(module: nn.Module) -> bool:
