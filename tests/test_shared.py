@@ -771,6 +771,17 @@ def test_what_is_shared_is_printed():
     assert "(0.weight, 1.weight, 2.weight, 3.weight, ... 9 in all)" in weights
 
 
+def test_one_prefix_with_two_partners_is_printed_in_full():
+    def outputs(m, z):
+        return functional.linear(z, m.a.weight, m.b["bias"])
+
+    parts = {"a": nn.Linear(4, CLASSES, bias=False), "b": nn.ParameterDict({"bias": vector()})}
+    first = Own(outputs, **parts).double()
+    second = Own(lambda m, z: m.x(z), x=nn.Linear(4, CLASSES)).double()
+    shown = str(pair({"x.weight": "a.weight", "x.bias": "b.bias"}, first, second))
+    assert "(x.* from a.*, x.bias from b.bias)" in shown
+
+
 def test_files_know_the_mapping_and_nothing_of_wrappers(tmp_path):
     plain = two_stages(Net(0), Net(1), msif.Frozen(), SGD).fit(progress=False)
     assert len(plain.facts()["stages"][1]["link"]) == 4  # as in files of 0.1.0

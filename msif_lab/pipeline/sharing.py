@@ -311,8 +311,8 @@ def _prefixes(
         for kept in range(end, 0, -1):  # the longest common end leaves the shortest prefixes
             left, right = ("".join(f"{s}." for s in parts[:-kept]) for parts in (here, there))
             reached = _under(left, right, before, after)
-            within = any(h.startswith(left) and t.startswith(right) for h, t in apart)
-            if name in reached and reached.items() <= pairs.items() and not within:
+            exactly = name in reached and reached.items() <= pairs.items() and left not in mapping
+            if exactly and not any(h.startswith(left) and t.startswith(right) for h, t in apart):
                 mapping[left] = right
                 done |= reached.keys()
                 break
