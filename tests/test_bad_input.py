@@ -173,17 +173,6 @@ class Forward(nn.Linear):
         return self.change(super().forward(x))
 
 
-class Part(nn.Module):
-    """A model of which one layer is compiled."""
-
-    def __init__(self):
-        super().__init__()
-        self.body, self.head = torch.compile(nn.Linear(3, 3), backend="eager"), nn.Linear(3, 3)
-
-    def forward(self, x):
-        return self.head(self.body(x))
-
-
 class Weighted(nn.Module):
     """A loss with a parameter of its own."""
 
@@ -476,18 +465,12 @@ BROUGHT = {  # what people bring -> argument, what was found, way out
     "optimizer": (lambda: build(recipe=optimiser()), "recipe=SGD | SGD(lr=0.1) | pipeline.adopt()"),
     "class of link": (lambda: linked(msif.Frozen), "'two' | link=<class | link=Frozen()"),
     "alpha as tensor": (lambda: msif.Proximal(torch.tensor(1.0)), "alpha=tensor(1.) | one number"),
-    "shared": (lambda: linked(msif.Frozen(3)), "'two' | shared=3 | a prefix, a list"),
+    "shared": (lambda: linked(msif.Frozen(3)), "'two' | shared=3 | a prefix, a list | a mapping"),
     "class of model": (lambda: build(nn.Linear), "model=Linear is a class | make one"),
     "weights as model": (lambda: build({"w": numpy.ones(3)}), "model is dict | load_state_dict()"),
-    "compiled": (
-        lambda: build(torch.compile(net(), backend="eager")),
-        "'only' | model is compiled | model._orig_mod",
-    ),
-    "compiled layer": (lambda: build(Part()), "'only' | layer 'body' is compiled | ._orig_mod"),
-    "parallel": (lambda: build(nn.DataParallel(net())), "model is DataParallel | model.module"),
-    "averaged": (
-        lambda: build(torch.optim.swa_utils.AveragedModel(net())),
-        "model is AveragedModel | model.module",
+    "traced inside": (
+        lambda: build(nn.DataParallel(torch.jit.trace(net(), X))),
+        "torch.jit | the module that it was made from",
     ),
     "traced": (
         lambda: build(torch.jit.trace(net(), X)),

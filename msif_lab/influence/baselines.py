@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from ..curvature.derivatives import example_products, per_example_gradients
 from ..data.examples import Examples
 from ..objective.checks import ask
+from ..objective.last_layer import find_last_layer
 from ..objective.losses import target_name
+from ..objective.objective import Objective
 from ..pipeline.pipeline import Pipeline
 from ..solvers.exact import Exact
 from .replay import Trajectory, even_bounds, require_run, require_same_end
@@ -267,10 +269,11 @@ class RepresentationSimilarity(Baseline):
     An example that looks like the query to the model matters to it, for better or worse.
 
     Args:
-        layer: the features are the inputs of the module of this name, by default the head.
+        layer: the features are the inputs of the module of this name, by default of the one that
+            feeds the loss (all of a top-level ``head`` that holds it).
     """
 
-    def __init__(self, layer: str = "head"):
+    def __init__(self, layer: str | None = None):
         self.layer = layer
 
     def _values(self, k, queries, function):
@@ -285,18 +288,14 @@ class RepresentationSimilarity(Baseline):
     def _features(self, k: int, examples: Examples) -> Tensor:
         """Unit-length features ``(N, F)``."""
         o, seen = self._pipeline.objective(k), []
-        modules = dict(o.model.named_modules())
-        if self.layer not in modules or not self.layer:
-            known = [name for name in modules if name]
-            shown = ", ".join(known[:10] + [f"... {len(known)} in all"] * (len(known) > 10))
-            raise ValueError(
-                f"layer={self.layer!r} is no module of the model of {o.where}; those are {shown}"
-            )
+        layer = self._layer(o)
 
         def keep(module, given, named):
             seen.append((given or tuple(named.values()))[0].detach())
 
-        hook = modules[self.layer].register_forward_pre_hook(keep, with_kwargs=True)
+        hook = dict(o.model.named_modules())[layer].register_forward_pre_hook(
+            keep, with_kwargs=True
+        )
         try:
             with torch.no_grad():
                 for _, x, _ in o.chunks(examples):
@@ -304,10 +303,29 @@ class RepresentationSimilarity(Baseline):
         finally:
             hook.remove()
         if sum(map(len, seen)) != len(examples):
-            raise ValueError(
-                f"layer={self.layer!r} is not called once per example; name another module"
-            )
+            raise ValueError(f"layer={layer!r} is not called once per example; name another module")
         return nn.functional.normalize(torch.cat(seen).flatten(1), dim=1)
+
+    def _layer(self, o: Objective) -> str:
+        """The name of the module whose inputs are the features."""
+        known = [name for name, _ in o.model.named_modules() if name]
+        shown = ", ".join(known[:10] + [f"... {len(known)} in all"] * (len(known) > 10))
+        if self.layer is not None:
+            if self.layer not in known:
+                raise ValueError(
+                    f"layer={self.layer!r} is no module of the model of {o.where}; those are "
+                    f"{shown}"
+                )
+            return self.layer
+        last = find_last_layer(o).modules
+        if last and all(name.split(".")[0] == "head" for name in last):
+            return "head"
+        if len(last) != 1:
+            raise ValueError(
+                f"no single module feeds the loss of {o.where}, but {list(last) or 'none'}; say "
+                f"whose inputs the features are, layer=one of {shown}"
+            )
+        return last[0]
 
 
 class SingleStage(Baseline):

@@ -242,7 +242,8 @@ class ImplicitInfluence:
         if names:  # frozen: a_W − G_WT v, for the W that a stage before trains
             direct = o.layout.places(names).take(cotangent)
             through_head = cross_products(o, self._full[k], names, solution)
-            layout.places(names).put(before, direct - through_head)
+            there = layout.places(functional.partners(names))
+            there.put(before, direct - through_head)
         return before
 
     def _example_scores(self, k: int, cotangent: Tensor, solution: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from ..objective.checks import ask, check_examples, check_layers
 from ..objective.layout import Layout, same_numbers
 from ..objective.objective import Lanes, Objective
 from ..objective.precision import half_precision, require_precision
+from ..objective.wrapping import plain_module
 from . import saved
 from .recipes import FitReport
 from .stages import FunctionalStage, Stage, check_buffers
@@ -62,7 +63,10 @@ class Pipeline:
                         "parameter object; each stage needs a model of its own "
                         "(copy.deepcopy(model)), the link carries values across"
                     )
-        self._initial = [Layout(s.model, s.name).flatten(s.model) for s in self.stages]
+        models = [plain_module(s.model) for s in self.stages]
+        self._initial = [
+            Layout(m, s.name).flatten(m) for m, s in zip(models, self.stages, strict=True)
+        ]
         self.reports: list[FitReport] | None = None
         self._take(None)
         self._functional: list[FunctionalStage] = []
@@ -126,7 +130,7 @@ class Pipeline:
         models as they were.
         """
         self._prepare()
-        check_buffers(self.stages)
+        check_buffers(self._functional)
         for stage, functional in zip(self.stages, self._functional, strict=True):
             if hasattr(stage.recipe, "tol"):
                 require_precision(functional.objective, f"training to an optimum by {stage.recipe}")
@@ -148,7 +152,7 @@ class Pipeline:
                 inf in the weights.
         """
         self._prepare()
-        check_buffers(self.stages)
+        check_buffers(self._functional)
         present = [p.objective.layout.flatten(p.objective.model) for p in self._functional]
         for k in range(1, len(present)):
             p = self._functional[k]
@@ -226,7 +230,7 @@ class Pipeline:
         pairs = [
             (q, new[n])
             for s, new in zip(self.stages, named, strict=True)
-            for n, q in s.model.named_parameters()
+            for n, q in plain_module(s.model).named_parameters()
         ]
         old = [q.detach().clone() for q, _ in pairs]
         with torch.no_grad():
@@ -274,19 +278,20 @@ class Pipeline:
                 "your own training"
             )
         for stage, p, full in zip(self.stages, self._functional, self._trained, strict=True):
-            check_layers(stage.model, f"stage {stage.name!r}")
+            model = plain_module(stage.model)
+            check_layers(model, f"stage {stage.name!r}")
             if p.modes() != p.checked_modes and not fingerprint(p.objective).fits(p.objective):
                 raise ValueError(
                     f"stage {stage.name!r}: the model was switched between train and eval mode "
                     "since fit(), and computes something else now; switch it back"
                 )
-            for name, buffer in stage.model.named_buffers():
+            for name, buffer in model.named_buffers():
                 if not same_numbers(buffer, p.objective.buffers[name]):
                     raise ValueError(
                         f"stage {stage.name!r}: buffer {name!r} changed since fit(); call "
                         "pipeline.adopt() to take it"
                     )
-            if not torch.equal(p.objective.layout.flatten(stage.model), full):
+            if not torch.equal(p.objective.layout.flatten(model), full):
                 raise ValueError(
                     f"stage {stage.name!r}: the model's weights changed since fit(); call "
                     "pipeline.adopt() to take them"
@@ -455,6 +460,7 @@ class Pipeline:
                 f"  {s.name}: {p.objective.size} of {p.objective.layout.size} parameters trained "
                 f"on {len(s.data)} examples{link}"
             )
+            lines += [f"    {p.sharing}"] if p.sharing else []
         state = " not trained yet" if self._trained is None else " adopted" if self.adopted else ""
         lines.append(f"){state}")
         return "\n".join(["Pipeline(", *lines])
@@ -477,7 +483,11 @@ class Retrained:
     def state(self, stage: int | str, lane: int) -> dict[str, Tensor]:
         """Named parameters of one stage in one lane, for ``load_state_dict(..., strict=False)``."""
         k = self.pipeline.index(stage)
-        return self.pipeline.objective(k).layout.named(self.parameters[k][lane])
+        values = self.pipeline.objective(k).layout.named(self.parameters[k][lane])
+        model = self.pipeline.stages[k].model
+        known = {id(p): name for name, p in model.named_parameters()}  # as a wrapper calls them
+        inside = plain_module(model).named_parameters()
+        return {known[id(p)]: values[name] for name, p in inside}
 
     def evaluate(self, queries: Examples, target: str | Callable = "loss") -> Tensor:
         """The quantity q of each query under each weighting, ``(Q, R)``."""

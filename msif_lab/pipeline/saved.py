@@ -22,13 +22,15 @@ def facts(stages: Sequence[Stage], functional: Sequence[FunctionalStage]) -> dic
 def _stage_facts(stage: Stage, functional: FunctionalStage) -> dict:
     o = functional.objective
     link = [type(stage.link).__name__, o.alpha, functional.coupled, functional.frozen]
+    renamed = {here: there for here, there in functional.shared.items() if here != there}
+    link += [renamed] if renamed else []  # files of 0.1.0 know equal names only
     return {
         "name": stage.name,
         "parameters": {name: list(shape) for name, shape in o.layout.shapes.items()},
         "weight_decay": _decay_facts(stage, o),
         "loss": describe(stage.loss),
-        "model": str(stage.model),
-        "buffer": digest(*stage.model.buffers()),
+        "model": str(o.model),
+        "buffer": digest(*o.model.buffers()),
         "link": None if stage.link is None else link,
         "recipe": describe(stage.recipe),
         "data": stage.data.digest(),
