@@ -737,7 +737,7 @@ def test_a_model_whose_layers_cannot_be_told_apart_is_asked_about():
     second.body.requires_grad_(False)
     with pytest.raises(ValueError, match=r"cannot be told \(RuntimeError: no\); say what"):
         pair(None, second=second)
-    with pytest.raises(msif.UnsupportedModelError, match="has no gradient in .*: no"):
+    with pytest.raises(msif.UnsupportedModelError, match=r"has no gradient in .*: no"):
         pair(
             "body.", second=second
         )  # what is shared is settled, but not how the loss depends on it
