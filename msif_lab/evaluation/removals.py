@@ -13,7 +13,6 @@ from torch import Tensor
 from ..data.examples import Examples
 from ..errors import ConvergenceWarning, SavedFileError
 from ..objective.checks import ask
-from ..objective.losses import target_name
 from ..pipeline.pipeline import Pipeline
 from ..pipeline.recipes import progress_bar
 from ..storage import check_writable, describe, digest, read_tensors, write_tensors
@@ -34,6 +33,7 @@ class Effects:
         query_ids: identities of the queries ``(Q,)``.
         gradient_norm: ``(R,)``, largest ``‖∇F‖`` over the retrained stages.
         stage, target, protocol: whose examples, what q is, how the retraining was started.
+        aggregate: empty for a row per query; else of what the only row is made, as in `Influence`.
     """
 
     values: Tensor
@@ -44,12 +44,13 @@ class Effects:
     stage: str
     target: str
     protocol: str
+    aggregate: str = ""
 
     def __repr__(self) -> str:
         queries, removals = self.values.shape
         return (
-            f"Effects({queries} queries × {removals} removals from stage {self.stage!r}, "
-            f"{self.protocol})"
+            f"Effects({self.aggregate or f'{queries} queries'} × {removals} removals from stage "
+            f"{self.stage!r}, {self.protocol})"
         )
 
     def save(self, path) -> None:
@@ -57,7 +58,8 @@ class Effects:
         tensors = {
             name: getattr(self, name) for name in ("values", "base", "query_ids", "gradient_norm")
         }
-        facts = {name: getattr(self, name) for name in ("subsets", "stage", "target", "protocol")}
+        names = ("subsets", "stage", "target", "protocol", "aggregate")
+        facts = {name: getattr(self, name) for name in names}
         write_tensors(path, "effects", tensors, facts)
 
     @classmethod
@@ -122,7 +124,7 @@ def _check_subsets(subsets: Sequence[Sequence[int]], m: int) -> list[list[int]]:
 
 
 def _retrain_without(
-    pipeline, stage, groups, queries, target, protocol
+    pipeline, stage, groups, queries, target, aggregate, protocol
 ) -> tuple[Tensor, Tensor, Tensor]:
     """After retraining: q ``(Q, R)``, ``‖∇F‖`` ``(R,)``, and which missed a tolerance ``(R,)``."""
     weights = torch.ones(len(groups), len(pipeline.stages[stage].data))
@@ -134,7 +136,8 @@ def _retrain_without(
     for s, r in zip(pipeline.stages, again.reports, strict=True):
         if hasattr(s.recipe, "tol"):
             short |= ~r.converged.cpu()
-    return again.evaluate(queries, target).cpu().double(), norm.cpu().double(), short
+    after = again.evaluate(queries, target, aggregate=aggregate)
+    return after.cpu().double(), norm.cpu().double(), short
 
 
 def default_protocol(pipeline: Pipeline) -> str:
@@ -149,6 +152,7 @@ def removal_effects(
     *,
     stage: int | str = 0,
     target: str | Callable = "loss",
+    aggregate: str | Sequence[float] | Tensor | Callable | None = None,
     protocol: str | None = None,
     n_jobs: int = 1,
     lanes: int = 32,
@@ -162,7 +166,8 @@ def removal_effects(
         queries: examples of the last stage's task.
         subsets: R groups of positions in the stage's data; a bare number removes one example.
         stage: whose examples are removed.
-        target: as in `ImplicitInfluence.score`.
+        target, aggregate: as in `ImplicitInfluence.score`, but here step functions will do too,
+            such as accuracy: ``target=lambda z, y: (z.argmax(-1) == y).to(z.dtype)``.
         protocol: ``"same-seed"`` reruns from the initial weights with the same batches,
             ``"warm-start"`` continues from the trained weights. Default: warm start where every
             stage is trained to an optimum (from scratch a removal may end in another one, which
@@ -174,10 +179,10 @@ def removal_effects(
         progress: show a bar if it takes longer than two seconds.
 
     Returns:
-        `Effects` with values ``(Q, R)``.
+        `Effects` with values ``(Q, R)``; ``(1, R)`` with ``aggregate``.
 
     Raises:
-        ValueError: empty or repeated positions, unknown stage, target or protocol.
+        ValueError: empty or repeated positions, unknown stage, target, aggregate or protocol.
         SavedFileError: ``store`` belongs to another call, or is damaged.
 
     Warns:
@@ -190,16 +195,18 @@ def removal_effects(
     if not isinstance(lanes, int) or lanes < 1:
         raise ValueError(f"lanes={lanes!r} must be a positive whole number")
     groups = _check_subsets(subsets, len(pipeline.stages[k].data))
-    ask(pipeline.objective(-1), queries, target)
+    question = ask(pipeline.objective(-1), queries, target, aggregate)
     if store is not None:
         check_writable(store)
-    base = _base(pipeline, queries, target, protocol)
+    base = _base(pipeline, queries, target, aggregate, protocol)
     name = pipeline.stages[k].name
-    kept = _Kept.open(store, _key(pipeline, queries, groups, name, target, protocol), base, groups)
+    key = _key(pipeline, queries, groups, name, target, question.aggregate, protocol)
+    kept = _Kept.open(store, key, base, groups)
     parts = [part for part in kept.missing().split(lanes) if len(part)]
     retrain = joblib.delayed(_retrain_without)
     jobs = (
-        retrain(pipeline, k, [groups[i] for i in part], queries, target, protocol) for part in parts
+        retrain(pipeline, k, [groups[i] for i in part], queries, target, aggregate, protocol)
+        for part in parts
     )
     with progress_bar(len(groups), "retraining", progress) as bar:
         bar.update(int(kept.done.sum()))
@@ -218,31 +225,33 @@ def removal_effects(
         kept.after - base[:, None],
         groups,
         base,
-        queries.ids,
+        question.ids,
         kept.norms,
         name,
-        target_name(target),
+        question.target,
         protocol,
+        question.aggregate,
     )
 
 
-def _base(pipeline: Pipeline, queries: Examples, target, protocol: str) -> Tensor:
+def _base(pipeline: Pipeline, queries: Examples, target, aggregate, protocol: str) -> Tensor:
     """The queries at the trained weights; a same-seed rerun needs a run that can be repeated."""
     if protocol == "same-seed" and pipeline.reports is None:
         raise ValueError(
             "the weights were adopted, so the run cannot be repeated; use protocol='warm-start', "
             "or fit()"
         )
-    return pipeline.evaluate(queries, target).cpu().double()
+    return pipeline.evaluate(queries, target, aggregate=aggregate).cpu().double()
 
 
-def _key(pipeline, queries, groups, stage, target, protocol) -> str:
+def _key(pipeline, queries, groups, stage, target, aggregate: str, protocol) -> str:
     parts = [digest(full) for full in pipeline.trained()]
     if isinstance(queries.x, Tensor):
         parts += [digest(t) for t in (queries.x, queries.y, queries.ids)]
     else:
         parts.append(queries.digest())
-    return f"{parts} {groups} {stage} {describe(target)} {protocol} {pipeline.facts()}"
+    asked = f"{describe(target)} {aggregate}".rstrip()
+    return f"{parts} {groups} {stage} {asked} {protocol} {pipeline.facts()}"
 
 
 @dataclass
