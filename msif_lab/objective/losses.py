@@ -88,7 +88,8 @@ def target_function(target: str | Callable, loss: Callable) -> Callable[[Tensor,
             f"target={target!r} is a step function of the parameters: its derivative is zero "
             "almost everywhere, so no example has influence on it. Ask for target='margin' or "
             f"'loss', and measure {target} itself by retraining: removal_effects(pipeline, "
-            f"queries, subsets, target=lambda z, y: (z.argmax(-1) {hit} y).to(z.dtype), aggregate='mean')"
+            "queries, subsets, aggregate='mean', "
+            f"target=lambda z, y: (z.argmax(-1) {hit} y).to(z.dtype))"
         )
     if target not in named:
         raise ValueError(
