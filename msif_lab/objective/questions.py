@@ -174,7 +174,7 @@ def make_question(
 def _weights(given, count: int) -> Tensor:
     """One finite weight per query ``(Q,)``, some of them not zero."""
     try:
-        weights = torch.as_tensor(given).detach().cpu().double()
+        weights = torch.as_tensor(given, dtype=torch.float64).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f"aggregate={given!r} holds no numbers; give 'mean', 'sum', one weight per query "
@@ -277,7 +277,7 @@ def is_step(function: Callable, point: Tensor, *given: Tensor) -> bool:
     except Exception:  # as `numpy()` raises on what requires a gradient
         return True
     draw = torch.Generator().manual_seed(0)
-    for scale in (0.1, 1.0, 10.0):
+    for scale in (0.1, 1.0, 10.0, 1e3):
         for centre in (point, torch.zeros_like(point)):
             noise = torch.randn(point.shape, generator=draw).to(point)
             try:
