@@ -4,7 +4,9 @@
 
 CPU seconds of this process. One query and the mean of all queries are scored in turn, so that other
 work on the machine slows both alike; the figure is the median of the turns' ratios. For scale: what
-a row for each query would cost. Data: the bundled digits, 0-3 then 4-9.
+a row for each query would cost. Checks made up front look at five queries where there are as many,
+and at one of one, which takes a few milliseconds more and is all that can be seen of methods that
+take no longer themselves; so `CHECKS` are allowed. Data: the bundled digits, 0-3 then 4-9.
 """
 
 import argparse
@@ -15,7 +17,7 @@ import torch
 
 import msif_lab as msif
 
-MOST = 1.2
+MOST, CHECKS = 1.2, 0.005  # times one query, plus seconds
 
 
 def seconds(work):
@@ -97,10 +99,11 @@ def main():
         )
         print(
             f"{name:<32} one query {one:7.3f} s; of {len(queries)} queries: mean {mean:5.2f} "
-            f"(allowed {MOST}), function {function:5.2f}, a row each {each / one:6.1f} times that",
+            f"(allowed {MOST + CHECKS / one:.2f}), function {function:5.2f}, a row each "
+            f"{each / one:6.1f} times that",
             flush=True,
         )
-        if mean > MOST:
+        if mean > MOST + CHECKS / one:
             failed.append(name)
     print("all within bounds" if not failed else f"beyond bounds: {', '.join(failed)}")
     raise SystemExit(bool(failed))
