@@ -43,6 +43,7 @@ class Effects:
         query_ids: identities of the queries ``(Q,)``.
         gradient_norm: ``(R,)``, largest ``‖∇F‖`` over the retrained stages; NaN where unknown.
         stage, target, protocol: whose examples, what q is, how the retraining was started.
+        aggregate: empty for a row per query; else of what the only row is made, as in `Influence`.
     """
 
     values: Tensor
@@ -53,12 +54,13 @@ class Effects:
     stage: str
     target: str
     protocol: str
+    aggregate: str = ""
 
     def __repr__(self) -> str:
         queries, removals = self.values.shape
         return (
-            f"Effects({queries} queries × {removals} removals from stage {self.stage!r}, "
-            f"{self.protocol})"
+            f"Effects({self.aggregate or f'{queries} queries'} × {removals} removals from stage "
+            f"{self.stage!r}, {self.protocol})"
         )
 
     @classmethod
@@ -129,7 +131,8 @@ class Effects:
         tensors = {
             name: getattr(self, name) for name in ("values", "base", "query_ids", "gradient_norm")
         }
-        facts = {name: getattr(self, name) for name in ("subsets", "stage", "target", "protocol")}
+        names = ("subsets", "stage", "target", "protocol", "aggregate")
+        facts = {name: getattr(self, name) for name in names}
         write_tensors(path, "effects", tensors, facts)
 
     @classmethod
@@ -205,7 +208,7 @@ def _between(m: int) -> str:
 
 
 def _retrain_without(
-    pipeline, stage, groups, queries, target, protocol
+    pipeline, stage, groups, queries, target, aggregate, protocol
 ) -> tuple[Tensor, Tensor, Tensor]:
     """After retraining: q ``(Q, R)``, ``‖∇F‖`` ``(R,)``, and which missed a tolerance ``(R,)``."""
     weights = torch.ones(len(groups), len(pipeline.stages[stage].data))
@@ -217,7 +220,8 @@ def _retrain_without(
     for s, r in zip(pipeline.stages, again.reports, strict=True):
         if hasattr(s.recipe, "tol"):
             short |= ~r.converged.cpu()
-    return again.evaluate(queries, target).cpu().double(), norm.cpu().double(), short
+    after = again.evaluate(queries, target, aggregate=aggregate)
+    return after.cpu().double(), norm.cpu().double(), short
 
 
 def default_protocol(pipeline: Pipeline) -> str:
@@ -232,6 +236,7 @@ def removal_effects(
     *,
     stage: int | str = 0,
     target: str | Callable = "loss",
+    aggregate: str | Sequence[float] | Tensor | Callable | None = None,
     protocol: str | None = None,
     n_jobs: int = 1,
     lanes: int = 32,
@@ -246,7 +251,8 @@ def removal_effects(
         queries: examples of the last stage's task.
         subsets: R groups of positions in the stage's data; a bare number removes one example.
         stage: whose examples are removed.
-        target: as in `ImplicitInfluence.score`.
+        target, aggregate: as in `ImplicitInfluence.score`, but here step functions will do too,
+            such as accuracy: ``target=lambda z, y: (z.argmax(-1) == y).to(z.dtype)``.
         protocol: ``"same-seed"`` reruns from the initial weights with the same batches,
             ``"warm-start"`` continues from the trained weights. Effects are differences to the same
             rerun with nobody removed. Default: warm start where every stage is trained to an
@@ -259,12 +265,12 @@ def removal_effects(
         progress: show a bar if it takes longer than two seconds.
 
     Returns:
-        `Effects` with values ``(Q, R)``.
+        `Effects` with values ``(Q, R)``; ``(1, R)`` with ``aggregate``.
 
     Raises:
-        ValueError: empty or repeated positions, unknown stage, target or protocol; or adopted
-            weights that are no optimum: going on from them with nobody removed moves the queries'
-            losses by more than a twentieth.
+        ValueError: empty or repeated positions, unknown stage, target, aggregate or protocol; or
+            adopted weights that are no optimum: going on from them with nobody removed moves the
+            queries' losses by more than a twentieth.
         SavedFileError: ``store`` belongs to another call, or is damaged.
 
     Warns:
@@ -278,11 +284,11 @@ def removal_effects(
     if not isinstance(lanes, int) or lanes < 1:
         raise ValueError(f"lanes={lanes!r} must be a positive whole number")
     groups = _check_subsets(subsets, len(pipeline.stages[k].data))
-    ask(pipeline.objective(-1), queries, target)
+    question = ask(pipeline.objective(-1), queries, target, aggregate)
     if store is not None:
         check_writable(store)
-    name, asked = pipeline.stages[k].name, (queries, target, protocol)
-    key = _key(pipeline, queries, groups, name, target, protocol)
+    name, asked = pipeline.stages[k].name, (queries, target, aggregate, protocol)
+    key = _key(pipeline, queries, groups, name, target, question.aggregate, protocol)
     kept = _Kept.open(store, key, functools.partial(removal_base, pipeline, *asked), len(groups))
     base = kept.base
     parts = [part for part in kept.missing().split(lanes) if len(part)]
@@ -305,11 +311,12 @@ def removal_effects(
         kept.after - base[:, None],
         groups,
         base,
-        queries.ids,
+        question.ids,
         kept.norms,
         name,
-        target_name(target),
+        question.target,
         protocol,
+        question.aggregate,
     )
 
 
@@ -323,7 +330,7 @@ def require_start(pipeline: Pipeline, protocol: str) -> None:
         )
 
 
-def removal_base(pipeline: Pipeline, queries: Examples, target, protocol: str) -> Tensor:
+def removal_base(pipeline: Pipeline, queries: Examples, target, aggregate, protocol: str) -> Tensor:
     """The queries after a rerun that removes nobody, ``(Q,)``: what effects are measured from.
 
     For ``"same-seed"`` that is the fit itself.
@@ -332,12 +339,12 @@ def removal_base(pipeline: Pipeline, queries: Examples, target, protocol: str) -
         ValueError: a warm start of adopted weights that are no optimum.
     """
     if protocol == "same-seed":
-        return pipeline.evaluate(queries, target).cpu().double()
+        return pipeline.evaluate(queries, target, aggregate=aggregate).cpu().double()
     nobody = {0: torch.ones(1, len(pipeline.stages[0].data))}
     again = pipeline.retrain(nobody, warm_start=True, progress=False)
     if pipeline.adopted:
         _require_still(pipeline, again, queries)
-    return again.evaluate(queries, target)[:, 0].cpu().double()
+    return again.evaluate(queries, target, aggregate=aggregate)[:, 0].cpu().double()
 
 
 def _require_still(pipeline: Pipeline, again: Retrained, queries: Examples) -> None:
@@ -360,13 +367,14 @@ def _require_still(pipeline: Pipeline, again: Retrained, queries: Examples) -> N
     )
 
 
-def _key(pipeline, queries, groups, stage, target, protocol) -> str:
+def _key(pipeline, queries, groups, stage, target, aggregate: str, protocol) -> str:
     parts = [digest(full) for full in pipeline.trained()]
     if isinstance(queries.x, Tensor):
         parts += [digest(t) for t in (queries.x, queries.y, queries.ids)]
     else:
         parts.append(queries.digest())
-    return f"{parts} {groups} {stage} {describe(target)} {protocol} {pipeline.facts()}"
+    asked = f"{describe(target)} {aggregate}".rstrip()
+    return f"{parts} {groups} {stage} {asked} {protocol} {pipeline.facts()}"
 
 
 @dataclass

@@ -12,12 +12,13 @@ from ..curvature.derivatives import (
     example_products,
     per_example_gradients,
     product_chunks,
+    query_gradients,
 )
 from ..data.examples import Examples
 from ..errors import ConvergenceWarning, IndefiniteCurvatureError
 from ..memory import working_bytes
 from ..objective.checks import ask
-from ..objective.losses import target_name
+from ..objective.questions import Question
 from ..pipeline.pipeline import Pipeline
 from ..pipeline.stages import Stage, WarmStart
 from ..solvers.exact import Exact
@@ -154,20 +155,49 @@ class ImplicitInfluence:
         stage: int | str = 0,
         target: str | Callable = "loss",
         *,
+        aggregate: str | Sequence[float] | Tensor | Callable | None = None,
         top: int | None = None,
     ) -> Influence | TopInfluence:
-        """Influence of one stage's examples on each query.
+        """Influence of one stage's examples on each query, or on one number of all queries.
+
+        Such a number, A, costs as much as one query: its gradient ``Σ_q c_q ∇q``, with
+        ``c_q = ∂A/∂q``, is one backward pass through the queries, and goes on as theirs would.
 
         Args:
             queries: examples of the last stage's task, Q of them.
             stage: whose training examples to score, by name or index.
             target: q: ``"loss"``, ``"margin"``, ``"output"``, or a function
                 ``(outputs, targets) -> (B,)``.
+            aggregate: None for a row per query; for one row, A is their ``"mean"`` (a validation
+                loss) or ``"sum"``, ``Σ_q w_q q`` for weights ``(Q,)`` of any sign (a fairness
+                gap), or a function of all q ``(Q,)`` that gives one number and need not be a sum
+                (a calibration error). Then ``target`` may give several numbers for each query,
+                ``(B, K)``, and the function gets ``(Q, K)``.
             top: keep only this many lowest and highest scores of each query, so that ``(Q, N)`` is
                 never held.
 
         Returns:
-            `Influence` with values ``(Q, N)``, or with ``top`` a `TopInfluence`.
+            `Influence` with values ``(Q, N)``, or with ``top`` a `TopInfluence`. With
+            ``aggregate`` there is one row, its query id is −1, and ``.aggregate`` says of what. It
+            is named for its target, as "loss"; "weighted loss" where a weight is negative, and
+            "gap of loss" for a function ``gap``: a positive score raises A, and that is called
+            harmful unless A is the mean, sum or positively weighted sum of margins.
+
+        Raises:
+            ValueError, TypeError: queries, target or aggregate do not fit; the target or aggregate
+                is a step function, such as accuracy, whose derivative is zero or missing.
+
+        >>> import msif_lab as msif
+        >>> train, test = msif.load_digits(dtype=torch.float64)
+        >>> model = msif.softmax_regression(64, 10).double()
+        >>> stage = msif.Stage("digits", model, train, weight_decay=1e-2)
+        >>> influence = msif.ImplicitInfluence().fit(msif.Pipeline([stage]).fit())
+        >>> influence.score(test, aggregate="mean").values.shape  # on the validation loss
+        torch.Size([1, 1201])
+        >>> odd = test.y % 2 == 1
+        >>> gap = odd / odd.sum() - ~odd / (~odd).sum()  # between the mean losses of two groups
+        >>> influence.score(test, aggregate=gap)
+        Influence(weighted sum of 596 queries #... × 1201 examples of 'digits' on weighted loss; ...
         """
         if top is not None and (not isinstance(top, int) or not top >= 1 or self.leave_one_out):
             raise ValueError(
@@ -179,11 +209,10 @@ class ImplicitInfluence:
             raise ValueError("call fit(pipeline) before score(queries)")
         first = self._pipeline.index(stage)
         self._pipeline.require_unchanged(self._full)
-        function = ask(self._pipeline.objective(-1), queries, target)
+        question = ask(self._pipeline.objective(-1), queries, target, aggregate, derivative=True)
         reports: list[dict[str, SolveReport]] = []
         solved = [
-            self._solve(queries[group], function, first, reports)
-            for group in torch.arange(len(queries)).split(self._side_by_side(first))
+            self._solve(part, first, reports) for part in question.split(self._side_by_side(first))
         ]
         cotangent, solution = solved[0]
         if len(solved) > 1:
@@ -191,13 +220,13 @@ class ImplicitInfluence:
         solution = solution.T  # (P, Q)
         self.report_ = {name: _together([r[name] for r in reports]) for name in reports[0]}
         o = self._pipeline.objective(first)
-        about = self._pipeline.stages[first].name, target_name(target), repr(self)
+        about = self._pipeline.stages[first].name, question.target, repr(self), question.aggregate
         if top is not None:
             chunks = product_chunks(o, self._full[first], solution / -len(o.data))
             lowest, highest = rank_stream(chunks, min(top, len(o.data)), o.data.ids)
-            return TopInfluence(lowest, highest, queries.ids, len(o.data), *about)
+            return TopInfluence(lowest, highest, question.ids, len(o.data), *about)
         values = self._example_scores(first, cotangent, solution)
-        return Influence(values, o.data.ids, queries.ids, *about)
+        return Influence(values, o.data.ids, question.ids, *about)
 
     def _side_by_side(self, first: int) -> int:
         """How many queries to solve at once, from the memory that each one takes."""
@@ -207,9 +236,7 @@ class ImplicitInfluence:
         held = 4 + getattr(self.solver, "vectors", 6)  # here, and in the solver
         return max(1, room // (held * max(sizes) * last.element_size()))
 
-    def _solve(
-        self, queries: Examples, function: Callable, first: int, reports: list
-    ) -> tuple[Tensor, Tensor]:
+    def _solve(self, question: Question, first: int, reports: list) -> tuple[Tensor, Tensor]:
         """From the queries back to stage ``first``, with one solve per stage.
 
         Returns:
@@ -217,10 +244,8 @@ class ImplicitInfluence:
             where it is no longer needed. The solves' reports are added to ``reports`` by stage.
         """
         last = len(self._full) - 1
-        o, full = self._pipeline.objective(last), self._full[last]
-        cotangent = full.new_empty(len(queries), o.layout.size)  # ∇q in all of the last stage
-        for rows, gradients in per_example_gradients(o, full, queries, function, every=True):
-            cotangent[rows] = gradients
+        # ∇q in all of the last stage
+        cotangent = query_gradients(self._pipeline.objective(last), self._full[last], question)
         report = {}
         for k in range(last, first - 1, -1):
             right = self._pipeline.objective(k).trained.take(cotangent)

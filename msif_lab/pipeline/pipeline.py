@@ -329,10 +329,15 @@ class Pipeline:
         _, gradient = lanes.value_and_grad(functional.objective.trained.take(trained[k])[None])
         return gradient[0]
 
-    def evaluate(self, queries: Examples, target: str | Callable = "loss") -> Tensor:
-        """The quantity q of each query at the trained parameters, ``(Q,)``, in nats for losses."""
+    def evaluate(
+        self, queries: Examples, target: str | Callable = "loss", *, aggregate=None
+    ) -> Tensor:
+        """The quantity q of each query at the trained parameters, ``(Q,)``, in nats for losses.
+
+        With ``aggregate``, as in `ImplicitInfluence.score`, one number of all of them, ``(1,)``.
+        """
         as_one_lane = Retrained(self, [full[None] for full in self.trained()], [])
-        return as_one_lane.evaluate(queries, target)[:, 0]
+        return as_one_lane.evaluate(queries, target, aggregate=aggregate)[:, 0]
 
     def retrain(
         self, weights: Tensor | Mapping, *, warm_start: bool = False, progress: bool = True
@@ -489,16 +494,21 @@ class Retrained:
         inside = plain_module(model).named_parameters()
         return {known[id(p)]: values[name] for name, p in inside}
 
-    def evaluate(self, queries: Examples, target: str | Callable = "loss") -> Tensor:
-        """The quantity q of each query under each weighting, ``(Q, R)``."""
+    def evaluate(
+        self, queries: Examples, target: str | Callable = "loss", *, aggregate=None
+    ) -> Tensor:
+        """The quantity q of each query under each weighting, ``(Q, R)``.
+
+        With ``aggregate``, as in `ImplicitInfluence.score`, one number of all of them, ``(1, R)``.
+        """
         o, fulls = self.pipeline.objective(-1), self.parameters[-1]
-        function = ask(o, queries, target)
+        question = ask(o, queries, target, aggregate)
         with torch.no_grad():
             parts = [
-                torch.stack([function(outputs, y) for outputs in _outputs(o, fulls, x)])
+                torch.stack([question.function(outputs, y) for outputs in _outputs(o, fulls, x)])
                 for _, x, y in o.chunks(queries, copies=len(fulls))
             ]
-        return torch.cat(parts, dim=1).T
+            return torch.stack([question.answer(q) for q in torch.cat(parts, dim=1)], 1)
 
 
 def _outputs(o: Objective, fulls: Tensor, x: Tensor) -> Tensor:

@@ -351,7 +351,7 @@ class CleaningExplorer(Explorer):
 
         def work(pipeline):
             if pipeline.adopted:  # refuses weights that are no optimum
-                removal_base(pipeline, self.judges, "loss", protocol)
+                removal_base(pipeline, self.judges, "loss", None, protocol)
             weights = torch.ones(1 + warm, self.count)
             weights[-1, removed] = 0
             again = pipeline.retrain({self.stage: weights}, warm_start=warm, progress=False)
