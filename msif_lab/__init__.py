@@ -14,6 +14,7 @@ from .errors import (
     MsifError,
     NotConvergedError,
     SavedFileError,
+    SymmetryWarning,
     UnsmoothTrainingWarning,
     UnsupportedModelError,
     UnsupportedModelWarning,
@@ -174,4 +175,5 @@ __all__ = [
     "UnsupportedModelError",
     "UnsupportedModelWarning",
     "UnsmoothTrainingWarning",
+    "SymmetryWarning",
 ]

@@ -77,6 +77,8 @@ class DataCurvature(Operator):
         self.weights = full.new_ones(len(objective.data)) if weights is None else weights
         self.ridge = objective.ridge if ridge and not every else None
         self.rows: Tensor | None = None  # only these examples
+        # ‖∇F‖ here, where known: a symmetry's eigenvalues are of its size instead of 0
+        self.gradient_norm = 0.0
 
     def part(self, rows: Tensor) -> "DataCurvature":
         """What the examples at ``rows`` add to the mean over all, without the penalty.
@@ -437,6 +439,28 @@ class GGN(DataCurvature):
             bent = self.bend(outputs, y, self.weights[rows]) @ jacobian
             result += bent.flatten(0, 1).T @ jacobian.flatten(0, 1)
         return result
+
+    def factors(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Some examples' own J ``(B, C, P)`` and ``Λ_i / m``, ``(B, C, C)``, weights left out."""
+        layers = find_layers(self.objective, self.every)
+        if not self.objective.once(("factors", self.every), lambda: self._factors_agree(layers)):
+            layers = None
+        outputs, jacobian = self._jacobian(x, layers)
+        return jacobian, self.bend(outputs, y, self.full.new_ones(len(x)))
+
+    def _factors_agree(self, layers: list[Layer] | None) -> bool:
+        """Whether the Jacobians by layers are those of plain reverse mode."""
+        probe = Probe.of(self.objective)
+        small = self._at(probe)
+
+        def outputs(theta, x):
+            return probe.outputs(theta, x[None], self.every).reshape(-1)
+
+        def plain() -> Tensor:
+            theta = probe.theta(self.every)
+            return torch.stack([plain_jacobian(outputs, theta, one) for one in probe.x])
+
+        return agree(lambda: small._jacobian(probe.x, layers)[1], plain)
 
     def _jacobian(self, x: Tensor, layers: list[Layer] | None) -> tuple[Tensor, Tensor]:
         """Outputs ``(B, ...)`` and J ``(B, C, P)``."""
