@@ -198,7 +198,5 @@ class Factorised:
             )
         seconds = time.perf_counter() - start
         left_out = 0 if null is None else len(null.values)
-        report = SolveReport(
-            self._name, 0, residuals, good, smallest, 0, held, seconds, left_out
-        )
+        report = SolveReport(self._name, 0, residuals, good, smallest, 0, held, seconds, left_out)
         return x, report

@@ -25,18 +25,20 @@ FLOOR = 1e-3  # of the largest gradient: smaller columns are measured against th
 NAMED = 0.1  # share of the directions' squares from which a parameter is named
 
 
-def null_level(operator: Operator, largest: float) -> float:
+def null_level(operator: Operator, largest: float, dense: bool = True) -> float:
     """Size up to which an eigenvalue may be that of a symmetry.
 
-    Rounding, ``ε P`` times the largest eigenvalue, and what the remaining gradient adds; never more
-    than ``√ε`` times the largest, so that no point far from a minimum passes.
+    Rounding, times the largest eigenvalue ``ε P`` of a dense matrix and ``10 ε`` of products, and
+    what the remaining gradient adds; never more than ``√ε`` times the largest, so that no point far
+    from a minimum passes.
     """
     eps = torch.finfo(operator.dtype).eps
+    errors = operator.shape[0] if dense else 10
     base, _ = operator.unshifted()
     slack = 0.0
     if isinstance(base, DataCurvature):
         slack = ROOM * base.gradient_norm / float(base.theta.norm().clamp(min=1e-300))
-    return min(eps * operator.shape[0] * largest + slack, eps**0.5 * largest)
+    return min(eps * errors * largest + slack, eps**0.5 * largest)
 
 
 @dataclass
@@ -113,9 +115,7 @@ def find_null(operator: Operator, values: Tensor, vectors: Tensor) -> NullDirect
     if not 0 < count < len(values) or float(values[0]) < -level:
         return None
     base, _ = operator.unshifted()
-    found = NullDirections(
-        vectors[:, :count], values[:count], largest, float(values[count]), level
-    )
+    found = NullDirections(vectors[:, :count], values[:count], largest, float(values[count]), level)
     if isinstance(base, DataCurvature):
         found.where = f"{base.objective.where}: "
         parts, norms = [], []
@@ -142,8 +142,9 @@ def _announce(found: NullDirections, base: DataCurvature) -> None:
     most = sorted((n for n in names if shares[n] >= NAMED * total), key=lambda n: -shares[n])
     warnings.warn(
         f"{found.describe()}, in {', '.join(map(repr, most[:6]))}; no example's gradient has a part "
-        "there: a symmetry, as B A = (B R⁻¹)(R A) of a low-rank layer, or fewer examples than "
-        "parameters. Solves leave them out; a question that depends on them is refused",
+        "there: a symmetry, as of a low-rank layer B A = (B R⁻¹)(R A) or of logits that all move "
+        "by one number, or fewer examples than parameters. Solves leave them out; a question that "
+        "depends on them is refused",
         SymmetryWarning,
         stacklevel=6,
     )
