@@ -252,10 +252,7 @@ class ImplicitInfluence:
         if not self.leave_one_out:
             return -example_products(o, full, solution) / len(o.data)
         if k not in self._steps:
-            solver = self._prepared[k]
-            self._steps[k] = removal_steps(
-                self.curvature, o, full, lambda columns: solver.solve(columns)[0]
-            )
+            self._steps[k] = removal_steps(self.curvature, o, full, self._prepared[k], self.damping)
         return -cotangent @ self._steps[k].T
 
 

@@ -1,11 +1,11 @@
 """Directions in which a minimum is flat: found, named, and left out of the solves.
 
-A low-rank layer ``W₀ + B A`` is the same function for ``R A`` and ``B R⁻¹``, softmax outputs may all
-grow by one number. Along such a symmetry F does not change, so its Hessian has the eigenvalue 0 at
-a minimum, up to rounding and to the gradient that is left: with G the symmetry's generator,
+A low-rank layer ``W₀ + B A`` is the same function for ``R A`` and ``B R⁻¹``; logits may all grow by
+one number. Along such a symmetry F does not change, so its Hessian has the eigenvalue 0 at a
+minimum, up to rounding and to the gradient that is left: with G the symmetry's generator,
 ``F(e^{tG} θ) = F(θ)`` for all θ gives ``H G θ = −Gᵀ ∇F``. What a model computes does not change
-either. So the gradients of examples and queries have no part there, and ``H⁻¹`` means the inverse on
-the rest, the directions orthogonal to them.
+either, so the gradients of examples and queries have no part there, and ``H⁻¹`` means the inverse
+on the rest, the directions orthogonal to them.
 """
 
 import warnings
@@ -22,6 +22,7 @@ from .report import WAYS_OUT, ratio
 
 ROOM = 10.0  # times ‖∇F‖ / ‖θ‖, for a generator that moves few of the parameters
 FLOOR = 1e-3  # of the largest gradient: smaller columns are measured against this
+MOST = 1e-3  # part of a vector along null directions that may be an error of theirs
 NAMED = 0.1  # share of the directions' squares from which a parameter is named
 
 
@@ -65,9 +66,8 @@ class NullDirections:
 
     @property
     def tolerance(self) -> float:
-        """How large a part of a vector along them is rounding: they are known to ``level / gap``."""
-        eps = torch.finfo(self.values.dtype).eps
-        return min(eps**0.5 + 10 * self.level / self.gap, 0.03)
+        """Part of a vector along them that may be an error: they are known to ``level / gap``."""
+        return min(torch.finfo(self.values.dtype).eps ** 0.5 + self.level / self.gap, MOST)
 
     def share(self, columns: Tensor) -> Tensor:
         """The relative part of each column (P, K) along them, ``(K,)``.
@@ -96,9 +96,9 @@ class NullDirections:
         """Raise the error for a right-hand side with so large a part along them."""
         smallest = float(self.values[0])
         raise IndefiniteCurvatureError(
-            f"{self.describe()}, and a right-hand side has a part of {share:.1e} along them (rounding "
-            f"explains {self.tolerance:.0e}): it depends on which of many equal minima was reached, "
-            f"and the smallest eigenvalue {smallest:.3e} is not positive definite; {WAYS_OUT}",
+            f"{self.describe()}, and a right-hand side has a part of {share:.1e} along them "
+            f"(rounding explains {self.tolerance:.0e}): it asks which of many equal minima was "
+            f"reached. The smallest eigenvalue is {smallest:.3e}; {WAYS_OUT}",
             smallest,
         )
 
@@ -141,10 +141,10 @@ def _announce(found: NullDirections, base: DataCurvature) -> None:
     total = sum(shares.values())
     most = sorted((n for n in names if shares[n] >= NAMED * total), key=lambda n: -shares[n])
     warnings.warn(
-        f"{found.describe()}, in {', '.join(map(repr, most[:6]))}; no example's gradient has a part "
-        "there: a symmetry, as of a low-rank layer B A = (B R⁻¹)(R A) or of logits that all move "
-        "by one number, or fewer examples than parameters. Solves leave them out; a question that "
-        "depends on them is refused",
+        f"{found.describe()}, in {', '.join(map(repr, most[:6]))}; no example's gradient has a "
+        "part there: a symmetry, as of a low-rank layer B A = (B R⁻¹)(R A) or of logits that all "
+        "move by one number, or fewer examples than parameters. Solves leave them out; a question "
+        "that depends on them is refused",
         SymmetryWarning,
         stacklevel=6,
     )
