@@ -30,8 +30,8 @@ MOST_OUTPUTS = 64  # C up to which Woodbury's identity is used
 ITERATIONS = 50
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5}  # relative residual of a step
 RESOLVED = 1e3  # times ε: a smaller 1 − leverage is rounding
-LONG = 2.0  # times the derivative along ∇f_i: a longer step is tried out
-TURNED = 0.5  # times its first slope, the slope at the end of a step that is still trusted
+LONG = 1.5  # times the derivative, in norm or along ∇f_i: a longer step is tried out
+TURNED = 1.0  # times the first slope: the opposite slope that a trusted step may end with
 BISECTIONS = 7
 
 
@@ -41,9 +41,9 @@ def removal_steps(kind: str, o: Objective, full: Tensor, prepared, damping: floa
     Along the curvature's null directions, if the solver knows of any, there is no step: without an
     example F is flat along the symmetry as well, so it may be minimised across it.
 
-    A step more than `LONG` times as long as the derivative ``H⁻¹ ∇f_i / m`` is tried out: where
-    the loss of the others rises again by its end, more than half as steeply as it first fell, the
-    step is cut to where that loss is smallest.
+    A step much longer than the derivative ``H⁻¹ ∇f_i / m`` is followed on the loss of the others.
+    Where that rises at its end, and more steeply than it fell at first, the step is replaced by the
+    point along it, or along the derivative, where that loss is smallest.
 
     Args:
         kind: ``"hessian"`` or ``"ggn"``, of H and of the example's own ``h_i``.
@@ -57,33 +57,34 @@ def removal_steps(kind: str, o: Objective, full: Tensor, prepared, damping: floa
 
     Warns:
         ConvergenceWarning: without some examples the curvature is not positive definite; their
-            steps are the derivative. Or steps were cut. Both are named.
+            steps are the derivative. Or steps were replaced. Both are named.
     """
     size = o.size * len(o.data) * full.element_size()
     require_memory(
         size, SHIFT_BYTES, "leave_one_out=True", "leave it out, or use a smaller model or data set"
     )
     removal = _Removal(kind, o, full, prepared, damping)
-    steps, flat, cut = [], [], []
+    steps, flat, turned = [], [], []
     # about 24 + 4 C numbers of (B, P) at once
     copies = (24 + 4 * removal.outputs) * o.size * full.element_size()
     few = max(1, working_bytes(o.device) // copies)
     for part in torch.arange(len(o.data), device=full.device).split(few):
         for rows, gradients in per_example_gradients(o, full, rows=part):
-            step, plain, good = removal.steps(rows, gradients / len(o.data))
+            b = gradients / len(o.data)
+            step, plain, good = removal.steps(rows, b)
             step[~good] = plain[~good]  # no nearby minimum without these
-            flat += o.data.ids[rows.cpu()][~good.cpu()].tolist()
-            along = (gradients * step).sum(1), (gradients * plain).sum(1)
-            long = (good & (along[0] > LONG * along[1])).nonzero().flatten()
-            shares = removal.tried(rows[long], step[long], gradients[long])
-            step[long] *= shares[:, None]
-            cut += zip(o.data.ids[rows[long].cpu()].tolist(), shares.tolist(), strict=True)
+            ratios = (b * step).sum(1) / (b * plain).sum(1), step.norm(dim=1) / plain.norm(dim=1)
+            long = (good & (torch.maximum(*ratios) > LONG)).nonzero().flatten()
+            step[long], held = removal.tried(rows[long], b[long], step[long], plain[long])
             steps.append(step)
-    _warn(o.where, flat, [(i, share) for i, share in cut if share != 1])
+            ids = o.data.ids[rows.cpu()]
+            flat += ids[~good.cpu()].tolist()
+            turned += ids[long[~held].cpu()].tolist()
+    _warn(o.where, flat, turned)
     return torch.cat(steps)
 
 
-def _warn(where: str, flat: list, cut: list[tuple]) -> None:
+def _warn(where: str, flat: list, turned: list) -> None:
     if flat:
         warnings.warn(
             f"{where}: without examples {flat[:10]} ({len(flat)} in all) the curvature H − h_i/m "
@@ -93,13 +94,12 @@ def _warn(where: str, flat: list, cut: list[tuple]) -> None:
             ConvergenceWarning,
             stacklevel=5,
         )
-    if cut:
-        cut.sort(key=lambda pair: pair[1])
+    if turned:
         warnings.warn(
-            f"{where}: the removal of examples {[i for i, _ in cut[:10]]} ({len(cut)} in all) "
-            "moves the minimum too far for one Newton step: the loss of the others turns within "
-            f"it. These steps end where that loss is smallest, the first after {cut[0][1]:.2g} of "
-            "its length, and their scores are rough; retrain to be sure: removal_effects",
+            f"{where}: removing examples {turned[:10]} ({len(turned)} in all) moves the minimum "
+            "too far for one Newton step: the loss of the others turns within it. Their scores "
+            "are rough, from where that loss is smallest along this step or the derivative; "
+            "retrain to be sure: removal_effects",
             ConvergenceWarning,
             stacklevel=5,
         )
@@ -248,32 +248,49 @@ class _Removal:
         u = torch.einsum("bcd,bd->bc", f.inner @ f.bend, torch.einsum("bcp,bp->bc", f.j, z))
         return z + _back(u, f.h_j), r + _back(u, f.j)
 
-    def tried(self, rows: Tensor, steps: Tensor, gradients: Tensor) -> Tensor:
-        """Which share of each step (B, P) to keep, ``(B,)``; 1 for those that are trusted.
+    def tried(self, rows: Tensor, b: Tensor, steps: Tensor, plain: Tensor) -> tuple[Tensor, Tensor]:
+        """Follow some steps on the loss of the others, and replace those that overshoot.
 
         Args:
             rows: positions of the examples.
-            steps: x.
-            gradients: ``∇f_i`` (B, P).
+            b: ``∇f_i / m``, minus the slope at the start, ``(B, P)``.
+            steps, plain: Newton's steps and the derivative's, ``(B, P)``.
+
+        Returns:
+            the steps ``(B, P)``, and which are trusted, ``(B,)``.
         """
-        shares = torch.ones_like(steps[:, 0])
-        first = (gradients * steps).sum(1) / len(self.o.data)  # how steeply it falls at first
-        end = self._slopes(rows, steps, shares)
-        cut = (~(end <= TURNED * first)).nonzero().flatten()  # NaN as well
-        low, high = torch.zeros_like(shares[cut]), torch.ones_like(shares[cut])
+        _, end = self._follow(rows, steps, torch.ones_like(steps[:, 0]))
+        good = end <= TURNED * (b * steps).sum(1)  # false for NaN
+        newton, newton_value = self._shortened(rows[~good], steps[~good])
+        other, other_value = self._shortened(rows[~good], plain[~good])
+        steps[~good] = torch.where((newton_value <= other_value)[:, None], newton, other)
+        return steps, good
+
+    def _shortened(self, rows: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+        """Steps up to where the loss of the others turns ``(B, P)``, and that loss there ``(B,)``.
+
+        Found by bisection of its slope; a step along which it only falls is kept whole.
+        """
+        high = torch.ones_like(steps[:, 0])
+        low = (self._follow(rows, steps, high)[1] <= 0).to(high)
         for _ in range(BISECTIONS):
             middle = (low + high) / 2
-            falls = self._slopes(rows[cut], steps[cut], middle) < 0
+            falls = self._follow(rows, steps, middle)[1] < 0
             low, high = torch.where(falls, middle, low), torch.where(falls, high, middle)
-        shares[cut] = (low + high) / 2
-        return shares
+        share = torch.where(low == 1, low, (low + high) / 2)
+        return share[:, None] * steps, self._follow(rows, steps, share)[0]
 
-    def _slopes(self, rows: Tensor, steps: Tensor, shares: Tensor) -> Tensor:
-        """``d/dt (F − f_i/m)(θ + t x_i)`` at t = ``shares`` (B,), with ∇F(θ) as if it were 0."""
+    def _follow(self, rows: Tensor, steps: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+        """``F − f_i/m`` at ``θ + t x_i``, t = ``shares``, up to a constant, and its t-derivative.
+
+        ∇F(θ) counts as 0: ``_pull`` is minus the part of it that is not computed here.
+        """
         o = self.o
-        # what lanes without a centre leave out
-        pulled = self.damping * steps.square().sum(1)
-        slopes = shares * (pulled + 2 * o.alpha * o.coupled.take(steps).square().sum(1))
+        # damping and what pulls towards the stage before
+        square = self.damping * steps.square().sum(1)
+        square += 2 * o.alpha * o.coupled.take(steps).square().sum(1)
+        linear = steps @ self._pull
+        values, slopes = shares * linear + shares**2 / 2 * square, linear + shares * square
         few = max(1, min(64, working_bytes(o.device) // (8 * self.full.nbytes)))
         for start in range(0, len(rows), few):
             part = slice(start, start + few)
@@ -281,13 +298,14 @@ class _Removal:
             weights.scatter_(1, rows[part, None], 0.0)
             theta = o.trained.take(self.full) + shares[part, None] * steps[part]
             lanes = Lanes(o, self.full.repeat(len(theta), 1), None, weights)
-            gradient = lanes.value_and_grad(theta)[1] - self._gradient
+            value, gradient = lanes.value_and_grad(theta)
+            values[part] += value
             slopes[part] += (gradient * steps[part]).sum(1)
-        return slopes
+        return values, slopes
 
     @functools.cached_property
-    def _gradient(self) -> Tensor:
-        """∇F at the minimum ``(P,)``, without what pulls towards the stage before."""
+    def _pull(self) -> Tensor:
+        """Minus the gradient of the data and the weight decay at the minimum, ``(P,)``."""
         o = self.o
         lanes = Lanes(o, self.full[None], None, self.full.new_ones(1, len(o.data)))
-        return lanes.value_and_grad(o.trained.take(self.full)[None])[1][0]
+        return -lanes.value_and_grad(o.trained.take(self.full)[None])[1][0]

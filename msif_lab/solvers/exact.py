@@ -184,7 +184,8 @@ class Factorised:
         check_columns(self.operator, columns)
         start = time.perf_counter()
         x, null = self._solve(columns)
-        residuals = ratio((self.matrix @ x - columns).norm(dim=0), columns.norm(dim=0))
+        left = self.matrix @ x - (columns if null is None else null.without(columns))
+        residuals = ratio(left.norm(dim=0), columns.norm(dim=0))
         held = (self.matrix.numel() + self.factor.numel()) * self.matrix.element_size()
         smallest = self.smallest if null is None else null.gap
         good = residuals <= 1e-3 if x.dtype == torch.float32 else residuals <= 1e-6
