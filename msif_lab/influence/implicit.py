@@ -49,8 +49,13 @@ class ImplicitInfluence:
             positive definite (the cross block of the frozen case stays exact).
         damping: added to H; a modelling choice, 0 by default.
         leave_one_out: replace H by ``H − h_i/m`` for example i with its own curvature ``h_i``,
-            because removal is a finite step: the scores then predict removal (exact for ridge
-            regression), not the derivative. Costs a few solves per example; meant for `Exact`.
+            because removal is a finite step: the scores then predict removal, not the derivative.
+            For squared error and a model linear in its parameters, ridge regression, they are the
+            refits themselves, even with fewer examples than parameters, where the derivative is
+            hundreds of times too small; in float64 to about ``ε ‖H‖ / λ``. Elsewhere it is one
+            Newton step; where that overshoots, a `ConvergenceWarning` names the examples and their
+            scores are rough. Costs a solve per example and output, and an epoch or two for each
+            example whose step is long; meant for `Exact`.
 
     Attributes:
         report_: after `score`, one `SolveReport` per stage solved, by stage name.
@@ -106,6 +111,7 @@ class ImplicitInfluence:
 
         Warns:
             ConvergenceWarning: a stage is not at a stationary point, with its gradient norm.
+            SymmetryWarning: from `Exact`; a stage's minimum is flat along a symmetry.
         """
         if not isinstance(pipeline, Pipeline):
             raise TypeError(f"pipeline must be a msif_lab.Pipeline, not {type(pipeline).__name__}")
@@ -169,6 +175,9 @@ class ImplicitInfluence:
 
         Returns:
             `Influence` with values ``(Q, N)``, or with ``top`` a `TopInfluence`.
+
+        Raises:
+            IndefiniteCurvatureError: the queries depend on which of many equal minima was reached.
         """
         if top is not None and (not isinstance(top, int) or not top >= 1 or self.leave_one_out):
             raise ValueError(

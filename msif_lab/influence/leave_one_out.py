@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..curvature.derivatives import own_products, per_example_gradients
 from ..curvature.matrices import GGN
-from ..errors import ConvergenceWarning
+from ..errors import ConvergenceWarning, IndefiniteCurvatureError
 from ..memory import require_memory, working_bytes
 from ..objective.objective import Lanes, Objective
 
@@ -149,7 +149,11 @@ class _Removal:
 
     def _solve(self, rows: Tensor) -> Tensor:
         """``H⁻¹`` of rows ``(B, P)`` that have no part along null directions."""
-        return self.prepared.solve(rows.T)[0].T
+        try:
+            return self.prepared.solve(rows.T)[0].T
+        except IndefiniteCurvatureError as error:
+            message = f"{self.o.where}, leave_one_out=True: {error}. Exact() finds null directions"
+            raise IndefiniteCurvatureError(message, error.smallest) from None
 
     def _across(self, rows: Tensor) -> Tensor:
         """Rows ``(..., P)`` without their part along null directions."""

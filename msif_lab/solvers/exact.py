@@ -142,11 +142,11 @@ class Factorised:
         if self.smallest <= null_level(operator, float(self.matrix.norm())):
             spectrum = solver.spectrum(operator)
             self.null = find_null(operator, spectrum.values, spectrum.vectors)
-            if self.null is None and not self.definite:
-                _cholesky(self.matrix, "the curvature")  # raises, with the smallest eigenvalue
         if self.null is not None:
             lifted = self.matrix + self.null.largest * (self.null.vectors @ self.null.vectors.T)
             self.lifted = _cholesky(lifted, "the curvature without its null directions")
+        elif not self.definite:
+            _cholesky(self.matrix, "the curvature")  # raises, with the smallest eigenvalue
 
     def _inverse_iteration(self) -> float:
         """The smallest eigenvalue, at the cost of a few triangular solves."""

@@ -115,7 +115,9 @@ def find_null(operator: Operator, values: Tensor, vectors: Tensor) -> NullDirect
     if not 0 < count < len(values) or float(values[0]) < -level:
         return None
     base, _ = operator.unshifted()
-    found = NullDirections(vectors[:, :count], values[:count], largest, float(values[count]), level)
+    found = NullDirections(
+        vectors[:, :count].clone(), values[:count], largest, float(values[count]), level
+    )
     if isinstance(base, DataCurvature):
         found.where = f"{base.objective.where}: "
         parts, norms = [], []
