@@ -239,6 +239,16 @@ def test_exact_refuses_right_sides_with_a_part_there():
         msif.ConjugateGradient(tol=1e-6).solve(Matrix(matrix), b)
 
 
+def test_directions_that_only_weight_decay_bends_are_no_null_directions():
+    """Their curvature is λ, however small beside the rounding of the rest."""
+    for dtype, weight_decay in ((F64, 1e-13), (torch.float32, 1e-5)):
+        pipeline, _ = ridge(6, weight_decay, dtype=dtype)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", msif.SymmetryWarning)
+            for damping in (0.0, weight_decay):
+                msif.Exact().prepare(pipeline.curvature(0) + damping)
+
+
 @pytest.mark.parametrize("dtype", [F64, torch.float32])
 def test_small_eigenvalues_are_no_null_directions(dtype):
     """Controls: negative ones are refused, positive ones are solved with."""

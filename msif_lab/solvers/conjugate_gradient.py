@@ -11,7 +11,7 @@ from torch import Tensor
 from ..curvature.operators import Operator
 from ..errors import IndefiniteCurvatureError
 from .nested import KEPT, basis, check_shares, levels, split
-from .null import null_level
+from .null import null_range
 from .report import WAYS_OUT, Settings, Solved, SolveReport, check_columns, verified
 
 __all__ = ["ConjugateGradient"]
@@ -36,10 +36,10 @@ def _null_level(operator: Operator, smallest: float, largest: float, iteration: 
     Raises:
         IndefiniteCurvatureError: the smallest curvature met is more negative than that.
     """
-    level = null_level(operator, largest, dense=False)
-    if not smallest >= -level:
+    low, high = null_range(operator, largest, dense=False)
+    if not smallest >= low:
         _refuse(smallest, iteration)
-    return level
+    return high
 
 
 @dataclass(frozen=True, repr=False)

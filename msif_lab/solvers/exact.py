@@ -12,7 +12,7 @@ from torch import Tensor
 from ..curvature.operators import Operator
 from ..errors import ConvergenceWarning, IndefiniteCurvatureError
 from ..memory import parse_bytes
-from .null import NullDirections, find_null, null_level
+from .null import NullDirections, find_null, null_range
 from .report import WAYS_OUT, SolveReport, check_columns, ratio
 
 __all__ = ["Exact", "Spectrum", "schur_complement"]
@@ -139,7 +139,7 @@ class Factorised:
         self.factor, failed = torch.linalg.cholesky_ex(self.matrix)
         self.definite = not bool(failed)
         self.smallest = self._inverse_iteration() if self.definite else float("-inf")
-        if self.smallest <= null_level(operator, float(self.matrix.norm())):
+        if self.smallest <= null_range(operator, float(self.matrix.norm()))[1]:
             spectrum = solver.spectrum(operator)
             self.null = find_null(operator, spectrum.values, spectrum.vectors)
         if self.null is not None:

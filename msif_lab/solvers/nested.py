@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..curvature.matrices import DataCurvature
 from ..curvature.operators import Operator
-from .null import null_level
+from .null import null_range
 
 ROUGH = 0.04  # relative residual of a solve on a share, times √share
 INNER = 10  # most iterations of such a solve
@@ -117,7 +117,7 @@ class Level:
         values, vectors = torch.linalg.eigh(p.T @ a_p)  # Ritz values
         self.smallest = min(self.smallest, *values.tolist(), float("inf"))
         self.largest = max(self.largest, *values.tolist(), 0.0)
-        bent = values > null_level(self.part, self.largest, dense=False)
+        bent = values > null_range(self.part, self.largest, dense=False)[1]
         turn = vectors[:, bent] / values[bent].sqrt()
         p = p @ turn
         a_p = a_p @ turn

@@ -26,20 +26,24 @@ MOST = 1e-3  # part of a vector along null directions that may be an error of th
 NAMED = 0.1  # share of the directions' squares from which a parameter is named
 
 
-def null_level(operator: Operator, largest: float, dense: bool = True) -> float:
-    """Size up to which an eigenvalue may be that of a symmetry.
+def null_range(operator: Operator, largest: float, dense: bool = True) -> tuple[float, float]:
+    """Between which two numbers an eigenvalue may be that of a symmetry.
 
-    Rounding, times the largest eigenvalue ``ε P`` of a dense matrix and ``10 ε`` of products, and
-    what the remaining gradient adds; never more than ``√ε`` times the largest, so that no point far
-    from a minimum passes.
+    They are as far from 0 as rounding, times the largest eigenvalue ``ε P`` of a dense matrix and
+    ``10 ε`` of products, plus what the remaining gradient adds; never more than ``√ε`` times the
+    largest, so that no point far from a minimum passes. The upper one is also below half of what
+    penalty and damping add at least: a direction that no example bends has all of that.
     """
     eps = torch.finfo(operator.dtype).eps
     errors = operator.shape[0] if dense else 10
-    base, _ = operator.unshifted()
-    slack = 0.0
+    base, shift = operator.unshifted()
+    slack, known = 0.0, torch.as_tensor(shift)
     if isinstance(base, DataCurvature):
-        slack = ROOM * base.gradient_norm / float(base.theta.norm().clamp(min=1e-300))
-    return min(eps * errors * largest + slack, eps**0.5 * largest)
+        slack = ROOM * base.gradient_norm / float(base.theta.norm().clamp(min=1e-30))
+        known = known if base.ridge is None else known + base.ridge
+    level = min(eps * errors * largest + slack, eps**0.5 * largest)
+    least = float(known.min())
+    return -level, min(level, least / 2) if least > 0 else level
 
 
 @dataclass
@@ -51,7 +55,7 @@ class NullDirections:
         values: their eigenvalues, ``(k,)``.
         largest: the largest eigenvalue of all.
         gap: the smallest eigenvalue of the rest.
-        level: up to where an eigenvalue counted as null.
+        level: how far from 0 an eigenvalue could be.
         scale: norm of the largest gradient of an example, 0 without examples.
         where: the stage, for messages; or empty.
     """
@@ -106,17 +110,17 @@ class NullDirections:
 def find_null(operator: Operator, values: Tensor, vectors: Tensor) -> NullDirections | None:
     """The null directions among ascending eigenvalues (P,) and eigenvectors (P, P), if any.
 
-    None as well where an eigenvalue is negative beyond the level, or where some example's gradient
+    None as well where an eigenvalue is too negative for one, or where some example's gradient
     has a part along them: then they are no symmetry.
     """
     largest = float(values[-1])
-    level = null_level(operator, largest)
-    count = int((values <= level).sum())
-    if not 0 < count < len(values) or float(values[0]) < -level:
+    low, high = null_range(operator, largest)
+    count = int((values <= high).sum())
+    if not 0 < count < len(values) or float(values[0]) < low:
         return None
     base, _ = operator.unshifted()
     found = NullDirections(
-        vectors[:, :count].clone(), values[:count], largest, float(values[count]), level
+        vectors[:, :count].clone(), values[:count], largest, float(values[count]), -low
     )
     if isinstance(base, DataCurvature):
         found.where = f"{base.objective.where}: "
