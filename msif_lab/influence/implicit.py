@@ -51,8 +51,13 @@ class ImplicitInfluence:
             positive definite (the cross block of the frozen case stays exact).
         damping: added to H; a modelling choice, 0 by default.
         leave_one_out: replace H by ``H − h_i/m`` for example i with its own curvature ``h_i``,
-            because removal is a finite step: the scores then predict removal (exact for ridge
-            regression), not the derivative. Costs a few solves per example; meant for `Exact`.
+            because removal is a finite step: the scores then predict removal, not the derivative.
+            For squared error and a model linear in its parameters, ridge regression, they are the
+            refits themselves, even with fewer examples than parameters, where the derivative is
+            hundreds of times too small; in float64 to about ``ε ‖H‖ / λ``. Elsewhere it is one
+            Newton step; where that overshoots, a `ConvergenceWarning` names the examples and their
+            scores are rough. Costs a solve per example and output, and an epoch or two for each
+            example whose step is long; meant for `Exact`.
 
     Attributes:
         report_: after `score`, one `SolveReport` per stage solved, by stage name.
@@ -108,6 +113,7 @@ class ImplicitInfluence:
 
         Warns:
             ConvergenceWarning: a stage is not at a stationary point, with its gradient norm.
+            SymmetryWarning: from `Exact`; a stage's minimum is flat along a symmetry.
         """
         if not isinstance(pipeline, Pipeline):
             raise TypeError(f"pipeline must be a msif_lab.Pipeline, not {type(pipeline).__name__}")
@@ -121,9 +127,10 @@ class ImplicitInfluence:
             self.plan_ = plan(pipeline, kind=self.curvature, damping=self.damping)
             print(self.plan_)
         for k, stage in enumerate(pipeline.stages):
-            self._check_stationary(k)
+            left = self._check_stationary(k)
             solver = self.plan_.solver(stage.name) if self.plan_ else self.solver
             operator = pipeline.curvature(k, self.curvature)
+            operator.gradient_norm = left
             operator = operator + self.damping if self.damping else operator
             try:
                 self._prepared.append(solver.prepare(operator))
@@ -132,8 +139,8 @@ class ImplicitInfluence:
                 raise IndefiniteCurvatureError(message, error.smallest) from None
         return self
 
-    def _check_stationary(self, k: int) -> None:
-        """Warn when the remaining gradient is not small beside one example's share, ‖∇f_i‖/m."""
+    def _check_stationary(self, k: int) -> float:
+        """‖∇F‖, with a warning when it is not small beside one example's share, ‖∇f_i‖/m."""
         o = self._pipeline.objective(k)
         left = float(self._pipeline.gradient(k).norm())
         few = 256 if o.size < 10**5 else 32  # an order of magnitude is enough
@@ -148,6 +155,7 @@ class ImplicitInfluence:
                 ConvergenceWarning,
                 stacklevel=3,
             )
+        return left
 
     def score(
         self,
@@ -186,6 +194,7 @@ class ImplicitInfluence:
         Raises:
             ValueError, TypeError: queries, target or aggregate do not fit; the target or aggregate
                 is a step function, such as accuracy, whose derivative is zero or missing.
+            IndefiniteCurvatureError: the queries depend on which of many equal minima was reached.
 
         >>> import msif_lab as msif
         >>> train, test = msif.load_digits(dtype=torch.float64)
@@ -277,10 +286,7 @@ class ImplicitInfluence:
         if not self.leave_one_out:
             return -example_products(o, full, solution) / len(o.data)
         if k not in self._steps:
-            solver = self._prepared[k]
-            self._steps[k] = removal_steps(
-                self.curvature, o, full, lambda columns: solver.solve(columns)[0]
-            )
+            self._steps[k] = removal_steps(self.curvature, o, full, self._prepared[k], self.damping)
         return -cotangent @ self._steps[k].T
 
 

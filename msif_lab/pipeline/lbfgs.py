@@ -247,8 +247,9 @@ def _polish(lanes: Lanes, theta: Tensor, max_steps: int = 60) -> tuple[Tensor, i
 def _hessian_factor(lanes: Lanes, theta: Tensor, lane: int) -> Tensor | None:
     """Cholesky factor of one lane's Hessian, None where it is not positive definite.
 
-    Directions in which F is flat count as positive: classes that share a bias without a penalty
-    leave one. The gradient has nothing there, so it does not matter how they are divided.
+    Directions in which F is flat count as positive: symmetries, as that of a low-rank layer, or
+    classes that share a bias without a penalty. The gradient has no part there, so a shift that
+    makes them positive leaves the steps as they are.
     """
     if missing_second_derivative(lanes.objective):
         return None
@@ -256,8 +257,9 @@ def _hessian_factor(lanes: Lanes, theta: Tensor, lane: int) -> Tensor | None:
     full = lanes.select(one).full(theta[one])[0]
     matrix = Hessian(lanes.objective, full, lanes.weights[lane]).dense()
     factor, failed = torch.linalg.cholesky_ex(matrix)
-    if bool(failed):
-        rounding = 100 * len(matrix) * torch.finfo(matrix.dtype).eps
-        matrix.diagonal().add_(rounding * matrix.diagonal().abs().max())
+    pivots = factor.diagonal().square()
+    eps = torch.finfo(matrix.dtype).eps
+    if bool(failed) or float(pivots.min()) < eps * len(matrix) * float(pivots.max()):
+        matrix.diagonal().add_(eps**0.5 * matrix.diagonal().max())
         factor, failed = torch.linalg.cholesky_ex(matrix)
     return None if bool(failed) else factor
