@@ -151,7 +151,7 @@ def test_proximal_and_damped_ridge_steps_are_trusted():
         msif.Examples(draw(5, 15, seed=8), draw(5, 1, seed=9)),
         msif.mean_squared_error,
         weight_decay=1e-3,
-        link=msif.Proximal(0.01),
+        link=msif.Proximal(0.01, shared=""),
     )
     both = msif.Pipeline([pipeline.stages[0], last]).fit(progress=False)
     scores = implicit_scores(both, queries, stage=1, target=first_output, leave_one_out=True)
@@ -387,7 +387,7 @@ def test_a_question_of_which_minimum_was_reached_is_refused():
             task(30, 60, True),
             loss,
             weight_decay=1e-2,
-            link=msif.Proximal(0.1),
+            link=msif.Proximal(0.1, shared=""),
         )
         pipeline = msif.Pipeline([first, last]).fit(progress=False)
         attributor = msif.ImplicitInfluence().fit(pipeline)
