@@ -27,6 +27,7 @@ from oracles import (
     same,
     unrolled_scores,
 )
+from sklearn.datasets import load_breast_cancer
 from sklearn.linear_model import LogisticRegression, Ridge
 from torch import nn
 from torch.nn import functional
@@ -809,6 +810,7 @@ def test_the_example_in_the_readme(capsys):
     )[1]
     assert len(block.strip().splitlines()) == 8
     (pretraining, finetuning), queries = two_tasks()
+    queries = queries[[7, 2, 5, 0, 1, 3, 4, 6]]
 
     def my_retraining(without):
         _, second = own_training(pretraining, finetuning, msif.Frozen(), without)
@@ -830,3 +832,150 @@ def test_the_example_in_the_readme(capsys):
     )
     close(space["effects"].values, effects.values, 1e-9)
     assert msif.agreement(space["scores"], effects).mean("rho") > 0.2
+
+
+# ---- What an outside look found at the seams ----
+
+
+def unscaled(count=150):
+    """Features a thousand times the intercept's, labels, and 6 queries."""
+    x, y = load_breast_cancer(return_X_y=True)
+    order = numpy.random.default_rng(0).permutation(len(x))
+    return [(x[i], y[i]) for i in (order[:count], order[count : count + 6])]
+
+
+def binary_loss(outputs, targets):
+    return functional.binary_cross_entropy_with_logits(
+        outputs[:, 0], targets[:, 0], reduction="none"
+    )
+
+
+def test_an_intercept_beside_large_features_is_no_symmetry():
+    """Its eigenvalue is 1e-9 of the largest; the fit stops at scikit-learn's default tolerance."""
+    (x, y), (queries, answers) = unscaled()
+
+    def fit(weights=None):
+        model = LogisticRegression(C=10, max_iter=20000, tol=1e-10)
+        model.solver = "newton-cholesky"
+        return model.fit(x, y, sample_weight=weights)
+
+    def examples(x, y):
+        return msif.Examples(torch.tensor(x), torch.tensor(y, dtype=torch.float64)[:, None])
+
+    loose = LogisticRegression(C=10, max_iter=20000).fit(x, y)
+    layer = torch.nn.Linear(30, 1).double()
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor(loose.coef_))
+        layer.bias.copy_(torch.tensor(loose.intercept_))
+    decay = {"weight": 1 / (10 * len(x)), "bias": 0.0}
+    stage = msif.Stage("only", layer, examples(x, y), binary_loss, decay)
+    pipeline = msif.Pipeline([stage]).adopt()
+    asked = {"target": lambda z, y: z[:, 0]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", msif.SymmetryWarning)
+        scores = implicit_scores(pipeline, examples(queries, answers), **asked)
+    truth = []
+    for i in (0, 3):
+        at = []
+        for sign in (1, -1):
+            weights = numpy.ones(len(x))
+            weights[i] += 1e-2 * sign
+            at.append(torch.tensor(fit(weights).decision_function(queries)))
+        truth.append((at[0] - at[1]) / 2e-2)
+    close(scores[:, [0, 3]], torch.stack(truth, 1), 2e-2)
+
+
+def test_scores_do_not_depend_on_who_asked_first():
+    (x, y), (queries, answers) = unscaled()
+    model = LogisticRegression(C=10, max_iter=20000).fit(x, y)
+
+    def scores(first):
+        layer = torch.nn.Linear(30, 1).double()
+        with torch.no_grad():
+            layer.weight.copy_(torch.tensor(model.coef_))
+            layer.bias.copy_(torch.tensor(model.intercept_))
+        data = msif.Examples(torch.tensor(x), torch.tensor(y, dtype=torch.float64)[:, None])
+        decay = {"weight": 1 / (10 * len(x)), "bias": 0.0}
+        pipeline = msif.Pipeline([msif.Stage("only", layer, data, binary_loss, decay)]).adopt()
+        if first:
+            msif.ImplicitInfluence().fit(pipeline)
+        asked = msif.Examples(
+            torch.tensor(queries), torch.tensor(answers, dtype=torch.float64)[:, None]
+        )
+        return msif.SingleStage(curvature="hessian").fit(pipeline).score(asked).values
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert torch.equal(scores(False), scores(True))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_question_along_a_flat_direction_is_refused_whatever_its_eigenvalue(seed):
+    """Logits that all move by one number: which of them was reached is nobody's effect."""
+    torch.manual_seed(seed)
+    x, y = torch.randn(40, 3, dtype=torch.float64), torch.randint(0, 3, (40,))
+    layer, decay = torch.nn.Linear(3, 3).double(), {"weight": 1e-2, "bias": 0.0}
+    stage = msif.Stage("only", layer, msif.Examples(x, y), weight_decay=decay)
+    pipeline = msif.Pipeline([stage]).fit(progress=False)
+    queries = msif.Examples(x[:2], y[:2])
+    with pytest.warns(msif.SymmetryWarning):
+        attributor = msif.ImplicitInfluence().fit(pipeline)
+    with pytest.raises(msif.IndefiniteCurvatureError, match="which of many equal minima"):
+        attributor.score(queries, target=lambda z, y: z[:, 0])
+    assert attributor.score(queries).values.abs().max() > 0
+
+
+def test_a_backbone_that_nobody_trains_is_no_link():
+    """As after freezing it for the later stage and copying both models."""
+    stages = stages_of(
+        [msif.mlp(16, hidden=(4,), classes=3 - k, seed=k).double() for k in (0, 1)],
+        two_tasks()[0],
+        msif.Frozen(),
+        msif.LBFGS(),
+    )
+    stages[0].model.embedding.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"nothing that stage .* trains is taken over"):
+        msif.Pipeline(stages)
+    stages[0].model.embedding.requires_grad_(True)
+    msif.Pipeline(stages)
+
+
+def test_buffers_that_differ_are_not_to_be_loaded_over_trained_weights():
+    def net(seed):
+        torch.manual_seed(seed)
+        body = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 4))
+        norm = torch.nn.BatchNorm1d(4)
+        return torch.nn.Sequential(body, norm, torch.nn.Linear(4, 2)).double().eval()
+
+    nets = [net(0), net(1)]
+    nets[1][1].running_mean.fill_(0.5)
+    data = [random_examples(n, (1, 4, 4), 2, False, k) for k, n in enumerate((30, 20))]
+    pipeline = msif.Pipeline(stages_of(nets, data, msif.Proximal(0.1), msif.LBFGS()))
+    with pytest.raises(ValueError, match="get_buffer") as caught:
+        pipeline.adopt()
+    assert "load_state_dict" not in str(caught.value)
+    advice = re.search(r"(after\.get_buffer.*?\)\))", str(caught.value))[1]
+    head = nets[1][2].weight.detach().clone()
+    exec(advice, {"after": nets[1], "before": nets[0]})
+    pipeline.adopt()
+    assert torch.equal(nets[1][2].weight, head)
+
+
+def test_effects_of_ones_own_take_their_names_from_the_scores():
+    data, queries = two_tasks()
+    nets = [msif.mlp(16, hidden=(4,), classes=3 - k, seed=k).double() for k in (0, 1)]
+    stages = stages_of(nets, data, msif.Proximal(0.1), msif.LBFGS())
+    pipeline = msif.Pipeline(stages).fit(progress=False)
+    queries = queries[[6, 2, 4]]
+    groups = [[0], {1, 2}, [3], [4]]
+    gap = torch.tensor([0.5, 0.5, -1.0])
+    for asked in ({}, {"aggregate": gap}, {"target": "margin"}):
+        effects = msif.removal_effects(pipeline, queries, groups, progress=False, **asked)
+        scores = msif.ImplicitInfluence().fit(pipeline).score(queries, **asked)
+        after = effects.values + effects.base[:, None]
+        own = msif.Effects.from_values(effects.base, after, groups, like=scores)
+        ours = msif.agreement(scores, own).mean("r")
+        assert ours == pytest.approx(msif.agreement(scores, effects).mean("r"), abs=1e-9)
+    numbered = msif.Effects.from_values(effects.base, after, groups, stage=scores.stage)
+    with pytest.raises(ValueError, match="like=scores"):
+        msif.agreement(scores, numbered)

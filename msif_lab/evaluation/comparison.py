@@ -132,7 +132,8 @@ def _pairs(scores: Influence, effects: Effects) -> tuple[numpy.ndarray, numpy.nd
     """Predicted and actual changes ``(Q, R)`` of the same queries and removals."""
     if not torch.equal(scores.query_ids, effects.query_ids) or _differ(scores, effects):
         raise ValueError(
-            "scores and effects are of different queries; compute both on the same Examples"
+            "scores and effects are of different queries; compute both on the same Examples, and "
+            "name them in effects of your own: Effects.from_values(..., like=scores)"
         )
     if (scores.stage, scores.target) != (effects.stage, effects.target):
         raise ValueError(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..data.examples import Examples
 from ..errors import ConvergenceWarning, SavedFileError
+from ..influence.result import Influence
 from ..objective.checks import ask
 from ..objective.losses import target_name
 from ..pipeline.pipeline import Pipeline, Retrained
@@ -70,7 +71,8 @@ class Effects:
         after,
         subsets: Sequence[Sequence[int]],
         *,
-        stage: str,
+        like: Influence | None = None,
+        stage: str | None = None,
         query_ids=None,
         target: str | Callable = "loss",
         protocol: str = "own",
@@ -84,7 +86,9 @@ class Effects:
             before: ``(Q,)``, q after training on everything.
             after: ``(Q, R)``, q after training without each group, a column for each.
             subsets: R groups of positions in the stage's data; a bare number removes one example.
-            stage: name of the stage whose examples were removed.
+            like: the scores that they will be compared with, which give all of the following; for
+                one row about all queries too (``aggregate``).
+            stage: without ``like``, the name of the stage whose examples were removed.
             query_ids: ``(Q,)``, the queries' ``ids``; default 0 to Q − 1, as `Examples` numbers
                 them.
             target: what q is, as given to ``score``.
@@ -107,24 +111,20 @@ class Effects:
                 f"(Q, R) with R = {len(groups)} groups, a column for each{turned}"
             )
         ids = torch.arange(len(before)) if query_ids is None else torch.as_tensor(query_ids)
+        name, aggregate = target_name(target), ""
+        if like is not None:
+            ids, stage, name, aggregate = like.query_ids, like.stage, like.target, like.aggregate
         if ids.shape != before.shape or ids.is_floating_point():
             raise ValueError(
                 f"query_ids {tuple(ids.shape)} {ids.dtype}: expected one whole number for each of "
                 f"the {len(before)} queries, such as queries.ids"
             )
         if not isinstance(stage, str):
-            raise TypeError(f"stage={stage!r} must be the stage's name, such as 'pretrain'")
+            raise TypeError(f"stage={stage!r} must be the stage's name; or give like=scores")
         unknown = torch.full((len(groups),), torch.nan, dtype=torch.float64)
-        return cls(
-            after - before[:, None],
-            groups,
-            before,
-            ids.cpu().long(),
-            unknown,
-            stage,
-            target_name(target),
-            protocol,
-        )
+        about = stage, name, protocol, aggregate
+        values = after - before[:, None]
+        return cls(values, groups, before, ids.cpu().long(), unknown, *about)
 
     def save(self, path) -> None:
         """Write to one safetensors file, all or nothing."""
@@ -188,7 +188,8 @@ def _check_subsets(subsets: Sequence[Sequence[int]], m: int = sys.maxsize) -> li
     groups = []
     for subset in subsets:
         known = isinstance(subset, int | torch.Tensor)
-        members = torch.as_tensor(subset if known else numpy.asarray(subset)).reshape(-1)
+        listed = sorted(subset) if isinstance(subset, set | frozenset) else subset
+        members = torch.as_tensor(subset if known else numpy.asarray(listed)).reshape(-1)
         whole = not members.is_floating_point() and members.dtype != torch.bool
         if len(members) and not whole:
             raise ValueError(f"subset {subset} must hold positions, whole numbers {_between(m)}")

@@ -127,10 +127,9 @@ class ImplicitInfluence:
             self.plan_ = plan(pipeline, kind=self.curvature, damping=self.damping)
             print(self.plan_)
         for k, stage in enumerate(pipeline.stages):
-            left = self._check_stationary(k)
             solver = self.plan_.solver(stage.name) if self.plan_ else self.solver
             operator = pipeline.curvature(k, self.curvature)
-            operator.gradient_norm = left
+            self._check_stationary(k, operator.gradient_norm)
             operator = operator + self.damping if self.damping else operator
             try:
                 self._prepared.append(solver.prepare(operator))
@@ -139,10 +138,9 @@ class ImplicitInfluence:
                 raise IndefiniteCurvatureError(message, error.smallest) from None
         return self
 
-    def _check_stationary(self, k: int) -> float:
-        """‖∇F‖, with a warning when it is not small beside one example's share, ‖∇f_i‖/m."""
+    def _check_stationary(self, k: int, left: float) -> None:
+        """Warn when the remaining gradient is not small beside one example's share, ‖∇f_i‖/m."""
         o = self._pipeline.objective(k)
-        left = float(self._pipeline.gradient(k).norm())
         few = 256 if o.size < 10**5 else 32  # an order of magnitude is enough
         some = torch.arange(0, len(o.data), -(-len(o.data) // few), device=o.device)
         squares = [g.square().sum(1) for _, g in per_example_gradients(o, self._full[k], rows=some)]
@@ -155,7 +153,6 @@ class ImplicitInfluence:
                 ConvergenceWarning,
                 stacklevel=3,
             )
-        return left
 
     def score(
         self,

@@ -61,7 +61,9 @@ class Pipeline:
                     raise ValueError(
                         f"stages {owners[id(parameter)]!r} and {stage.name!r} hold the same "
                         "parameter object; each stage needs a model of its own "
-                        "(copy.deepcopy(model)), the link carries values across"
+                        "(copy.deepcopy(model)), the link carries values across. Where it was "
+                        "frozen for the later stage, let the earlier one train it again: "
+                        "requires_grad_(True)"
                     )
         models = [plain_module(s.model) for s in self.stages]
         self._initial = [
@@ -318,7 +320,9 @@ class Pipeline:
         elif kind == "ggn":
             require_loss_curvature(self._functional[k].objective)
         if (k, kind) not in self._curvatures:
-            self._curvatures[k, kind] = curvature(kind, self._functional[k].objective, trained[k])
+            made = curvature(kind, self._functional[k].objective, trained[k])
+            made.gradient_norm = float(self.gradient(k).norm())
+            self._curvatures[k, kind] = made
         return self._curvatures[k, kind]
 
     def gradient(self, stage: int | str) -> Tensor:

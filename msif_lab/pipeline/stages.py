@@ -137,7 +137,7 @@ def decays(given: WeightDecay, layout: Layout, trained: Sequence[str], where: st
         if not new:
             raise ValueError(
                 f"{where}: weight_decay key {key!r} decides nothing, since the first key that "
-                "matches a parameter counts; put it before the more general ones"
+                "matches a parameter counts; put it before the more general ones, or leave it out"
             )
         found |= dict.fromkeys(new, value)
     if missing := [name for name in trained if name not in found]:
@@ -354,6 +354,8 @@ class FunctionalStage:
         self.here = {how: layout.places(some) for how, some in names.items()}
         self.there = {how: earlier.places(self.partners(some)) for how, some in names.items()}
         self.checked_modes = self.modes()
+        if before is not None:
+            self._require_live(before)
 
     def modes(self) -> list[bool]:
         """Which modules are in train mode."""
@@ -386,6 +388,16 @@ class FunctionalStage:
                 f"taught them: {lost[:5]}. Take them over by name, shared={{{lost[0]!r}: <name "
                 "there>, ...}, or train them, requires_grad_(True); true constants belong into "
                 "buffers: del layer.name, then layer.register_buffer('name', value)"
+            )
+
+    def _require_live(self, before: "FunctionalStage") -> None:
+        """Refuse a stage that takes over nothing that an earlier one has trained."""
+        if before.live.isdisjoint(self.shared.values()):
+            raise ValueError(
+                f"{self.objective.where}: nothing that {before.objective.where} trains is taken "
+                f"over, only {list(self.shared)[:3]} with requires_grad=False there, so its "
+                "examples have no influence; train them there: requires_grad_(True) on that "
+                "stage's model"
             )
 
     def partners(self, names: Sequence[str]) -> list[str]:
@@ -423,11 +435,10 @@ def check_buffers(functional: Sequence[FunctionalStage]) -> None:
         for name, partner in buffer_pairs(after.shared, theirs, ours).items():
             here, there = held[0][name], held[1][partner]
             if here.shape == there.shape and not same_numbers(there, here):
-                copying = "after.load_state_dict(before.state_dict(), strict=False)"
-                if name != partner:
-                    copying = f"after.get_buffer({name!r}).copy_(before.get_buffer({partner!r}))"
                 raise ValueError(
-                    f"{ours.where}: buffer {name!r} differs from {partner!r} of "
-                    f"{theirs.where}; buffers are constants here, so copy them (between the "
-                    f"modules inside any wrappers): {copying}"
+                    f"{ours.where}: buffer {name!r} differs from {partner!r} of {theirs.where}, "
+                    "but buffers are constants here. Before training, copy each of them: "
+                    f"after.get_buffer({name!r}).copy_(before.get_buffer({partner!r})). Weights "
+                    "that were trained with other ones fit those only: train again with "
+                    "model.eval(), or with GroupNorm instead of batch statistics"
                 )

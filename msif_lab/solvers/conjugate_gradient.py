@@ -31,7 +31,8 @@ def _refuse(smallest: float, iteration: int) -> None:
 def _null_level(operator: Operator, smallest: float, largest: float, iteration: int) -> float:
     """The curvature up to which a direction is null and no step is taken along it (see `null`).
 
-    Rounding brings such directions in once the rest is solved.
+    Rounding brings such directions in once the rest is solved. Positive curvature above rounding
+    may be an example's own, so steps are taken along it, small as it is.
 
     Raises:
         IndefiniteCurvatureError: the smallest curvature met is more negative than that.
@@ -39,7 +40,7 @@ def _null_level(operator: Operator, smallest: float, largest: float, iteration: 
     low, high = null_range(operator, largest, dense=False)
     if not smallest >= low:
         _refuse(smallest, iteration)
-    return high
+    return min(high, 10 * torch.finfo(operator.dtype).eps * largest)
 
 
 @dataclass(frozen=True, repr=False)

@@ -163,17 +163,15 @@ class Factorised:
 
         Raises:
             IndefiniteCurvatureError: a column has a part along them, so they are no symmetry for
-                it, and the matrix is not positive definite.
+                it.
         """
         if self.null is None:
             return torch.cholesky_solve(columns, self.factor), None
         share = float(self.null.share(columns).max()) if columns.shape[1] else 0.0
-        if share <= self.null.tolerance:
-            x = torch.cholesky_solve(self.null.without(columns), self.lifted)
-            return self.null.without(x), self.null
-        if not self.definite:
+        if share > self.null.tolerance:
             self.null.refuse(share)
-        return torch.cholesky_solve(columns, self.factor), None
+        x = torch.cholesky_solve(self.null.without(columns), self.lifted)
+        return self.null.without(x), self.null
 
     def solve(self, columns: Tensor) -> tuple[Tensor, SolveReport]:
         """``A⁻¹ B`` for ``B`` (P, K), and the report.

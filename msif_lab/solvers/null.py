@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ..curvature.derivatives import per_example_gradients
-from ..curvature.matrices import DataCurvature
+from ..curvature.matrices import GGN, DataCurvature
 from ..curvature.operators import Operator
+from ..curvature.soundness import missing_loss_curvature
 from ..errors import IndefiniteCurvatureError, SymmetryWarning
 from .report import WAYS_OUT, ratio
 
@@ -115,10 +116,13 @@ def find_null(operator: Operator, values: Tensor, vectors: Tensor) -> NullDirect
     """
     largest = float(values[-1])
     low, high = null_range(operator, largest)
-    count = int((values <= high).sum())
-    if not 0 < count < len(values) or float(values[0]) < low:
+    if float(values[0]) < low:
         return None
     base, _ = operator.unshifted()
+    few = int((values <= high).sum())
+    count = few - int(_bent(base, values[:few], vectors[:, :few], largest).sum())
+    if not 0 < count < len(values):
+        return None
     found = NullDirections(
         vectors[:, :count].clone(), values[:count], largest, float(values[count]), -low
     )
@@ -135,6 +139,24 @@ def find_null(operator: Operator, values: Tensor, vectors: Tensor) -> NullDirect
             return None
         _announce(found, base)
     return found
+
+
+def _bent(base: Operator, values: Tensor, vectors: Tensor, largest: float) -> Tensor:
+    """Which of some eigenvectors (P, k) the examples bend themselves ``(k,)``, and all after one.
+
+    What the remaining gradient adds to a symmetry's eigenvalue is no curvature of an example's
+    outputs, ``vᵀ (JᵀΛJ) v = 0``. An intercept beside features a thousand times as large has an
+    eigenvalue as small, but all of it comes from there.
+    """
+    rounding = torch.finfo(values.dtype).eps * len(vectors) * largest
+    doubtful = values > rounding
+    if not bool(doubtful.any()) or not isinstance(base, DataCurvature):
+        return torch.zeros_like(doubtful)
+    if missing_loss_curvature(base.objective):
+        return doubtful
+    outputs = GGN(base.objective, base.full, base.weights, ridge=False, every=base.every)
+    bends = (vectors * (outputs @ vectors.contiguous())).sum(0)
+    return (doubtful & (bends > 0.1 * values)).int().cumsum(0) > 0
 
 
 def _announce(found: NullDirections, base: DataCurvature) -> None:
