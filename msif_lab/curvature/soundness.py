@@ -61,8 +61,9 @@ def check_gradient(o: Objective, inherited: Tensor | None = None) -> Tensor:
             if not risk.value(risk.theta.detach().requires_grad_()).requires_grad:
                 raise RuntimeError("it is constant, or made of steps, in every trained parameter")
         again = _slope(risk.value, risk.theta)[1]
-        error = _gradient_error(risk.value, risk.theta, risk.gradient, risk.rounding)
-        aside = _error_aside(risk, taken)
+        noise = risk.rounding + _rounding(risk.value, risk.theta, risk.gradient)
+        error = _gradient_error(risk.value, risk.theta, risk.gradient, noise)
+        aside = _error_aside(risk, taken, noise)
     except FAILURES as problem:
         where = _culprit(probed, lambda *given: _fails(_gradient_error, *given))
         raise UnsupportedModelError(
@@ -125,7 +126,7 @@ def _refuse_cut(o: Objective, names: list[str], gradient: Tensor, taken: Tensor)
         )
 
 
-def _error_aside(risk: "_Risk", taken: Tensor) -> float:
+def _error_aside(risk: "_Risk", taken: Tensor, noise: float) -> float:
     """The relative error of the loss's slope in a random direction of the parameters that move.
 
     Those that no example moves are left out, however the loss depends on them: the padding row of
@@ -134,6 +135,7 @@ def _error_aside(risk: "_Risk", taken: Tensor) -> float:
     Args:
         risk: the loss.
         taken: which parameters an earlier stage moves, ``(P,)``.
+        noise: how far the loss may be off by rounding.
     """
     theta, gradient = risk.theta, risk.gradient
     moved = (gradient != 0) | taken
@@ -147,7 +149,6 @@ def _error_aside(risk: "_Risk", taken: Tensor) -> float:
         return 0.0
     close, best = GRADIENT_CLOSE[theta.dtype], math.inf
     with torch.no_grad(), exact_products():
-        noise = risk.rounding + _rounding(risk.value, theta, gradient)
         for h in STEPS[theta.dtype]:
             if noise / h > 0.2 * close * size and size > 0:
                 continue
@@ -326,13 +327,18 @@ def _rounding(value: Value, theta: Tensor, gradient: Tensor) -> float:
     in float32 inside, where less would not show.
     """
     step = 1e-7 if theta.dtype == torch.float64 else 2 * torch.finfo(theta.dtype).eps
+    with torch.no_grad(), exact_products():
+        return 4 * max(_jumps(value, theta, gradient, step))
+
+
+def _jumps(value: Value, theta: Tensor, gradient: Tensor, step: float) -> list[float]:
     here, moved = value(theta), []
     generator = torch.Generator().manual_seed(4)
     for _ in range(4 if len(theta) < LARGE else 2):
         signs = torch.randn(len(theta), generator=generator, dtype=theta.dtype).sign()
         nearby = theta * (1 + step * signs.to(theta.device))
         moved.append(abs(float(value(nearby) - here - gradient @ (nearby - theta))))
-    return 4 * max(moved)
+    return moved
 
 
 def _slope(value: Value, theta: Tensor, create_graph: bool = False) -> tuple[Tensor, Tensor]:
@@ -348,7 +354,7 @@ def _slope(value: Value, theta: Tensor, create_graph: bool = False) -> tuple[Ten
 
 
 def _gradient_error(
-    value: Value, theta: Tensor, gradient: Tensor | None = None, rounding: float = 0.0
+    value: Value, theta: Tensor, gradient: Tensor | None = None, noise: float | None = None
 ) -> float:
     """The relative error of the gradient's length as the loss's slope along it.
 
@@ -360,7 +366,7 @@ def _gradient_error(
         return 0.0
     v, close, best = gradient / size, GRADIENT_CLOSE[theta.dtype], math.inf
     with torch.no_grad(), exact_products():
-        noise = rounding + _rounding(value, theta, gradient)
+        noise = _rounding(value, theta, gradient) if noise is None else noise
         for h in STEPS[theta.dtype]:
             if noise / h > 0.2 * close * size:  # rounding alone could look like a fault
                 continue
