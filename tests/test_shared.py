@@ -561,6 +561,10 @@ def test_a_layer_called_alike_is_asked_about_and_both_answers_can_be_pasted():
     # Behind all that is shared it is a new layer.
     shared = pair(None, necked("neck", {}), necked("throat", {})).functional(1).shared
     assert list(shared) == ["body.weight", "body.bias"]
+    # Where more is called alike than is shared, the backbone itself may have other names.
+    models = necked("neck", {"top": nn.Linear(4, 4)}), necked("throat", {"cap": nn.Linear(4, 4)})
+    with pytest.raises(ValueError, match=r"'cap\.weight' .there 'top\.weight'"):
+        pair(None, *models)
 
 
 # ---- Rebuilt of the children of a model: only their order is left ----
@@ -655,17 +659,9 @@ def test_a_model_rebuilt_of_children_gives_the_scores_of_plain_names(how, turned
     build(msif.Frozen, shared=asked).fit(progress=False)
     here, there = dict(second.named_parameters()), dict(first.named_parameters())
     assert all(torch.equal(here[name], there[other]) for name, other in truth.items())
-    # Without one of its prefixes, or with the stem's norm in a block, it is refused.
-    for name in asked:
+    for name in asked:  # without one of its prefixes it is refused
         with pytest.raises(ValueError, match="look the same; add"):
             build(shared={n: other for n, other in asked.items() if n != name})
-    wrong = next(n for n in truth if truth[n] == "bn1.weight" or n == "bn1.weight")
-    known = truth | {wrong: truth[wrong.replace("bn1", "layer1.0.bn1")] if turned else wrong}
-    if turned:
-        known.pop("layer1.0.bn1.weight")
-        pipeline = build(shared=known).fit(progress=False)
-        found = unrolled_scores(pipeline, queries)
-        assert relative_error(found, unrolled_scores(plain, queries)) > 1e-3
 
 
 @pytest.mark.parametrize("how", [deeper, lambda net: nn.Sequential(*deeper(net))])
@@ -684,7 +680,7 @@ class Scaled(nn.LayerNorm):
     """A norm whose weight is called otherwise."""
 
     def __init__(self, norm):
-        super().__init__(norm.normalized_shape, eps=norm.eps)
+        super().__init__(norm.normalized_shape, eps=norm.eps, dtype=norm.weight.dtype)
         self.gamma = nn.Parameter(norm.weight.detach().clone())
         del self.weight
 
@@ -728,10 +724,9 @@ def test_a_head_of_several_layers_after_another_one_is_new(before, last):
     asked = asked_for(lambda: build(second))
     shared = build(second, shared=asked).functional(1).shared
     assert shared[name] == "encoder.2.weight" and len(shared) == 6
-    second.add_module("body", second.encoder)
-    del second.encoder
+    parts = {"body": second.encoder, "classifier": second.classifier}
     with pytest.raises(ValueError, match=r"'body\..*there 'encoder\."):
-        build(second)
+        build(nn.Sequential(OrderedDict(parts)))
 
 
 @pytest.mark.parametrize("kind", ["Bert", "DistilBert", "Roberta"])
@@ -772,10 +767,10 @@ def test_a_classifier_after_a_masked_language_model_is_new(kind):
     both = dict(first.named_parameters()).keys() & dict(second.named_parameters()).keys()
     expected = {n: n for n, _ in second.named_parameters() if n in both}
     assert all(n.startswith(f"{backbone}.") for n in expected) and len(expected) > 15
-    assert build().functional(1).coupled == expected
+    assert build().functional(1).shared == expected
     name = rename_a_norm(second)  # in the backbone: asked about, and nothing else
     asked = asked_for(build)
-    assert build(shared=asked).functional(1).coupled == {
+    assert build(shared=asked).functional(1).shared == {
         n.replace(f"{name}.weight", f"{name}.gamma"): n for n in expected
     }
 

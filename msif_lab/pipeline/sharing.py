@@ -169,22 +169,17 @@ def _candidates(
         return {}
     last = left_out(before)
     hidden = [n for n in lost if n not in last]
-    if strict:
-        ordered = _in_gaps(pairs, free, hidden, before, after)
-    else:  # as by nn.Sequential(*model.children()), which leaves nothing of the names
-        equal = [ours[n] for n in free] == [theirs[n] for n in hidden]
-        ordered = dict(zip(free, hidden, strict=True)) if equal else {}
+    # All in order, as by nn.Sequential(*model.children()), which leaves little of the names.
+    equal = not strict and [ours[n] for n in free] == [theirs[n] for n in hidden]
+    ordered = dict(zip(free, hidden, strict=True)) if equal else {}
     named: dict[str, str] = {}
-    for _ in range(2):  # what is found first shows how prefixes change
-        prefixes = _renamed(pairs | named)
-        names = {n: _renaming(n, prefixes) or n for n in free if n not in named}
-        taken = set(named.values())
-        rest = {n: n in last for n in lost if n not in taken}
-        named |= _by_prefixes(names, rest, before, after, strict)
-    still = [n for n in free if n not in named]
-    gone = set(named.values())
-    hidden = [n for n in hidden if n not in gone]
-    named |= _in_gaps(pairs | named, still, hidden, before, after)
+    for ends in (3,) if strict else (2, 0):  # first the longer common ends
+        for _ in range(2):  # what is found first shows how prefixes change
+            prefixes, taken = _renamed(pairs | named), set(named.values())
+            names = {n: _renaming(n, prefixes) or n for n in free if n not in named}
+            rest = {n: n in last for n in lost if n not in taken}
+            named |= _by_prefixes(names, rest, before, after, ends)
+        named |= _in_gaps(pairs | named, free, hidden, before, after)
     return max(ordered, named, key=lambda found: (len(found), -len(_renamed(found))))
 
 
@@ -195,9 +190,9 @@ def _in_gaps(
     before: Objective,
     after: Objective,
 ) -> dict[str, str]:
-    """Pairs by order between the same two shared parameters, where all shapes there are equal.
+    """Further pairs by order, between the same two known ones, where all shapes there are equal.
 
-    What follows the last shared one is left alone: new heads stand there.
+    What follows the last known one is left alone: new heads stand there.
     """
     ours, theirs = after.layout.shapes, before.layout.shapes
     here = _gaps(ours, pairs, free)
@@ -213,7 +208,7 @@ def _in_gaps(
 def _gaps(
     every: Iterable[str], shared: Mapping[str, str], names: Iterable[str]
 ) -> dict[tuple[str | None, str | None], list[str]]:
-    """The names by the shared parameters before and behind them, as those are called there."""
+    """The names, less the shared, by the shared ones before and behind, as called there."""
     names, start, inside = set(names), None, []
     found = {}
     for name in [*every, None]:
@@ -231,7 +226,7 @@ def _by_prefixes(
     lost: Mapping[str, bool],
     before: Objective,
     after: Objective,
-    strict: bool,
+    ends: int,
 ) -> dict[str, str]:
     """Pairs of equal shape and similar names, those first whose change of prefix makes most pairs.
 
@@ -239,7 +234,7 @@ def _by_prefixes(
         names: those here by what they may be called there.
         lost: those there, and whether they are of the last layer, which counts only where all of
             its name is the end of the other.
-        strict: whether names must agree up to a prefix, or up to the parameter's own name.
+        ends: see `_alike`.
     """
     ours, theirs = after.layout.shapes, before.layout.shapes
     by_shape: dict[torch.Size, list[tuple[str, list[str]]]] = {}
@@ -249,7 +244,7 @@ def _by_prefixes(
     for here, name in names.items():
         parts = seen_through(name).split(".")
         for there, others in by_shape.get(ours[here], ()):
-            if _alike(parts, others, lost[there], strict):
+            if _alike(parts, others, lost[there], ends):
                 end = _common(reversed(parts), reversed(others))
                 change = tuple(parts[: len(parts) - end]), tuple(others[: len(others) - end])
                 changes.setdefault(change, []).append((here, there))
@@ -269,16 +264,20 @@ def _by_prefixes(
     return found
 
 
-def _alike(left: list[str], right: list[str], last: bool, strict: bool) -> bool:
-    """Whether one name is the end of the other or, unless in the last layer, nearly so."""
+def _alike(left: list[str], right: list[str], last: bool, ends: int) -> bool:
+    """Whether one name is the end of the other or, unless in the last layer, nearly so.
+
+    That is: in the same module, or with as many equal segments at the end as ``ends`` says; for 0,
+    with all equal but one.
+    """
     short, long = sorted((len(left), len(right)))
     end = _common(reversed(left), reversed(right))
     if end == short or last:
         return end == short
-    if strict:
-        return len(left) > 1 and left[:-1] == right[:-1]
+    if ends:
+        return end >= ends or (len(left) > 1 and left[:-1] == right[:-1])
     start = min(_common(left, right), short - end)
-    return end > 1 or (start + end > 0 and long - start - end <= 1)
+    return start + end > 0 and long - start - end <= 1
 
 
 def _common(left: Iterable[str], right: Iterable[str]) -> int:
