@@ -664,6 +664,23 @@ def test_a_model_rebuilt_of_children_gives_the_scores_of_plain_names(how, turned
             build(shared={n: other for n, other in asked.items() if n != name})
 
 
+def test_a_mapping_that_takes_the_stem_into_a_block_is_refused():
+    """All shapes agree; the stem itself is left out on one side and a block's norm on the other."""
+    wrong = {"0.3.0.bn1.": "bn1.", "0.3.0.conv1.": "layer1.0.conv1.", "0.3.1.": "layer1.1."}
+    wrong |= {f"0.3.0.{n}2.": f"layer1.0.{n}2." for n in ("conv", "bn")} | {"0.4.": "layer2."}
+
+    def build(shared):
+        second = REBUILT["nested"](Residual(1))
+        return residual_stages(Residual(0), second, msif.Frozen(shared=shared))
+
+    with pytest.raises(ValueError, match=r"look the same; '0\.0.*'conv1\.weight'.*one by one"):
+        build(wrong)
+    there = dict(Residual(0).named_parameters())
+    full = {k + n.removeprefix(v): n for k, v in wrong.items() for n in there if n.startswith(v)}
+    shared = build(full).functional(1).shared  # full names are taken at their word
+    assert shared == full and len(shared) == 18
+
+
 @pytest.mark.parametrize("how", [deeper, lambda net: nn.Sequential(*deeper(net))])
 def test_a_rebuilt_model_with_a_new_hidden_layer_is_paired_by_prefixes(how):
     first, net = Residual(0), Residual(1)

@@ -344,7 +344,8 @@ def _refuse_forgotten(
     Prefixes that rename nothing choose what is shared, as a prefix alone does.
     """
     free, lost = set(after.layout.shapes), set(before.layout.shapes)
-    if all(seen_through(p) == seen_through(shared[p]) for p in prefixes):
+    renames = any(seen_through(p) != seen_through(shared[p]) for p in prefixes)
+    if not renames:
         free = {n for p in prefixes for n in _behind(p, free)}
         lost = {n for p in prefixes for n in _behind(shared[p], lost)}
     free -= pairs.keys()
@@ -354,11 +355,33 @@ def _refuse_forgotten(
     free -= left_out(after)
     ours = [n for n in after.layout.shapes if n in free]
     theirs = [n for n in before.layout.shapes if n in lost]
+    says = f"{after.where}: shared={dict(shared)} leaves out parameters that look the same; "
     if found := _look_alikes(pairs, ours, theirs, before, after):
         raise ValueError(
-            f"{after.where}: shared={dict(shared)} leaves out parameters that look the same; add "
-            f"{found}, or name what is shared one by one instead of by prefixes"
+            f"{says}add {found}, or name what is shared one by one instead of by prefixes"
         )
+    here = _inside(ours, pairs.keys(), after) if renames else {}
+    there = _inside(theirs, pairs.values(), before)
+    if kinds := [kind for kind in here if kind in there]:  # which is which nobody can tell
+        names = ([n for kind in kinds for n in side[kind]] for side in (here, there))
+        here, there = (_some(map(repr, side)) for side in names)
+        raise ValueError(
+            f"{says}{here} here and {there} in {before.where} stand before others that are shared; "
+            "correct it, or name what is shared one by one instead of by prefixes"
+        )
+
+
+def _inside(
+    names: Iterable[str], shared: Iterable[str], o: Objective
+) -> dict[tuple[torch.Size, str], list[str]]:
+    """Those that stand before a shared one, so in no new head, by their shapes and own names."""
+    every, shared = list(o.layout.shapes), set(shared)
+    until = max(i for i, name in enumerate(every) if name in shared)
+    inside, kinds = set(every[:until]), {}
+    for name in names:
+        if name in inside:
+            kinds.setdefault((o.layout.shapes[name], name.rpartition(".")[2]), []).append(name)
+    return kinds
 
 
 def _exact_pairs(exact: Mapping[str, str], before: Objective, after: Objective) -> dict[str, str]:
