@@ -9,6 +9,7 @@ import copy
 import functools
 import re
 import threading
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -542,23 +543,253 @@ def test_a_decoder_that_is_not_used_later_is_no_loss():
     }
 
 
+def necked(name, behind):
+    """A body, a layer of this name, and ``behind`` for what comes before the classifier."""
+    parts = {"body": nn.Linear(5, 4), name: nn.Linear(4, 4), **behind, "fc": nn.Linear(4, CLASSES)}
+    return nn.Sequential(OrderedDict(parts)).double()
+
+
 def test_a_layer_called_alike_is_asked_about_and_both_answers_can_be_pasted():
-    class Other(Net):
-        def __init__(self, name):
-            super().__init__(0)
-            self.name = name
-            self.add_module(name, nn.Linear(4, 4, dtype=F64))
-
-        def forward(self, x):
-            return self.fc(torch.tanh(self.get_submodule(self.name)(self.body(x))))
-
     def build(shared=None):
-        return pair(shared, Other("neck"), Other("throat"))
+        models = (necked(name, {"top": nn.Linear(4, 4)}) for name in ("neck", "throat"))
+        return pair(shared, *models)
 
     with pytest.raises(ValueError, match=r"'throat\.weight' .there 'neck\.weight'") as caught:
         build()
     found = [ast.literal_eval(m) for m in re.findall(r"shared=(\{.*?\})", str(caught.value))]
     assert [len(build(mapping).functional(1).shared) for mapping in found] == [6, 4]
+    # Behind all that is shared it is a new layer.
+    shared = pair(None, necked("neck", {}), necked("throat", {})).functional(1).shared
+    assert list(shared) == ["body.weight", "body.bias"]
+    # Where more is called alike than is shared, the backbone itself may have other names.
+    models = necked("neck", {"top": nn.Linear(4, 4)}), necked("throat", {"cap": nn.Linear(4, 4)})
+    with pytest.raises(ValueError, match=r"'cap\.weight' .there 'top\.weight'"):
+        pair(None, *models)
+
+
+# ---- Rebuilt of the children of a model: only their order is left ----
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.conv2, self.bn2 = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return torch.tanh(x + self.bn2(self.conv2(torch.tanh(self.bn1(self.conv1(x))))))
+
+
+class Residual(nn.Module):
+    """With the names of a ResNet: the stem's are those of a block, and all blocks are alike."""
+
+    def __init__(self, seed):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.conv1, self.bn1 = nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4)
+            self.tanh = nn.Tanh()
+            self.layer1, self.layer2 = nn.Sequential(Block(), Block()), nn.Sequential(Block())
+            self.avgpool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(4, CLASSES)
+        self.double().eval()
+
+    def forward(self, x):
+        x = self.layer2(self.layer1(self.tanh(self.bn1(self.conv1(x)))))
+        return self.fc(self.avgpool(x).flatten(1))
+
+
+def children(net):
+    return list(net.children())[:-1]
+
+
+def deeper(net):
+    hidden = nn.Linear(4, 4).double()
+    return nn.Sequential(nn.Sequential(*children(net)), nn.Flatten(), hidden, nn.Tanh(), net.fc)
+
+
+REBUILT = {
+    "nested": lambda net: nn.Sequential(nn.Sequential(*children(net)), nn.Flatten(), net.fc),
+    "flat": lambda net: nn.Sequential(*children(net), nn.Flatten(), net.fc),
+}
+
+
+def pictures(n, seed):
+    data = task(n, seed)
+    return msif.Examples(draw(n, 1, 4, 4, seed=seed), data.y)
+
+
+def residual_stages(first, second, link):
+    settings = {"weight_decay": 0.05, "recipe": SGD}
+    stages = [
+        msif.Stage("one", first.eval(), pictures(12, 1), **settings),
+        msif.Stage("two", second.eval(), pictures(10, 2), link=link, **settings),
+    ]
+    return msif.Pipeline(stages)
+
+
+def true_partners(net, rebuilt):
+    """By the parameters themselves, which both hold; the classifier's are none."""
+    names = {id(p): name for name, p in net.named_parameters() if not name.startswith("fc.")}
+    every = rebuilt.named_parameters()
+    return {name: names[id(p)] for name, p in every if id(p) in names}
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("how", REBUILT)
+def test_a_model_rebuilt_of_children_gives_the_scores_of_plain_names(how, turned):
+    first, second = Residual(0), Residual(1)
+    plain = residual_stages(Residual(0), Residual(1), msif.WarmStart()).fit(progress=False)
+    truth = true_partners(second, REBUILT[how](second))
+    if turned:
+        truth = {plain: name for name, plain in truth.items()}
+        first = REBUILT[how](first)
+    else:
+        second = REBUILT[how](second)
+
+    def build(link=msif.WarmStart, **shared):
+        return residual_stages(first, second, link(**shared))
+
+    asked = asked_for(build)
+    assert len(asked) == 4 and all(name.endswith(".") for name in asked)
+    pipeline = build(shared=asked)
+    assert len(truth) == 21 and pipeline.functional(1).shared == truth
+    queries = pictures(3, 3)
+    pipeline.fit(progress=False)
+    close(unrolled_scores(pipeline, queries), unrolled_scores(plain, queries), 1e-10)
+    build(msif.Frozen, shared=asked).fit(progress=False)
+    here, there = dict(second.named_parameters()), dict(first.named_parameters())
+    assert all(torch.equal(here[name], there[other]) for name, other in truth.items())
+    for name in asked:  # without one of its prefixes it is refused
+        with pytest.raises(ValueError, match="look the same; add"):
+            build(shared={n: other for n, other in asked.items() if n != name})
+
+
+def test_a_mapping_that_takes_the_stem_into_a_block_is_refused():
+    """All shapes agree; the stem itself is left out on one side and a block's norm on the other."""
+    wrong = {"0.3.0.bn1.": "bn1.", "0.3.0.conv1.": "layer1.0.conv1.", "0.3.1.": "layer1.1."}
+    wrong |= {f"0.3.0.{n}2.": f"layer1.0.{n}2." for n in ("conv", "bn")} | {"0.4.": "layer2."}
+
+    def build(shared):
+        second = REBUILT["nested"](Residual(1))
+        return residual_stages(Residual(0), second, msif.Frozen(shared=shared))
+
+    with pytest.raises(ValueError, match=r"look the same; '0\.0.*'conv1\.weight'.*one by one"):
+        build(wrong)
+    there = dict(Residual(0).named_parameters())
+    full = {k + n.removeprefix(v): n for k, v in wrong.items() for n in there if n.startswith(v)}
+    shared = build(full).functional(1).shared  # full names are taken at their word
+    assert shared == full and len(shared) == 18
+
+
+@pytest.mark.parametrize("how", [deeper, lambda net: nn.Sequential(*deeper(net))])
+def test_a_rebuilt_model_with_a_new_hidden_layer_is_paired_by_prefixes(how):
+    first, net = Residual(0), Residual(1)
+    second = how(net)
+    asked = asked_for(lambda: residual_stages(first, second, msif.Frozen()))
+    shared = residual_stages(first, second, msif.Frozen(shared=asked)).functional(1).shared
+    assert shared == true_partners(net, second)
+
+
+# ---- New heads beside a backbone that keeps its names ----
+
+
+class Scaled(nn.LayerNorm):
+    """A norm whose weight is called otherwise."""
+
+    def __init__(self, norm):
+        super().__init__(norm.normalized_shape, eps=norm.eps, dtype=norm.weight.dtype)
+        self.gamma = nn.Parameter(norm.weight.detach().clone())
+        del self.weight
+
+    def forward(self, x):
+        return functional.layer_norm(x, self.normalized_shape, self.gamma, self.bias, self.eps)
+
+
+def rename_a_norm(model):
+    name = next(n for n, m in model.named_modules() if isinstance(m, nn.LayerNorm))
+    outer, _, own = name.rpartition(".")
+    setattr(model.get_submodule(outer), own, Scaled(model.get_submodule(name)))
+    return name
+
+
+def backboned(name, last):
+    """An encoder, and a head of two layers of this name."""
+    encoder = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.LayerNorm(4), nn.Linear(4, 4))
+    head = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, last))
+    return nn.Sequential(OrderedDict({"encoder": encoder, name: head})).double()
+
+
+@pytest.mark.parametrize(("before", "last"), [("projector", 2), ("decoder", 5)])
+def test_a_head_of_several_layers_after_another_one_is_new(before, last):
+    data = task(8, 10)
+    target = draw(8, last, seed=4)
+
+    def build(second, **shared):
+        first = msif.Examples(data.x, target)
+        stages = [
+            msif.Stage("one", backboned(before, last), first, msif.mean_squared_error),
+            msif.Stage("two", second, data, link=msif.Frozen(**shared)),
+        ]
+        return msif.Pipeline(stages)
+
+    second = backboned("classifier", CLASSES)
+    backbone = [n for n, _ in second.named_parameters() if n.startswith("encoder.")]
+    assert len(backbone) == 6
+    assert build(second).functional(1).shared == {n: n for n in backbone}
+    # One parameter of the backbone renamed, or all of it.
+    name = f"{rename_a_norm(second)}.gamma"
+    asked = asked_for(lambda: build(second))
+    shared = build(second, shared=asked).functional(1).shared
+    assert shared[name] == "encoder.2.weight" and len(shared) == 6
+    parts = {"body": second.encoder, "classifier": second.classifier}
+    with pytest.raises(ValueError, match=r"'body\..*there 'encoder\."):
+        build(nn.Sequential(OrderedDict(parts)))
+
+
+@pytest.mark.parametrize("kind", ["Bert", "DistilBert", "Roberta"])
+def test_a_classifier_after_a_masked_language_model_is_new(kind):
+    transformers = pytest.importorskip("transformers")
+    small = {"vocab_size": 12, "max_position_embeddings": 8, "pad_token_id": 0, "num_labels": 3}
+    sizes = {"hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes["intermediate_size"] = 4
+    if kind == "DistilBert":
+        sizes = {"dim": 4, "n_layers": 1, "n_heads": 2, "hidden_dim": 4}
+    config = getattr(transformers, f"{kind}Config")(**small, **sizes)
+    ids = torch.randint(3, 12, (6, 5), generator=torch.Generator().manual_seed(0))
+    first, second = (
+        getattr(transformers, f"{kind}For{task}")(config).eval()
+        for task in ("MaskedLM", "SequenceClassification")
+    )
+
+    def build(**shared):
+        def model(module):
+            return msif.wrap(module, lambda m, x: m(x).logits)
+
+        def each(outputs, y):
+            losses = functional.cross_entropy(outputs.flatten(0, 1), y.flatten(), reduction="none")
+            return losses.view(y.shape).mean(1)
+
+        stages = [
+            msif.Stage("one", model(first), msif.Examples(ids, ids), each),
+            msif.Stage(
+                "two",
+                model(second),
+                msif.Examples(ids, torch.arange(6) % 3),
+                link=msif.Proximal(0.1, **shared),
+            ),
+        ]
+        return msif.Pipeline(stages)
+
+    backbone = first.base_model_prefix
+    both = dict(first.named_parameters()).keys() & dict(second.named_parameters()).keys()
+    expected = {n: n for n, _ in second.named_parameters() if n in both}
+    assert all(n.startswith(f"{backbone}.") for n in expected) and len(expected) > 15
+    assert build().functional(1).shared == expected
+    name = rename_a_norm(second)  # in the backbone: asked about, and nothing else
+    asked = asked_for(build)
+    assert build(shared=asked).functional(1).shared == {
+        n.replace(f"{name}.weight", f"{name}.gamma"): n for n in expected
+    }
 
 
 # ---- The layer that feeds the loss ----

@@ -1,5 +1,6 @@
 """Which parameters a stage takes over from the stage before, by their names in both models."""
 
+import heapq
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -64,7 +65,8 @@ def left_out(after: Objective) -> set[str]:
         check_examples(after, after.data, f"{after.where} data")
         raise ValueError(
             f"{after.where}: which layer feeds the loss cannot be told "
-            f"({type(error).__name__}: {error}); say what is taken over: shared=a prefix or a list"
+            f"({type(error).__name__}: {error}); say what is taken over: shared=a prefix, a "
+            "list, or a mapping of full names"
         ) from error
     heads = {n for n in after.layout.shapes if seen_through(n).split(".")[0] == "head"}
     return last | heads
@@ -138,58 +140,150 @@ def _look_alikes(
     before: Objective,
     after: Objective,
 ) -> dict[str, str]:
-    """Parameters here without partner, each with one there of the same shape and a similar name.
+    """Parameters here without partner, each with one there that it may be under another name.
 
-    Similar are also names that differ beyond a change of prefix which other parameters show. The
-    last layer there counts only where all of its name is the end of the other.
+    Where at least as many are known to be the same, the rest is as likely a new layer, such as
+    another head: then only those count whose place or name leaves little doubt.
 
     Args:
         pairs: what is known to be the same.
-        free, lost: the names here and there that may have a partner.
+        free, lost: the names here and there that may have a partner, in the models' order.
     """
-    found: dict[str, str] = {}
-    for _ in range(2):  # what is found first shows how prefixes change
-        prefixes = _renamed(pairs | found)
-        names = {n: _renaming(n, prefixes) or n for n in free if n not in found}
-        found |= _most_similar(names, [n for n in lost if n not in found.values()], before, after)
+    found = _candidates(pairs, free, lost, before, after, strict=False)
+    if len(found) <= len(pairs):
+        found = _candidates(pairs, free, lost, before, after, strict=True)
     return {name: found[name] for name in after.layout.shapes if name in found}
 
 
-def _most_similar(
-    names: Mapping[str, str], lost: Iterable[str], before: Objective, after: Objective
+def _candidates(
+    pairs: dict[str, str],
+    free: Sequence[str],
+    lost: Sequence[str],
+    before: Objective,
+    after: Objective,
+    strict: bool,
 ) -> dict[str, str]:
-    """Pairs of equal shape, most similar first; ``names`` by what they may be called there."""
+    """Partners by order or by names: the more, and then those by the fewest changes of prefix."""
     ours, theirs = after.layout.shapes, before.layout.shapes
-    by_shape: dict[torch.Size, list[tuple[str, list[str]]]] = {}
-    for name in lost:
-        by_shape.setdefault(theirs[name], []).append((name, seen_through(name).split(".")))
-    scores = []
-    for here, name in names.items():
-        parts = seen_through(name).split(".")
-        for there, others in by_shape.get(ours[here], ()):
-            common, wrapped = _likeness(parts, others)
-            if common:
-                scores.append((wrapped, common, here, there))
-    last = left_out(before) if scores else set()
+    if {ours[n] for n in free}.isdisjoint(theirs[n] for n in lost):
+        return {}
+    last = left_out(before)
+    hidden = [n for n in lost if n not in last]
+    # All in order, as by nn.Sequential(*model.children()), which leaves little of the names.
+    equal = not strict and [ours[n] for n in free] == [theirs[n] for n in hidden]
+    ordered = dict(zip(free, hidden, strict=True)) if equal else {}
+    named: dict[str, str] = {}
+    for ends in (3,) if strict else (2, 0):  # first the longer common ends
+        for _ in range(2):  # what is found first shows how prefixes change
+            prefixes, taken = _renamed(pairs | named), set(named.values())
+            names = {n: _renaming(n, prefixes) or n for n in free if n not in named}
+            rest = {n: n in last for n in lost if n not in taken}
+            named |= _by_prefixes(names, rest, before, after, ends)
+        named |= _in_gaps(pairs | named, free, hidden, before, after)
+    return max(ordered, named, key=lambda found: (len(found), -len(_renamed(found))))
+
+
+def _in_gaps(
+    pairs: dict[str, str],
+    free: Sequence[str],
+    lost: Sequence[str],
+    before: Objective,
+    after: Objective,
+) -> dict[str, str]:
+    """Further pairs by order, between the same two known ones, where all shapes there are equal.
+
+    What follows the last known one is left alone: new heads stand there.
+    """
+    ours, theirs = after.layout.shapes, before.layout.shapes
+    here = _gaps(ours, pairs, free)
+    there = _gaps(theirs, {n: n for n in pairs.values()}, lost)
     found: dict[str, str] = {}
-    for wrapped, _, here, there in sorted(scores, key=lambda score: score[:2], reverse=True):
-        if here not in found and there not in found.values() and (wrapped or there not in last):
-            found[here] = there
+    for ends, names in here.items():
+        others = there.get(ends, ())
+        if ends[1] is not None and [ours[n] for n in names] == [theirs[n] for n in others]:
+            found |= dict(zip(names, others, strict=True))
     return found
 
 
-def _likeness(left: list[str], right: list[str]) -> tuple[int, bool]:
-    """How many segments two names have in common, or 0; whether one is the end of the other."""
+def _gaps(
+    every: Iterable[str], shared: Mapping[str, str], names: Iterable[str]
+) -> dict[tuple[str | None, str | None], list[str]]:
+    """The names, less the shared, by the shared ones before and behind, as called there."""
+    names, start, inside = set(names), None, []
+    found = {}
+    for name in [*every, None]:
+        if name is None or name in shared:
+            end = None if name is None else shared[name]
+            found |= {(start, end): inside} if inside else {}
+            start, inside = end, []
+        elif name in names:
+            inside.append(name)
+    return found
 
-    def equal(pairs: Iterable[tuple[str, str]]) -> int:
-        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
+def _by_prefixes(
+    names: Mapping[str, str],
+    lost: Mapping[str, bool],
+    before: Objective,
+    after: Objective,
+    ends: int,
+) -> dict[str, str]:
+    """Pairs of equal shape and similar names, those first whose change of prefix makes most pairs.
+
+    Args:
+        names: those here by what they may be called there.
+        lost: those there, and whether they are of the last layer, which counts only where all of
+            its name is the end of the other.
+        ends: see `_alike`.
+    """
+    ours, theirs = after.layout.shapes, before.layout.shapes
+    by_shape: dict[torch.Size, list[tuple[str, list[str]]]] = {}
+    for there in lost:
+        by_shape.setdefault(theirs[there], []).append((there, seen_through(there).split(".")))
+    changes: dict[tuple, list[tuple[str, str]]] = {}
+    for here, name in names.items():
+        parts = seen_through(name).split(".")
+        for there, others in by_shape.get(ours[here], ()):
+            if _alike(parts, others, lost[there], ends):
+                end = _common(reversed(parts), reversed(others))
+                change = tuple(parts[: len(parts) - end]), tuple(others[: len(others) - end])
+                changes.setdefault(change, []).append((here, there))
+    # Ties go to the first in the models' order: changes were met in that of their first pairs.
+    heap = [(-len(made), i, made) for i, made in enumerate(changes.values())]
+    heapq.heapify(heap)
+    found: dict[str, str] = {}
+    taken: set[str] = set()
+    while heap:
+        count, i, made = heapq.heappop(heap)
+        left = [(h, t) for h, t in made if h not in found and t not in taken]
+        if len(left) == -count:
+            found |= left
+            taken |= {t for _, t in left}
+        elif left:
+            heapq.heappush(heap, (-len(left), i, left))
+    return found
+
+
+def _alike(left: list[str], right: list[str], last: bool, ends: int) -> bool:
+    """Whether one name is the end of the other or, unless in the last layer, nearly so.
+
+    That is: in the same module, or with as many equal segments at the end as ``ends`` says; for 0,
+    with all equal but one.
+    """
     short, long = sorted((len(left), len(right)))
-    end = equal(zip(reversed(left), reversed(right), strict=False))
-    start = min(equal(zip(left, right, strict=False)), short - end)
-    one_differs = start + end > 0 and long - start - end <= 1
-    wrapped = end == short
-    return (start + end if wrapped or end > 1 or one_differs else 0), wrapped
+    end = _common(reversed(left), reversed(right))
+    if end == short or last:
+        return end == short
+    if ends:
+        return end >= ends or (len(left) > 1 and left[:-1] == right[:-1])
+    start = min(_common(left, right), short - end)
+    return start + end > 0 and long - start - end <= 1
+
+
+def _common(left: Iterable[str], right: Iterable[str]) -> int:
+    """How many segments are equal from the start on."""
+    pairs = zip(left, right, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _refuse_lost_adapters(pairs: dict[str, str], before: Objective, after: Objective) -> None:
@@ -233,15 +327,61 @@ def _by_mapping(shared: Mapping[str, str], before: Objective, after: Objective) 
             f"{after.where}: shared= maps {' and '.join(map(repr, here))} to one parameter "
             f"{twice[0]!r} of {before.where}; map one of them, and leave the other out"
         )
-    free = {n for p in prefixes for n in _behind(p, after.layout.shapes)} - pairs.keys()
-    lost = {n for p in prefixes for n in _behind(shared[p], before.layout.shapes)}
-    free -= left_out(after) if free else set()
-    if found := _look_alikes(pairs, sorted(free), sorted(lost - {*pairs.values()}), before, after):
-        raise ValueError(
-            f"{after.where}: shared={dict(shared)} leaves out parameters that look the same; add "
-            f"{found}, or name what is shared one by one instead of by prefixes"
-        )
+    if prefixes:
+        _refuse_forgotten(pairs, shared, prefixes, before, after)
     return pairs
+
+
+def _refuse_forgotten(
+    pairs: dict[str, str],
+    shared: Mapping[str, str],
+    prefixes: Sequence[str],
+    before: Objective,
+    after: Objective,
+) -> None:
+    """Refuse prefixes that leave out what looks the same, under them or, if they rename, at all.
+
+    Prefixes that rename nothing choose what is shared, as a prefix alone does.
+    """
+    free, lost = set(after.layout.shapes), set(before.layout.shapes)
+    renames = any(seen_through(p) != seen_through(shared[p]) for p in prefixes)
+    if not renames:
+        free = {n for p in prefixes for n in _behind(p, free)}
+        lost = {n for p in prefixes for n in _behind(shared[p], lost)}
+    free -= pairs.keys()
+    lost -= {*pairs.values()}
+    if not free or not lost:
+        return
+    free -= left_out(after)
+    ours = [n for n in after.layout.shapes if n in free]
+    theirs = [n for n in before.layout.shapes if n in lost]
+    says = f"{after.where}: shared={dict(shared)} leaves out parameters that look the same; "
+    if found := _look_alikes(pairs, ours, theirs, before, after):
+        raise ValueError(
+            f"{says}add {found}, or name what is shared one by one instead of by prefixes"
+        )
+    here = _inside(ours, pairs.keys(), after) if renames else {}
+    there = _inside(theirs, pairs.values(), before)
+    if kinds := [kind for kind in here if kind in there]:  # which is which nobody can tell
+        names = ([n for kind in kinds for n in side[kind]] for side in (here, there))
+        here, there = (_some(map(repr, side)) for side in names)
+        raise ValueError(
+            f"{says}{here} here and {there} in {before.where} stand before others that are shared; "
+            "correct it, or name what is shared one by one instead of by prefixes"
+        )
+
+
+def _inside(
+    names: Iterable[str], shared: Iterable[str], o: Objective
+) -> dict[tuple[torch.Size, str], list[str]]:
+    """Those that stand before a shared one, so in no new head, by their shapes and own names."""
+    every, shared = list(o.layout.shapes), set(shared)
+    until = max(i for i, name in enumerate(every) if name in shared)
+    inside, kinds = set(every[:until]), {}
+    for name in names:
+        if name in inside:
+            kinds.setdefault((o.layout.shapes[name], name.rpartition(".")[2]), []).append(name)
+    return kinds
 
 
 def _exact_pairs(exact: Mapping[str, str], before: Objective, after: Objective) -> dict[str, str]:

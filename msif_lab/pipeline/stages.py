@@ -43,7 +43,8 @@ class Frozen:
 
             What `torch.compile`, `DataParallel`, `AveragedModel` and peft add to names is seen
             through: ``_orig_mod.``, ``module.``, ``base_model.model.``, ``base_layer.``. All but
-            None are taken at their word. ``print(pipeline)`` says what is shared.
+            None are taken at their word, except for prefixes in a mapping that leave out what
+            looks the same. ``print(pipeline)`` says what is shared.
 
     Raises, with the pipeline:
         ValueError: unknown names, unequal shapes, nothing shared, or a parameter that is neither
