@@ -183,7 +183,7 @@ def test_a_tied_padding_row_that_the_loss_sees_is_no_derivative():
     data = msif.Examples({"input_ids": ids, "attention_mask": mask}, ids)
     model = msif.wrap(built("OPTForCausalLM", **OPT), uncached)
     stage = msif.Stage("fit", model, data, loss=msif.next_token_loss, weight_decay=0.05)
-    with pytest.warns(msif.UnsupportedModelWarning, match="are wrong by"):
+    with pytest.raises(msif.UnsupportedModelError, match="not the derivative of the loss, off by"):
         msif.Pipeline([stage])
 
 

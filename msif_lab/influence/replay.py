@@ -89,6 +89,8 @@ def require_run(pipeline: Pipeline, backwards: bool = True) -> None:
     implicit = "use ImplicitInfluence, which needs only the final weights"
     if warm:
         implicit = f"{as_proximal(warm[0])}, and ImplicitInfluence(curvature='ggn')"
+    if backwards:  # first, since no training would mend that
+        _require_derivatives(pipeline)
     if pipeline.adopted:
         raise ValueError(
             "the pipeline's weights were adopted, or converted by to(), so there is no run to "
@@ -102,8 +104,6 @@ def require_run(pipeline: Pipeline, backwards: bool = True) -> None:
                 "cannot be run backwards here; train it with recipe=SGD(...) or Adam(...), or "
                 f"{implicit}"
             )
-    if backwards:
-        _require_derivatives(pipeline)
     pipeline.trained()
     pipeline.require_repeatable()
 

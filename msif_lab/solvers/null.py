@@ -37,7 +37,8 @@ def null_range(operator: Operator, largest: float, dense: bool = True) -> tuple[
     """
     eps = torch.finfo(operator.dtype).eps
     errors = operator.shape[0] if dense else 10
-    base, shift = operator.unshifted()
+    # A lesson solves with plain tensors.
+    base, shift = operator.unshifted() if isinstance(operator, Operator) else (operator, 0.0)
     slack, known = 0.0, torch.as_tensor(shift)
     if isinstance(base, DataCurvature):
         slack = ROOM * base.gradient_norm / float(base.theta.norm().clamp(min=1e-30))
