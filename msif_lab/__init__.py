@@ -41,6 +41,7 @@ from .influence import (
     Random,
     Ranking,
     RepresentationSimilarity,
+    SegmentedInfluence,
     SingleStage,
     StagePlan,
     TopInfluence,
@@ -119,6 +120,7 @@ __all__ = [
     # influence
     "ImplicitInfluence",
     "UnrolledInfluence",
+    "SegmentedInfluence",
     "Influence",
     "Ranking",
     "TopInfluence",

@@ -47,11 +47,17 @@ class Trajectory:
             records, theta, state = self._walk(segment, keep=every_step, bar=bar)
             self._kept = records or None
         self.final = self.lanes.full(theta)
+        self._state = state
         return self
 
     def segment(self, index: int) -> list[tuple[Tensor, tuple]]:
         """``(θ (R, P) before the step, what the recipe saved in it)`` of each step of a segment."""
         return list(self._kept) if self._kept else self._walk(index, keep=True)[0]
+
+    def checkpoints(self) -> list[tuple[Tensor, tuple]]:
+        """All parameters ``(R, D)`` and the optimiser's memory at each of the bounds."""
+        kept = [(self.lanes.full(theta), state) for theta, state in self._checkpoints]
+        return [*kept, (self.final, self._state)]
 
     def ends(self) -> list[tuple[Tensor, float]]:
         """All parameters ``(R, D)`` at the end of each segment, and its sum of learning rates."""
