@@ -14,6 +14,7 @@ from .errors import (
     MsifError,
     NotConvergedError,
     SavedFileError,
+    SymmetryWarning,
     UnsmoothTrainingWarning,
     UnsupportedModelError,
     UnsupportedModelWarning,
@@ -177,4 +178,5 @@ __all__ = [
     "UnsupportedModelError",
     "UnsupportedModelWarning",
     "UnsmoothTrainingWarning",
+    "SymmetryWarning",
 ]

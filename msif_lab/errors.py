@@ -8,6 +8,7 @@ __all__ = [
     "MsifError",
     "NotConvergedError",
     "SavedFileError",
+    "SymmetryWarning",
     "UnsmoothTrainingWarning",
     "UnsupportedModelError",
     "UnsupportedModelWarning",
@@ -62,6 +63,10 @@ class UnsupportedModelWarning(UserWarning):
 
 class ConvergenceWarning(UserWarning):
     """Training or a solve stopped short of its tolerance; the message says by how much."""
+
+
+class SymmetryWarning(UserWarning):
+    """The minimum is flat along a symmetry of the model; the message names its parameters."""
 
 
 class UnsmoothTrainingWarning(UserWarning):

@@ -273,4 +273,5 @@ def test_regression_has_no_classes():
             baseline.fit(pipeline).score(data[:2])
     assert msif.Loss().fit(pipeline).score(data[:2]).values.shape == (2, 9)
     with pytest.raises(ValueError, match=r"layer='head' is no module"):
-        msif.RepresentationSimilarity().fit(pipeline).score(data[:2])
+        msif.RepresentationSimilarity("head").fit(pipeline).score(data[:2])
+    assert msif.RepresentationSimilarity().fit(pipeline).score(data[:2]).values.shape == (2, 9)

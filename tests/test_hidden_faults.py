@@ -302,6 +302,25 @@ def test_a_target_is_tried_on_the_queries_and_not_on_the_stage_s_data():
     assert scores.values.abs().max() > 0
 
 
+TARGETS = {
+    "cut in part": lambda z, y: z[:, 0] * z.detach()[:, 1],
+    "through": lambda z, y: z[:, 0] + (z.sign() - z).detach().sum(1) * z[:, 1],
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_target_whose_gradient_is_no_derivative_is_refused(target):
+    pipeline = one_stage(seeded(Probed)).fit(progress=False)
+    scored, queries = msif.GradientDot().fit(pipeline), labelled(3, 5)
+    with pytest.raises(ValueError, match=r"its gradient is not its derivative, off by"):
+        scored.score(queries, target=TARGETS[target])
+    with pytest.raises(ValueError, match=r"aggregate=.*: its gradient is not its derivative"):
+        scored.score(queries, aggregate=lambda values: (values * values.detach()).sum())
+    smooth = [lambda z, y: z[:, 0] * z[:, 1], lambda z, y: (1 - z[:, 0]).relu() ** 2]
+    for function in smooth:
+        assert scored.score(queries, target=function).values.isfinite().all()
+
+
 def test_generators_that_a_function_reads_from_outside_are_found():
     generator = torch.Generator().manual_seed(0)
 

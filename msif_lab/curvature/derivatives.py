@@ -11,6 +11,7 @@ from torch.func import grad, vmap
 from ..data.examples import Examples
 from ..errors import UnsupportedModelError
 from ..objective.objective import Objective
+from ..objective.questions import Question
 from ..objective.switches import exact_products
 from .gate import Probe, agree
 from .layers import find_layers, trace
@@ -22,6 +23,7 @@ __all__ = [
     "per_example_gradients",
     "plain_routes",
     "product_chunks",
+    "query_gradients",
 ]
 
 
@@ -291,6 +293,26 @@ def per_example_gradients(
         else:
             traced = trace(o, full, x, layers)
             yield part, traced.jacobian(traced.output_gradients(function, y), len(theta))[:, 0]
+
+
+def query_gradients(
+    objective: Objective, full: Tensor, question: Question, *, every: bool = True
+) -> Tensor:
+    """∇q of each row of a question at all parameters ``full`` (D,): ``(Q, D)``, or ``(1, D)``.
+
+    Args:
+        objective: the stage whose model answers.
+        full: all its parameters.
+        question: of each query, or one number of all queries.
+        every: derivatives in all D parameters instead of the trained P.
+    """
+    if question.combine is not None:
+        return question.gradient(objective, full, every)
+    asked = question.queries, question.function
+    gradients = full.new_empty(len(question), len(full) if every else objective.size)
+    for rows, part in per_example_gradients(objective, full, *asked, every=every):
+        gradients[rows] = part
+    return gradients
 
 
 def example_products(

@@ -77,6 +77,8 @@ class DataCurvature(Operator):
         self.weights = full.new_ones(len(objective.data)) if weights is None else weights
         self.ridge = objective.ridge if ridge and not every else None
         self.rows: Tensor | None = None  # only these examples
+        # ‖∇F‖ here, where known: a symmetry's eigenvalues are of its size instead of 0
+        self.gradient_norm = 0.0
 
     def part(self, rows: Tensor) -> "DataCurvature":
         """What the examples at ``rows`` add to the mean over all, without the penalty.
@@ -342,18 +344,18 @@ class GGN(DataCurvature):
 
     def _by_layers(self, columns: int) -> bool:
         layers = find_layers(self.objective, self.every)
-        return layers is not None and self._outputs() <= 2 * columns
+        return layers is not None and self.count_outputs() <= 2 * columns
 
     def _way(self, columns):
         return self._by_layers(columns), columns > 2
 
     def _telling(self, columns):
-        return min(columns, max(3, -(-self._outputs() // 2)))
+        return min(columns, max(3, -(-self.count_outputs() // 2)))
 
     def _fast_product(self, vectors: Tensor) -> Tensor:
         o = self.objective
         layers = find_layers(o, self.every)
-        count = self._outputs()
+        count = self.count_outputs()
         if not self._by_layers(vectors.shape[1]):
             return super()._fast_product(vectors)
         vectors, result = self._start(vectors)
@@ -374,10 +376,10 @@ class GGN(DataCurvature):
         o = self.objective
         if forward_agrees(o, self.every) or reverse_agrees(o, self.every):
             return super()._copies(columns)
-        numbers = self._outputs() * (self.shape[0] + columns)  # each example's J itself
+        numbers = self.count_outputs() * (self.shape[0] + columns)  # each example's J itself
         return 2 + 2 * numbers * self.full.element_size() // o.bytes_per_example()
 
-    def _outputs(self) -> int:
+    def count_outputs(self) -> int:
         """C, the number of outputs per example."""
         o = self.objective
 
@@ -409,7 +411,7 @@ class GGN(DataCurvature):
 
     def dense_multiplications(self, examples: int) -> float:
         size = self.shape[0]
-        count = self._outputs()
+        count = self.count_outputs()
         layers = find_layers(self.objective, self.every)
         if not self._makes_dense():
             return float("inf")
@@ -417,7 +419,7 @@ class GGN(DataCurvature):
         return float(examples * size**2 * (0.5 if dense else count))
 
     def _makes_dense(self):
-        return 4 * self._outputs() <= self.shape[0]
+        return 4 * self.count_outputs() <= self.shape[0]
 
     def _fast_dense(self) -> Tensor:
         """``Σ_i w_i J_iᵀ Λ_i J_i / m`` from each example's Jacobian.
@@ -427,7 +429,7 @@ class GGN(DataCurvature):
         """
         o = self.objective
         size = self.shape[0]
-        count = self._outputs()
+        count = self.count_outputs()
         result = torch.diag(self.full.new_zeros(size) if self.ridge is None else self.ridge)
         layers = find_layers(o, self.every)
         if layers and all(layer.dense for layer in layers):
@@ -437,6 +439,28 @@ class GGN(DataCurvature):
             bent = self.bend(outputs, y, self.weights[rows]) @ jacobian
             result += bent.flatten(0, 1).T @ jacobian.flatten(0, 1)
         return result
+
+    def factors(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Some examples' own J ``(B, C, P)`` and ``Λ_i / m``, ``(B, C, C)``, weights left out."""
+        layers = find_layers(self.objective, self.every)
+        if not self.objective.once(("factors", self.every), lambda: self._factors_agree(layers)):
+            layers = None
+        outputs, jacobian = self._jacobian(x, layers)
+        return jacobian, self.bend(outputs, y, self.full.new_ones(len(x)))
+
+    def _factors_agree(self, layers: list[Layer] | None) -> bool:
+        """Whether the Jacobians by layers are those of plain reverse mode."""
+        probe = Probe.of(self.objective)
+        small = self._at(probe)
+
+        def outputs(theta, x):
+            return probe.outputs(theta, x[None], self.every).reshape(-1)
+
+        def plain() -> Tensor:
+            theta = probe.theta(self.every)
+            return torch.stack([plain_jacobian(outputs, theta, one) for one in probe.x])
+
+        return agree(lambda: small._jacobian(probe.x, layers)[1], plain)
 
     def _jacobian(self, x: Tensor, layers: list[Layer] | None) -> tuple[Tensor, Tensor]:
         """Outputs ``(B, ...)`` and J ``(B, C, P)``."""

@@ -130,7 +130,7 @@ def agreement(
 
 def _pairs(scores: Influence, effects: Effects) -> tuple[numpy.ndarray, numpy.ndarray]:
     """Predicted and actual changes ``(Q, R)`` of the same queries and removals."""
-    if not torch.equal(scores.query_ids, effects.query_ids):
+    if not torch.equal(scores.query_ids, effects.query_ids) or _differ(scores, effects):
         raise ValueError(
             "scores and effects are of different queries; compute both on the same Examples"
         )
@@ -145,6 +145,11 @@ def _pairs(scores: Influence, effects: Effects) -> tuple[numpy.ndarray, numpy.nd
         )
     predicted = torch.stack([scores.removal_effect(group) for group in effects.subsets], 1)
     return predicted.detach().cpu().double().numpy(), effects.values.double().numpy()
+
+
+def _differ(left: Influence | Effects, right: Influence | Effects) -> bool:
+    """Whether two rows are of different aggregates, as far as both say of which."""
+    return bool(left.aggregate and right.aggregate) and left.aggregate != right.aggregate
 
 
 def compare(
@@ -325,7 +330,8 @@ def noise_ceiling(
             )
         first = runs[0]
         for run in runs:
-            if run.subsets != first.subsets or not torch.equal(run.query_ids, first.query_ids):
+            other = not torch.equal(run.query_ids, first.query_ids) or _differ(run, first)
+            if run.subsets != first.subsets or other:
                 raise ValueError(
                     f"{removals!r}: the seeds removed different examples or asked different queries"
                 )

@@ -1,5 +1,7 @@
 """Ground truth by real retraining: what happens to the queries when examples are removed."""
 
+import functools
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,13 +16,20 @@ from ..data.examples import Examples
 from ..errors import ConvergenceWarning, SavedFileError
 from ..objective.checks import ask
 from ..objective.losses import target_name
-from ..pipeline.pipeline import Pipeline
+from ..pipeline.pipeline import Pipeline, Retrained
 from ..pipeline.recipes import progress_bar
 from ..storage import check_writable, describe, digest, read_tensors, write_tensors
 
 __all__ = ["Effects", "random_removals", "removal_effects"]
 
 PROTOCOLS = ("same-seed", "warm-start")
+# Share of the queries' loss by which going on may move them. Optima to the tolerance of other
+# libraries move by up to 0.035, nets stopped early by 0.09 and more.
+MOVED = 0.05
+OWN_CODE = (
+    "retrain with your own code and pass on what it measured: "
+    "msif.Effects.from_values(before, after, subsets, stage=...)"
+)
 
 
 @dataclass
@@ -30,10 +39,11 @@ class Effects:
     Attributes:
         values: ``(Q, R)``, q after removal minus q before, in nats (or units of q).
         subsets: the R removed groups, positions in the stage's data.
-        base: ``(Q,)``, q before.
+        base: ``(Q,)``, q before: after a retraining that removes nobody.
         query_ids: identities of the queries ``(Q,)``.
-        gradient_norm: ``(R,)``, largest ``‖∇F‖`` over the retrained stages.
+        gradient_norm: ``(R,)``, largest ``‖∇F‖`` over the retrained stages; NaN where unknown.
         stage, target, protocol: whose examples, what q is, how the retraining was started.
+        aggregate: empty for a row per query; else of what the only row is made, as in `Influence`.
     """
 
     values: Tensor
@@ -44,12 +54,76 @@ class Effects:
     stage: str
     target: str
     protocol: str
+    aggregate: str = ""
 
     def __repr__(self) -> str:
         queries, removals = self.values.shape
         return (
-            f"Effects({queries} queries × {removals} removals from stage {self.stage!r}, "
-            f"{self.protocol})"
+            f"Effects({self.aggregate or f'{queries} queries'} × {removals} removals from stage "
+            f"{self.stage!r}, {self.protocol})"
+        )
+
+    @classmethod
+    def from_values(
+        cls,
+        before,
+        after,
+        subsets: Sequence[Sequence[int]],
+        *,
+        stage: str,
+        query_ids=None,
+        target: str | Callable = "loss",
+        protocol: str = "own",
+    ) -> "Effects":
+        """Effects that your own training code measured, for `agreement` and everything after it.
+
+        Your code trains all stages once on everything and once without each group, in the same way
+        otherwise (same initial weights, same batches), and measures q of each query after each.
+
+        Args:
+            before: ``(Q,)``, q after training on everything.
+            after: ``(Q, R)``, q after training without each group, a column for each.
+            subsets: R groups of positions in the stage's data; a bare number removes one example.
+            stage: name of the stage whose examples were removed.
+            query_ids: ``(Q,)``, the queries' ``ids``; default 0 to Q − 1, as `Examples` numbers
+                them.
+            target: what q is, as given to ``score``.
+            protocol: in a word, how the retraining was started.
+
+        Raises:
+            ValueError, TypeError: other shapes, NaN, or groups that are none.
+
+        >>> before, after = [0.5, 0.2], [[0.6, 0.5, 0.4], [0.2, 0.3, 0.1]]
+        >>> Effects.from_values(before, after, [[3], [17], [5, 9]], stage="pretrain")
+        Effects(2 queries × 3 removals from stage 'pretrain', own)
+        """
+        before, after = (_finite(n, v) for n, v in (("before", before), ("after", after)))
+        groups = _check_subsets(subsets)
+        expected = (before.numel(), len(groups))
+        if before.ndim != 1 or after.shape != expected:
+            turned = "; turn it: after.T" if tuple(after.shape) == expected[::-1] else ""
+            raise ValueError(
+                f"before {tuple(before.shape)} and after {tuple(after.shape)}: expected (Q,) and "
+                f"(Q, R) with R = {len(groups)} groups, a column for each{turned}"
+            )
+        ids = torch.arange(len(before)) if query_ids is None else torch.as_tensor(query_ids)
+        if ids.shape != before.shape or ids.is_floating_point():
+            raise ValueError(
+                f"query_ids {tuple(ids.shape)} {ids.dtype}: expected one whole number for each of "
+                f"the {len(before)} queries, such as queries.ids"
+            )
+        if not isinstance(stage, str):
+            raise TypeError(f"stage={stage!r} must be the stage's name, such as 'pretrain'")
+        unknown = torch.full((len(groups),), torch.nan, dtype=torch.float64)
+        return cls(
+            after - before[:, None],
+            groups,
+            before,
+            ids.cpu().long(),
+            unknown,
+            stage,
+            target_name(target),
+            protocol,
         )
 
     def save(self, path) -> None:
@@ -57,7 +131,8 @@ class Effects:
         tensors = {
             name: getattr(self, name) for name in ("values", "base", "query_ids", "gradient_norm")
         }
-        facts = {name: getattr(self, name) for name in ("subsets", "stage", "target", "protocol")}
+        names = ("subsets", "stage", "target", "protocol", "aggregate")
+        facts = {name: getattr(self, name) for name in names}
         write_tensors(path, "effects", tensors, facts)
 
     @classmethod
@@ -97,7 +172,16 @@ def random_removals(
     return [sorted(torch.randperm(m, generator=generator)[:size].tolist()) for _ in range(count)]
 
 
-def _check_subsets(subsets: Sequence[Sequence[int]], m: int) -> list[list[int]]:
+def _finite(name: str, values) -> Tensor:
+    """Numbers as a float64 tensor on the CPU."""
+    values = torch.as_tensor(values).detach().cpu().double()
+    if not bool(torch.isfinite(values).all()):
+        first = (~torch.isfinite(values)).nonzero()[0].tolist()
+        raise ValueError(f"{name} holds NaN or inf, first at {first}; did that training diverge?")
+    return values
+
+
+def _check_subsets(subsets: Sequence[Sequence[int]], m: int = sys.maxsize) -> list[list[int]]:
     """The groups as lists of positions below m; a bare number is a group of one."""
     if not isinstance(subsets, Iterable):
         raise TypeError(f"subsets={subsets!r} must be lists of positions, e.g. [[3], [17], [5, 9]]")
@@ -107,22 +191,24 @@ def _check_subsets(subsets: Sequence[Sequence[int]], m: int) -> list[list[int]]:
         members = torch.as_tensor(subset if known else numpy.asarray(subset)).reshape(-1)
         whole = not members.is_floating_point() and members.dtype != torch.bool
         if len(members) and not whole:
-            raise ValueError(
-                f"subset {subset} must hold positions, whole numbers between 0 and {m - 1}"
-            )
+            raise ValueError(f"subset {subset} must hold positions, whole numbers {_between(m)}")
         groups.append([int(i) for i in members])
     if not groups:
         raise ValueError("subsets is empty; give lists of positions, e.g. [[3], [17], [5, 9]]")
     for group in groups:
         if not group or len(set(group)) != len(group) or min(group) < 0 or max(group) >= m:
-            raise ValueError(f"subset {group} must hold different positions between 0 and {m - 1}")
+            raise ValueError(f"subset {group} must hold different positions {_between(m)}")
         if len(group) == m:
             raise ValueError(f"subset of all {m} examples leaves nothing to train on")
     return groups
 
 
+def _between(m: int) -> str:
+    return "from 0 on" if m == sys.maxsize else f"between 0 and {m - 1}"
+
+
 def _retrain_without(
-    pipeline, stage, groups, queries, target, protocol
+    pipeline, stage, groups, queries, target, aggregate, protocol
 ) -> tuple[Tensor, Tensor, Tensor]:
     """After retraining: q ``(Q, R)``, ``‖∇F‖`` ``(R,)``, and which missed a tolerance ``(R,)``."""
     weights = torch.ones(len(groups), len(pipeline.stages[stage].data))
@@ -134,7 +220,8 @@ def _retrain_without(
     for s, r in zip(pipeline.stages, again.reports, strict=True):
         if hasattr(s.recipe, "tol"):
             short |= ~r.converged.cpu()
-    return again.evaluate(queries, target).cpu().double(), norm.cpu().double(), short
+    after = again.evaluate(queries, target, aggregate=aggregate)
+    return after.cpu().double(), norm.cpu().double(), short
 
 
 def default_protocol(pipeline: Pipeline) -> str:
@@ -149,6 +236,7 @@ def removal_effects(
     *,
     stage: int | str = 0,
     target: str | Callable = "loss",
+    aggregate: str | Sequence[float] | Tensor | Callable | None = None,
     protocol: str | None = None,
     n_jobs: int = 1,
     lanes: int = 32,
@@ -158,15 +246,18 @@ def removal_effects(
     """Remove examples for real: set their weights to 0, rerun every stage, subtract the queries.
 
     Args:
-        pipeline: fitted (or adopted, with ``"warm-start"``); its models stay as they are.
+        pipeline: fitted, or adopted at an optimum (`Effects.from_values` takes the effects of your
+            own training code otherwise); its models stay as they are.
         queries: examples of the last stage's task.
         subsets: R groups of positions in the stage's data; a bare number removes one example.
         stage: whose examples are removed.
-        target: as in `ImplicitInfluence.score`.
+        target, aggregate: as in `ImplicitInfluence.score`, but here step functions will do too,
+            such as accuracy: ``target=lambda z, y: (z.argmax(-1) == y).to(z.dtype)``.
         protocol: ``"same-seed"`` reruns from the initial weights with the same batches,
-            ``"warm-start"`` continues from the trained weights. Default: warm start where every
-            stage is trained to an optimum (from scratch a removal may end in another one, which
-            influence does not describe), else same seed.
+            ``"warm-start"`` continues from the trained weights. Effects are differences to the same
+            rerun with nobody removed. Default: warm start where every stage is trained to an
+            optimum (from scratch a removal may end in another one, which influence does not
+            describe), else same seed.
         n_jobs: processes through joblib; ``joblib.parallel_config`` moves them to a cluster.
         lanes: how many removals one process retrains at once, vectorised over models.
         store: a file that keeps the results so far after every batch of ``lanes``; the same call
@@ -174,10 +265,12 @@ def removal_effects(
         progress: show a bar if it takes longer than two seconds.
 
     Returns:
-        `Effects` with values ``(Q, R)``.
+        `Effects` with values ``(Q, R)``; ``(1, R)`` with ``aggregate``.
 
     Raises:
-        ValueError: empty or repeated positions, unknown stage, target or protocol.
+        ValueError: empty or repeated positions, unknown stage, target, aggregate or protocol; or
+            adopted weights that are no optimum: going on from them with nobody removed moves the
+            queries' losses by more than a twentieth.
         SavedFileError: ``store`` belongs to another call, or is damaged.
 
     Warns:
@@ -187,20 +280,20 @@ def removal_effects(
     protocol = default_protocol(pipeline) if protocol is None else protocol
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol={protocol!r} must be one of {PROTOCOLS}")
+    require_start(pipeline, protocol)
     if not isinstance(lanes, int) or lanes < 1:
         raise ValueError(f"lanes={lanes!r} must be a positive whole number")
     groups = _check_subsets(subsets, len(pipeline.stages[k].data))
-    ask(pipeline.objective(-1), queries, target)
+    question = ask(pipeline.objective(-1), queries, target, aggregate)
     if store is not None:
         check_writable(store)
-    base = _base(pipeline, queries, target, protocol)
-    name = pipeline.stages[k].name
-    kept = _Kept.open(store, _key(pipeline, queries, groups, name, target, protocol), base, groups)
+    name, asked = pipeline.stages[k].name, (queries, target, aggregate, protocol)
+    key = _key(pipeline, queries, groups, name, target, question.aggregate, protocol)
+    kept = _Kept.open(store, key, functools.partial(removal_base, pipeline, *asked), len(groups))
+    base = kept.base
     parts = [part for part in kept.missing().split(lanes) if len(part)]
     retrain = joblib.delayed(_retrain_without)
-    jobs = (
-        retrain(pipeline, k, [groups[i] for i in part], queries, target, protocol) for part in parts
-    )
+    jobs = (retrain(pipeline, k, [groups[i] for i in part], *asked) for part in parts)
     with progress_bar(len(groups), "retraining", progress) as bar:
         bar.update(int(kept.done.sum()))
         results = joblib.Parallel(n_jobs, return_as="generator")(jobs)
@@ -218,31 +311,70 @@ def removal_effects(
         kept.after - base[:, None],
         groups,
         base,
-        queries.ids,
+        question.ids,
         kept.norms,
         name,
-        target_name(target),
+        question.target,
         protocol,
+        question.aggregate,
     )
 
 
-def _base(pipeline: Pipeline, queries: Examples, target, protocol: str) -> Tensor:
-    """The queries at the trained weights; a same-seed rerun needs a run that can be repeated."""
-    if protocol == "same-seed" and pipeline.reports is None:
+def require_start(pipeline: Pipeline, protocol: str) -> None:
+    """Refuse a same-seed rerun of adopted weights, which no recipe of the stages has trained."""
+    if protocol == "same-seed" and pipeline.adopted:
         raise ValueError(
-            "the weights were adopted, so the run cannot be repeated; use protocol='warm-start', "
-            "or fit()"
+            "the weights were adopted, so the run cannot be repeated; where they are an optimum, "
+            "give the stages recipe=LBFGS() and use protocol='warm-start'; else train here, by "
+            f"fit(), or {OWN_CODE}"
         )
-    return pipeline.evaluate(queries, target).cpu().double()
 
 
-def _key(pipeline, queries, groups, stage, target, protocol) -> str:
+def removal_base(pipeline: Pipeline, queries: Examples, target, aggregate, protocol: str) -> Tensor:
+    """The queries after a rerun that removes nobody, ``(Q,)``: what effects are measured from.
+
+    For ``"same-seed"`` that is the fit itself.
+
+    Raises:
+        ValueError: a warm start of adopted weights that are no optimum.
+    """
+    if protocol == "same-seed":
+        return pipeline.evaluate(queries, target, aggregate=aggregate).cpu().double()
+    nobody = {0: torch.ones(1, len(pipeline.stages[0].data))}
+    again = pipeline.retrain(nobody, warm_start=True, progress=False)
+    if pipeline.adopted:
+        _require_still(pipeline, again, queries)
+    return again.evaluate(queries, target, aggregate=aggregate)[:, 0].cpu().double()
+
+
+def _require_still(pipeline: Pipeline, again: Retrained, queries: Examples) -> None:
+    """Refuse adopted weights from which a warm start goes on training.
+
+    The effects would be those of another model, and the less like this one's the further it went.
+    """
+    before = pipeline.evaluate(queries).cpu().double()
+    after = again.evaluate(queries)[:, 0].cpu().double()
+    size, moved = (float(v.square().mean().sqrt()) for v in (before, after - before))
+    if moved <= MOVED * size + torch.finfo(pipeline.objective(-1).dtype).eps ** 0.5:
+        return
+    recipes = ", ".join(sorted({type(stage.recipe).__name__ for stage in pipeline.stages}))
+    raise ValueError(
+        "the adopted weights are no optimum of the stages as given: going on from them by "
+        f"{recipes} with nobody removed moves the queries' losses by {moved:.1e} where they are "
+        f"{size:.1e} (root mean squares), so the effects would be those of another model. Train "
+        "to an optimum, by fit() with recipe=LBFGS() or by code of your own with a smaller "
+        f"tolerance and the same weight_decay; or {OWN_CODE}"
+    )
+
+
+def _key(pipeline, queries, groups, stage, target, aggregate: str, protocol) -> str:
     parts = [digest(full) for full in pipeline.trained()]
     if isinstance(queries.x, Tensor):
         parts += [digest(t) for t in (queries.x, queries.y, queries.ids)]
     else:
         parts.append(queries.digest())
-    return f"{parts} {groups} {stage} {describe(target)} {protocol} {pipeline.facts()}"
+    asked = f"{describe(target)} {aggregate}".rstrip()
+    return f"{parts} {groups} {stage} {asked} {protocol} {pipeline.facts()}"
 
 
 @dataclass
@@ -252,6 +384,7 @@ class _Kept:
     Attributes:
         store: the file, or None.
         key: what identifies the call that the file must belong to.
+        base: ``(Q,)``, q with nobody removed.
         after: ``(Q, R)``, q after each removal.
         norms: ``(R,)``, largest ``‖∇F‖`` over the stages.
         done, short: ``(R,)``, which removals are done, and which of them missed a tolerance.
@@ -259,14 +392,19 @@ class _Kept:
 
     store: str | Path | None
     key: str
+    base: Tensor
     after: Tensor
     norms: Tensor
     done: Tensor
     short: Tensor
 
     @classmethod
-    def open(cls, store, key: str, base: Tensor, groups: list) -> "_Kept":
-        """What the store holds, or nothing done yet.
+    def open(cls, store, key: str, measure: Callable[[], Tensor], count: int) -> "_Kept":
+        """What the store holds, or nothing of ``count`` removals done yet.
+
+        Args:
+            store, key, count: see above.
+            measure: gives ``base``, if the store does not hold it.
 
         Raises:
             SavedFileError: it belongs to another call.
@@ -276,16 +414,18 @@ class _Kept:
         except FileNotFoundError:
             tensors = None
         if tensors is None:
-            count = len(groups)
+            base = measure()
             after = torch.zeros(len(base), count, dtype=torch.float64)
             norms = torch.zeros(count, dtype=torch.float64)
             none = torch.zeros(count, dtype=torch.bool)
-            return cls(store, key, after, norms, done=none, short=none.clone())
+            return cls(store, key, base, after, norms, done=none, short=none.clone())
         if facts["key"] != key:
             raise SavedFileError(
                 f"store={str(store)!r} holds removals of another pipeline, queries or subsets; "
                 "name another file"
             )
+        if "base" not in tensors:  # version 0.1.0 kept none
+            tensors["base"] = measure()
         return cls(store, key, **tensors)
 
     def missing(self) -> Tensor:
@@ -299,6 +439,6 @@ class _Kept:
         self.done[part] = True
         self.short[part] = short
         if self.store is not None:
-            names = ("after", "norms", "done", "short")
+            names = ("base", "after", "norms", "done", "short")
             state = {name: getattr(self, name) for name in names}
             write_tensors(self.store, "removals", state, {"key": self.key})

@@ -6,16 +6,19 @@ From the pretrained model alone, the same row for every query: `Loss`, `Entropy`
 harms. An unsigned one says how much an example matters, not how.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..curvature.derivatives import example_products, per_example_gradients
+from ..curvature.derivatives import example_products, per_example_gradients, query_gradients
 from ..data.examples import Examples
 from ..objective.checks import ask
-from ..objective.losses import target_name
+from ..objective.last_layer import find_last_layer
+from ..objective.objective import Objective
+from ..objective.questions import Question
 from ..pipeline.pipeline import Pipeline
 from ..solvers.exact import Exact
 from .replay import Trajectory, even_bounds, require_run, require_same_end
@@ -61,34 +64,49 @@ class Baseline:
         return self
 
     def score(
-        self, queries: Examples, stage: int | str = 0, target: str | Callable = "loss"
+        self,
+        queries: Examples,
+        stage: int | str = 0,
+        target: str | Callable = "loss",
+        *,
+        aggregate: str | Sequence[float] | Tensor | Callable | None = None,
     ) -> Influence:
-        """Scores ``(Q, N)`` of one stage's examples; arguments as in `ImplicitInfluence.score`."""
+        """Scores ``(Q, N)`` of one stage's examples; arguments as in `ImplicitInfluence.score`.
+
+        With ``aggregate`` one row. Where scores are linear in the gradient of q it is computed from
+        the gradient of the aggregate, at the price of one query. Where they are not (a cosine, a
+        similarity, or no gradient at all), it is by definition ``Σ_q c_q`` times the queries' rows,
+        with ``c_q = ∂A/∂q``.
+        """
         if not hasattr(self, "_pipeline"):
             raise ValueError("call fit(pipeline) before score(queries)")
         k = self._pipeline.index(stage)
         self._pipeline.require_unchanged(self._full)
-        function = ask(self._pipeline.objective(-1), queries, target)
-        values = self._values(k, queries, function)
+        question = ask(self._pipeline.objective(-1), queries, target, aggregate, derivative=True)
+        values = self._values(k, question)
         scored = self._pipeline.stages[k]
-        values = values.expand(len(queries), -1).contiguous()
-        return Influence(
-            values, scored.data.ids, queries.ids, scored.name, target_name(target), repr(self)
-        )
+        about = scored.name, question.target, repr(self), question.aggregate
+        return Influence(values, scored.data.ids, question.ids, *about)
 
-    def _values(self, k: int, queries: Examples, function: Callable) -> Tensor:
-        """Scores ``(Q, N)``, or ``(1, N)`` where they do not depend on the query."""
+    def _values(self, k: int, question: Question) -> Tensor:
+        """Scores of every row of the question, ``(Q, N)`` or ``(1, N)``."""
         raise TypeError(f"{type(self).__name__} must define _values")
 
-    def _query_gradients(self, k: int, queries: Examples, function: Callable) -> Tensor:
+    def _combined(self, rows: Tensor, question: Question) -> Tensor:
+        """Each query's row ``(Q, N)``, or one for all queries ``(1, N)``, put together as asked."""
+        if question.combine is None:
+            return rows.expand(len(question), -1).contiguous()
+        c = question.weights(self._pipeline.objective(-1), self._full[-1])
+        c = c.reshape(len(c), -1).sum(1).to(rows)
+        return c.sum() * rows if len(rows) == 1 else (c @ rows)[None]
+
+    def _query_gradients(self, k: int, question: Question) -> Tensor:
         """∇q in the parameters stage k trains, ``(Q, P)``, as if later stages did not adapt.
 
         The gradient in what a later stage took over is passed on as it is; its own head is held
         fixed.
         """
-        o = self._pipeline.objective(-1)
-        parts = per_example_gradients(o, self._full[-1], queries, function, every=True)
-        cotangent = torch.cat([g for _, g in parts])
+        cotangent = query_gradients(self._pipeline.objective(-1), self._full[-1], question)
         for j in range(len(self._full) - 1, k, -1):
             functional, layout = (
                 self._pipeline.functional(j),
@@ -104,11 +122,11 @@ class Baseline:
 class _PerExample(Baseline):
     """A function of each example's output and target in its own stage's trained model."""
 
-    def _values(self, k, queries, function):
+    def _values(self, k, question):
         o, full = self._pipeline.objective(k), self._full[k]
         with torch.no_grad():
             parts = [self._of(o, o.outputs(full, x), y) for _, x, y in o.chunks()]
-        return torch.cat(parts)[None]
+        return self._combined(torch.cat(parts)[None], question)
 
     def _of(self, objective, outputs: Tensor, targets: Tensor) -> Tensor:
         raise TypeError(f"{type(self).__name__} must define _of")
@@ -166,9 +184,10 @@ def _need_classes(baseline: Baseline, outputs: Tensor) -> None:
 class GradientNorm(Baseline):
     """``‖∇f_i‖`` in what the stage trains: how hard an example still pulls. Unsigned."""
 
-    def _values(self, k, queries, function):
+    def _values(self, k, question):
         o = self._pipeline.objective(k)
-        return torch.cat([g.norm(dim=1) for _, g in per_example_gradients(o, self._full[k])])[None]
+        norms = [g.norm(dim=1) for _, g in per_example_gradients(o, self._full[k])]
+        return self._combined(torch.cat(norms)[None], question)
 
 
 class Random(Baseline):
@@ -181,17 +200,19 @@ class Random(Baseline):
     def __init__(self, seed: int = 0):
         self.seed = seed
 
-    def _values(self, k, queries, function):
-        shape = len(queries), len(self._pipeline.stages[k].data)
+    def _values(self, k, question):
+        shape = len(question.queries), len(self._pipeline.stages[k].data)
         draw = torch.Generator().manual_seed(self.seed)
-        return torch.randn(shape, generator=draw, dtype=torch.float64).to(self._full[k])
+        rows = torch.randn(shape, generator=draw, dtype=torch.float64).to(self._full[k])
+        return self._combined(rows, question)
 
 
 class GradientDot(Baseline):
     """``−(1/m) ∇q · ∇f_i`` over the shared parameters. Signed.
 
     Influence without curvature, with the heads held fixed. With ``cosine=True`` it is divided by
-    both norms, so that examples do not stand out merely for having large gradients.
+    both norms, so that examples do not stand out merely for having large gradients; an aggregate's
+    row is then ``Σ_q c_q`` times the cosines of the queries, not the cosine with its own gradient.
     """
 
     signed = True
@@ -199,15 +220,34 @@ class GradientDot(Baseline):
     def __init__(self, cosine: bool = False):
         self.cosine = bool(cosine)
 
-    def _values(self, k, queries, function):
-        o, v = self._pipeline.objective(k), self._query_gradients(k, queries, function)
+    def _values(self, k, question):
+        o = self._pipeline.objective(k)
         if not self.cosine:
+            v = self._query_gradients(k, question)
             return -example_products(o, self._full[k], v.T) / len(o.data)
-        v = nn.functional.normalize(v, dim=1)
-        # only where q has a gradient: the cosine in the space both share
-        some = v.abs().amax(0) > 0
+        v, some = self._directions(k, question)
         parts = per_example_gradients(o, self._full[k])
         return -torch.cat([v @ nn.functional.normalize(g * some, dim=1).T for _, g in parts], 1)
+
+    def _directions(self, k: int, question: Question) -> tuple[Tensor, Tensor]:
+        """Unit gradients of the queries ``(Q, P)``, or their weighted sum ``(1, P)``, and a mask.
+
+        The mask ``(P,)`` is where any query has a gradient: the cosine is taken in that space.
+        """
+        c, found, some = None, [], False
+        if question.combine is not None:
+            c = question.weights(self._pipeline.objective(-1), self._full[-1])
+            if c.ndim > 1:
+                raise ValueError(
+                    f"{self} compares directions, so it takes one number for each query, and the "
+                    f"target gives {c.shape[1]}; use GradientDot()"
+                )
+        for rows in torch.arange(len(question.queries)).split(max(64, len(question))):
+            v = self._query_gradients(k, replace(question.each, queries=question.queries[rows]))
+            v = nn.functional.normalize(v, dim=1)
+            some = some | (v != 0).any(0)
+            found.append(v if c is None else c[rows].to(v)[None] @ v)
+        return torch.cat(found) if c is None else torch.stack(found).sum(0), some
 
 
 class TracIn(Baseline):
@@ -250,13 +290,13 @@ class TracIn(Baseline):
             self._states.append([(full[0], rate) for full, rate in run.ends()])
         return self
 
-    def _values(self, k, queries, function):
+    def _values(self, k, question):
         o, last = self._pipeline.objective(k), k == len(self._full) - 1
-        v = None if last else self._query_gradients(k, queries, function)
+        v = None if last else self._query_gradients(k, question)
         total = 0.0
         for full, rate in self._states[k]:
             if last:  # q belongs to this very stage, so its checkpoints have it too
-                v = torch.cat([g for _, g in per_example_gradients(o, full, queries, function)])
+                v = query_gradients(o, full, question, every=False)
             total = total - rate * example_products(o, full, v.T) / len(o.data)
         return total
 
@@ -267,36 +307,35 @@ class RepresentationSimilarity(Baseline):
     An example that looks like the query to the model matters to it, for better or worse.
 
     Args:
-        layer: the features are the inputs of the module of this name, by default the head.
+        layer: the features are the inputs of the module of this name, by default of the one that
+            feeds the loss (all of a top-level ``head`` that holds it).
     """
 
-    def __init__(self, layer: str = "head"):
+    def __init__(self, layer: str | None = None):
         self.layer = layer
 
-    def _values(self, k, queries, function):
-        data = self._pipeline.stages[k].data
+    def _values(self, k, question):
+        data, queries = self._pipeline.stages[k].data, question.queries
         if queries.x.shape[1:] != data.x.shape[1:]:
             raise ValueError(
                 f"queries {tuple(queries.x.shape[1:])} and examples {tuple(data.x.shape[1:])} "
                 "have inputs of different shapes, so one model cannot compare their features"
             )
-        return self._features(k, queries) @ self._features(k, data).T
+        # combined before the product, which is then one row's
+        features = self._combined(self._features(k, queries), question)
+        return features @ self._features(k, data).T
 
     def _features(self, k: int, examples: Examples) -> Tensor:
         """Unit-length features ``(N, F)``."""
         o, seen = self._pipeline.objective(k), []
-        modules = dict(o.model.named_modules())
-        if self.layer not in modules or not self.layer:
-            known = [name for name in modules if name]
-            shown = ", ".join(known[:10] + [f"... {len(known)} in all"] * (len(known) > 10))
-            raise ValueError(
-                f"layer={self.layer!r} is no module of the model of {o.where}; those are {shown}"
-            )
+        layer = self._layer(o)
 
         def keep(module, given, named):
             seen.append((given or tuple(named.values()))[0].detach())
 
-        hook = modules[self.layer].register_forward_pre_hook(keep, with_kwargs=True)
+        hook = dict(o.model.named_modules())[layer].register_forward_pre_hook(
+            keep, with_kwargs=True
+        )
         try:
             with torch.no_grad():
                 for _, x, _ in o.chunks(examples):
@@ -304,10 +343,29 @@ class RepresentationSimilarity(Baseline):
         finally:
             hook.remove()
         if sum(map(len, seen)) != len(examples):
-            raise ValueError(
-                f"layer={self.layer!r} is not called once per example; name another module"
-            )
+            raise ValueError(f"layer={layer!r} is not called once per example; name another module")
         return nn.functional.normalize(torch.cat(seen).flatten(1), dim=1)
+
+    def _layer(self, o: Objective) -> str:
+        """The name of the module whose inputs are the features."""
+        known = [name for name, _ in o.model.named_modules() if name]
+        shown = ", ".join(known[:10] + [f"... {len(known)} in all"] * (len(known) > 10))
+        if self.layer is not None:
+            if self.layer not in known:
+                raise ValueError(
+                    f"layer={self.layer!r} is no module of the model of {o.where}; those are "
+                    f"{shown}"
+                )
+            return self.layer
+        last = find_last_layer(o).modules
+        if last and all(name.split(".")[0] == "head" for name in last):
+            return "head"
+        if len(last) != 1:
+            raise ValueError(
+                f"no single module feeds the loss of {o.where}, but {list(last) or 'none'}; say "
+                f"whose inputs the features are, layer=one of {shown}"
+            )
+        return last[0]
 
 
 class SingleStage(Baseline):
@@ -331,10 +389,10 @@ class SingleStage(Baseline):
         self.solver = Exact() if solver is None else solver
         self.curvature, self.damping = curvature, float(damping)
 
-    def _values(self, k, queries, function):
+    def _values(self, k, question):
         o, operator = self._pipeline.objective(k), self._pipeline.curvature(k, self.curvature)
         prepared = self.solver.prepare(operator + self.damping if self.damping else operator)
-        solution, _ = prepared.solve(self._query_gradients(k, queries, function).T)
+        solution, _ = prepared.solve(self._query_gradients(k, question).T)
         return -example_products(o, self._full[k], solution) / len(o.data)
 
 

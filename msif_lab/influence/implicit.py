@@ -12,18 +12,20 @@ from ..curvature.derivatives import (
     example_products,
     per_example_gradients,
     product_chunks,
+    query_gradients,
 )
 from ..data.examples import Examples
 from ..errors import ConvergenceWarning, IndefiniteCurvatureError
 from ..memory import working_bytes
 from ..objective.checks import ask
-from ..objective.losses import target_name
+from ..objective.questions import Question
 from ..pipeline.pipeline import Pipeline
 from ..pipeline.stages import Stage, WarmStart
 from ..solvers.exact import Exact
 from ..solvers.report import SolveReport
 from .cost import Plan, plan
 from .leave_one_out import removal_steps
+from .replay import as_proximal
 from .result import Influence, TopInfluence, rank_stream
 
 __all__ = ["ImplicitInfluence"]
@@ -49,8 +51,13 @@ class ImplicitInfluence:
             positive definite (the cross block of the frozen case stays exact).
         damping: added to H; a modelling choice, 0 by default.
         leave_one_out: replace H by ``H − h_i/m`` for example i with its own curvature ``h_i``,
-            because removal is a finite step: the scores then predict removal (exact for ridge
-            regression), not the derivative. Costs a few solves per example; meant for `Exact`.
+            because removal is a finite step: the scores then predict removal, not the derivative.
+            For squared error and a model linear in its parameters, ridge regression, they are the
+            refits themselves, even with fewer examples than parameters, where the derivative is
+            hundreds of times too small; in float64 to about ``ε ‖H‖ / λ``. Elsewhere it is one
+            Newton step; where that overshoots, a `ConvergenceWarning` names the examples and their
+            scores are rough. Costs a solve per example and output, and an epoch or two for each
+            example whose step is long; meant for `Exact`.
 
     Attributes:
         report_: after `score`, one `SolveReport` per stage solved, by stage name.
@@ -106,6 +113,7 @@ class ImplicitInfluence:
 
         Warns:
             ConvergenceWarning: a stage is not at a stationary point, with its gradient norm.
+            SymmetryWarning: from `Exact`; a stage's minimum is flat along a symmetry.
         """
         if not isinstance(pipeline, Pipeline):
             raise TypeError(f"pipeline must be a msif_lab.Pipeline, not {type(pipeline).__name__}")
@@ -114,14 +122,15 @@ class ImplicitInfluence:
         self._steps: dict[int, Tensor] = {}  # by stage, from `removal_steps`
         self._prepared = []
         for stage in pipeline.stages:
-            _refuse_warm_start(stage)
+            _refuse_warm_start(stage, pipeline.adopted)
         if self.solver == "auto":
             self.plan_ = plan(pipeline, kind=self.curvature, damping=self.damping)
             print(self.plan_)
         for k, stage in enumerate(pipeline.stages):
-            self._check_stationary(k)
+            left = self._check_stationary(k)
             solver = self.plan_.solver(stage.name) if self.plan_ else self.solver
             operator = pipeline.curvature(k, self.curvature)
+            operator.gradient_norm = left
             operator = operator + self.damping if self.damping else operator
             try:
                 self._prepared.append(solver.prepare(operator))
@@ -130,8 +139,8 @@ class ImplicitInfluence:
                 raise IndefiniteCurvatureError(message, error.smallest) from None
         return self
 
-    def _check_stationary(self, k: int) -> None:
-        """Warn when the remaining gradient is not small beside one example's share, ‖∇f_i‖/m."""
+    def _check_stationary(self, k: int) -> float:
+        """‖∇F‖, with a warning when it is not small beside one example's share, ‖∇f_i‖/m."""
         o = self._pipeline.objective(k)
         left = float(self._pipeline.gradient(k).norm())
         few = 256 if o.size < 10**5 else 32  # an order of magnitude is enough
@@ -146,6 +155,7 @@ class ImplicitInfluence:
                 ConvergenceWarning,
                 stacklevel=3,
             )
+        return left
 
     def score(
         self,
@@ -153,20 +163,50 @@ class ImplicitInfluence:
         stage: int | str = 0,
         target: str | Callable = "loss",
         *,
+        aggregate: str | Sequence[float] | Tensor | Callable | None = None,
         top: int | None = None,
     ) -> Influence | TopInfluence:
-        """Influence of one stage's examples on each query.
+        """Influence of one stage's examples on each query, or on one number of all queries.
+
+        Such a number, A, costs as much as one query: its gradient ``Σ_q c_q ∇q``, with
+        ``c_q = ∂A/∂q``, is one backward pass through the queries, and goes on as theirs would.
 
         Args:
             queries: examples of the last stage's task, Q of them.
             stage: whose training examples to score, by name or index.
             target: q: ``"loss"``, ``"margin"``, ``"output"``, or a function
                 ``(outputs, targets) -> (B,)``.
+            aggregate: None for a row per query; for one row, A is their ``"mean"`` (a validation
+                loss) or ``"sum"``, ``Σ_q w_q q`` for weights ``(Q,)`` of any sign (a fairness
+                gap), or a function of all q ``(Q,)`` that gives one number and need not be a sum
+                (a calibration error). Then ``target`` may give several numbers for each query,
+                ``(B, K)``, and the function gets ``(Q, K)``.
             top: keep only this many lowest and highest scores of each query, so that ``(Q, N)`` is
                 never held.
 
         Returns:
-            `Influence` with values ``(Q, N)``, or with ``top`` a `TopInfluence`.
+            `Influence` with values ``(Q, N)``, or with ``top`` a `TopInfluence`. With
+            ``aggregate`` there is one row, its query id is −1, and ``.aggregate`` says of what. It
+            is named for its target, as "loss"; "weighted loss" where a weight is negative, and
+            "gap of loss" for a function ``gap``: a positive score raises A, and that is called
+            harmful unless A is the mean, sum or positively weighted sum of margins.
+
+        Raises:
+            ValueError, TypeError: queries, target or aggregate do not fit; the target or aggregate
+                is a step function, such as accuracy, whose derivative is zero or missing.
+            IndefiniteCurvatureError: the queries depend on which of many equal minima was reached.
+
+        >>> import msif_lab as msif
+        >>> train, test = msif.load_digits(dtype=torch.float64)
+        >>> model = msif.softmax_regression(64, 10).double()
+        >>> stage = msif.Stage("digits", model, train, weight_decay=1e-2)
+        >>> influence = msif.ImplicitInfluence().fit(msif.Pipeline([stage]).fit())
+        >>> influence.score(test, aggregate="mean").values.shape  # on the validation loss
+        torch.Size([1, 1201])
+        >>> odd = test.y % 2 == 1
+        >>> gap = odd / odd.sum() - ~odd / (~odd).sum()  # between the mean losses of two groups
+        >>> influence.score(test, aggregate=gap)
+        Influence(weighted sum of 596 queries #... × 1201 examples of 'digits' on weighted loss; ...
         """
         if top is not None and (not isinstance(top, int) or not top >= 1 or self.leave_one_out):
             raise ValueError(
@@ -178,11 +218,10 @@ class ImplicitInfluence:
             raise ValueError("call fit(pipeline) before score(queries)")
         first = self._pipeline.index(stage)
         self._pipeline.require_unchanged(self._full)
-        function = ask(self._pipeline.objective(-1), queries, target)
+        question = ask(self._pipeline.objective(-1), queries, target, aggregate, derivative=True)
         reports: list[dict[str, SolveReport]] = []
         solved = [
-            self._solve(queries[group], function, first, reports)
-            for group in torch.arange(len(queries)).split(self._side_by_side(first))
+            self._solve(part, first, reports) for part in question.split(self._side_by_side(first))
         ]
         cotangent, solution = solved[0]
         if len(solved) > 1:
@@ -190,13 +229,13 @@ class ImplicitInfluence:
         solution = solution.T  # (P, Q)
         self.report_ = {name: _together([r[name] for r in reports]) for name in reports[0]}
         o = self._pipeline.objective(first)
-        about = self._pipeline.stages[first].name, target_name(target), repr(self)
+        about = self._pipeline.stages[first].name, question.target, repr(self), question.aggregate
         if top is not None:
             chunks = product_chunks(o, self._full[first], solution / -len(o.data))
             lowest, highest = rank_stream(chunks, min(top, len(o.data)), o.data.ids)
-            return TopInfluence(lowest, highest, queries.ids, len(o.data), *about)
+            return TopInfluence(lowest, highest, question.ids, len(o.data), *about)
         values = self._example_scores(first, cotangent, solution)
-        return Influence(values, o.data.ids, queries.ids, *about)
+        return Influence(values, o.data.ids, question.ids, *about)
 
     def _side_by_side(self, first: int) -> int:
         """How many queries to solve at once, from the memory that each one takes."""
@@ -206,9 +245,7 @@ class ImplicitInfluence:
         held = 4 + getattr(self.solver, "vectors", 6)  # here, and in the solver
         return max(1, room // (held * max(sizes) * last.element_size()))
 
-    def _solve(
-        self, queries: Examples, function: Callable, first: int, reports: list
-    ) -> tuple[Tensor, Tensor]:
+    def _solve(self, question: Question, first: int, reports: list) -> tuple[Tensor, Tensor]:
         """From the queries back to stage ``first``, with one solve per stage.
 
         Returns:
@@ -216,10 +253,8 @@ class ImplicitInfluence:
             where it is no longer needed. The solves' reports are added to ``reports`` by stage.
         """
         last = len(self._full) - 1
-        o, full = self._pipeline.objective(last), self._full[last]
-        cotangent = full.new_empty(len(queries), o.layout.size)  # ∇q in all of the last stage
-        for rows, gradients in per_example_gradients(o, full, queries, function, every=True):
-            cotangent[rows] = gradients
+        # ∇q in all of the last stage
+        cotangent = query_gradients(self._pipeline.objective(last), self._full[last], question)
         report = {}
         for k in range(last, first - 1, -1):
             right = self._pipeline.objective(k).trained.take(cotangent)
@@ -241,7 +276,8 @@ class ImplicitInfluence:
         if names:  # frozen: a_W − G_WT v, for the W that a stage before trains
             direct = o.layout.places(names).take(cotangent)
             through_head = cross_products(o, self._full[k], names, solution)
-            layout.places(names).put(before, direct - through_head)
+            there = layout.places(functional.partners(names))
+            there.put(before, direct - through_head)
         return before
 
     def _example_scores(self, k: int, cotangent: Tensor, solution: Tensor) -> Tensor:
@@ -250,10 +286,7 @@ class ImplicitInfluence:
         if not self.leave_one_out:
             return -example_products(o, full, solution) / len(o.data)
         if k not in self._steps:
-            solver = self._prepared[k]
-            self._steps[k] = removal_steps(
-                self.curvature, o, full, lambda columns: solver.solve(columns)[0]
-            )
+            self._steps[k] = removal_steps(self.curvature, o, full, self._prepared[k], self.damping)
         return -cotangent @ self._steps[k].T
 
 
@@ -271,13 +304,11 @@ def _together(reports: Sequence[SolveReport]) -> SolveReport:
     )
 
 
-def _refuse_warm_start(stage: Stage) -> None:
+def _refuse_warm_start(stage: Stage, adopted: bool) -> None:
     if isinstance(stage.link, WarmStart):
-        known = hasattr(stage.recipe, "equivalent_alpha")
-        alpha = f"{stage.recipe.equivalent_alpha(len(stage.data)):.3g}" if known else "..."
+        run = "" if adopted else "use UnrolledInfluence on a run by SGD(...) or Adam(...); or "
         raise ValueError(
             f"stage {stage.name!r} has link=WarmStart(): a minimum does not depend on where "
-            "training started, so implicit influence has nothing to say. Use UnrolledInfluence; "
-            "or read the finetuning as proximal: the same stages with "
-            f"link=Proximal(alpha={alpha}) in a Pipeline of their own, then adopt()"
+            f"training started, so implicit influence has nothing to say; {run}"
+            f"{as_proximal(stage)}, and curvature='ggn' where that is no minimum"
         )

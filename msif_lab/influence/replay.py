@@ -11,6 +11,7 @@ from ..objective.objective import Lanes
 from ..objective.precision import require_precision
 from ..pipeline.pipeline import Pipeline
 from ..pipeline.recipes import MiniBatch
+from ..pipeline.stages import Stage, WarmStart
 
 __all__ = ["Trajectory"]
 
@@ -90,23 +91,38 @@ def require_run(pipeline: Pipeline, backwards: bool = True) -> None:
     """Refuse pipelines whose training cannot be replayed, or run ``backwards``, with a way out."""
     if not isinstance(pipeline, Pipeline):
         raise TypeError(f"pipeline must be a msif_lab.Pipeline, not {type(pipeline).__name__}")
+    warm = [stage for stage in pipeline.stages if isinstance(stage.link, WarmStart)]
+    implicit = "use ImplicitInfluence, which needs only the final weights"
+    if warm:
+        implicit = f"{as_proximal(warm[0])}, and ImplicitInfluence(curvature='ggn')"
+    if pipeline.adopted:
+        raise ValueError(
+            "the pipeline's weights were adopted, or converted by to(), so there is no run to "
+            "differentiate; train with pipeline.fit() and a recipe such as SGD(...), or "
+            f"{implicit}"
+        )
     for stage in pipeline.stages:
         if not isinstance(stage.recipe, MiniBatch):
             raise ValueError(
                 f"stage {stage.name!r} was trained by {type(stage.recipe).__name__}, whose steps "
                 "cannot be run backwards here; train it with recipe=SGD(...) or Adam(...), or "
-                "use ImplicitInfluence, made for optima"
+                f"{implicit}"
             )
     if backwards:
         _require_derivatives(pipeline)
     pipeline.trained()
-    if pipeline.reports is None:
-        raise ValueError(
-            "the pipeline's weights were adopted, so there is no run to differentiate; train "
-            "with pipeline.fit() and a recipe such as SGD(...), or use ImplicitInfluence, which "
-            "needs only the final weights"
-        )
     pipeline.require_repeatable()
+
+
+def as_proximal(stage: Stage) -> str:
+    """How final weights of a `WarmStart` stage have implicit influence, in words."""
+    alpha = "...), about (1 − momentum) / (2 Σ learning rates) of your run,"
+    if hasattr(stage.recipe, "equivalent_alpha"):
+        alpha = f"{stage.recipe.equivalent_alpha(len(stage.data)):.3g})"
+    return (
+        "read the finetuning as proximal: the same stages with link=Proximal(alpha="
+        f"{alpha} in a Pipeline of their own, then adopt()"
+    )
 
 
 def _require_derivatives(pipeline: Pipeline) -> None:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..objective.questions import about_all
 from ..storage import read_tensors, write_tensors
 
 __all__ = ["Influence", "Ranking", "TopInfluence", "rank_stream"]
@@ -33,10 +34,13 @@ class AboutTarget:
 
     The sign rule of the whole package. A positive score means that more weight on the example
     raises q. For a loss (and for every q that is not named here) that is harmful; a margin, the
-    log-odds of the correct class, should be large, so there it is helpful.
+    log-odds of the correct class, should be large, so there it is helpful. A mean or sum of all
+    queries keeps the name of its target, and with it the rule; a sum with negative weights is
+    "weighted loss" or the like, and what raises it is called harmful whatever the target.
     """
 
     target: str
+    aggregate: str
 
     @property
     def harm_sign(self) -> int:
@@ -52,7 +56,12 @@ class AboutTarget:
     @property
     def unit(self) -> str:
         """The unit of q in words: ``"nats"``, ``"log-odds"`` or ``"units of q"``."""
-        return {"loss": "nats", "margin": "log-odds"}.get(self.target, "units of q")
+        target = self.target.removeprefix("weighted ")
+        return {"loss": "nats", "margin": "log-odds"}.get(target, "units of q")
+
+    def _rows(self, count: int) -> str:
+        """What the rows of a result are, in words."""
+        return self.aggregate or f"{count} {'query' if count == 1 else 'queries'}"
 
     def kind(self, score: float) -> str:
         """What a score says of its example: ``"helpful"``, ``"harmful"``, or ``"neutral"`` at 0."""
@@ -69,7 +78,7 @@ class TopInfluence(AboutTarget):
         lowest, highest: `Ranking` ``(Q, k)`` each, the extreme first.
         query_ids: identities of the queries ``(Q,)``.
         examples: N, how many were scored.
-        stage, target, method: as in `Influence`.
+        stage, target, method, aggregate: as in `Influence`.
     """
 
     lowest: Ranking
@@ -79,6 +88,7 @@ class TopInfluence(AboutTarget):
     stage: str = ""
     target: str = "loss"
     method: str = ""
+    aggregate: str = ""
 
     def __len__(self) -> int:
         return len(self.query_ids)
@@ -102,7 +112,7 @@ class TopInfluence(AboutTarget):
     def __repr__(self) -> str:
         k = self.lowest.values.shape[1]
         return (
-            f"TopInfluence({len(self)} queries × {k} most helpful and {k} most harmful of "
+            f"TopInfluence({self._rows(len(self))} × {k} most helpful and {k} most harmful of "
             f"{self.examples} examples of {self.stage!r} on {self.target}; {self.method})"
         )
 
@@ -154,6 +164,8 @@ class Influence(AboutTarget):
         values: ``(Q, N)``.
         ids, query_ids: identities of the examples ``(N,)`` and queries ``(Q,)``.
         stage, target, method: whose examples, what q is, how the scores were computed.
+        aggregate: empty for a row per query; else what the only row, of query id −1, is made of:
+            "mean of 50 queries" and a fingerprint of these queries.
     """
 
     values: Tensor
@@ -162,6 +174,7 @@ class Influence(AboutTarget):
     stage: str = ""
     target: str = "loss"
     method: str = ""
+    aggregate: str = ""
 
     def __post_init__(self):
         if self.values.shape != (len(self.query_ids), len(self.ids)):
@@ -189,6 +202,7 @@ class Influence(AboutTarget):
             self.stage,
             self.target,
             self.method,
+            self.aggregate,
         )
 
     def _ranked(self, k: int, largest: bool) -> Ranking:
@@ -230,11 +244,16 @@ class Influence(AboutTarget):
         return -self.values[:, positions].sum(1)
 
     def mean(self) -> "Influence":
-        """The mean over queries as one row: influence on the average query."""
+        """The mean over queries as one row: influence on the average query.
+
+        ``score(queries, aggregate="mean")`` gives the same at the price of one query. Of a row that
+        is an aggregate already, it is that row.
+        """
+        if self.aggregate:
+            return self[:]
         row = self.values.mean(0, keepdim=True)
-        return Influence(
-            row, self.ids, self.query_ids.new_full((1,), -1), self.stage, self.target, self.method
-        )
+        about = self.stage, self.target, self.method, about_all("mean", self.query_ids)
+        return Influence(row, self.ids, self.query_ids.new_full((1,), -1), *about)
 
     def to_frame(self):
         """A tidy pandas table: one row for each query and example."""
@@ -252,7 +271,8 @@ class Influence(AboutTarget):
     def save(self, path) -> None:
         """Write to one safetensors file, all or nothing."""
         tensors = {"values": self.values, "ids": self.ids, "query_ids": self.query_ids}
-        facts = {"stage": self.stage, "target": self.target, "method": self.method}
+        names = ("stage", "target", "method", "aggregate")
+        facts = {name: getattr(self, name) for name in names}
         write_tensors(path, "influence", tensors, facts)
 
     @classmethod
@@ -265,7 +285,7 @@ class Influence(AboutTarget):
         queries, examples = self.values.shape
         positive = float((self.values > 0).double().mean())
         return (
-            f"Influence({queries} queries × {examples} examples of {self.stage!r} on "
+            f"Influence({self._rows(queries)} × {examples} examples of {self.stage!r} on "
             f"{self.target}; {self.method}; {positive:.0%} positive)"
         )
 
@@ -278,10 +298,10 @@ class Influence(AboutTarget):
             for score, i in zip(ranking.values[0], ranking.ids[0], strict=True)
             if self.kind(float(score)) == word  # of few examples the last may not be
         ]
-        queries = f"{len(self)} {'query' if len(self) == 1 else 'queries'}"
         title = (
-            f"{queries} × {len(self.ids)} examples of stage {html.escape(repr(self.stage))}; "
-            f"mean effect on {html.escape(str(self.target))}"
+            f"{html.escape(self._rows(len(self)))} × {len(self.ids)} examples of stage "
+            f"{html.escape(repr(self.stage))}; {'' if self.aggregate else 'mean '}effect on "
+            f"{html.escape(str(self.target))}"
         )
         caption = f"<caption style='white-space: nowrap'>{title}</caption>"
         head = "<tr><th></th><th>id</th><th>score</th></tr>"

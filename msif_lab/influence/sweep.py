@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from ..curvature.derivatives import per_example_gradients
+from ..curvature.derivatives import per_example_gradients, query_gradients
 from ..data.examples import Examples
 from ..errors import IndefiniteCurvatureError
 from ..objective.checks import ask
-from ..objective.losses import target_name
+from ..objective.questions import Question
 from ..pipeline.pipeline import Pipeline
 from ..pipeline.stages import Proximal
 from ..solvers.exact import Exact, Spectrum, schur_complement
@@ -31,7 +31,7 @@ class AlphaSweep:
     Args:
         pipeline: two stages, the second with a `Proximal` link, trained.
         queries: examples of the last stage's task, Q of them.
-        target: as in `ImplicitInfluence.score`.
+        target, aggregate: as in `ImplicitInfluence.score`.
         curvature: ``"hessian"`` or ``"ggn"``.
         memory: budget of each dense matrix.
 
@@ -66,6 +66,7 @@ class AlphaSweep:
         queries: Examples,
         *,
         target="loss",
+        aggregate=None,
         curvature: str = "hessian",
         memory: str | int = "2GB",
     ):
@@ -81,9 +82,11 @@ class AlphaSweep:
         exact = Exact(memory)
         o = pipeline.objective(0)
         self.alpha = pipeline.objective(1).alpha
-        schur, self._cotangents = self._finetuning(pipeline, queries, target, curvature, exact)
+        question = ask(pipeline.objective(1), queries, target, aggregate, derivative=True)
+        schur, self._cotangents = self._finetuning(pipeline, question, curvature, exact)
         self.eigenvalues = schur.values
-        self._about = (o.data.ids, queries.ids, pipeline.stages[0].name, target_name(target))
+        self._about = o.data.ids, question.ids, pipeline.stages[0].name, question.target
+        self._aggregate = question.aggregate
 
         spectrum = exact.spectrum(pipeline.curvature(0, curvature))
         self.pretraining = spectrum.values
@@ -97,11 +100,10 @@ class AlphaSweep:
 
     @staticmethod
     def _finetuning(
-        pipeline: Pipeline, queries: Examples, target, curvature: str, exact: Exact
+        pipeline: Pipeline, question: Question, curvature: str, exact: Exact
     ) -> tuple[Spectrum, Tensor]:
         """The spectrum of S, and each query's c in its eigenvectors ``(Q, S)``."""
         o, full = pipeline.objective(1), pipeline.trained()[1]
-        function = ask(o, queries, target)
         matrix = exact.dense(pipeline.curvature(1, curvature)).clone()
         keep = o.coupled_positions
         matrix[keep, keep] -= 2 * o.alpha
@@ -109,7 +111,7 @@ class AlphaSweep:
         rest[keep] = False
         schur = Spectrum(*torch.linalg.eigh(schur_complement(matrix, keep)))
 
-        gradients = torch.cat([g for _, g in per_example_gradients(o, full, queries, function)])
+        gradients = query_gradients(o, full, question, every=False)
         cotangents = gradients[:, keep]
         if bool(rest.any()):
             adapted = torch.linalg.solve(matrix[rest][:, rest], gradients[:, rest].T).T
@@ -151,7 +153,7 @@ class AlphaSweep:
         solution = filtered / (self.pretraining + damping)
         values = -solution @ self._examples.T / len(self._examples)
         method = f"AlphaSweep, α = {alpha:g}, damping = {damping:g}"
-        return Influence(values, *self._about, method)
+        return Influence(values, *self._about, method, self._aggregate)
 
 
 def _require_positive(values: Tensor, shift: float, what: str, way_out: str) -> None:

@@ -13,13 +13,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..curvature.derivatives import per_example_gradients
+from ..curvature.derivatives import query_gradients
 from ..data.examples import Examples
 from ..errors import UnsmoothTrainingWarning
 from ..memory import parse_bytes
 from ..objective.checks import ask
-from ..objective.losses import target_name
-from ..pipeline.pipeline import Pipeline, Retrained
+from ..objective.questions import Question
+from ..pipeline.pipeline import Pipeline
 from ..pipeline.recipes import progress_bar
 from .adjoint import Adjoint, Probes
 from .cost import UnrolledPlan, make_plan, timed
@@ -121,6 +121,8 @@ class UnrolledInfluence:
     def plan(self, pipeline: Pipeline, queries: Examples | int) -> UnrolledPlan:
         """Segments, bytes and estimated seconds for this many queries, before any long work.
 
+        All queries together, as with ``aggregate``, count as one.
+
         Raises:
             MemoryBudgetError: not even the smallest plan fits the budget.
             ValueError: the pipeline cannot be unrolled (see `fit`).
@@ -198,11 +200,18 @@ class UnrolledInfluence:
         stage: int | str = 0,
         target: str | Callable = "loss",
         progress: bool = True,
+        *,
+        aggregate: str | Sequence[float] | Tensor | Callable | None = None,
     ) -> Influence:
         """Influence of one stage's examples on each query, as `ImplicitInfluence.score`.
 
+        With ``aggregate`` one row, on one number of all queries, at the price of one query's sweep.
+        The weights ``c_q = ∂A/∂q`` of a function of all queries are those at the end of the run
+        that is differentiated, at w̄ with `group_fraction`.
+
         Raises:
-            ValueError, TypeError: queries or target do not fit; the pipeline changed since fit.
+            ValueError, TypeError: queries, target or aggregate do not fit; the pipeline changed
+                since fit.
             MemoryBudgetError: a single query's sweep exceeds the budget.
 
         Warns:
@@ -213,40 +222,38 @@ class UnrolledInfluence:
             raise ValueError("call fit(pipeline) before score(queries)")
         pipeline, first = self._pipeline, self._pipeline.index(stage)
         pipeline.require_unchanged(self._full)
-        function = ask(pipeline.objective(-1), queries, target)
-        self.plan_ = self._plan(pipeline, len(queries))
+        question = ask(pipeline.objective(-1), queries, target, aggregate, derivative=True)
+        self.plan_ = self._plan(pipeline, len(question))
         asked = first, self.group_fraction, self.leave_one_out, self.probes
         if asked not in self._at:
             self._at = {asked: self._differentiated_at(first, progress)}
         runs, probes = self._at[asked]
         values, self.adjoint_norms_ = self._sweep(
-            runs, first, queries, function, self.plan_, probes, progress
+            runs, first, question, self.plan_, probes, progress
         )
         self._warn_of_growth(self.adjoint_norms_)
         if self.group_fraction:
-            values = values + self._level(runs, values, queries, target)
-        about = pipeline.stages[first].name, target_name(target), repr(self)
-        return Influence(values, pipeline.stages[first].data.ids, queries.ids, *about)
+            values = values + self._level(runs, values, question)
+        about = pipeline.stages[first].name, question.target, repr(self), question.aggregate
+        return Influence(values, pipeline.stages[first].data.ids, question.ids, *about)
 
-    def _level(
-        self, runs: Sequence[Trajectory], values: Tensor, queries: Examples, target
-    ) -> Tensor:
+    def _level(self, runs: Sequence[Trajectory], values: Tensor, question: Question) -> Tensor:
         """What to add to every score so that −Σ over a group of pN is right on average, ``(Q, 1)``.
 
         Around w̄ = 1 − p: ``q(w) ≈ q(w̄) + Σ_j s_j (w_j − w̄)``. Relative to q(1) that is −Σ over the
         group plus ``q(w̄) − q(1) + p Σ_j s_j`` for all; each of the pN members carries its share.
         """
         p, m = self.group_fraction, values.shape[1]
-        there = Retrained(self._pipeline, [run.final for run in runs], []).evaluate(queries, target)
-        here = self._pipeline.evaluate(queries, target)[:, None]
+        o = self._pipeline.objective(-1)
+        ends = runs[-1].final[0], self._full[-1]
+        there, here = (question.answer(question.values(o, full))[:, None] for full in ends)
         return -(there - here + p * values.sum(1, keepdim=True)) / (p * m)
 
     def _sweep(
         self,
         runs: Sequence[Trajectory],
         first: int,
-        queries: Examples,
-        function: Callable,
+        question: Question,
         plan: UnrolledPlan,
         probes: Probes | None = None,
         progress: bool = False,
@@ -258,8 +265,7 @@ class UnrolledInfluence:
             at the end.
         """
         o, final = self._pipeline.objective(-1), runs[-1].final[0]
-        parts = per_example_gradients(o, final, queries, function, every=True)
-        gradients = torch.cat([g for _, g in parts])  # (Q, D): ∇q in all of the last stage
+        gradients = query_gradients(o, final, question)  # (Q, D): ∇q in all of the last stage
         stages = range(len(runs) - 1, first - 1, -1)
         steps = {k: len(runs[k].steps) for k in stages}
         norms = {k: final.new_zeros(steps[k] + 1) for k in stages}
@@ -280,7 +286,7 @@ class UnrolledInfluence:
                         cotangent = adjoint.before(self._pipeline.objective(k - 1).layout.size)
                 values.append(adjoint.scores)
         names = {k: self._pipeline.stages[k].name for k in reversed(stages)}
-        return torch.cat(values), {n: (norms[k] / len(queries)).cpu() for k, n in names.items()}
+        return torch.cat(values), {n: (norms[k] / len(question)).cpu() for k, n in names.items()}
 
     @staticmethod
     def _warn_of_growth(norms: dict[str, Tensor]) -> None:
@@ -331,9 +337,9 @@ class UnrolledInfluence:
 
         def derivative() -> Tensor:
             pipeline.require_unchanged(self._full)
-            function = ask(pipeline.objective(-1), queries, "loss")
-            plan = self._plan(pipeline, len(queries))
-            values, found = self._sweep(self._runs, k, queries, function, plan)
+            question = ask(pipeline.objective(-1), queries, "loss", derivative=True)
+            plan = self._plan(pipeline, len(question))
+            values, found = self._sweep(self._runs, k, question, plan)
             norms.update(found)
             return values
 

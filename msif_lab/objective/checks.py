@@ -15,6 +15,16 @@ from .layout import same_numbers
 from .losses import cross_entropy, next_token_loss, target_function
 from .objective import Objective
 from .precision import computing_dtype
+from .questions import (
+    CUT,
+    MEASURE,
+    SLOPE_CLOSE,
+    Question,
+    check_aggregate,
+    is_step,
+    make_question,
+    slope_error,
+)
 from .switches import exact_products
 from .wrapping import Wrapped
 
@@ -298,7 +308,13 @@ def _check_training(o: Objective, x: Tensor, y: Tensor, name: str) -> None:
 
 
 def _per_example(
-    o: Objective, function: Callable, outputs: Tensor, y: Tensor, what: str, each: str
+    o: Objective,
+    function: Callable,
+    outputs: Tensor,
+    y: Tensor,
+    what: str,
+    each: str,
+    wide: bool = False,
 ) -> Tensor:
     """Values of a loss or target, checked to be one fixed number per example, from it alone.
 
@@ -307,6 +323,7 @@ def _per_example(
         function: ``(outputs, targets) -> (B,)``.
         outputs, y: what it is called with.
         what, each: how messages call the function and an example.
+        wide: whether K numbers per example will do as well, ``(B, K)``.
     """
     count = len(y)
     given = outputs.clone(), y.clone()
@@ -331,10 +348,14 @@ def _per_example(
             "let it work on a copy (outputs.clone())"
         )
     values = calls[0]
-    _require_row(values, count, what, each)
-    if not all(isinstance(value, Tensor) and value.numel() == 1 for value in singly):
-        raise ValueError(f"{what} gives something else than one number (1,) for one {each}")
-    alone = torch.cat([value.reshape(-1) for value in singly])
+    _require_row(values, count, what, each, wide)
+    one = values[:1]
+    if not all(isinstance(value, Tensor) and value.numel() == one.numel() for value in singly):
+        number = "one number" if values.ndim == 1 else "numbers"
+        raise ValueError(
+            f"{what} gives something else than {number} {tuple(one.shape)} for one {each}"
+        )
+    alone = torch.cat([value.reshape(one.shape) for value in singly])
     if not _close(values, alone, _tolerance(o)):
         raise ValueError(
             f"{what} mixes the examples of a batch; it must give one per {each}, from it alone"
@@ -342,12 +363,12 @@ def _per_example(
     return values
 
 
-def _require_row(values, count: int, what: str, each: str) -> None:
-    """Refuse what is no tensor of one real number per example."""
+def _require_row(values, count: int, what: str, each: str, wide: bool) -> None:
+    """Refuse what is no tensor of one real number per example; or of several, if ``wide``."""
     expected = f"expected a tensor (B,), here one per {each.partition(' ')[0]} ({count},)"
     if not isinstance(values, Tensor):
         raise ValueError(f"{what} gives {type(values).__name__}, {expected}")
-    if values.shape != (count,):
+    if values.shape != (count,) and not (wide and values.ndim == 2 and len(values) == count):
         way_out = "take the mean or sum over all dimensions but the first"
         if values.ndim == 0:
             way_out = 'use reduction="none" instead of a mean over the batch'
@@ -395,18 +416,26 @@ def _tolerance(o: Objective) -> float:
 
 
 def ask(
-    objective: Objective, queries: Examples, target: str | Callable
-) -> Callable[[Tensor, Tensor], Tensor]:
+    objective: Objective,
+    queries: Examples,
+    target: str | Callable,
+    aggregate=None,
+    *,
+    derivative: bool = False,
+) -> Question:
     """The quantity q asked about, checked on these queries.
 
     Args:
         objective: the stage whose model answers.
         queries: the test examples.
         target: a name or a function, see `target_function`.
+        aggregate: None, or how one number is made of all queries, see `make_question`.
+        derivative: whether the answer will be differentiated.
 
     Raises:
-        ValueError, TypeError: the queries do not fit the model, or the target is not one finite
-            number per query.
+        ValueError, TypeError: the queries do not fit the model, the target is not one finite
+            number per query, the aggregate does not fit, or a derivative is needed and there is
+            none.
     """
     check_examples(objective, queries, "queries")
     function = target_function(target, objective.loss)
@@ -418,11 +447,21 @@ def ask(
     few = unequal(queries).to(queries.x.device)
     with torch.no_grad():
         outputs = objective.outputs(objective.layout.flatten(objective.model), queries.x[few])
-    what = "target(outputs, targets)"
-    values = _per_example(objective, function, outputs, queries.y[few], what, "query")
+    question = make_question(objective, queries, function, target, aggregate)
+    what, wide, y = "target(outputs, targets)", callable(aggregate), queries.y[few]
+    values = _per_example(objective, function, outputs, y, what, "query", wide)
     if not bool(torch.isfinite(values).all()):
         raise ValueError(f"target gives NaN or inf on some queries: {values.tolist()}")
-    return function
+    if derivative and is_step(function, outputs, y):
+        raise ValueError(
+            f"{what} has no derivative in the outputs, or one that is zero everywhere, like all "
+            "that counts or cuts the graph by argmax, a comparison, round, detach(), item() or "
+            f"NumPy; {MEASURE}"
+        )
+    if derivative and (error := slope_error(function, outputs, y)) > SLOPE_CLOSE:
+        raise ValueError(f"{what}: {CUT.format(error)}")
+    check_aggregate(question, objective, derivative)
+    return question
 
 
 def check_layers(model: nn.Module, where: str) -> None:

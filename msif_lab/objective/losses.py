@@ -82,6 +82,15 @@ def target_function(target: str | Callable, loss: Callable) -> Callable[[Tensor,
     named = {"loss": loss, "margin": _margin, "output": _single_output}
     if callable(target):
         return target
+    if isinstance(target, str) and target in ("accuracy", "error"):
+        hit = "==" if target == "accuracy" else "!="
+        raise ValueError(
+            f"target={target!r} is a step function of the parameters: its derivative is zero "
+            "almost everywhere, so no example has influence on it. Ask for target='margin' or "
+            f"'loss', and measure {target} itself by retraining: removal_effects(pipeline, "
+            "queries, subsets, aggregate='mean', "
+            f"target=lambda z, y: (z.argmax(-1) {hit} y).to(z.dtype))"
+        )
     if target not in named:
         raise ValueError(
             f"target={target!r} must be one of {sorted(named)} "

@@ -3,11 +3,12 @@
 The letters are those of the lessons: ``θ`` for the ``P`` parameters that a stage trains, ``w`` for
 the example weights, and ``F(θ; w) = (1/m) Σ_i w_i f_i(θ) + λ/2 ‖θ‖² + α ‖θ_S − c‖²``, where the
 last term holds the shared part ``θ_S`` near the previous stage's ``c`` (α = 0 without a proximal
-link). A stage trained under R weightings at once has R *lanes*, ``(R, P)``.
+link). Where parameters have λ of their own, ``λ/2 ‖θ‖²`` is read as ``½ Σ_j λ_j θ_j²``. A stage
+trained under R weightings at once has R *lanes*, ``(R, P)``.
 """
 
 import copy
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -46,10 +47,13 @@ class Objective:
         model: any module; called functionally, so its own parameters are never touched.
         data: the examples of the mean.
         loss: ``(outputs, targets) -> (B,)``.
-        weight_decay: λ, on every trained parameter, biases included.
+        weight_decay: λ, one for all trained parameters, or by their names.
         trained: names of the parameters θ; default all that require a gradient.
         alpha, shared: the proximal term ``α ‖θ_S − c‖²`` and the names S it holds.
         where: what messages call this stage.
+
+    Attributes:
+        weight_decay: λ as one number, or ``(P,)`` where parameters differ.
     """
 
     def __init__(
@@ -59,9 +63,9 @@ class Objective:
         self.data = data
         self.loss = loss
         self.where = where
+        self._cast: torch.dtype | None = None
         self.device = data.x.device
         self.layout = Layout(model, where)
-        self.weight_decay = float(weight_decay)
         self.alpha = float(alpha)
         self.trained_names = list(self.layout.trainable if trained is None else trained)
         self.trained = self.layout.places(self.trained_names)  # where θ lies among all D
@@ -73,11 +77,22 @@ class Objective:
             start = stop
         self.coupled = Places([trained_spans[n] for n in shared])  # where the coupled S lie in θ
         self._all = self.trained_names == list(self.layout.shapes)
+        self.weight_decay = self._decay(weight_decay)
         # The function's constants: copies, so that a module that writes into its buffers during a
         # call does not change its own.
         self.buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
         self._found: dict = {}  # see `once`
-        self._cast: torch.dtype | None = None
+
+    def _decay(self, given: float | Mapping[str, float]) -> float | Tensor:
+        """λ as one number where all trained parameters have the same, else ``(P,)``."""
+        if not isinstance(given, Mapping):
+            return float(given)
+        each = [float(given[name]) for name in self.trained_names]
+        if len(set(each)) == 1:
+            return each[0]
+        counts = torch.tensor([len(self.layout.spans[name]) for name in self.trained_names])
+        decay = torch.tensor(each, dtype=torch.float64).repeat_interleave(counts)
+        return decay.to(self.device, self.dtype)
 
     def once(self, name: Hashable, measure: Callable[[], object]):
         """A fact about model and loss by name: ``measure()`` is called only the first time."""
@@ -129,7 +144,8 @@ class Objective:
     @property
     def ridge(self) -> Tensor:
         """Curvature of the penalty, ``(P,)``: λ everywhere plus 2α on the coupled part."""
-        diagonal = torch.full((self.size,), self.weight_decay, dtype=self.dtype, device=self.device)
+        diagonal = torch.empty(self.size, dtype=self.dtype, device=self.device)
+        diagonal[:] = self.weight_decay
         return self.coupled.add(diagonal, 2.0 * self.alpha)
 
     @property
@@ -293,7 +309,10 @@ class Lanes:
     def _penalty(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """Weight decay and proximal term of each lane ``(R,)``, and their gradient ``(R, P)``."""
         o = self.objective
-        value = o.weight_decay / 2 * (theta**2).sum(1)
+        if isinstance(o.weight_decay, Tensor):
+            value = theta**2 @ (o.weight_decay / 2)
+        else:
+            value = o.weight_decay / 2 * (theta**2).sum(1)
         gradient = o.weight_decay * theta
         if self.centre is not None and o.alpha:
             apart = o.coupled.take(theta) - self.centre

@@ -12,6 +12,8 @@ from weakref import WeakSet
 import torch
 from torch import nn
 
+from .wrapping import is_compiled
+
 Values = dict[str, object]
 
 
@@ -145,14 +147,37 @@ EXACT = Switch(
 )
 
 
+class _Compiler:
+    """Whether compiled layers run as the plain ones that they were made from."""
+
+    def __init__(self):
+        self.stance = None
+
+    def read(self) -> Values:
+        return {"eager": self.stance is not None}
+
+    def write(self, values: Values) -> None:
+        if values["eager"] and self.stance is None:
+            self.stance = torch.compiler.set_stance("force_eager")
+        elif not values["eager"] and self.stance is not None:
+            stance, self.stance = self.stance, None
+            stance.__exit__(None, None, None)
+
+
+_compiler = _Compiler()
+COMPILER_OFF = Switch(_compiler.read, _compiler.write, lambda name: True)
+
+
 @contextmanager
 def twice_differentiable(model: nn.Module) -> Iterator[None]:
     """A forward pass without the kernels that have no second derivative.
 
-    These are fused attention and, on CUDA, the recurrent layers of cuDNN.
+    These are fused attention, what `torch.compile` made of a layer and, on CUDA, the recurrent
+    layers of cuDNN.
     """
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-    with FUSED_OFF.turned(), CUDNN_OFF.turned() if recurrent else nullcontext():
+    eager = COMPILER_OFF.turned() if is_compiled(model) else nullcontext()
+    with FUSED_OFF.turned(), eager, CUDNN_OFF.turned() if recurrent else nullcontext():
         yield
 
 

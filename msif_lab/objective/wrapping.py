@@ -1,12 +1,53 @@
-"""`wrap`: models that take a dictionary or several arguments, or return more than a tensor."""
+"""`wrap`, for models that take or return more than a tensor; wrappers of PyTorch and peft.
 
+The latter share the weights of the module inside and put segments of their own into its names.
+"""
+
+import re
 from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from ..storage import describe
 
-__all__ = ["Wrapped", "wrap"]
+__all__ = ["Wrapped", "is_compiled", "plain_module", "seen_through", "wrap"]
+
+HOLDERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
+# What torch.compile, HOLDERS and peft add: a segment or two, each with the dot behind it.
+ADDED = r"_orig_mod|module|base_model\.model|base_layer|modules_to_save\.[^.]+"
+
+
+def plain_module(model: nn.Module) -> nn.Module:
+    """The module inside the wrappers that share its weights, or the model itself.
+
+    These are `torch.compile`, `DataParallel`, `DistributedDataParallel` and `AveragedModel`, one in
+    the other as it may be.
+
+    >>> from torch import nn
+    >>> net = nn.Linear(3, 2)
+    >>> plain_module(nn.DataParallel(net)) is net and plain_module(net) is net
+    True
+    """
+    while isinstance(model, HOLDERS) or "_orig_mod" in model._modules:  # the latter is compiled
+        model = model.module if isinstance(model, HOLDERS) else model._modules["_orig_mod"]
+    return model
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether `torch.compile` or ``module.compile()`` compiles some module of the model."""
+    return any(m._compiled_call_impl or "_orig_mod" in m._modules for m in model.modules())
+
+
+def seen_through(name: str) -> str:
+    """A parameter's name, or a prefix that ends in a dot, without what wrappers add to it.
+
+    >>> seen_through("base_model.model.body.0.base_layer.weight")
+    'body.0.weight'
+    >>> seen_through("body._orig_mod.0.bias"), seen_through("module.")
+    ('body.0.bias', '')
+    """
+    return re.sub(rf"(?<![^.])(?:{ADDED})\.", "", name)
 
 
 class Wrapped(nn.Module):

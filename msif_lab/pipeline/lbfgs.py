@@ -245,11 +245,21 @@ def _polish(lanes: Lanes, theta: Tensor, max_steps: int = 60) -> tuple[Tensor, i
 
 
 def _hessian_factor(lanes: Lanes, theta: Tensor, lane: int) -> Tensor | None:
-    """Cholesky factor of one lane's Hessian, None where it is not positive definite."""
+    """Cholesky factor of one lane's Hessian, None where it is not positive definite.
+
+    Directions in which F is flat count as positive: symmetries, as that of a low-rank layer, or
+    classes that share a bias without a penalty. The gradient has no part there, so a shift that
+    makes them positive leaves the steps as they are.
+    """
     if missing_second_derivative(lanes.objective):
         return None
     one = torch.tensor([lane], device=theta.device)
     full = lanes.select(one).full(theta[one])[0]
     matrix = Hessian(lanes.objective, full, lanes.weights[lane]).dense()
     factor, failed = torch.linalg.cholesky_ex(matrix)
+    pivots = factor.diagonal().square()
+    eps = torch.finfo(matrix.dtype).eps
+    if bool(failed) or float(pivots.min()) < eps * len(matrix) * float(pivots.max()):
+        matrix.diagonal().add_(eps**0.5 * matrix.diagonal().max())
+        factor, failed = torch.linalg.cholesky_ex(matrix)
     return None if bool(failed) else factor

@@ -1,5 +1,6 @@
 """The pipeline of stages: fit, adopt, retrain under example weights, save, load."""
 
+import copy
 import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +25,7 @@ from ..objective.checks import ask, check_examples, check_layers
 from ..objective.layout import Layout, same_numbers
 from ..objective.objective import Lanes, Objective
 from ..objective.precision import half_precision, require_precision
+from ..objective.wrapping import plain_module
 from . import saved
 from .recipes import FitReport
 from .stages import FunctionalStage, Stage, check_buffers
@@ -61,7 +63,10 @@ class Pipeline:
                         "parameter object; each stage needs a model of its own "
                         "(copy.deepcopy(model)), the link carries values across"
                     )
-        self._initial = [Layout(s.model, s.name).flatten(s.model) for s in self.stages]
+        models = [plain_module(s.model) for s in self.stages]
+        self._initial = [
+            Layout(m, s.name).flatten(m) for m, s in zip(models, self.stages, strict=True)
+        ]
         self.reports: list[FitReport] | None = None
         self._take(None)
         self._functional: list[FunctionalStage] = []
@@ -125,7 +130,7 @@ class Pipeline:
         models as they were.
         """
         self._prepare()
-        check_buffers(self.stages)
+        check_buffers(self._functional)
         for stage, functional in zip(self.stages, self._functional, strict=True):
             if hasattr(stage.recipe, "tol"):
                 require_precision(functional.objective, f"training to an optimum by {stage.recipe}")
@@ -138,11 +143,16 @@ class Pipeline:
     def adopt(self) -> "Pipeline":
         """Take the models' present weights as the trained ones, after your own training code.
 
+        The stages' losses and weight decay must be those of your code; their recipes only say how
+        to retrain. Where your code did not end at an optimum, `Effects.from_values` takes the
+        effects that it measures itself.
+
         Raises:
-            ValueError: a frozen parameter differs from the previous stage's, or NaN or inf in the
-                weights.
+            ValueError: a frozen parameter or a buffer differs from the previous stage's, or NaN or
+                inf in the weights.
         """
         self._prepare()
+        check_buffers(self._functional)
         present = [p.objective.layout.flatten(p.objective.model) for p in self._functional]
         for k in range(1, len(present)):
             p = self._functional[k]
@@ -150,12 +160,17 @@ class Pipeline:
             if not torch.equal(ours, theirs):
                 raise ValueError(
                     f"{p.objective.where}: frozen parameters {p.frozen} differ from those of "
-                    f"stage {self.stages[k - 1].name!r}; copy them over, or train them: "
-                    "link=Proximal(alpha=...) or WarmStart()"
+                    f"stage {self.stages[k - 1].name!r}; copy them over, or, if this stage trained "
+                    "them too, link=Proximal(alpha=...)"
                 )
         self._take(present)
         self.reports = None
         return self
+
+    @property
+    def adopted(self) -> bool:
+        """Whether the weights were not trained here, by the stages' recipes, but taken over."""
+        return self._trained is not None and self.reports is None
 
     def _run(
         self, weights, starts, warm: bool, progress: bool
@@ -179,10 +194,10 @@ class Pipeline:
 
     def require_repeatable(self) -> None:
         """Raise `ValueError` where a rerun would not repeat the run of `fit`."""
-        if self._trained is not None and self.reports is None:
+        if self.adopted:
             raise ValueError(
-                "the pipeline's weights were adopted, so how they came about is unknown; use "
-                "warm_start=True, or fit()"
+                "the pipeline's weights were adopted, or converted by to(), so the run behind them "
+                "is not known; use warm_start=True, or fit()"
             )
         if changed := self._changed():
             raise ValueError(
@@ -215,7 +230,7 @@ class Pipeline:
         pairs = [
             (q, new[n])
             for s, new in zip(self.stages, named, strict=True)
-            for n, q in s.model.named_parameters()
+            for n, q in plain_module(s.model).named_parameters()
         ]
         old = [q.detach().clone() for q, _ in pairs]
         with torch.no_grad():
@@ -230,7 +245,10 @@ class Pipeline:
 
     def _take(self, trained: list[Tensor] | None) -> None:
         self._trained = trained
-        self._settings = [dict(vars(s)) for s in self.stages]
+        # A mapping may be changed in place, so it is copied.
+        self._settings = [
+            vars(s) | {"weight_decay": copy.copy(s.weight_decay)} for s in self.stages
+        ]
         self._curvatures: dict[tuple[int, str], DataCurvature] = {}
 
     def _changed(self) -> list[str]:
@@ -260,19 +278,20 @@ class Pipeline:
                 "your own training"
             )
         for stage, p, full in zip(self.stages, self._functional, self._trained, strict=True):
-            check_layers(stage.model, f"stage {stage.name!r}")
+            model = plain_module(stage.model)
+            check_layers(model, f"stage {stage.name!r}")
             if p.modes() != p.checked_modes and not fingerprint(p.objective).fits(p.objective):
                 raise ValueError(
                     f"stage {stage.name!r}: the model was switched between train and eval mode "
                     "since fit(), and computes something else now; switch it back"
                 )
-            for name, buffer in stage.model.named_buffers():
+            for name, buffer in model.named_buffers():
                 if not same_numbers(buffer, p.objective.buffers[name]):
                     raise ValueError(
                         f"stage {stage.name!r}: buffer {name!r} changed since fit(); call "
                         "pipeline.adopt() to take it"
                     )
-            if not torch.equal(p.objective.layout.flatten(stage.model), full):
+            if not torch.equal(p.objective.layout.flatten(model), full):
                 raise ValueError(
                     f"stage {stage.name!r}: the model's weights changed since fit(); call "
                     "pipeline.adopt() to take them"
@@ -310,10 +329,15 @@ class Pipeline:
         _, gradient = lanes.value_and_grad(functional.objective.trained.take(trained[k])[None])
         return gradient[0]
 
-    def evaluate(self, queries: Examples, target: str | Callable = "loss") -> Tensor:
-        """The quantity q of each query at the trained parameters, ``(Q,)``, in nats for losses."""
+    def evaluate(
+        self, queries: Examples, target: str | Callable = "loss", *, aggregate=None
+    ) -> Tensor:
+        """The quantity q of each query at the trained parameters, ``(Q,)``, in nats for losses.
+
+        With ``aggregate``, as in `ImplicitInfluence.score`, one number of all of them, ``(1,)``.
+        """
         as_one_lane = Retrained(self, [full[None] for full in self.trained()], [])
-        return as_one_lane.evaluate(queries, target)[:, 0]
+        return as_one_lane.evaluate(queries, target, aggregate=aggregate)[:, 0]
 
     def retrain(
         self, weights: Tensor | Mapping, *, warm_start: bool = False, progress: bool = True
@@ -412,7 +436,11 @@ class Pipeline:
             raise ValueError(
                 f"{'; '.join(changed)} changed since fit(); call fit() or adopt() before save()"
             )
-        saved.write(path, self.facts(), self._initial, trained, self.reports or [])
+        facts = self.facts()
+        if self.adopted:
+            for stage in facts["stages"]:
+                stage["recipe"] = saved.ADOPTED
+        saved.write(path, facts, self._initial, trained, self.reports or [])
 
     def load(self, path) -> "Pipeline":
         """Take the weights of a saved pipeline of the same stages.
@@ -437,7 +465,9 @@ class Pipeline:
                 f"  {s.name}: {p.objective.size} of {p.objective.layout.size} parameters trained "
                 f"on {len(s.data)} examples{link}"
             )
-        lines.append(")" if self._trained else ") not trained yet")
+            lines += [f"    {p.sharing}"] if p.sharing else []
+        state = " not trained yet" if self._trained is None else " adopted" if self.adopted else ""
+        lines.append(f"){state}")
         return "\n".join(["Pipeline(", *lines])
 
 
@@ -458,18 +488,27 @@ class Retrained:
     def state(self, stage: int | str, lane: int) -> dict[str, Tensor]:
         """Named parameters of one stage in one lane, for ``load_state_dict(..., strict=False)``."""
         k = self.pipeline.index(stage)
-        return self.pipeline.objective(k).layout.named(self.parameters[k][lane])
+        values = self.pipeline.objective(k).layout.named(self.parameters[k][lane])
+        model = self.pipeline.stages[k].model
+        known = {id(p): name for name, p in model.named_parameters()}  # as a wrapper calls them
+        inside = plain_module(model).named_parameters()
+        return {known[id(p)]: values[name] for name, p in inside}
 
-    def evaluate(self, queries: Examples, target: str | Callable = "loss") -> Tensor:
-        """The quantity q of each query under each weighting, ``(Q, R)``."""
+    def evaluate(
+        self, queries: Examples, target: str | Callable = "loss", *, aggregate=None
+    ) -> Tensor:
+        """The quantity q of each query under each weighting, ``(Q, R)``.
+
+        With ``aggregate``, as in `ImplicitInfluence.score`, one number of all of them, ``(1, R)``.
+        """
         o, fulls = self.pipeline.objective(-1), self.parameters[-1]
-        function = ask(o, queries, target)
+        question = ask(o, queries, target, aggregate)
         with torch.no_grad():
             parts = [
-                torch.stack([function(outputs, y) for outputs in _outputs(o, fulls, x)])
+                torch.stack([question.function(outputs, y) for outputs in _outputs(o, fulls, x)])
                 for _, x, y in o.chunks(queries, copies=len(fulls))
             ]
-        return torch.cat(parts, dim=1).T
+            return torch.stack([question.answer(q) for q in torch.cat(parts, dim=1)], 1)
 
 
 def _outputs(o: Objective, fulls: Tensor, x: Tensor) -> Tensor:

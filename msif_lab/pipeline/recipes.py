@@ -191,7 +191,13 @@ class MiniBatch(ABC):
 
     @abstractmethod
     def update(
-        self, theta: Tensor, state: State, gradient: Tensor, step: int, rate: float, decay: float
+        self,
+        theta: Tensor,
+        state: State,
+        gradient: Tensor,
+        step: int,
+        rate: float,
+        decay: float | Tensor,
     ):
         """One step: ``(θ, state, ∇L_B) → (θ, state, saved)``, with what `pull_back` will need."""
 
@@ -203,7 +209,7 @@ class MiniBatch(ABC):
         saved: State,
         step: int,
         rate: float,
-        decay: float,
+        decay: float | Tensor,
     ):
         """The transpose of `update`: from derivatives of q after the step to those before it.
 
@@ -247,8 +253,8 @@ class MiniBatch(ABC):
         cosine = float((1 + torch.cos(angle)) / 2)
         return rise * {"constant": 1.0, "linear": 1 - passed, "cosine": cosine}[self.schedule]
 
-    def decay(self, lanes: Lanes) -> float:
-        """λ of decoupled weight decay; 0 where the penalty is part of the gradient."""
+    def decay(self, lanes: Lanes) -> float | Tensor:
+        """λ of decoupled weight decay, one number or ``(P,)``; 0 where the gradient holds it."""
         return lanes.objective.weight_decay if self.decoupled else 0.0
 
     def advance(
@@ -264,7 +270,7 @@ class MiniBatch(ABC):
         value, gradient = lanes.value_and_grad(theta, rows=batch.to(theta.device))
         check_finite(value, gradient, step, f"lower lr={self.lr}")
         decay = self.decay(lanes)
-        if decay:  # `update` applies the penalty itself
+        if isinstance(decay, Tensor) or decay:  # `update` applies the penalty itself
             gradient = gradient - decay * theta
         return self.update(theta, state, gradient, step, rate, decay)
 

@@ -1,14 +1,16 @@
 """A pipeline as one file: facts that identify it, its weights, and what its training reported."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
 from ..errors import SavedFileError
+from ..objective.objective import Objective
 from ..storage import describe, digest, read_tensors, write_tensors
 from .recipes import FitReport
-from .stages import FunctionalStage, Stage
+from .stages import FunctionalStage, Stage, decays
 
+ADOPTED = "adopted"  # what stands for the recipe where none of ours trained the weights
 REPORTED = ("value", "gradient_norm", "converged")  # of a `FitReport`, one number per lane
 
 
@@ -20,17 +22,28 @@ def facts(stages: Sequence[Stage], functional: Sequence[FunctionalStage]) -> dic
 def _stage_facts(stage: Stage, functional: FunctionalStage) -> dict:
     o = functional.objective
     link = [type(stage.link).__name__, o.alpha, functional.coupled, functional.frozen]
+    renamed = {here: there for here, there in functional.shared.items() if here != there}
+    link += [renamed] if renamed else []  # files of 0.1.0 know equal names only
     return {
         "name": stage.name,
         "parameters": {name: list(shape) for name, shape in o.layout.shapes.items()},
-        "weight_decay": float(stage.weight_decay),
+        "weight_decay": _decay_facts(stage, o),
         "loss": describe(stage.loss),
-        "model": str(stage.model),
-        "buffer": digest(*stage.model.buffers()),
+        "model": str(o.model),
+        "buffer": digest(*o.model.buffers()),
         "link": None if stage.link is None else link,
         "recipe": describe(stage.recipe),
         "data": stage.data.digest(),
     }
+
+
+def _decay_facts(stage: Stage, o: Objective) -> float | dict[str, float]:
+    """λ as one number, or by name where parameters differ."""
+    found = decays(stage.weight_decay, o.layout, o.trained_names, o.where)
+    if not isinstance(found, Mapping):
+        return float(found)
+    each = {name: float(found[name]) for name in o.trained_names}
+    return each if len(set(each.values())) > 1 else next(iter(each.values()))
 
 
 def write(
@@ -86,7 +99,7 @@ def _require_equal(
         f"stage {mine['name']!r}: {key} is {saved[key]!r} in the file, {mine[key]!r} here"
         for mine, saved in zip(ours, theirs, strict=True)
         for key in mine
-        if mine[key] != saved[key]
+        if mine[key] != saved[key] and not (key == "recipe" and saved[key] == ADOPTED)
     ]
     for k, (mine, dtype) in enumerate(zip(ours, dtypes, strict=True)):
         found = tensors[f"{k}.trained"].dtype

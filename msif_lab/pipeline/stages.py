@@ -2,62 +2,26 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ..data.examples import Examples
 from ..objective.layout import Layout, same_numbers
 from ..objective.losses import cross_entropy
 from ..objective.objective import Lanes, Objective
+from ..objective.wrapping import plain_module
 from .lbfgs import LBFGS
 from .recipes import is_number
+from .sharing import Shared, buffer_pairs, left_out, shared_parameters, summary
 
 __all__ = ["Frozen", "Proximal", "Stage", "WarmStart"]
 
-Shared = str | Sequence[str] | Callable[[str], bool] | None
-
-
-def shared_names(shared: Shared, before: Layout, after: Layout, where: str) -> list[str]:
-    """The parameters a stage takes over, in its own order; see `Frozen` for ``shared``."""
-    offered = [name for name in after.shapes if name in before.shapes]
-    if shared is None:
-        alike = [n for n in offered if before.shapes[n] == after.shapes[n]]
-        names = [n for n in alike if n.split(".")[0] != "head"]
-    elif isinstance(shared, str):
-        names = [n for n in offered if n.startswith(shared)]
-    elif callable(shared):
-        names = [n for n in offered if shared(n)]
-    elif not isinstance(shared, Iterable):
-        raise TypeError(
-            f"{where}: shared={shared!r} must be None, a prefix, a list of names, or a function "
-            "of the name"
-        )
-    else:
-        unknown = [n for n in shared if n not in offered]
-        if unknown:
-            raise ValueError(
-                f"{where}: shared names {unknown} are not parameters of both models; those are "
-                f"{offered}"
-            )
-        names = [n for n in offered if n in set(shared)]
-    if not names:
-        raise ValueError(
-            f"{where}: no parameter is shared with the previous stage (shared={shared!r}); "
-            f"parameters of both models: {offered or 'none'}; give equal names and shapes, or "
-            "shared=a prefix, a list, or a function of the name"
-        )
-    for name in names:
-        if before.shapes[name] != after.shapes[name]:
-            raise ValueError(
-                f"{where}: shared parameter {name!r} has shape {tuple(after.shapes[name])} here "
-                f"but {tuple(before.shapes[name])} in the previous stage; leave it out of shared="
-            )
-    return names
+WeightDecay = float | Mapping[str, float] | Callable[[str], float]
 
 
 @dataclass(frozen=True)
@@ -65,8 +29,41 @@ class Frozen:
     """The shared parameters come from the previous stage and stay fixed: the paper's first case.
 
     Args:
-        shared: which parameters: None for every equal name and shape outside ``head``, a prefix, a
-            list of names, or a function of the name (``lambda n: not n.startswith("fc.")``).
+        shared: which parameters:
+
+            * None for every equal name and shape, except in the layer that feeds the loss, whatever
+              it is called, and in all of a top-level ``head``. Of a head of several layers under
+              another name only the last is left out; a layer tied to the embedding is taken over.
+              Parameters that look like some of the stage before but are called otherwise, as those
+              of a wrapped backbone, are an error that asks for a mapping and prints it.
+            * a mapping from names here to names there, ``{"mid.base.weight": "mid.weight"}``, or
+              from prefixes to prefixes, which end in a dot or are empty: ``{"base.": ""}``.
+            * a prefix (``""`` for all), a list of names, or a function of the name
+              (``lambda n: not n.startswith("fc.")``), among the names of both models.
+
+            What `torch.compile`, `DataParallel`, `AveragedModel` and peft add to names is seen
+            through: ``_orig_mod.``, ``module.``, ``base_model.model.``, ``base_layer.``. All but
+            None are taken at their word. ``print(pipeline)`` says what is shared.
+
+    Raises, with the pipeline:
+        ValueError: unknown names, unequal shapes, nothing shared, or a parameter that is neither
+            trained nor taken over.
+
+    >>> import msif_lab as msif
+    >>> from torch import nn
+    >>> train, _ = msif.load_digits()
+    >>> backbone = msif.mlp(64, hidden=(8,), classes=3)
+    >>> wrapped = nn.Sequential(msif.mlp(64, hidden=(8,), classes=3).embedding, nn.Linear(8, 2))
+    >>> link = msif.Frozen(shared={"0.": "embedding."})
+    >>> msif.Pipeline([
+    ...     msif.Stage("pretrain", backbone, train.select((0, 1, 2), n=30)),
+    ...     msif.Stage("finetune", wrapped, train.select((3, 4), n=20), link=link),
+    ... ])
+    Pipeline(
+      pretrain: 547 of 547 parameters trained on 30 examples
+      finetune: 18 of 538 parameters trained on 20 examples, Frozen()
+        shares 520 parameters (0.* from embedding.*) with 'pretrain'
+    ) not trained yet
     """
 
     shared: Shared = None
@@ -114,41 +111,116 @@ class WarmStart:
 Link = Frozen | Proximal | WarmStart
 
 
+def decays(given: WeightDecay, layout: Layout, trained: Sequence[str], where: str):
+    """λ as `Objective` takes it: one number, or by name; see `Stage` for how names are matched."""
+    if is_number(given):
+        return given
+    if callable(given):
+        found = {name: given(name) for name in trained}
+        for name, value in found.items():
+            if not _is_decay(value):
+                raise ValueError(
+                    f"{where}: weight_decay gives {value!r} for {name!r}; it must give zero or a "
+                    "positive number for every name"
+                )
+        return found
+    found = {}
+    for key, value in given.items():
+        matched = [n for n in layout.shapes if _decides(key, n)]
+        new = [n for n in matched if n not in found]
+        if not matched:
+            raise ValueError(
+                f"{where}: weight_decay key {key!r} matches no parameter; a key is a whole "
+                "name, its last part, or a pattern such as 'head.*', and the names are "
+                f"{list(layout.shapes)}"
+            )
+        if not new:
+            raise ValueError(
+                f"{where}: weight_decay key {key!r} decides nothing, since the first key that "
+                "matches a parameter counts; put it before the more general ones"
+            )
+        found |= dict.fromkeys(new, value)
+    if missing := [name for name in trained if name not in found]:
+        raise ValueError(
+            f"{where}: no key of weight_decay matches the trained parameters {missing}; add them, "
+            'or "*": λ as the last key for all others'
+        )
+    return found
+
+
+def _decides(key: str, name: str) -> bool:
+    return key in (name, name.rpartition(".")[2]) or fnmatchcase(name, key)
+
+
+def _is_decay(value) -> bool:
+    return is_number(value) and 0 <= value < math.inf
+
+
+def _decay_problem(given) -> str:
+    """What is wrong with a weight decay as such, in words; empty if nothing is."""
+    if _is_decay(given) or (callable(given) and not isinstance(given, type)):
+        return ""
+    if isinstance(given, Mapping) and given:
+        bad = {k: v for k, v in given.items() if not isinstance(k, str) or not _is_decay(v)}
+        return f"weight_decay holds {bad}; it maps names to zero or positive numbers" if bad else ""
+    return (
+        f"weight_decay={given!r} must be zero or positive: one number for all that the stage "
+        'trains, numbers by name such as {"bias": 0.0, "*": 1e-2}, or a function of the name; '
+        "leave parameters out of training by requires_grad_(False)"
+    )
+
+
 @dataclass
 class Stage:
     """One training stage: ``F(θ; w) = (1/m) Σ_i w_i f_i(θ) + (λ/2) ‖θ‖²`` over what it trains.
 
+    ``weight_decay`` may differ between parameters, as where biases and norms have none: the penalty
+    is then ``½ Σ_j λ_j θ_j²``. In a mapping a key matches a parameter by its whole name
+    (``"head.bias"``), by the last part of it (``"bias"``), or as a pattern of the whole name with
+    ``*`` (``"*.norm.*"``). The first key that matches counts, so ``"*"`` comes last.
+
+    scikit-learn sums its losses and leaves the intercept free: for ``LogisticRegression(C)`` on m
+    examples ``weight_decay={"weight": 1 / (C * m), "bias": 0.0}``, for ``Ridge(alpha)`` under
+    `mean_squared_error` on one output ``{"weight": 2 * alpha / m, "bias": 0.0}``.
+
     Args:
         name: unique in the pipeline.
         model: any module that is a deterministic function of each example; `Pipeline.fit` writes
-            into it.
+            into it. Of a compiled, data-parallel or averaged one it is the module inside, whose
+            weights the wrapper shares and whose names count.
         data: the `Examples` it is trained on.
         loss: ``(outputs, targets) -> (B,)``; cross-entropy by default.
-        weight_decay: λ ≥ 0 on every parameter this stage trains, biases included.
+        weight_decay: λ ≥ 0 on every parameter this stage trains, biases included; or λ by name, as
+            a mapping or a function of the name.
         link: how it takes over from the previous stage: `Frozen`, `Proximal` or `WarmStart`; None
             for the first.
         recipe: how it is trained; `LBFGS` by default.
+
+    >>> import msif_lab as msif
+    >>> train, _ = msif.load_digits()
+    >>> model = msif.mlp(64, hidden=(8,), classes=10)
+    >>> stage = Stage("digits", model, train, weight_decay={"bias": 0.0, "*": 1e-3})
+    >>> print(msif.Pipeline([stage]))
+    Pipeline(
+      digits: 610 of 610 parameters trained on 1201 examples
+    ) not trained yet
     """
 
     name: str
     model: nn.Module
     data: Examples
     loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy
-    weight_decay: float = 0.0
+    weight_decay: WeightDecay = 0.0
     link: Link | None = None
     recipe: LBFGS | object = field(default_factory=LBFGS)
 
     def problems(self, first: bool) -> list[str]:
         """Everything wrong with the settings; ``first``: whether no stage comes before."""
         problems = []
-        problems += filter(None, [_model_problem(self.model), _loss_problem(self.loss)])
+        own = (_model_problem(self.model), _loss_problem(self.loss))
+        problems += filter(None, (*own, _decay_problem(self.weight_decay)))
         if not isinstance(self.data, Examples):
             problems.append(_no_examples(self.data))
-        if not is_number(self.weight_decay) or not 0 <= self.weight_decay < math.inf:
-            problems.append(
-                f"weight_decay={self.weight_decay!r} must be zero or positive, one number for all "
-                "that the stage trains; leave parameters out by requires_grad_(False)"
-            )
         if not hasattr(self.recipe, "run") or isinstance(self.recipe, type):
             given = " ".join(repr(self.recipe).split())
             problems.append(
@@ -182,25 +254,14 @@ def _model_problem(model) -> str:
             f"model is {type(model).__name__}, not a torch.nn.Module; weights alone go into one "
             "by model.load_state_dict()"
         )
+    model = plain_module(model)
     for name, module in model.named_modules():
-        where = f"layer {name!r}" if name else "model"
-        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None):
-            return (
-                f"{where} is compiled by torch.compile, which changes how it is differentiated and "
-                "what its parameters are called; give the module itself (model._orig_mod, or the "
-                "one that was compiled), which shares the weights"
-            )
         if isinstance(module, torch.jit.ScriptModule):
+            where = f"layer {name!r}" if name else "model"
             return (
                 f"{where} is a {type(module).__name__} of torch.jit, which cannot be called with "
                 "other weights; give the module that it was made from, with the same state dict"
             )
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
-    if isinstance(model, wrappers):
-        return (
-            f"model is {type(model).__name__}, which puts 'module.' before every name; give "
-            "model.module, which holds the weights"
-        )
     complex_ones = [name for name, p in model.named_parameters() if p.is_complex()]
     if complex_ones:
         return (
@@ -246,6 +307,8 @@ class FunctionalStage:
         objective: F of the stage.
         coupled: names of the shared parameters that it trains, starting at W* or held near it.
         frozen: names of those it takes over as they are.
+        shared: its names of both, each with the name in the previous model.
+        sharing: the same in a few words.
         live: names of what this or any stage before has trained; derivatives in the rest are never
             needed.
         here, there: `Places` of ``"coupled"`` and ``"frozen"`` in its and the previous model.
@@ -253,19 +316,23 @@ class FunctionalStage:
 
     def __init__(self, stage: Stage, before: "FunctionalStage | None"):
         where = f"stage {stage.name!r}"
-        layout = Layout(stage.model, where)
-        for name, parameter in stage.model.named_parameters():
+        model = plain_module(stage.model)
+        layout = Layout(model, where)
+        for name, parameter in model.named_parameters():
             if not parameter.is_meta and not bool(torch.isfinite(parameter).all()):
                 raise ValueError(
                     f"{where}: parameter {name!r} holds NaN or inf; start from finite weights"
                 )
         earlier = layout if before is None else before.objective.layout
-        shared = []
+        self.shared: dict[str, str] = {}
+        self.sharing = ""
         if before is not None:
-            shared = shared_names(stage.link.shared, earlier, layout, where)
+            self._take_over(
+                stage.link.shared, before, Objective(model, stage.data, stage.loss, where=where)
+            )
         free = not isinstance(stage.link, Frozen)
-        self.coupled = [n for n in shared if free and n in layout.trainable]
-        self.frozen = [n for n in shared if n not in self.coupled]
+        self.coupled = [n for n in self.shared if free and n in layout.trainable]
+        self.frozen = [n for n in self.shared if n not in self.coupled]
         trained = [n for n in layout.trainable if n not in self.frozen]
         if not trained:
             raise ValueError(
@@ -273,19 +340,19 @@ class FunctionalStage:
             )
         alpha = stage.link.alpha if isinstance(stage.link, Proximal) else 0.0
         self.objective = Objective(
-            stage.model,
+            model,
             stage.data,
             stage.loss,
-            stage.weight_decay,
+            decays(stage.weight_decay, layout, trained, where),
             trained,
             alpha,
             self.coupled,
             where,
         )
-        self.live = {*trained, *(n for n in self.frozen if n in before.live)}
+        self.live = {*trained, *(n for n in self.frozen if self.shared[n] in before.live)}
         names = {"coupled": self.coupled, "frozen": self.frozen}
         self.here = {how: layout.places(some) for how, some in names.items()}
-        self.there = {how: earlier.places(some) for how, some in names.items()}
+        self.there = {how: earlier.places(self.partners(some)) for how, some in names.items()}
         self.checked_modes = self.modes()
 
     def modes(self) -> list[bool]:
@@ -303,6 +370,27 @@ class FunctionalStage:
             for how, places in self.here.items():
                 places.put(mask, self.there[how].take(moved))
         return mask
+
+    def _take_over(self, shared: Shared, before: "FunctionalStage", after: Objective) -> None:
+        """Settle what is shared; refuse what is neither that nor trained."""
+        self.shared = shared_parameters(shared, before.objective, after)
+        apart = left_out(after) if shared is None else ()
+        self.sharing = summary(self.shared, apart, before.objective, after)
+        # peft keeps the original of a layer that it copies for training, and never calls it.
+        kept = [n for n in after.layout.shapes if "original_module" not in n.split(".")]
+        trained = after.layout.trainable
+        if lost := [n for n in kept if n not in trained and n not in self.shared]:
+            raise ValueError(
+                f"{after.where}: {len(lost)} parameter(s) are neither trained (requires_grad is "
+                f"False) nor taken over from {before.objective.where}, which would lose what it "
+                f"taught them: {lost[:5]}. Take them over by name, shared={{{lost[0]!r}: <name "
+                "there>, ...}, or train them, requires_grad_(True); true constants belong into "
+                "buffers: del layer.name, then layer.register_buffer('name', value)"
+            )
+
+    def partners(self, names: Sequence[str]) -> list[str]:
+        """What shared parameters are called in the previous model."""
+        return [self.shared[name] for name in names]
 
     def start(self, lanes: Lanes) -> Lanes:
         """The lanes of a fresh run: shared parameters that it trains start at W*."""
@@ -327,15 +415,19 @@ class FunctionalStage:
         return Lanes(self.objective, base, centre, weights)
 
 
-def check_buffers(stages: Sequence[Stage]) -> None:
+def check_buffers(functional: Sequence[FunctionalStage]) -> None:
     """Refuse buffers (constants here) that a stage would silently not take over."""
-    for before, after in itertools.pairwise(stages):
-        old = dict(before.model.named_buffers())
-        for name, buffer in after.model.named_buffers():
-            alike = name in old and old[name].shape == buffer.shape
-            if alike and not same_numbers(old[name], buffer):
+    for before, after in itertools.pairwise(functional):
+        ours, theirs = after.objective, before.objective
+        held = [dict(o.model.named_buffers()) for o in (ours, theirs)]
+        for name, partner in buffer_pairs(after.shared, theirs, ours).items():
+            here, there = held[0][name], held[1][partner]
+            if here.shape == there.shape and not same_numbers(there, here):
+                copying = "after.load_state_dict(before.state_dict(), strict=False)"
+                if name != partner:
+                    copying = f"after.get_buffer({name!r}).copy_(before.get_buffer({partner!r}))"
                 raise ValueError(
-                    f"stage {after.name!r}: buffer {name!r} differs from that of stage "
-                    f"{before.name!r}; buffers are constants here, so copy them: "
-                    "after.load_state_dict(before.state_dict(), strict=False)"
+                    f"{ours.where}: buffer {name!r} differs from {partner!r} of "
+                    f"{theirs.where}; buffers are constants here, so copy them (between the "
+                    f"modules inside any wrappers): {copying}"
                 )

@@ -11,18 +11,35 @@ from torch import Tensor
 from ..curvature.operators import Operator
 from ..errors import IndefiniteCurvatureError
 from .nested import KEPT, basis, check_shares, levels, split
+from .null import null_range
 from .report import WAYS_OUT, Settings, Solved, SolveReport, check_columns, verified
 
 __all__ = ["ConjugateGradient"]
 
 
-def _require_definite(smallest: float, iteration: int) -> None:
-    if not smallest > 0:
-        raise IndefiniteCurvatureError(
-            f"conjugate gradients met curvature pᵀAp / pᵀp = {smallest:.3e} in iteration "
-            f"{iteration}: the matrix is not positive definite; {WAYS_OUT}, or MINRES",
-            smallest,
-        )
+SOLVED = 1e-3  # relative residual above which a negative curvature is no null direction's
+
+
+def _refuse(smallest: float, iteration: int) -> None:
+    raise IndefiniteCurvatureError(
+        f"conjugate gradients met curvature pᵀAp / pᵀp = {smallest:.3e} in iteration "
+        f"{iteration}: the matrix is not positive definite; {WAYS_OUT}, or MINRES",
+        smallest,
+    )
+
+
+def _null_level(operator: Operator, smallest: float, largest: float, iteration: int) -> float:
+    """The curvature up to which a direction is null and no step is taken along it (see `null`).
+
+    Rounding brings such directions in once the rest is solved.
+
+    Raises:
+        IndefiniteCurvatureError: the smallest curvature met is more negative than that.
+    """
+    low, high = null_range(operator, largest, dense=False)
+    if not smallest >= low:
+        _refuse(smallest, iteration)
+    return high
 
 
 @dataclass(frozen=True, repr=False)
@@ -174,6 +191,8 @@ class Preconditioned:
             products += done.products + spent
             falling = residual.norm(dim=0) <= before / 2
             open_columns = ((residual.norm(dim=0) > solver.tol) & falling).nonzero().flatten()
+        if not smallest > 0 and float(residual.norm(dim=0).max()) > max(SOLVED, solver.tol):
+            _refuse(smallest, iterations)  # not met by rounding: b has a part there
         return Solved(x, residual, iterations, smallest, products)
 
     def _tell(self, iteration: int, relative: Tensor) -> None:
@@ -190,18 +209,19 @@ class Preconditioned:
         x = torch.zeros_like(b)
         r = b
         iterations = products = 0
-        smallest = float("inf")
+        smallest, largest = float("inf"), 0.0
         p, _ = basis(self._apply(r))
         while p.shape[1] and iterations < most:
             iterations += 1
             a_p = self.operator @ p
             products += p.shape[1]
             values, vectors = torch.linalg.eigh(p.T @ a_p)  # P is orthonormal: Ritz values
-            smallest = min(smallest, float(values[0]))
-            _require_definite(smallest, before + iterations)
+            smallest, largest = min(smallest, float(values[0])), max(largest, float(values[-1]))
+            level = _null_level(self.operator, smallest, largest, before + iterations)
+            shares = torch.where(values > level, 1 / values, 0.0)[:, None]
 
-            def inverse(m, values=values, vectors=vectors):
-                return vectors @ ((vectors.T @ m) / values[:, None])
+            def inverse(m, shares=shares, vectors=vectors):
+                return vectors @ (shares * (vectors.T @ m))
 
             step = inverse(p.T @ r)
             x = x + p @ step
@@ -210,7 +230,7 @@ class Preconditioned:
             relative[places] = size
             self._tell(before + iterations, relative)
             z = self._apply(r[:, size > self.solver.tol])
-            if not z.shape[1]:
+            if not z.shape[1] or float(values[0]) <= level:  # rounding has come in: `_refined`
                 break
             p, _ = basis(z - p @ inverse(a_p.T @ z))
         return Solved(x, r, iterations, smallest, products)
@@ -228,7 +248,7 @@ class Preconditioned:
         while bool(left.any()) and iterations < most:
             iterations += 1
             p, a_p = top.widen(r[:, left])
-            _require_definite(top.smallest, before + iterations)
+            _null_level(self.operator, top.smallest, top.largest, before + iterations)
             if not p.shape[1]:
                 break
             step = p.T @ r
@@ -249,7 +269,7 @@ class Preconditioned:
         residual = b.clone()
         alive = torch.arange(b.shape[1], device=b.device)
         iterations = products = 0
-        smallest = float("inf")
+        smallest, largest = float("inf"), 0.0
         r = b
         p = z = self._apply(r)
         product = (r * z).sum(0)
@@ -258,16 +278,17 @@ class Preconditioned:
             a_p = self.operator @ p
             products += len(alive)
             curvature = (p * a_p).sum(0)
-            smallest = min(smallest, float((curvature / (p * p).sum(0)).min()))
-            _require_definite(smallest, before + iterations)
-            step = product / curvature
+            bend = curvature / (p * p).sum(0)
+            smallest, largest = min(smallest, float(bend.min())), max(largest, float(bend.max()))
+            bent = bend > _null_level(self.operator, smallest, largest, before + iterations)
+            step = torch.where(bent, product / curvature, 0.0)
             x[:, alive] += step * p
             r = r - step * a_p
             residual[:, alive] = r
             size = r.norm(dim=0)
             relative[places[alive]] = size
             self._tell(before + iterations, relative)
-            keep = size > self.solver.tol
+            keep = (size > self.solver.tol) & bent
             alive = alive[keep]
             r = r[:, keep]
             p = p[:, keep]

@@ -12,6 +12,7 @@ from ..curvature.operators import Operator
 from ..data.fields import as_model_input
 from ..errors import UnsupportedModelError
 from ..objective.losses import cross_entropy, mean_squared_error
+from ..objective.switches import twice_differentiable
 from .approximation import Approximation, parts
 from .report import Settings
 
@@ -177,7 +178,7 @@ class Kronecker(Approximation):
                 )
         batches = [(as_model_input(o.data.x[part]), targets[part]) for part in rows]
         kinds = curvlinops.FisherType
-        with torch.enable_grad():
+        with torch.enable_grad(), twice_differentiable(model):
             matrix = curvlinops.EKFACLinearOperator(
                 model,
                 _LOSSES[o.loss](),

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..curvature.operators import Operator
 from ..errors import ConvergenceWarning, IndefiniteCurvatureError
 from ..memory import parse_bytes
+from .null import NullDirections, find_null, null_range
 from .report import WAYS_OUT, SolveReport, check_columns, ratio
 
 __all__ = ["Exact", "Spectrum", "schur_complement"]
@@ -70,6 +71,10 @@ class Exact:
     The dense matrix and its eigendecomposition are kept for each curvature operator, so further
     queries, dampings and shifts cost a triangular solve or two products.
 
+    A minimum may be flat along a symmetry, as that of a low-rank layer ``B A`` is. Such null
+    directions are named in a `SymmetryWarning` and left out: the answer is that on the rest, which
+    is right for every question without a part along them. Another one is refused.
+
     Args:
         memory: budget for the dense matrices, e.g. ``"2GB"``.
     """
@@ -110,43 +115,89 @@ class Exact:
         Raises:
             MemoryBudgetError: before any work, if the matrix exceeds the budget.
             IndefiniteCurvatureError: an eigenvalue is not positive; the message names it.
+
+        Warns:
+            SymmetryWarning: it has null directions, in which no example's gradient has a part.
         """
         return Factorised(self, operator)
 
 
 class Factorised:
-    """A dense factorisation ready to solve; made by `Exact.prepare`."""
+    """A dense factorisation ready to solve; made by `Exact.prepare`.
+
+    Attributes:
+        matrix: the curvature ``(P, P)``.
+        smallest: its smallest eigenvalue, null directions left out.
+        null: its null directions, or None.
+    """
 
     def __init__(self, solver: Exact, operator: Operator):
         self.operator = operator
         self._name = repr(solver)
         self.matrix = solver.dense(operator)
-        self.factor = _cholesky(self.matrix, "the curvature")
-        # Inverse iteration: the smallest eigenvalue at the cost of a few triangular solves. The
-        # cosine keeps the start from being orthogonal to an eigenvector that sums to zero.
+        self.null: NullDirections | None = None
+        self.factor, failed = torch.linalg.cholesky_ex(self.matrix)
+        self.definite = not bool(failed)
+        self.smallest = self._inverse_iteration() if self.definite else float("-inf")
+        if self.smallest <= null_range(operator, float(self.matrix.norm()))[1]:
+            spectrum = solver.spectrum(operator)
+            self.null = find_null(operator, spectrum.values, spectrum.vectors)
+        if self.null is not None:
+            lifted = self.matrix + self.null.largest * (self.null.vectors @ self.null.vectors.T)
+            self.lifted = _cholesky(lifted, "the curvature without its null directions")
+        elif not self.definite:
+            _cholesky(self.matrix, "the curvature")  # raises, with the smallest eigenvalue
+
+    def _inverse_iteration(self) -> float:
+        """The smallest eigenvalue, at the cost of a few triangular solves."""
+        # The cosine keeps the start from being orthogonal to an eigenvector that sums to zero.
         ripple = torch.cos(torch.arange(len(self.matrix)).to(self.matrix))[:, None]
         v = torch.ones_like(self.matrix[:, :1]) + 0.1 * ripple
         for _ in range(30):
             v = torch.cholesky_solve(v / v.norm(), self.factor)
         v = v / v.norm()
-        self.smallest = float(v.T @ self.matrix @ v)
+        return float(v.T @ self.matrix @ v)
+
+    def _solve(self, columns: Tensor) -> tuple[Tensor, NullDirections | None]:
+        """``A⁻¹ B``, and the null directions if they were left out.
+
+        Raises:
+            IndefiniteCurvatureError: a column has a part along them, so they are no symmetry for
+                it, and the matrix is not positive definite.
+        """
+        if self.null is None:
+            return torch.cholesky_solve(columns, self.factor), None
+        share = float(self.null.share(columns).max()) if columns.shape[1] else 0.0
+        if share <= self.null.tolerance:
+            x = torch.cholesky_solve(self.null.without(columns), self.lifted)
+            return self.null.without(x), self.null
+        if not self.definite:
+            self.null.refuse(share)
+        return torch.cholesky_solve(columns, self.factor), None
 
     def solve(self, columns: Tensor) -> tuple[Tensor, SolveReport]:
-        """``A⁻¹ B`` for ``B`` (P, K), and the report."""
+        """``A⁻¹ B`` for ``B`` (P, K), and the report.
+
+        Raises:
+            IndefiniteCurvatureError: the matrix has null directions and B a part along them.
+        """
         check_columns(self.operator, columns)
         start = time.perf_counter()
-        x = torch.cholesky_solve(columns, self.factor)
-        residuals = ratio((self.matrix @ x - columns).norm(dim=0), columns.norm(dim=0))
+        x, null = self._solve(columns)
+        left = self.matrix @ x - (columns if null is None else null.without(columns))
+        residuals = ratio(left.norm(dim=0), columns.norm(dim=0))
         held = (self.matrix.numel() + self.factor.numel()) * self.matrix.element_size()
+        smallest = self.smallest if null is None else null.gap
         good = residuals <= 1e-3 if x.dtype == torch.float32 else residuals <= 1e-6
         if not bool(good.all()):
             warnings.warn(
                 f"{self._name}: residual {float(residuals.max()):.1e} after a direct solve: "
                 "the curvature is nearly singular "
-                f"(smallest eigenvalue about {self.smallest:.1e}); add damping or use float64",
+                f"(smallest eigenvalue about {smallest:.1e}); add damping or use float64",
                 ConvergenceWarning,
                 stacklevel=2,
             )
         seconds = time.perf_counter() - start
-        report = SolveReport(self._name, 0, residuals, good, self.smallest, 0, held, seconds)
+        left_out = 0 if null is None else len(null.values)
+        report = SolveReport(self._name, 0, residuals, good, smallest, 0, held, seconds, left_out)
         return x, report

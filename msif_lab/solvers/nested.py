@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..curvature.matrices import DataCurvature
 from ..curvature.operators import Operator
+from .null import null_range
 
 ROUGH = 0.04  # relative residual of a solve on a share, times √share
 INNER = 10  # most iterations of such a solve
@@ -86,6 +87,7 @@ class Level:
         self.count = 0  # of directions found so far
         self.products = 0.0  # in units of a product with all examples
         self.smallest = float("inf")  # curvature met so far
+        self.largest = 0.0
 
     def _multiply(self, z: Tensor, product: Tensor) -> Tensor:
         """``A_k z`` from z and its ``product`` ``A_{k−1} z``."""
@@ -100,7 +102,8 @@ class Level:
     def widen(self, r: Tensor) -> tuple[Tensor, Tensor]:
         """New directions P for residuals ``r`` (P, K), with ``PᵀA_kP = 1``, and ``A_k P``.
 
-        They are useless once ``smallest`` is no longer above the floor.
+        They are useless once ``smallest`` is no longer above the floor. Null directions, whose
+        curvature is rounding, are left out.
         """
         p, a_p = self.below(r)
         p, turn = basis(p)
@@ -113,7 +116,9 @@ class Level:
         a_p = a_p @ turn
         values, vectors = torch.linalg.eigh(p.T @ a_p)  # Ritz values
         self.smallest = min(self.smallest, *values.tolist(), float("inf"))
-        turn = vectors / values.sqrt()
+        self.largest = max(self.largest, *values.tolist(), 0.0)
+        bent = values > null_range(self.part, self.largest, dense=False)[1]
+        turn = vectors[:, bent] / values[bent].sqrt()
         p = p @ turn
         a_p = a_p @ turn
         new = torch.arange(self.count, self.count + p.shape[1], device=p.device)

@@ -30,6 +30,7 @@ class SolveReport:
         products: matrix-vector products spent, counted per column.
         bytes: largest memory the solver itself held.
         seconds: wall-clock time.
+        null_directions: of the curvature, left out of the solve; see `SymmetryWarning`.
     """
 
     solver: str
@@ -40,13 +41,15 @@ class SolveReport:
     products: int
     bytes: int
     seconds: float = field(compare=False)
+    null_directions: int = 0
 
     def __str__(self) -> str:
         worst = float(self.residuals.max()) if len(self.residuals) else 0.0
+        left_out = f", {self.null_directions} null directions left out"
         return (
             f"{self.solver}: {int(self.converged.sum())} of {len(self.converged)} columns "
             f"converged, {self.iterations} iterations, worst residual {worst:.1e}, smallest "
-            f"curvature {self.smallest_curvature:.2e}"
+            f"curvature {self.smallest_curvature:.2e}{left_out * bool(self.null_directions)}"
         )
 
     __repr__ = __str__

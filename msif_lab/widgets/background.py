@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from ..objective.wrapping import plain_module
 from ..pipeline.pipeline import Pipeline
 
 __all__ = ["Job", "Stopped", "stoppable_copy"]
@@ -28,7 +29,7 @@ def stoppable_copy(pipeline: Pipeline, stop: threading.Event) -> Pipeline:
 
     mine = copy.deepcopy(pipeline, {id(stage.data): stage.data for stage in pipeline.stages})
     for stage in mine.stages:
-        stage.model.register_forward_pre_hook(check_stop)
+        plain_module(stage.model).register_forward_pre_hook(check_stop)
     return mine
 
 

@@ -8,7 +8,7 @@ import torch
 from .. import plots
 from ..data.examples import Examples
 from ..evaluation.comparison import detection
-from ..evaluation.removals import default_protocol
+from ..evaluation.removals import default_protocol, removal_base, require_start
 from ..figures import img
 from ..influence.result import Influence
 from ..pipeline.pipeline import Pipeline
@@ -160,7 +160,8 @@ class CleaningExplorer(Explorer):
     def before(self) -> dict[str, torch.Tensor]:
         """The judges' ``"loss"`` and, for classes, ``"accuracy"`` ``(J,)``, before any removal."""
         if self._before is None:
-            self._before = self._judge(self.pipeline)
+            found = self._judge(self.pipeline)
+            self._before = {name: values[:, 0] for name, values in found.items()}
         return self._before
 
     @property
@@ -169,10 +170,15 @@ class CleaningExplorer(Explorer):
         return self._after.get(tuple(sorted(self.removed)))
 
     def _judge(self, trained) -> dict[str, torch.Tensor]:
-        found = {"loss": trained.evaluate(self.judges).reshape(-1).cpu()}
+        """Loss and accuracy of each judge under each weighting, ``(Q, R)``."""
+        targets = {"loss": "loss"}
         if self.judges.has_labels and self.pipeline.stages[-1].data.has_labels:
-            found["accuracy"] = trained.evaluate(self.judges, _right).reshape(-1).cpu()
-        return found
+            targets["accuracy"] = _right
+        count = len(self.judges)
+        return {
+            name: trained.evaluate(self.judges, target).reshape(count, -1).cpu()
+            for name, target in targets.items()
+        }
 
     def predicted(self) -> torch.Tensor | None:
         """Predicted change of each query's loss, ``(Q,)``; None if the ranking predicts none."""
@@ -339,16 +345,22 @@ class CleaningExplorer(Explorer):
         if self.flagged == 0:
             raise ValueError("nothing is flagged; move the slider first")
         removed = self.removed
-        warm = default_protocol(self.pipeline) == "warm-start"
+        protocol = default_protocol(self.pipeline)
+        require_start(self.pipeline, protocol)
+        warm = protocol == "warm-start"  # then "before" is going on with nobody removed
 
         def work(pipeline):
-            weights = torch.ones(self.count)
-            weights[removed] = 0
+            if pipeline.adopted:  # refuses weights that are no optimum
+                removal_base(pipeline, self.judges, "loss", None, protocol)
+            weights = torch.ones(1 + warm, self.count)
+            weights[-1, removed] = 0
             again = pipeline.retrain({self.stage: weights}, warm_start=warm, progress=False)
             return self._judge(again)
 
         def done(found):
-            self._after[tuple(sorted(removed))] = found
+            if warm:
+                self._before = {name: values[:, 0] for name, values in found.items()}
+            self._after[tuple(sorted(removed))] = {n: values[:, -1] for n, values in found.items()}
             self._show_answer()
 
         self._run(self.pipeline, work, done)
@@ -432,11 +444,12 @@ class CleaningExplorer(Explorer):
                     f"precision, recall = (share[{self.flagged - 1}] for share in "
                     "detection(order, truth))"
                 )
+        before = "again.evaluate({0}).T" if warm else "{1}.evaluate({0}), again.evaluate({0})[:, 0]"
         lines += [
-            f"weights = torch.ones({self.count})",
-            "weights[removed] = 0",
+            f"weights = torch.ones({1 + warm}, {self.count})",
+            "weights[-1, removed] = 0",
             f"again = {pipeline}.retrain({{{self.stage}: weights}}, warm_start={warm})",
-            f"before, after = {pipeline}.evaluate({queries}), again.evaluate({queries})[:, 0]",
+            f"before, after = {before.format(queries, pipeline)}",
         ]
         return "\n".join(lines)
 
