@@ -19,13 +19,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..curvature.derivatives import cross_products, example_products, per_example_gradients
+from ..curvature.derivatives import cross_products, example_products, query_gradients
 from ..curvature.matrices import curvature
 from ..curvature.operators import Operator
 from ..data.examples import Examples
 from ..memory import parse_bytes
 from ..objective.checks import ask
-from ..objective.losses import target_name
 from ..pipeline.pipeline import Pipeline
 from ..pipeline.recipes import LinearStep, MiniBatch, progress_bar
 from ..pipeline.stages import FunctionalStage
@@ -77,31 +76,35 @@ def krylov(operator: Callable[[Tensor], Tensor], pair: Tensor, size: int) -> tup
     Returns:
         ``(Q, P, K)`` orthonormal vectors, zero where a space is exhausted, and ``(Q, K)`` values.
     """
-    basis = block = _orthonormal(pair[:, :, :0], pair)
-    images = pair[:, :, :0]
-    while True:
-        images = torch.cat([images, operator(block)], 2)
-        if basis.shape[2] >= min(size, pair.shape[1]):
+    blocks, images = [], []
+    block = _orthonormal(pair[:, :, :0], pair)
+    while bool(block.any()):
+        blocks.append(block)
+        images.append(operator(block))
+        basis = torch.cat(blocks, 2)
+        if int(basis.any(1).sum(1).min()) >= min(size, pair.shape[1]):
             break
-        block = _orthonormal(basis, images[:, :, -pair.shape[2] :])
-        basis = torch.cat([basis, block], 2)
-    small = basis.mT @ images
+        block = _orthonormal(basis, images[-1])
+    if not blocks:  # no query depends on the stage at all
+        return pair, pair.new_zeros(len(pair), pair.shape[2])
+    small = basis.mT @ torch.cat(images, 2)
     values, vectors = torch.linalg.eigh((small + small.mT) / 2)
     return basis @ vectors, values
 
 
 def _orthonormal(basis: Tensor, block: Tensor) -> Tensor:
     """Orthonormal columns for what a block adds to a basis; zero where that is only rounding."""
-    size = torch.linalg.vector_norm(block, dim=1).amax(-1)[:, None]
-    for again in range(3):
-        block = block - basis @ (basis.mT @ block)
-        if again == 0:
-            continue
-        block, r = torch.linalg.qr(block)
-        left = r.diagonal(dim1=-2, dim2=-1).abs()
-        limit = 30 * torch.finfo(block.dtype).eps * size if again == 1 else 0.5
-        block = block * (left > limit)[:, None]
-    return block
+    columns = []
+    for z in block.split(1, 2):
+        limit = 30 * torch.finfo(z.dtype).eps * z.norm(dim=1, keepdim=True)
+        known = torch.cat([basis, *columns], 2)
+        for share in (limit, 0.5):
+            for _ in range(2):
+                z = z - known @ (known.mT @ z)
+            left = z.norm(dim=1, keepdim=True)
+            z = torch.where(left > share, z / left.clamp(min=torch.finfo(z.dtype).tiny), 0.0)
+        columns.append(z)
+    return torch.cat(columns, 2)
 
 
 def backwards(
@@ -192,27 +195,34 @@ class SegmentAdjoint:
         """One stretch backwards: what its two ends have of ``S = Σ ḡ``, ``(Q, P)`` each."""
         operator, scale = self.make(stretch.middle), stretch.scale
         theta_bar, momentum_bar = self.theta_bar, self.momentum_bar
+        # Decay that differs between parameters has no eigenvectors in common with H: half of it
+        # comes before the stretch and half after.
+        by_name = isinstance(self.decay, Tensor)
+        half = math.prod(1 - rate * self.decay for _, rate in stretch.steps) ** 0.5
+        theta_bar = theta_bar * half if by_name else theta_bar
         if scale is not None:  # the coordinates in which the preconditioner is one
             theta_bar, momentum_bar = theta_bar * scale, momentum_bar / _nonzero(scale)
 
         def product(block: Tensor) -> Tensor:
             columns = block.permute(1, 0, 2).reshape(block.shape[1], -1)
             columns = columns if scale is None else scale[:, None] * columns
-            images = operator @ columns - self.decay * columns
+            images = operator @ columns - (self.decay * columns.T).T
             images = images if scale is None else scale[:, None] * images
             return images.view(block.shape[1], block.shape[0], -1).permute(1, 0, 2)
 
         pair = [theta_bar] if not bool(momentum_bar.any()) else [theta_bar, momentum_bar]
         vectors, values = krylov(product, torch.stack(pair, 2), self.size)
         coordinates = ((vectors.mT @ v[:, :, None])[..., 0] for v in (theta_bar, momentum_bar))
-        steps = [(self.recipe.linear_step(t), rate, self.decay) for t, rate in stretch.steps]
+        decay = 0.0 if by_name else self.decay
+        steps = [(self.recipe.linear_step(t), rate, decay) for t, rate in stretch.steps]
         ended = backwards(values, *coordinates, steps, stretch.path)
         early, late, theta_bar, momentum_bar = ((vectors @ c[:, :, None])[..., 0] for c in ended)
         if scale is not None:
             early, late, momentum_bar = early * scale, late * scale, momentum_bar * scale
-            shrunk = math.prod(1 - rate * self.decay for _, rate in stretch.steps)
-            theta_bar = torch.where(scale > 0, theta_bar / _nonzero(scale), shrunk * self.theta_bar)
-        self.theta_bar, self.momentum_bar = theta_bar, momentum_bar
+            kept = self.theta_bar * (half if by_name else half**2)
+            theta_bar = torch.where(scale > 0, theta_bar / _nonzero(scale), kept)
+        self.theta_bar = theta_bar * half if by_name else theta_bar
+        self.momentum_bar = momentum_bar
         return early, late
 
     def before(self, size: int) -> Tensor:
@@ -310,6 +320,8 @@ class SegmentedInfluence:
         stage: int | str = 0,
         target: str | Callable = "loss",
         progress: bool = True,
+        *,
+        aggregate=None,
     ) -> Influence:
         """Influence of one stage's examples on each query, as `ImplicitInfluence.score`.
 
@@ -321,9 +333,8 @@ class SegmentedInfluence:
         pipeline, first = self._pipeline, self._pipeline.index(stage)
         pipeline.require_unchanged(self._full)
         o = pipeline.objective(-1)
-        function = ask(o, queries, target)
-        parts = per_example_gradients(o, self._full[-1], queries, function, every=True)
-        gradients = torch.cat([g for _, g in parts])
+        question = ask(o, queries, target, aggregate, derivative=True)
+        gradients = query_gradients(o, self._full[-1], question)
         few = self._side_by_side(first)
         stages = range(len(self._full) - 1, first - 1, -1)
         total = sum(len(self._stretches[k]) for k in stages) * -(-len(gradients) // few)
@@ -343,8 +354,8 @@ class SegmentedInfluence:
                     if k > first:
                         cotangent = adjoint.before(pipeline.objective(k - 1).layout.size)
                 values.append(adjoint.scores)
-        about = pipeline.stages[first].name, target_name(target), repr(self)
-        return Influence(torch.cat(values), pipeline.stages[first].data.ids, queries.ids, *about)
+        about = pipeline.stages[first].name, question.target, repr(self), question.aggregate
+        return Influence(torch.cat(values), pipeline.stages[first].data.ids, question.ids, *about)
 
     def _curvature_of(self, k: int) -> Callable[[Tensor], Operator]:
         """The stage's curvature as a function of where, on all of its examples or on some."""
