@@ -72,6 +72,7 @@ from .pipeline import (
     Pipeline,
     Proximal,
     Retrained,
+    Run,
     Stage,
     WarmStart,
 )
@@ -118,6 +119,7 @@ __all__ = [
     "FitReport",
     "Pipeline",
     "Retrained",
+    "Run",
     # influence
     "ImplicitInfluence",
     "UnrolledInfluence",

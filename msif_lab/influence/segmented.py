@@ -22,13 +22,16 @@ from torch import Tensor
 from ..curvature.derivatives import cross_products, example_products, query_gradients
 from ..curvature.matrices import curvature
 from ..curvature.operators import Operator
+from ..curvature.soundness import require_loss_curvature, require_second_derivative
 from ..data.examples import Examples
 from ..memory import parse_bytes
 from ..objective.checks import ask
+from ..objective.precision import require_precision
 from ..pipeline.pipeline import Pipeline
 from ..pipeline.recipes import LinearStep, MiniBatch, progress_bar
+from ..pipeline.runs import KeptRun
 from ..pipeline.stages import FunctionalStage
-from .replay import Trajectory, even_bounds, require_run, require_same_end
+from .replay import kept_runs
 from .result import Influence
 
 __all__ = ["SegmentedInfluence"]
@@ -296,22 +299,24 @@ class SegmentedInfluence:
         )
 
     def fit(self, pipeline: Pipeline, progress: bool = True) -> "SegmentedInfluence":
-        """Replay every stage's run once for its checkpoints.
+        """Replay every stage's run once for its checkpoints, or take those that were adopted.
 
         Raises:
-            ValueError: a stage was trained to an optimum, or weights were adopted.
+            ValueError: a stage was trained to an optimum, or adopted without checkpoints.
+            UnsupportedModelError: a model without second derivatives, or in half precision.
         """
-        require_run(pipeline)
+        if not isinstance(pipeline, Pipeline):
+            raise TypeError(f"pipeline must be a msif_lab.Pipeline, not {type(pipeline).__name__}")
         self._full = [full.clone() for full in pipeline.trained()]
-        self._pipeline, self._stretches, previous = pipeline, [], None
-        for k, stage in enumerate(pipeline.stages):
-            lanes = pipeline.fresh_lanes(k, previous)
-            steps = sum(1 for _ in stage.recipe.steps(len(stage.data)))
-            bounds = even_bounds(steps, self.segments)
-            run = Trajectory(stage.recipe, lanes, bounds, keep=False).run()
-            previous = run.final
-            require_same_end(stage.name, previous[0], self._full[k])
-            self._stretches.append(_stretches(run))
+        for k in range(len(pipeline.stages)):
+            require_precision(pipeline.objective(k), "differentiating its run")
+            if self.curvature == "hessian":
+                require_second_derivative(pipeline.objective(k), "curvature='hessian'")
+            else:
+                require_loss_curvature(pipeline.objective(k))
+        self._runs = kept_runs(pipeline, self.segments)
+        self._stretches = [_stretches(run) for run in self._runs]
+        self._pipeline = pipeline
         return self
 
     def score(
@@ -344,7 +349,7 @@ class SegmentedInfluence:
                 for k in stages:
                     adjoint = SegmentAdjoint(
                         pipeline.functional(k),
-                        pipeline.stages[k].recipe,
+                        self._runs[k].recipe,
                         cotangent,
                         make=self._curvature_of(k),
                         size=self.krylov,
@@ -373,15 +378,14 @@ class SegmentedInfluence:
         return max(1, self.memory // (row * (3 * (self.krylov + 2) + 6)))
 
 
-def _stretches(run: Trajectory) -> list[Stretch]:
-    """The stretches of a run, between its bounds."""
-    checkpoints, numbered, stretches = run.checkpoints(), list(enumerate(run.steps)), []
-    for i, (a, b) in enumerate(itertools.pairwise(run.bounds)):
-        ends = [
-            (state, t) for (_, state), t in zip(checkpoints[i : i + 2], (a, b), strict=True) if t
-        ]
-        found = [run.recipe.preconditioner(state, t) for state, t in ends]
-        scale = None if found[-1] is None else torch.stack(found).mean(0)[0].sqrt()
-        steps = [(t, rate) for t, (_, rate) in numbered[a:b]]
-        stretches.append(Stretch(checkpoints[i][0][0], checkpoints[i + 1][0][0], steps, scale))
+def _stretches(run: KeptRun) -> list[Stretch]:
+    """What lies between the checkpoints of a run."""
+    stretches = []
+    for i, (a, b) in enumerate(itertools.pairwise(run.steps)):
+        ends = [(run.states[j], run.steps[j]) for j in (i, i + 1) if run.states[j] is not None]
+        found = [run.recipe.preconditioner(state, step) for state, step in ends if step]
+        known = bool(found) and found[-1] is not None
+        scale = torch.stack(found).mean(0)[0].sqrt() if known else None
+        steps = list(zip(range(a, b), run.rates[a:b], strict=True))
+        stretches.append(Stretch(run.fulls[i], run.fulls[i + 1], steps, scale))
     return stretches
