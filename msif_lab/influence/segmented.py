@@ -13,6 +13,7 @@ pair holds them, and the recurrence runs on its Ritz values.
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -24,6 +25,7 @@ from ..curvature.matrices import curvature
 from ..curvature.operators import Operator
 from ..curvature.soundness import require_loss_curvature, require_second_derivative
 from ..data.examples import Examples
+from ..errors import UnsmoothTrainingWarning
 from ..memory import parse_bytes
 from ..objective.checks import ask
 from ..objective.precision import require_precision
@@ -33,6 +35,7 @@ from ..pipeline.runs import KeptRun
 from ..pipeline.stages import FunctionalStage
 from .replay import kept_runs
 from .result import Influence
+from .unrolled import warn_of_growth
 
 __all__ = ["SegmentedInfluence"]
 
@@ -152,6 +155,7 @@ class SegmentAdjoint:
 
     Attributes:
         scores: of the stage's own examples so far, ``(Q, m)``.
+        sizes: ``Σ_q ‖θ̄_q‖`` at each checkpoint from the one reached to the end.
     """
 
     def __init__(
@@ -173,6 +177,7 @@ class SegmentAdjoint:
         self.momentum_bar = torch.zeros_like(self.theta_bar)
         self.frozen_bar = functional.here["frozen"].take(cotangent)
         self.centre_bar = cotangent.new_zeros(len(cotangent), o.coupled.size)
+        self.sizes = [self.theta_bar.norm(dim=1).sum()]
 
     def sweep(self, stretches: Sequence[Stretch], bar) -> None:
         """Backwards through all stretches of the stage."""
@@ -186,7 +191,14 @@ class SegmentAdjoint:
                 total, names = early + late, self.functional.frozen
                 self.frozen_bar += cross_products(o, stretch.middle, names, total)
             self.centre_bar -= 2 * o.alpha * o.coupled.take(early + late)
+            self.sizes.insert(0, self.theta_bar.norm(dim=1).sum())
             bar.update()
+        if not bool(torch.isfinite(self.theta_bar).all()):
+            raise ValueError(
+                f"{o.where}: the adjoint overflows, so the run amplifies the smallest change "
+                "without bound and no derivative describes it; lower the learning rate or train "
+                "fewer steps"
+            )
         self._add(stretches[0].start, later)
 
     def _add(self, full: Tensor, total: Tensor) -> None:
@@ -241,6 +253,25 @@ def _nonzero(scale: Tensor) -> Tensor:
     return torch.where(scale > 0, scale, 1.0)
 
 
+@dataclass
+class SegmentCheck:
+    """Scores beside those from half as many stretches.
+
+    Attributes:
+        r: correlation of the two over examples, for each query ``(Q,)``.
+        change: ``‖difference‖ / ‖scores‖`` of each query ``(Q,)``.
+    """
+
+    r: Tensor
+    change: Tensor
+
+    def __str__(self) -> str:
+        return (
+            f"half as many stretches give scores that correlate by r = {float(self.r.median()):.3f}"
+            f" and differ by {float(self.change.median()):.0%} (medians of {len(self.r)} queries)"
+        )
+
+
 class SegmentedInfluence:
     """Multi-stage influence from a dozen checkpoints of each run, converged or not.
 
@@ -255,6 +286,9 @@ class SegmentedInfluence:
         curvature_examples: take the curvature from this many of a stage's examples, drawn at
             random; default all.
         memory: for the queries' Krylov spaces, as ``"1GB"``.
+
+    Attributes:
+        adjoint_norms_: after `score`, by stage the mean ‖θ̄‖ at each checkpoint.
 
     >>> import msif_lab as msif
     >>> train, test = msif.load_digits(dtype=torch.float64)
@@ -315,7 +349,6 @@ class SegmentedInfluence:
             else:
                 require_loss_curvature(pipeline.objective(k))
         self._runs = kept_runs(pipeline, self.segments)
-        self._stretches = [_stretches(run) for run in self._runs]
         self._pipeline = pipeline
         return self
 
@@ -332,35 +365,90 @@ class SegmentedInfluence:
 
         Raises:
             ValueError, TypeError: queries or target do not fit; the pipeline changed since fit.
+
+        Warns:
+            UnsmoothTrainingWarning: the run amplifies changes, as for `UnrolledInfluence`.
         """
-        if not hasattr(self, "_stretches"):
+        if not hasattr(self, "_runs"):
             raise ValueError("call fit(pipeline) before score(queries)")
         pipeline, first = self._pipeline, self._pipeline.index(stage)
         pipeline.require_unchanged(self._full)
         o = pipeline.objective(-1)
         question = ask(o, queries, target, aggregate, derivative=True)
         gradients = query_gradients(o, self._full[-1], question)
+        values, self.adjoint_norms_ = self._sweep(self._runs, gradients, first, progress)
+        warn_of_growth(self.adjoint_norms_)
+        about = pipeline.stages[first].name, question.target, repr(self), question.aggregate
+        return Influence(values, pipeline.stages[first].data.ids, question.ids, *about)
+
+    def _sweep(
+        self, runs: Sequence[KeptRun], gradients: Tensor, first: int, progress: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Backwards through all stages down to ``first``, some of the queries at a time.
+
+        Returns:
+            the scores of its examples ``(Q, m)``, and by stage the mean ‖θ̄‖ at each checkpoint.
+        """
+        pipeline, stretches = self._pipeline, [_stretches(run) for run in runs]
         few = self._side_by_side(first)
-        stages = range(len(self._full) - 1, first - 1, -1)
-        total = sum(len(self._stretches[k]) for k in stages) * -(-len(gradients) // few)
-        values = []
+        stages = range(len(runs) - 1, first - 1, -1)
+        total = sum(len(stretches[k]) for k in stages) * -(-len(gradients) // few)
+        values, sizes = [], dict.fromkeys(reversed(stages), 0.0)
         with progress_bar(total, "stretches", progress) as bar:
             for cotangent in gradients.split(few):
                 for k in stages:
                     adjoint = SegmentAdjoint(
                         pipeline.functional(k),
-                        self._runs[k].recipe,
+                        runs[k].recipe,
                         cotangent,
                         make=self._curvature_of(k),
                         size=self.krylov,
                         onwards=k > first,
                     )
-                    adjoint.sweep(self._stretches[k], bar)
+                    adjoint.sweep(stretches[k], bar)
+                    sizes[k] = sizes[k] + torch.stack(adjoint.sizes) / len(gradients)
                     if k > first:
                         cotangent = adjoint.before(pipeline.objective(k - 1).layout.size)
                 values.append(adjoint.scores)
-        about = pipeline.stages[first].name, question.target, repr(self), question.aggregate
-        return Influence(torch.cat(values), pipeline.stages[first].data.ids, question.ids, *about)
+        norms = {pipeline.stages[k].name: size.cpu() for k, size in sizes.items()}
+        return torch.cat(values), norms
+
+    def check(
+        self, queries: Examples | None = None, stage: int | str = 0, progress: bool = True
+    ) -> "SegmentCheck":
+        """Compare the scores with those from half as many stretches of the same checkpoints.
+
+        What halving changes is about as much as the stretches leave out: an error from the length
+        of the stretches alone, not of Krylov spaces or of what no derivative can tell.
+
+        Args:
+            queries: default the first five training examples of the last stage.
+            stage: whose examples.
+            progress: show a bar if it takes longer than two seconds.
+
+        Warns:
+            UnsmoothTrainingWarning: the two correlate by less than 0.9 for the median query.
+        """
+        if not hasattr(self, "_runs"):
+            raise ValueError("call fit(pipeline) before check()")
+        first = self._pipeline.index(stage)
+        queries = self._pipeline.stages[-1].data[:5] if queries is None else queries
+        whole = self.score(queries, stage, progress=progress).values
+        question = ask(self._pipeline.objective(-1), queries, "loss", derivative=True)
+        gradients = query_gradients(self._pipeline.objective(-1), self._full[-1], question)
+        coarse = [run.thinned(max(1, (len(run.steps) - 1) // 2)) for run in self._runs]
+        half, _ = self._sweep(coarse, gradients, first, progress)
+        pairs = zip(whole, half, strict=True)
+        r = torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in pairs])
+        report = SegmentCheck(r.cpu(), ((whole - half).norm(dim=1) / whole.norm(dim=1)).cpu())
+        if not float(report.r.median()) >= 0.9:
+            warnings.warn(
+                f"{report}: the stretches are too long for their curvature to be constant; keep "
+                "more checkpoints, or raise segments=",
+                UnsmoothTrainingWarning,
+                stacklevel=2,
+            )
+        return report
 
     def _curvature_of(self, k: int) -> Callable[[Tensor], Operator]:
         """The stage's curvature as a function of where, on all of its examples or on some."""
@@ -384,8 +472,11 @@ def _stretches(run: KeptRun) -> list[Stretch]:
     for i, (a, b) in enumerate(itertools.pairwise(run.steps)):
         ends = [(run.states[j], run.steps[j]) for j in (i, i + 1) if run.states[j] is not None]
         found = [run.recipe.preconditioner(state, step) for state, step in ends if step]
-        known = bool(found) and found[-1] is not None
-        scale = torch.stack(found).mean(0)[0].sqrt() if known else None
         steps = list(zip(range(a, b), run.rates[a:b], strict=True))
+        scale = None
+        if found and found[-1] is not None:
+            # A step uses what comes after it: of a single one that is the end's.
+            share = (len(steps) + 1) / (2 * len(steps))
+            scale = (share * found[-1] + (1 - share) * found[0])[0].sqrt()
         stretches.append(Stretch(run.fulls[i], run.fulls[i + 1], steps, scale))
     return stretches
