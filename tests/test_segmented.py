@@ -1,7 +1,9 @@
 """Segmented influence: exact where its reading of a run is, close to real removals elsewhere."""
 
 import copy
+import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 import msif_lab as msif
 from msif_lab.influence.segmented import krylov
 
+README = Path(__file__).parents[1] / "README.md"
 N = 10
 
 
@@ -342,6 +345,24 @@ def _parts(model, full):
     shapes = [p.shape for p in model.parameters()]
     parts = full.split([shape.numel() for shape in shapes])
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def test_the_example_in_the_readme():
+    block = re.search(
+        r"```python\n(saved, rates = .*?)```", README.read_text(encoding="utf-8"), re.S
+    )[1]
+    loops = Loops("sgd")
+    net = msif.mlp(64, (8,), classes=4, seed=4).double()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+    order = torch.Generator().manual_seed(0)
+    batches = [b for _ in range(10) for b in torch.randperm(150, generator=order).split(25)]
+    queries = msif.load_digits(dtype=F64)[1].select(classes=range(4), n=5)
+    space = {"copy": copy, "msif": msif, "net": net, "data": loops.pre, "queries": queries}
+    exec(block, space | {"optimizer": optimizer, "batches": batches}, found := {})
+    assert len(found["saved"]) == 13
+    assert found["scores"].values.shape == (5, 150)
+    same = msif.SegmentedInfluence(12).fit(found["pipeline"]).score(queries, progress=False)
+    assert relative_error(found["scores"].values, same.values) < 1e-12
 
 
 # ---- Refused ----
