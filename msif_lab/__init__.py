@@ -42,6 +42,7 @@ from .influence import (
     Random,
     Ranking,
     RepresentationSimilarity,
+    SegmentedInfluence,
     SingleStage,
     StagePlan,
     TopInfluence,
@@ -71,6 +72,7 @@ from .pipeline import (
     Pipeline,
     Proximal,
     Retrained,
+    Run,
     Stage,
     WarmStart,
 )
@@ -117,9 +119,11 @@ __all__ = [
     "FitReport",
     "Pipeline",
     "Retrained",
+    "Run",
     # influence
     "ImplicitInfluence",
     "UnrolledInfluence",
+    "SegmentedInfluence",
     "Influence",
     "Ranking",
     "TopInfluence",

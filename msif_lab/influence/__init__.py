@@ -18,6 +18,7 @@ from .implicit import ImplicitInfluence
 from .precision import reduced_precision
 from .result import Influence, Ranking, TopInfluence
 from .run_check import RunCheck
+from .segmented import SegmentedInfluence
 from .sweep import AlphaSweep
 from .unrolled import UnrolledInfluence
 
@@ -41,6 +42,7 @@ __all__ = [
     "TopInfluence",
     "TracIn",
     "UnrolledInfluence",
+    "SegmentedInfluence",
     "UnrolledPlan",
     "all_baselines",
     "plan",

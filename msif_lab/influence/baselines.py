@@ -6,6 +6,7 @@ From the pretrained model alone, the same row for every query: `Loss`, `Entropy`
 harms. An unsigned one says how much an example matters, not how.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import ClassVar
@@ -21,7 +22,7 @@ from ..objective.objective import Objective
 from ..objective.questions import Question
 from ..pipeline.pipeline import Pipeline
 from ..solvers.exact import Exact
-from .replay import Trajectory, even_bounds, require_run, require_same_end
+from .replay import kept_runs
 from .result import Influence
 
 __all__ = [
@@ -271,23 +272,18 @@ class TracIn(Baseline):
         self.checkpoints = checkpoints
 
     def fit(self, pipeline):
-        """Replay every stage's training for its checkpoints.
+        """Replay every stage's training for its checkpoints, or take those that were adopted.
 
         Raises:
-            ValueError: weights were adopted, or a stage was trained by `LBFGS`: there is no run to
-                replay.
+            ValueError: weights were adopted without checkpoints, or a stage was trained by `LBFGS`:
+                there is no run to replay.
         """
         super().fit(pipeline)
-        require_run(pipeline, backwards=False)
-        self._states, previous = [], None
-        for k, stage in enumerate(pipeline.stages):
-            lanes = pipeline.fresh_lanes(k, previous)
-            steps = sum(1 for _ in stage.recipe.steps(len(stage.data)))
-            bounds = even_bounds(steps, self.checkpoints)
-            run = Trajectory(stage.recipe, lanes, bounds, keep=False).run()
-            previous = run.final
-            require_same_end(stage.name, previous[0], self._full[k])
-            self._states.append([(full[0], rate) for full, rate in run.ends()])
+        self._states = []
+        for run in kept_runs(pipeline, self.checkpoints):
+            pairs = itertools.pairwise(run.steps)
+            rates = [sum(run.rates[a:b]) for a, b in pairs]
+            self._states.append(list(zip(run.fulls[1:], rates, strict=True)))
         return self
 
     def _values(self, k, question):

@@ -1,6 +1,5 @@
 """A stage's run replayed from checkpoints: the exact state at every step, not all of them kept."""
 
-import itertools
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +10,7 @@ from ..objective.objective import Lanes
 from ..objective.precision import require_precision
 from ..pipeline.pipeline import Pipeline
 from ..pipeline.recipes import MiniBatch
+from ..pipeline.runs import KeptRun
 from ..pipeline.stages import Stage, WarmStart
 
 __all__ = ["Trajectory"]
@@ -48,18 +48,19 @@ class Trajectory:
             records, theta, state = self._walk(segment, keep=every_step, bar=bar)
             self._kept = records or None
         self.final = self.lanes.full(theta)
+        self._state = state
         return self
 
     def segment(self, index: int) -> list[tuple[Tensor, tuple]]:
         """``(θ (R, P) before the step, what the recipe saved in it)`` of each step of a segment."""
         return list(self._kept) if self._kept else self._walk(index, keep=True)[0]
 
-    def ends(self) -> list[tuple[Tensor, float]]:
-        """All parameters ``(R, D)`` at the end of each segment, and its sum of learning rates."""
-        pairs = itertools.pairwise(self.bounds)
-        rates = [sum(rate for _, rate in self.steps[a:b]) for a, b in pairs]
-        fulls = [self.lanes.full(theta) for theta, _ in self._checkpoints[1:]] + [self.final]
-        return list(zip(fulls, rates, strict=True))
+    def kept(self) -> KeptRun:
+        """The run of the first lane as its checkpoints at the bounds."""
+        fulls = [self.lanes.full(theta)[0] for theta, _ in self._checkpoints] + [self.final[0]]
+        states = [*(state for _, state in self._checkpoints), self._state]
+        rates = [rate for _, rate in self.steps]
+        return KeptRun(self.recipe, self.bounds, fulls, states, rates)
 
     def _walk(self, segment: int, keep: bool, bar=None):
         theta, state = self._checkpoints[segment]
@@ -73,6 +74,33 @@ class Trajectory:
             if bar is not None:
                 bar.update()
         return records, theta, state
+
+
+def kept_runs(pipeline: Pipeline, stretches: int, bar=None) -> list[KeptRun]:
+    """Every stage's run as at most so many stretches: adopted with the weights, or replayed.
+
+    Raises:
+        ValueError: weights were adopted without checkpoints, or a stage was trained to an optimum.
+    """
+    if any(pipeline.runs):
+        if missing := [
+            s.name for s, r in zip(pipeline.stages, pipeline.runs, strict=True) if not r
+        ]:
+            raise ValueError(
+                f"stages {missing} were adopted without checkpoints; give a msif.Run for each: "
+                "pipeline.adopt(checkpoints=[...])"
+            )
+        return [run.thinned(stretches) for run in pipeline.runs]
+    require_run(pipeline, backwards=False)
+    runs, previous, trained = [], None, pipeline.trained()
+    for k, stage in enumerate(pipeline.stages):
+        lanes = pipeline.fresh_lanes(k, previous)
+        steps = sum(1 for _ in stage.recipe.steps(len(stage.data)))
+        run = Trajectory(stage.recipe, lanes, even_bounds(steps, stretches), keep=False).run(bar)
+        previous = run.final
+        require_same_end(stage.name, previous[0], trained[k])
+        runs.append(run.kept())
+    return runs
 
 
 def even_bounds(steps: int, segments: int) -> list[int]:

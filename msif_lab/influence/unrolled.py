@@ -41,6 +41,24 @@ ROUGH = 5.0
 CHAOTIC = 100.0
 
 
+def warn_of_growth(norms: dict[str, Tensor], stacklevel: int = 3) -> None:
+    """Warn where adjoints of these sizes along each stage's run have grown on their way back."""
+    growth = {n: float(norm.max() / norm[-1].clamp(min=1e-30)) for n, norm in norms.items()}
+    whole = math.prod(growth.values())  # a change in one stage goes on through the next
+    if whole <= ROUGH:
+        return
+    each = ", ".join(f"{name!r} {factor:.0f}-fold" for name, factor in growth.items())
+    verdict = "so rough that its derivatives predict removals poorly"
+    if whole > CHAOTIC:
+        verdict = "too chaotic for its derivatives to predict removals"
+    warnings.warn(
+        f"the run amplifies small changes {whole:.0f}-fold ({each}), {verdict}; lower the "
+        "learning rate, warm it up or let it decay, and see check()",
+        UnsmoothTrainingWarning,
+        stacklevel=stacklevel,
+    )
+
+
 class UnrolledInfluence:
     """Multi-stage influence as the exact derivative of the training runs, converged or not.
 
@@ -231,7 +249,7 @@ class UnrolledInfluence:
         values, self.adjoint_norms_ = self._sweep(
             runs, first, question, self.plan_, probes, progress
         )
-        self._warn_of_growth(self.adjoint_norms_)
+        warn_of_growth(self.adjoint_norms_)
         if self.group_fraction:
             values = values + self._level(runs, values, question)
         about = pipeline.stages[first].name, question.target, repr(self), question.aggregate
@@ -288,22 +306,6 @@ class UnrolledInfluence:
         names = {k: self._pipeline.stages[k].name for k in reversed(stages)}
         return torch.cat(values), {n: (norms[k] / len(question)).cpu() for k, n in names.items()}
 
-    @staticmethod
-    def _warn_of_growth(norms: dict[str, Tensor]) -> None:
-        growth = {n: float(norm.max() / norm[-1].clamp(min=1e-30)) for n, norm in norms.items()}
-        whole = math.prod(growth.values())  # a change in one stage goes on through the next
-        if whole > ROUGH:
-            each = ", ".join(f"{name!r} {factor:.0f}-fold" for name, factor in growth.items())
-            verdict = "so rough that its derivatives predict removals poorly"
-            if whole > CHAOTIC:
-                verdict = "too chaotic for its derivatives to predict removals"
-            warnings.warn(
-                f"the run amplifies small changes {whole:.0f}-fold ({each}), {verdict}; lower the "
-                "learning rate, warm it up or let it decay, and see check()",
-                UnsmoothTrainingWarning,
-                stacklevel=3,
-            )
-
     def check(
         self,
         n: int = 3,
@@ -344,6 +346,6 @@ class UnrolledInfluence:
             return values
 
         report = check_run(pipeline, derivative, n, queries, k, steps, seed)
-        self._warn_of_growth(norms)
+        warn_of_growth(norms)
         report.warn(stacklevel=3)
         return report

@@ -3,6 +3,7 @@
 from .lbfgs import LBFGS
 from .pipeline import Pipeline, Retrained
 from .recipes import SGD, Adam, AdamW, FitReport, MiniBatch
+from .runs import KeptRun, Run
 from .stages import Frozen, Link, Proximal, Stage, WarmStart
 
 __all__ = [
@@ -12,11 +13,13 @@ __all__ = [
     "AdamW",
     "FitReport",
     "Frozen",
+    "KeptRun",
     "Link",
     "MiniBatch",
     "Pipeline",
     "Proximal",
     "Retrained",
+    "Run",
     "Stage",
     "WarmStart",
 ]

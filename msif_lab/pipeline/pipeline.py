@@ -28,7 +28,8 @@ from ..objective.precision import half_precision, require_precision
 from ..objective.wrapping import plain_module
 from . import saved
 from .recipes import FitReport
-from .stages import FunctionalStage, Stage, check_buffers
+from .runs import KeptRun, Run
+from .stages import FunctionalStage, Stage, WarmStart, check_buffers
 
 __all__ = ["Pipeline", "Retrained"]
 
@@ -142,16 +143,21 @@ class Pipeline:
         self.reports = reports
         return self
 
-    def adopt(self) -> "Pipeline":
+    def adopt(self, checkpoints: Sequence[Run | None] | None = None) -> "Pipeline":
         """Take the models' present weights as the trained ones, after your own training code.
 
         The stages' losses and weight decay must be those of your code; their recipes only say how
         to retrain. Where your code did not end at an optimum, `Effects.from_values` takes the
         effects that it measures itself.
 
+        Args:
+            checkpoints: what your code kept of each stage's run, a `Run` per stage; for
+                `SegmentedInfluence` and `TracIn`.
+
         Raises:
             ValueError: a frozen parameter or a buffer differs from the previous stage's, or NaN or
-                inf in the weights.
+                inf in the weights; checkpoints that do not belong to the stages, or do not end at
+                the models' present weights.
         """
         self._prepare()
         check_buffers(self._functional)
@@ -165,9 +171,42 @@ class Pipeline:
                     f"stage {self.stages[k - 1].name!r}; copy them over, or, if this stage trained "
                     "them too, link=Proximal(alpha=...)"
                 )
+        runs = self._checked_runs(checkpoints, present)
         self._take(present)
-        self.reports = None
+        self.reports, self.runs = None, runs
         return self
+
+    def _checked_runs(
+        self, given: Sequence[Run | None] | None, present: Sequence[Tensor]
+    ) -> list[KeptRun | None]:
+        """What is known of each stage's run, checked to lead to the present weights."""
+        if given is None:
+            return [None] * len(self.stages)
+        given = [given] if isinstance(given, Run) else list(given)
+        if len(given) != len(self.stages) or not all(isinstance(r, Run | None) for r in given):
+            raise ValueError(
+                f"checkpoints must be one msif.Run for each of the {len(self.stages)} stages, or "
+                "None where there are none"
+            )
+        runs: list[KeptRun | None] = []
+        for k, (stage, p, run) in enumerate(zip(self.stages, self._functional, given, strict=True)):
+            runs.append(None if run is None else run.of(stage, p))
+            if run is None:
+                continue
+            if not torch.equal(runs[-1].fulls[-1], present[k]):
+                raise ValueError(
+                    f"{p.objective.where}: the last checkpoint is not what the model holds now; "
+                    "load it, model.load_state_dict(...), or keep one more at the end"
+                )
+            warm = isinstance(stage.link, WarmStart)
+            for how in ("frozen", "coupled") if warm else ("frozen",) if k else ():
+                ours = p.here[how].take(runs[-1].fulls[0])
+                if not torch.equal(ours, p.there[how].take(present[k - 1])):
+                    raise ValueError(
+                        f"{p.objective.where}: the first checkpoint does not start from what stage "
+                        f"{self.stages[k - 1].name!r} ended with; keep it after loading those"
+                    )
+        return runs
 
     @property
     def adopted(self) -> bool:
@@ -247,6 +286,7 @@ class Pipeline:
 
     def _take(self, trained: list[Tensor] | None) -> None:
         self._trained = trained
+        self.runs: list[KeptRun | None] = [None] * len(self.stages)
         # A mapping may be changed in place, so it is copied.
         self._settings = [
             vars(s) | {"weight_decay": copy.copy(s.weight_decay)} for s in self.stages

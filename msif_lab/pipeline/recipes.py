@@ -11,7 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -111,6 +111,18 @@ def check_number(settings, name: str, holds: Callable[[float], bool], text: str)
         object.__setattr__(settings, name, float(value))
 
 
+class LinearStep(NamedTuple):
+    """``u ← a u + b g``, ``θ ← θ − η D (c u + d g)``: a step with momentum u and gradient g.
+
+    D is the recipe's `preconditioner`, constant along a stretch of the run.
+    """
+
+    a: float
+    b: float
+    c: float
+    d: float = 0.0
+
+
 class MiniBatch(ABC):
     """What mini-batch recipes share: batches, schedule, and the loop.
 
@@ -204,6 +216,21 @@ class MiniBatch(ABC):
         ``(θ̄, state̅) → (ḡ, θ̄, state̅)``, all ``(Q, P)``, with ``ḡ = ∂q/∂∇L_B``. The dependence of
         ∇L_B on θ is left to the caller, who adds ``∇²L_B ḡ`` to θ̄.
         """
+
+    def linear_step(self, step: int) -> "LinearStep":
+        """One step as a linear recurrence, for `SegmentedInfluence`.
+
+        Raises:
+            TypeError: a recipe of one's own that does not say so.
+        """
+        raise TypeError(
+            f"{type(self).__name__} does not define linear_step, so its run can be differentiated "
+            "step by step only: use UnrolledInfluence"
+        )
+
+    def preconditioner(self, state: State, step: int) -> Tensor | None:
+        """What the direction of a step is multiplied by, ``(R, P)``; None for all ones."""
+        return None
 
     # --- the run ----------------------------------------------------------------------------------
 
@@ -318,6 +345,11 @@ class SGD(MiniBatch):
         v_bar = state_bar[0] - rate * theta_bar
         return v_bar, theta_bar, (self.momentum * v_bar,)
 
+    def linear_step(self, step):
+        if self.nesterov:
+            return LinearStep(self.momentum, 1.0, self.momentum, 1.0)
+        return LinearStep(self.momentum, 1.0, 1.0)
+
     def equivalent_alpha(self, m: int) -> float:
         """The α whose `Proximal` link acts like this run from W* on ``m`` examples.
 
@@ -392,6 +424,14 @@ class Adam(MiniBatch):
         second_bar = state_bar[1] + rate * by_second * theta_bar
         g_bar = (1 - b1) * first_bar + 2 * (1 - b2) * gradient * second_bar
         return g_bar, (1 - rate * decay) * theta_bar, (b1 * first_bar, b2 * second_bar)
+
+    def linear_step(self, step):
+        first = self.betas[0]
+        return LinearStep(first, 1 - first, 1 / (1 - first ** (step + 1)))
+
+    def preconditioner(self, state, step):
+        _, root, _, _ = self._corrected(*state, step - 1)
+        return torch.where(root > 0, 1 / (root + self.eps), 0.0)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,204 @@
+"""`Run`: what is kept of a training run by code of one's own, for methods that read checkpoints."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..objective.wrapping import plain_module, seen_through
+from .recipes import SGD, Adam, AdamW, MiniBatch, State, is_number
+from .stages import FunctionalStage, Stage
+
+__all__ = ["KeptRun", "Run"]
+
+
+@dataclass
+class KeptRun:
+    """A stage's run as far as it is known: weights at some of its steps, and all learning rates.
+
+    Attributes:
+        recipe: what one step does; its own rates, batches and length are not used.
+        steps: how many steps came before each checkpoint ``(K,)``, from 0 to T.
+        fulls: all parameters ``(D,)`` at each checkpoint.
+        states: the optimiser's memory at each checkpoint, ``(1, P)`` each; None where unknown.
+        rates: learning rate of each step ``(T,)``.
+    """
+
+    recipe: MiniBatch
+    steps: list[int]
+    fulls: list[Tensor]
+    states: list[State | None]
+    rates: list[float]
+
+    def thinned(self, most: int) -> "KeptRun":
+        """The same run with at most this many stretches between checkpoints, of similar length."""
+        if len(self.steps) - 1 <= most:
+            return self
+        wanted = torch.linspace(0, self.steps[-1], most + 1, dtype=torch.float64)
+        at = torch.tensor(self.steps, dtype=torch.float64)
+        kept = sorted({int((at - step).abs().argmin()) for step in wanted})
+        parts = ([part[i] for i in kept] for part in (self.steps, self.fulls, self.states))
+        return KeptRun(self.recipe, *parts, self.rates)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Checkpoints of a stage that your own code has trained, for `Pipeline.adopt`.
+
+    No order of the data is asked for, and nothing is replayed::
+
+        saved, rates = [(0, copy.deepcopy(net.state_dict()))], []
+        for step, (x, y) in enumerate(batches):
+            optimizer.zero_grad()
+            loss(net(x), y).mean().backward()
+            optimizer.step()
+            rates.append(optimizer.param_groups[0]["lr"])
+            if (step + 1) % 25 == 0:
+                saved.append((step + 1, copy.deepcopy(net.state_dict())))
+        run = msif.Run(saved, rates, optimizer)
+
+    Args:
+        checkpoints: ``(steps taken before, state dict)`` of each, from step 0 to the end. For Adam
+            and AdamW with a third entry, the optimiser's ``state_dict()``; not needed at step 0.
+        rates: the learning rate of each step, or one number for all.
+        optimizer: the `torch.optim.SGD`, `Adam` or `AdamW` that made the steps, or a recipe such as
+            ``msif.SGD(lr=0.1, momentum=0.9)``, of which only what a step does is read.
+    """
+
+    checkpoints: Sequence[tuple]
+    rates: Sequence[float] | float
+    optimizer: object
+
+    def of(self, stage: Stage, functional: FunctionalStage) -> KeptRun:
+        """The run as a stage's, checked.
+
+        Raises:
+            ValueError, TypeError: checkpoints that are out of order or do not fit the model, rates
+                of another number, an optimiser that is not known or has other settings.
+        """
+        where = functional.objective.where
+        recipe = _recipe(self.optimizer, stage, functional)
+        steps, weights, memories = _unpacked(self.checkpoints, where)
+        rates = [float(self.rates)] * steps[-1] if is_number(self.rates) else list(self.rates)
+        rates = [float(rate) for rate in rates]
+        if len(rates) != steps[-1] or not all(0 <= rate < math.inf for rate in rates):
+            raise ValueError(
+                f"{where}: rates hold {len(rates)} numbers, expected a learning rate for each of "
+                f"the {steps[-1]} steps up to the last checkpoint, zero or positive"
+            )
+        fulls = [_flat(w, functional, step) for step, w in zip(steps, weights, strict=True)]
+        states: list[State | None] = [None] * len(steps)
+        if isinstance(recipe, Adam):
+            states = [
+                _moments(memory, self.optimizer, stage, functional, step)
+                for step, memory in zip(steps, memories, strict=True)
+            ]
+        return KeptRun(recipe, steps, fulls, states, rates)
+
+
+def _unpacked(checkpoints, where: str) -> tuple[list[int], list, list]:
+    """Steps, weights and optimisers' memories of all checkpoints."""
+    entries = [tuple(c) for c in checkpoints] if isinstance(checkpoints, Sequence) else []
+    if len(entries) < 2 or any(len(entry) not in (2, 3) for entry in entries):
+        raise ValueError(
+            f"{where}: checkpoints must be a list of two or more (step, state_dict) pairs, the "
+            "first before the first step and the last after the last one"
+        )
+    steps = [entry[0] for entry in entries]
+    rising = all(isinstance(s, int) for s in steps) and sorted(set(steps)) == steps
+    if not rising or steps[0] != 0:
+        raise ValueError(
+            f"{where}: checkpoints are at the steps {steps[:8]}; they must be whole numbers that "
+            "rise from 0, how many steps came before each"
+        )
+    return steps, [entry[1] for entry in entries], [(*entry, None)[2] for entry in entries]
+
+
+def _flat(weights, functional: FunctionalStage, step: int) -> Tensor:
+    """A state dict's parameters as one vector ``(D,)``."""
+    o = functional.objective
+    what = f"{o.where}: the checkpoint at step {step}"
+    if not isinstance(weights, Mapping):
+        raise TypeError(f"{what} is {type(weights).__name__}, expected a state dict")
+    named = {seen_through(name): value for name, value in weights.items()} | dict(weights)
+    parts = []
+    for name, shape in o.layout.shapes.items():
+        value = named.get(name, named.get(seen_through(name)))
+        if not isinstance(value, Tensor) or value.shape != shape:
+            found = f"has shape {tuple(value.shape)}" if isinstance(value, Tensor) else "is missing"
+            raise ValueError(f"{what}: {name!r} {found}, the model's has {tuple(shape)}")
+        parts.append(value.detach().reshape(-1).to(o.device, o.dtype))
+    full = torch.cat(parts)
+    if not bool(torch.isfinite(full).all()):
+        raise ValueError(f"{what} holds NaN or inf")
+    return full
+
+
+def _recipe(optimizer, stage: Stage, functional: FunctionalStage) -> MiniBatch:
+    """What one step of an optimiser does, as a recipe."""
+    where = functional.objective.where
+    if isinstance(optimizer, MiniBatch):
+        return optimizer
+    kinds = {torch.optim.AdamW: AdamW, torch.optim.Adam: Adam, torch.optim.SGD: SGD}
+    kind = next((ours for theirs, ours in kinds.items() if type(optimizer) is theirs), None)
+    if kind is None:
+        raise TypeError(
+            f"{where}: optimizer={type(optimizer).__name__} is not known; give torch.optim.SGD, "
+            "Adam or AdamW, or a recipe of this library that does the same step"
+        )
+    groups = optimizer.param_groups
+    if kind is Adam and groups[0].get("decoupled_weight_decay"):
+        kind = AdamW
+    names = ("momentum", "nesterov") if kind is SGD else ("betas", "eps")
+    for name in (*names, "lr"):
+        if any(group[name] != groups[0][name] for group in groups):
+            raise ValueError(
+                f"{where}: the optimizer's groups have different {name}; one for all is needed"
+            )
+    for name in ("dampening", "amsgrad", "maximize"):
+        if any(group.get(name) for group in groups):
+            raise ValueError(f"{where}: an optimizer with {name} is not known here")
+    _require_decay(optimizer, stage, functional)
+    return kind(float(groups[0]["lr"]) or 1.0, **{name: groups[0][name] for name in names})
+
+
+def _trained_by(optimizer, stage: Stage) -> dict[str, tuple[int, dict]]:
+    """The optimiser's number and group of each parameter of the model, by name."""
+    names = {id(p): name for name, p in plain_module(stage.model).named_parameters()}
+    pairs = [(p, group) for group in optimizer.param_groups for p in group["params"]]
+    return {names[id(p)]: (i, g) for i, (p, g) in enumerate(pairs) if id(p) in names}
+
+
+def _require_decay(optimizer, stage: Stage, functional: FunctionalStage) -> None:
+    o = functional.objective
+    decay = torch.as_tensor(o.weight_decay, dtype=torch.float64).expand(o.size)
+    sizes = [len(o.layout.spans[name]) for name in o.trained_names]
+    known = _trained_by(optimizer, stage)
+    for name, part in zip(o.trained_names, decay.split(sizes), strict=True):
+        if name in known and known[name][1]["weight_decay"] != float(part[0]):
+            raise ValueError(
+                f"{o.where}: the optimizer's weight decay of {name!r} is "
+                f"{known[name][1]['weight_decay']}, the stage's is {float(part[0])}; give the "
+                "stage the same: weight_decay=a number, or a mapping by name"
+            )
+
+
+def _moments(memory, optimizer, stage: Stage, functional: FunctionalStage, step: int):
+    """Adam's moments ``(1, P)`` from a state dict of the optimiser; None at the first step."""
+    o = functional.objective
+    if step == 0:
+        return None
+    known = _trained_by(optimizer, stage) if hasattr(optimizer, "param_groups") else {}
+    missing = [name for name in o.trained_names if name not in known]
+    if memory is None or missing:
+        raise ValueError(
+            f"{o.where}: the checkpoint at step {step} lacks Adam's squared gradients; keep (step, "
+            "net.state_dict(), optimizer.state_dict()) with deep copies, and give the optimizer "
+            "itself, of this very model"
+        )
+    state = memory["state"]
+    parts = [state[known[name][0]]["exp_avg_sq"].reshape(-1) for name in o.trained_names]
+    second = torch.cat(parts).to(o.device, o.dtype)[None]
+    return torch.zeros_like(second), second

@@ -1,0 +1,439 @@
+"""Segmented influence: exact where its reading of a run is, close to real removals elsewhere."""
+
+import copy
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from oracles import F64, draw, relative_error
+from torch import nn
+
+import msif_lab as msif
+from msif_lab.influence.segmented import krylov
+
+README = Path(__file__).parents[1] / "README.md"
+N = 10
+
+
+class Net(nn.Module):
+    """A tanh net, or with ``bent=False`` a linear map, whose squared error is quadratic."""
+
+    def __init__(self, outputs, seed, bent=True):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.body, self.head = nn.Linear(4, 3), nn.Linear(3, outputs)
+        self.bent = bent
+        self.double()
+
+    def forward(self, x):
+        z = self.body(x)
+        return self.head(torch.tanh(z)) if self.bent else z
+
+
+RECIPES = {
+    "descent": msif.SGD(0.1, momentum=0.0, epochs=12, batch_size=N),
+    "momentum": msif.SGD(0.05, epochs=12, batch_size=N, schedule="cosine", warmup=3),
+    "nesterov": msif.SGD(0.05, epochs=12, batch_size=N, nesterov=True, schedule="linear"),
+}
+LINKS = {"frozen": msif.Frozen(), "proximal": msif.Proximal(0.3), "warm": msif.WarmStart()}
+
+
+def examples(seed, outputs=2, n=N):
+    return msif.Examples(draw(n, 4, seed=seed), draw(n, outputs, seed=seed + 50))
+
+
+def chain(recipe, *links):
+    """Squared-error stages in full batches, one per link after the first."""
+    stages = []
+    for k, link in enumerate((None, *links)):
+        net, data = Net(2, k), examples(k)
+        loss, decay = msif.mean_squared_error, 0.05
+        stages.append(msif.Stage(f"stage {k}", net, data, loss, decay, link, recipe))
+    return msif.Pipeline(stages).fit(progress=False)
+
+
+def segmented(pipeline, queries, segments, stage=0, **settings):
+    attributor = msif.SegmentedInfluence(segments, **settings).fit(pipeline)
+    return attributor.score(queries, stage=stage, progress=False).values
+
+
+def unrolled(pipeline, queries, stage=0):
+    attributor = msif.UnrolledInfluence().fit(pipeline, progress=False)
+    return attributor.score(queries, stage=stage, progress=False).values
+
+
+# ---- Where the reading is exact ----
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("links", [(), ("frozen",), ("proximal",), ("warm",), ("warm", "frozen")])
+def test_a_stretch_for_each_step_of_full_batches_is_the_unrolled_derivative(recipe, links):
+    pipeline = chain(RECIPES[recipe], *(LINKS[link] for link in links))
+    queries = examples(9, n=3)
+    for stage in range(len(links) + 1):
+        truth = unrolled(pipeline, queries, stage)
+        ours = segmented(pipeline, queries, 12, stage, krylov=40)
+        assert relative_error(ours, truth) < 1e-9, stage
+    assert relative_error(segmented(pipeline, queries, 4, krylov=40), truth) > 1e-6
+
+
+@dataclass(frozen=True)
+class Steady(msif.AdamW):
+    """AdamW differentiated with its squared gradients held fixed, step by step."""
+
+    def pull_back(self, theta_bar, state_bar, saved, step, rate, decay):
+        kept = super().pull_back(theta_bar, state_bar, saved, step, rate, decay)
+        g_bar = (1 - self.betas[0]) * kept[2][0] / self.betas[0]
+        return g_bar, kept[1], (kept[2][0], torch.zeros_like(saved[2]))
+
+
+class SteadyAdam(Steady):
+    decoupled = False
+
+
+@pytest.mark.parametrize("kind", [Steady, SteadyAdam])
+@pytest.mark.parametrize("link", LINKS)
+def test_adam_is_exact_but_for_its_squared_gradients(kind, link):
+    pipeline = chain(kind(0.02, epochs=8, batch_size=N, schedule="linear"), LINKS[link])
+    queries = examples(9, n=3)
+    ours = segmented(pipeline, queries, 8, krylov=40)
+    assert relative_error(ours, unrolled(pipeline, queries)) < 1e-9
+
+
+def test_decay_by_name_is_nearly_exact_in_adamw():
+    """Half of it before and half after a stretch: second order in rate times decay."""
+    decay = {"bias": 0.0, "*": 0.2}
+    data, queries = examples(0), examples(9, n=3)
+    recipe = Steady(0.02, epochs=8, batch_size=N)
+    stage = msif.Stage("one", Net(2, 0), data, msif.mean_squared_error, decay, recipe=recipe)
+    pipeline = msif.Pipeline([stage]).fit(progress=False)
+    ours = segmented(pipeline, queries, 8, krylov=40)
+    assert relative_error(ours, unrolled(pipeline, queries)) < 2e-3
+
+
+def test_one_stretch_of_a_run_that_stays_at_its_optimum_is_the_implicit_formula():
+    net, data, queries = Net(3, 0, bent=False), examples(0, 3), examples(9, 3, n=3)
+    net.head.requires_grad_(False)
+    loss = msif.mean_squared_error
+    at = msif.Pipeline([msif.Stage("one", net, data, loss, 0.3)]).fit(progress=False)
+    implicit = msif.ImplicitInfluence().fit(at).score(queries).values
+    recipe = msif.SGD(0.2, epochs=1500, batch_size=N)
+    stage = msif.Stage("one", copy.deepcopy(net), data, loss, 0.3, recipe=recipe)
+    pipeline = msif.Pipeline([stage]).fit(progress=False)
+    assert relative_error(segmented(pipeline, queries, 1, krylov=40), implicit) < 1e-6
+    short = replace(recipe, epochs=3)
+    stage = msif.Stage("one", copy.deepcopy(net), data, loss, 0.3, recipe=short)
+    again = msif.Pipeline([stage]).fit(progress=False)
+    assert relative_error(segmented(again, queries, 1, krylov=40), implicit) > 0.1
+
+
+def test_ritz_vectors_hold_the_pair_and_its_images():
+    a = draw(20, 20)
+    matrix = a @ a.T / 20
+    pair = draw(3, 20, 2, seed=1)
+    vectors, values = krylov(lambda block: matrix @ block, pair, 10)
+    assert vectors.shape == (3, 20, 10)
+    assert relative_error(vectors.mT @ vectors, torch.eye(10, dtype=F64).expand(3, 10, 10)) < 1e-12
+    for power in range(4):  # polynomials of degree below five in the matrix are exact
+        image = torch.linalg.matrix_power(matrix, power) @ pair
+        ours = vectors @ (values[..., None] ** power * (vectors.mT @ pair))
+        assert relative_error(ours, image) < 1e-10
+    dependent = torch.cat([pair[:, :, :1], 2 * pair[:, :, :1]], 2)
+    few = torch.diag(torch.arange(20, dtype=F64) // 7)  # three eigenvalues: exhausted at once
+    vectors, values = krylov(lambda block: few @ block, dependent, 10)
+    ours = vectors @ (values[..., None] * (vectors.mT @ dependent))
+    assert relative_error(ours, few @ dependent) < 1e-10
+
+
+# ---- Beside the unrolled derivative ----
+
+
+@pytest.fixture(scope="module")
+def runs():
+    train, test = msif.load_digits(dtype=F64)
+    queries = test.select(classes=range(4, 10), n=8, seed=1)
+    pipelines = {}
+    for link in ("frozen", "warm"):
+        stages = []
+        for k, (classes, n) in enumerate(((range(4), 200), (range(4, 10), 100))):
+            recipe = msif.SGD(0.05, epochs=6, batch_size=50, schedule="linear", seed=k)
+            net = msif.mlp(64, (8,), classes=len(classes), seed=k).double()
+            data = train.select(classes=classes, n=n, seed=5)
+            stage = msif.Stage("pf"[k], net, data, weight_decay=1e-3, recipe=recipe)
+            stages.append(replace(stage, link=LINKS[link] if k else None))
+        pipelines[link] = msif.Pipeline(stages).fit(progress=False)
+    return pipelines, queries
+
+
+def correlation(left, right):
+    return float(
+        torch.stack(
+            [torch.corrcoef(torch.stack(p))[0, 1] for p in zip(left, right, strict=True)]
+        ).mean()
+    )
+
+
+@pytest.mark.parametrize("link", ["frozen", "warm"])
+def test_more_stretches_come_closer(runs, link):
+    pipelines, queries = runs
+    truth = unrolled(pipelines[link], queries)
+    found = [correlation(segmented(pipelines[link], queries, n), truth) for n in (1, 3, 12)]
+    assert found[0] < found[1] < found[2]
+    assert found[2] > 0.98
+    ggn = segmented(pipelines[link], queries, 12, curvature="ggn")
+    assert correlation(ggn, truth) < found[2] - 0.02
+
+
+def test_half_as_many_stretches_tell_the_error(runs):
+    pipelines, queries = runs
+    fine, coarse = (msif.SegmentedInfluence(n).fit(pipelines["warm"]) for n in (12, 2))
+    report = fine.check(queries, progress=False)
+    assert report.r.shape == report.change.shape == (8,)
+    half = segmented(pipelines["warm"], queries, 6)
+    whole = segmented(pipelines["warm"], queries, 12)
+    assert float(report.r.mean()) == pytest.approx(correlation(whole, half), abs=1e-9)
+    assert float(report.r.median()) > 0.95
+    assert float(coarse.check(queries, progress=False).r.median()) < float(report.r.median())
+    assert list(fine.adjoint_norms_) == ["p", "f"]
+    assert len(fine.adjoint_norms_["p"]) == 13
+
+
+def test_a_run_that_amplifies_is_named():
+    pipeline = chain(msif.SGD(1.2, epochs=25, batch_size=N), LINKS["warm"])
+    queries = examples(9, n=3)
+    with pytest.warns(msif.UnsmoothTrainingWarning, match="amplifies small changes"):
+        unrolled(pipeline, queries)
+    with pytest.warns(msif.UnsmoothTrainingWarning, match="amplifies small changes"):
+        segmented(pipeline, queries, 12)
+
+
+def test_settings_change_what_they_say(runs):
+    pipelines, queries = runs
+    pipeline = pipelines["warm"]
+    whole = segmented(pipeline, queries, 6)
+    assert correlation(segmented(pipeline, queries, 6, krylov=20), whole) > 0.999
+    assert 0.8 < correlation(segmented(pipeline, queries, 6, curvature_examples=60), whole) < 0.9999
+    close = segmented(pipeline, queries, 6, memory="2MB")
+    assert relative_error(close, whole) < 1e-9
+    attributor = msif.SegmentedInfluence(6).fit(pipeline)
+    mean = attributor.score(queries, progress=False, aggregate="mean").values
+    # A Krylov space of its own: equal up to what ten dimensions leave out.
+    assert relative_error(mean, whole.mean(0, keepdim=True)) < 1e-2
+    exact = segmented(pipeline, queries, 6, krylov=60)
+    attributor = msif.SegmentedInfluence(6, krylov=60).fit(pipeline)
+    mean = attributor.score(queries, progress=False, aggregate="mean").values
+    assert relative_error(mean, exact.mean(0, keepdim=True)) < 1e-8
+
+
+# ---- Trained elsewhere ----
+
+
+def own_loop(net, data, weights, optimizer, seed, saved=None):
+    """A plain loop, with its own shuffling; keeps a checkpoint every five steps if asked to."""
+    generator = torch.Generator().manual_seed(seed)
+    total = 8 * -(-len(data) // 25)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / total)
+    rates, step = [], 0
+    for _ in range(8):
+        for batch in torch.randperm(len(data), generator=generator).split(25):
+            if saved is not None and step % 5 == 0:
+                saved.append(kept(step, net, optimizer))
+            optimizer.zero_grad()
+            losses = msif.cross_entropy(net(data.x[batch]), data.y[batch])
+            (weights[batch] * losses).mean().backward()
+            optimizer.step()
+            rates.append(optimizer.param_groups[0]["lr"])
+            schedule.step()
+            step += 1
+    if saved is not None:
+        saved.append(kept(step, net, optimizer))
+    return rates
+
+
+def kept(step, net, optimizer):
+    return step, copy.deepcopy(net.state_dict()), copy.deepcopy(optimizer.state_dict())
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-3),
+    "adam": lambda p: torch.optim.Adam(p, lr=3e-3, weight_decay=1e-3),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=3e-3, weight_decay=1e-3),
+}
+
+
+class Loops:
+    """Two stages in a plain loop: a backbone, then the same with a new head."""
+
+    def __init__(self, kind):
+        train, test = msif.load_digits(dtype=F64)
+        self.kind = kind
+        self.pre = train.select(classes=range(4), n=150, seed=5)
+        self.fine = train.select(classes=range(4, 10), n=100, seed=5)
+        self.queries = test.select(classes=range(4, 10), n=8, seed=1)
+
+    def __call__(self, weights, saved=(None, None)):
+        nets = [msif.mlp(64, (8,), classes=c, seed=c).double() for c in (4, 6)]
+        optimizers = [OPTIMIZERS[self.kind](net.parameters()) for net in nets]
+        rates = [own_loop(nets[0], self.pre, weights, optimizers[0], 0, saved[0])]
+        nets[1].embedding.load_state_dict(nets[0].embedding.state_dict())
+        ones = torch.ones(100, dtype=F64)
+        rates.append(own_loop(nets[1], self.fine, ones, optimizers[1], 1, saved[1]))
+        return nets, rates, optimizers
+
+    def adopted(self):
+        saved = [], []
+        nets, rates, optimizers = self(torch.ones(150, dtype=F64), saved)
+        runs = [msif.Run(*each) for each in zip(saved, rates, optimizers, strict=True)]
+        link = msif.WarmStart()
+        stages = [
+            msif.Stage("pre", nets[0], self.pre, weight_decay=1e-3),
+            msif.Stage("fine", nets[1], self.fine, weight_decay=1e-3, link=link),
+        ]
+        return msif.Pipeline(stages), runs
+
+
+@pytest.mark.parametrize(("kind", "least"), [("sgd", 0.95), ("adam", 0.4), ("adamw", 0.4)])
+def test_checkpoints_of_a_plain_loop_predict_its_own_removals(kind, least):
+    loops = Loops(kind)
+    pipeline, runs = loops.adopted()
+    pipeline.adopt(checkpoints=runs)
+    removed = msif.random_removals(150, 24, seed=0)
+    values = []
+    for group in [[], *removed]:
+        weights = torch.ones(150, dtype=F64)
+        weights[group] = 0
+        last = loops(weights)[0][1]
+        with torch.no_grad():
+            values.append(msif.cross_entropy(last(loops.queries.x), loops.queries.y))
+    after = torch.stack(values[1:], 1)
+    effects = msif.Effects.from_values(
+        values[0], after, removed, stage="pre", query_ids=loops.queries.ids
+    )
+    scores = msif.SegmentedInfluence().fit(pipeline).score(loops.queries, progress=False)
+    ours = correlation(-scores.values[:, [g[0] for g in removed]], effects.values)
+    assert ours > least
+    assert msif.agreement(scores, effects).mean("r") == pytest.approx(ours, abs=1e-6)
+    traced = msif.TracIn(12).fit(pipeline).score(loops.queries)
+    assert correlation(-traced.values[:, [g[0] for g in removed]], effects.values) < ours - 0.2
+
+
+def test_adopted_checkpoints_of_our_own_run_give_the_same_scores(runs):
+    pipelines, queries = runs
+    fitted = pipelines["warm"]
+    attributor = msif.SegmentedInfluence(6).fit(fitted)
+    ours = attributor.score(queries, progress=False).values
+    kept_runs = []
+    for stage, run in zip(fitted.stages, attributor._runs, strict=True):
+        names = [name for name, _ in stage.model.named_parameters()]
+        dicts = [dict(zip(names, _parts(stage.model, full), strict=True)) for full in run.fulls]
+        pairs = list(zip(run.steps, dicts, strict=True))
+        kept_runs.append(msif.Run(pairs, run.rates, stage.recipe))
+    stages = [replace(stage, model=copy.deepcopy(stage.model)) for stage in fitted.stages]
+    adopted = msif.Pipeline(stages).adopt(checkpoints=kept_runs)
+    again = msif.SegmentedInfluence(6).fit(adopted).score(queries, progress=False).values
+    assert relative_error(again, ours) < 1e-12
+    fewer = msif.SegmentedInfluence(3).fit(adopted)
+    assert [len(run.steps) for run in fewer._runs] == [4, 4]
+    assert relative_error(fewer.score(queries, progress=False).values, ours) > 1e-3
+    traced = msif.TracIn(6).fit(adopted).score(queries).values
+    assert relative_error(traced, msif.TracIn(6).fit(fitted).score(queries).values) < 1e-12
+
+
+def _parts(model, full):
+    shapes = [p.shape for p in model.parameters()]
+    parts = full.split([shape.numel() for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def test_the_example_in_the_readme():
+    block = re.search(
+        r"```python\n(saved, rates = .*?)```", README.read_text(encoding="utf-8"), re.S
+    )[1]
+    loops = Loops("sgd")
+    net = msif.mlp(64, (8,), classes=4, seed=4).double()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+    order = torch.Generator().manual_seed(0)
+    batches = [b for _ in range(10) for b in torch.randperm(150, generator=order).split(25)]
+    queries = msif.load_digits(dtype=F64)[1].select(classes=range(4), n=5)
+    space = {"copy": copy, "msif": msif, "net": net, "data": loops.pre, "queries": queries}
+    exec(block, space | {"optimizer": optimizer, "batches": batches}, found := {})
+    assert len(found["saved"]) == 13
+    assert found["scores"].values.shape == (5, 150)
+    same = msif.SegmentedInfluence(12).fit(found["pipeline"]).score(queries, progress=False)
+    assert relative_error(found["scores"].values, same.values) < 1e-12
+
+
+# ---- Refused ----
+
+
+def changed(run, **settings):
+    return replace(run, **settings)
+
+
+WRONG = {
+    "checkpoints | list of two or more": lambda r: changed(r, checkpoints=r.checkpoints[:1]),
+    "at the steps [5 | rise from 0": lambda r: changed(r, checkpoints=r.checkpoints[1:]),
+    "rates hold 3 numbers | each of the 48": lambda r: changed(r, rates=[0.1] * 3),
+    "rates | zero or positive": lambda r: changed(r, rates=-1.0),
+    "optimizer=RMSprop | torch.optim.SGD": lambda r: changed(
+        r, optimizer=torch.optim.RMSprop([nn.Parameter(torch.ones(1))])
+    ),
+    "weight' is missing": lambda r: changed(r, checkpoints=[(s, {}) for s, *_ in r.checkpoints]),
+    "the last checkpoint is not what the model holds": lambda r: changed(
+        r, checkpoints=[*r.checkpoints[:-1], (48, r.checkpoints[0][1])]
+    ),
+    "with dampening is not known": lambda r: changed(
+        r, optimizer=torch.optim.SGD([nn.Parameter(torch.ones(1))], 0.1, dampening=0.5)
+    ),
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_runs_that_do_not_fit_are_refused(words):
+    pipeline, runs = Loops("sgd").adopted()
+    with pytest.raises((ValueError, TypeError)) as caught:
+        pipeline.adopt(checkpoints=[WRONG[words](runs[0]), runs[1]])
+    assert all(part in str(caught.value) for part in words.split(" | "))
+
+
+def test_runs_of_other_settings_or_other_stages_are_refused():
+    pipeline, runs = Loops("sgd").adopted()
+    with pytest.raises(ValueError, match=r"one msif\.Run for each of the 2 stages"):
+        pipeline.adopt(checkpoints=runs[:1])
+    pipeline.stages[0].weight_decay = 0.5
+    with pytest.raises(ValueError, match=r"weight decay of .* is 0\.001, the stage's is 0\.5"):
+        pipeline.adopt(checkpoints=runs)
+    pipeline.stages[0].weight_decay = 1e-3
+    saved = list(runs[1].checkpoints)
+    saved[0] = (0, {name: 1.1 * value for name, value in saved[0][1].items()})
+    with pytest.raises(ValueError, match="first checkpoint does not start from what stage 'pre'"):
+        pipeline.adopt(checkpoints=[runs[0], changed(runs[1], checkpoints=saved)])
+    pipeline.adopt(checkpoints=[runs[0], None])
+    with pytest.raises(ValueError, match=r"stages \['fine'\] were adopted without checkpoints"):
+        msif.SegmentedInfluence().fit(pipeline)
+    pipeline.adopt()
+    with pytest.raises(ValueError, match="adopted"):
+        msif.SegmentedInfluence().fit(pipeline)
+
+
+def test_adam_without_its_squared_gradients_is_refused():
+    pipeline, runs = Loops("adam").adopted()
+    short = [changed(run, checkpoints=[c[:2] for c in run.checkpoints]) for run in runs]
+    with pytest.raises(ValueError, match=r"lacks Adam's squared gradients; keep \(step"):
+        pipeline.adopt(checkpoints=short)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"segments": 0}, "segments=0"),
+        ({"krylov": 2.5}, "krylov=2.5"),
+        ({"curvature": "fisher"}, "curvature='fisher'"),
+        ({"curvature_examples": 0}, "curvature_examples=0"),
+    ],
+)
+def test_bad_settings_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        msif.SegmentedInfluence(**settings)
