@@ -828,7 +828,7 @@ def test_shared_must_name_equal_parameters_of_both_models(pairs):
 def test_buffers_that_differ_between_stages_are_refused():
     models = [normalised().eval() for _ in range(2)]
     models[1][1].running_mean += 1
-    with refused(ValueError, "'two' | 1.running_mean | 'one' | load_state_dict"):
+    with refused(ValueError, "'two' | 1.running_mean | 'one' | get_buffer"):
         build_two(msif.Frozen(shared="0."), *models, fit=True)
 
 
