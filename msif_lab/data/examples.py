@@ -358,5 +358,5 @@ def _extremes(x: Tensor | Fields, holding: Iterable[int]) -> tuple[list[int], li
 def _distances(values: Tensor) -> Tensor:
     """Distances between rows, in units of the largest, ``(N, N)``."""
     rows = values.detach().reshape(len(values), -1).cpu().to(torch.float32)
-    gaps = torch.stack([(rows - row).norm(dim=1) for row in rows])
+    gaps = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
     return gaps / gaps.max().clamp(min=torch.finfo(gaps.dtype).tiny)

@@ -31,13 +31,16 @@ from .wrapping import Wrapped
 __all__ = ["ask", "check_examples", "check_layers"]
 
 
-def check_examples(objective: Objective, examples: Examples, name: str) -> None:
+def check_examples(objective: Objective, examples: Examples, name: str) -> tuple[Tensor, Tensor]:
     """Check by a forward pass over a few examples that the model and its loss can treat them.
 
     Args:
         objective: the stage.
         examples: data or queries.
         name: what messages call the examples.
+
+    Returns:
+        the positions of those that were looked at ``(B,)``, and the outputs for them ``(B, ...)``.
 
     Raises:
         ValueError, TypeError: dtype, device, shape or labels do not fit the model and its loss.
@@ -64,6 +67,7 @@ def check_examples(objective: Objective, examples: Examples, name: str) -> None:
     _check_losses(objective, outputs, y, name)
     if examples is objective.data:
         _check_training(objective, x, y, name)
+    return few, outputs
 
 
 def _check_inputs(o: Objective, examples: Examples, name: str) -> None:
@@ -437,16 +441,13 @@ def ask(
             number per query, the aggregate does not fit, or a derivative is needed and there is
             none.
     """
-    check_examples(objective, queries, "queries")
+    few, outputs = check_examples(objective, queries, "queries")
     function = target_function(target, objective.loss)
     if target == "margin" and not queries.has_labels:
         raise ValueError(
             "target='margin' needs class labels, "
             f"queries.y is {tuple(queries.y.shape)} {queries.y.dtype}"
         )
-    few = unequal(queries).to(queries.x.device)
-    with torch.no_grad():
-        outputs = objective.outputs(objective.layout.flatten(objective.model), queries.x[few])
     question = make_question(objective, queries, function, target, aggregate)
     what, wide, y = "target(outputs, targets)", callable(aggregate), queries.y[few]
     values = _per_example(objective, function, outputs, y, what, "query", wide)
