@@ -387,6 +387,9 @@ WRONG = {
     "with dampening is not known": lambda r: changed(
         r, optimizer=torch.optim.SGD([nn.Parameter(torch.ones(1))], 0.1, dampening=0.5)
     ),
+    "does not hold the parameters | requires_grad_(False) | msif.SGD(": lambda r: changed(
+        r, optimizer=torch.optim.SGD(r.optimizer.param_groups[0]["params"][:1], 0.1)
+    ),
 }
 
 

@@ -42,23 +42,65 @@ class Probes:
         return self.signs[:, examples].T @ (plus - minus) / (2 * len(self.signs))
 
 
-class Adjoint:
-    """The derivatives of Q queries on their way backwards through one stage's run.
+class Backwards:
+    """Derivatives of Q queries on their way back through one stage, and over the link before it.
 
     Args:
         functional: the stage.
-        run: its replayed run, of one lane.
         cotangent: ∂q/∂ all its final parameters ``(Q, D)``.
-        onwards: whether the sweep goes on to a stage before it.
+        onwards: whether the way goes on to a stage before it.
+
+    Attributes:
+        scores: of the stage's own examples so far, ``(Q, m)``.
+        theta_bar: ∂q/∂ what is trained ``(Q, P)``.
+        frozen_bar, centre_bar: ∂q/∂ what the stage took over and keeps, and ∂q/∂ the values that
+            its penalty pulls towards.
+    """
+
+    def __init__(self, functional: FunctionalStage, cotangent: Tensor, *, onwards: bool):
+        self.functional = functional
+        self.objective = o = functional.objective
+        self.through_frozen = onwards and bool(functional.frozen)
+        self.scores = cotangent.new_zeros(len(cotangent), len(o.data))
+        self.theta_bar = o.trained.take(cotangent)
+        self.frozen_bar = functional.here["frozen"].take(cotangent)
+        self.centre_bar = cotangent.new_zeros(len(cotangent), o.coupled.size)
+
+    def size(self) -> Tensor:
+        """``Σ_q ‖θ̄_q‖``."""
+        return self.theta_bar.norm(dim=1).sum()
+
+    def require_finite(self) -> None:
+        """Raise `ValueError` where the derivatives have overflowed."""
+        if not bool(torch.isfinite(self.theta_bar).all()):
+            raise ValueError(
+                f"{self.objective.where}: the adjoint overflows, so the run amplifies the "
+                "smallest change without bound and no derivative describes it; lower the "
+                "learning rate or train fewer steps"
+            )
+
+    def before(self, size: int) -> Tensor:
+        """∂q/∂ the final parameters of the stage before, ``(Q, D')`` with D' = ``size``."""
+        there = self.functional.there
+        cotangent = self.theta_bar.new_zeros(len(self.theta_bar), size)
+        # the run starts where the stage before ended
+        start_bar = self.objective.coupled.take(self.theta_bar)
+        there["coupled"].put(cotangent, start_bar + self.centre_bar)
+        there["frozen"].put(cotangent, self.frozen_bar)
+        return cotangent
+
+
+class Adjoint(Backwards):
+    """The way back through every step of a stage's run.
+
+    Args:
+        functional, cotangent, onwards: as in `Backwards`.
+        run: its replayed run, of one lane.
         memory: bytes, a quarter of which one mini-batch's derivatives may take.
         probes: for the leave-one-out correction.
 
     Attributes:
-        scores: of the stage's own examples so far, ``(Q, m)``.
-        theta_bar, state_bar: ∂q/∂ what is trained ``(Q, P)`` and the optimiser's memory, which
-            starts as zeros: q does not depend on it.
-        frozen_bar, centre_bar: ∂q/∂ what the stage took over and keeps, and ∂q/∂ the values that
-            its penalty pulls towards.
+        state_bar: ∂q/∂ the optimiser's memory, which starts as zeros: q does not depend on it.
     """
 
     def __init__(
@@ -71,21 +113,12 @@ class Adjoint:
         memory: int,
         probes: Probes | None = None,
     ):
-        self.functional, self.run, self.probes, self.memory = functional, run, probes, memory
-        self.objective = o = functional.objective
+        super().__init__(functional, cotangent, onwards=onwards)
+        self.run, self.probes, self.memory = run, probes, memory
         self.base = run.lanes.base[0]
         self.decay = run.recipe.decay(run.lanes)
-        self.ridge = o.ridge - self.decay  # the penalty's curvature as ∇L_B has it
-        self.through_frozen = onwards and bool(functional.frozen)
-        self.scores = cotangent.new_zeros(len(cotangent), len(o.data))
-        self.theta_bar = o.trained.take(cotangent)
-        self.frozen_bar = functional.here["frozen"].take(cotangent)
-        self.centre_bar = cotangent.new_zeros(len(cotangent), o.coupled.size)
+        self.ridge = self.objective.ridge - self.decay  # the penalty's curvature as ∇L_B has it
         self.state_bar = run.recipe.start(self.theta_bar)
-
-    def size(self) -> Tensor:
-        """``Σ_q ‖θ̄_q‖``."""
-        return self.theta_bar.norm(dim=1).sum()
 
     def sweep(self, norms: Tensor, bar) -> None:
         """Backwards through all T steps; adds `size` at every state to ``norms`` (T + 1,).
@@ -104,12 +137,7 @@ class Adjoint:
                     self._correct(step, theta[0], probed.pop()[0], g_bar)
                 norms[step] += self.size()
                 bar.update()
-        if not bool(torch.isfinite(self.theta_bar).all()):
-            raise ValueError(
-                f"{self.objective.where}: the adjoint overflows, so the run amplifies the "
-                "smallest change without bound and no derivative describes it; lower the "
-                "learning rate or train fewer steps"
-            )
+        self.require_finite()
 
     def _batch(self, step: int) -> Tensor:
         return self.run.steps[step][0].to(self.base.device)
@@ -145,13 +173,3 @@ class Adjoint:
             responses = self.probes.responses(probed, part)
             bent = own_products("hessian", o, full, o.data.x[part], o.data.y[part], responses)
             self.scores[:, part] -= self.probes.share * (g_bar @ bent.T) / len(batch)
-
-    def before(self, size: int) -> Tensor:
-        """∂q/∂ the final parameters of the stage before, ``(Q, D')`` with D' = ``size``."""
-        there = self.functional.there
-        cotangent = self.theta_bar.new_zeros(len(self.theta_bar), size)
-        # the run starts where the stage before ended
-        start_bar = self.objective.coupled.take(self.theta_bar)
-        there["coupled"].put(cotangent, start_bar + self.centre_bar)
-        there["frozen"].put(cotangent, self.frozen_bar)
-        return cotangent

@@ -9,7 +9,7 @@ from ..curvature.soundness import require_second_derivative
 from ..objective.objective import Lanes
 from ..objective.precision import require_precision
 from ..pipeline.pipeline import Pipeline
-from ..pipeline.recipes import MiniBatch
+from ..pipeline.recipes import MiniBatch, progress_bar
 from ..pipeline.runs import KeptRun
 from ..pipeline.stages import Stage, WarmStart
 
@@ -76,30 +76,30 @@ class Trajectory:
         return records, theta, state
 
 
-def kept_runs(pipeline: Pipeline, stretches: int, bar=None) -> list[KeptRun]:
+def kept_runs(pipeline: Pipeline, stretches: int, progress: bool = False) -> list[KeptRun]:
     """Every stage's run as at most so many stretches: adopted with the weights, or replayed.
 
     Raises:
         ValueError: weights were adopted without checkpoints, or a stage was trained to an optimum.
     """
     if any(pipeline.runs):
-        if missing := [
-            s.name for s, r in zip(pipeline.stages, pipeline.runs, strict=True) if not r
-        ]:
+        pairs = zip(pipeline.stages, pipeline.runs, strict=True)
+        if missing := [stage.name for stage, run in pairs if run is None]:
             raise ValueError(
                 f"stages {missing} were adopted without checkpoints; give a msif.Run for each: "
                 "pipeline.adopt(checkpoints=[...])"
             )
         return [run.thinned(stretches) for run in pipeline.runs]
     require_run(pipeline, backwards=False)
+    counts = [sum(1 for _ in stage.recipe.steps(len(stage.data))) for stage in pipeline.stages]
     runs, previous, trained = [], None, pipeline.trained()
-    for k, stage in enumerate(pipeline.stages):
-        lanes = pipeline.fresh_lanes(k, previous)
-        steps = sum(1 for _ in stage.recipe.steps(len(stage.data)))
-        run = Trajectory(stage.recipe, lanes, even_bounds(steps, stretches), keep=False).run(bar)
-        previous = run.final
-        require_same_end(stage.name, previous[0], trained[k])
-        runs.append(run.kept())
+    with progress_bar(sum(counts), "replay", progress) as bar:
+        for k, stage in enumerate(pipeline.stages):
+            lanes, bounds = pipeline.fresh_lanes(k, previous), even_bounds(counts[k], stretches)
+            run = Trajectory(stage.recipe, lanes, bounds, keep=False).run(bar)
+            previous = run.final
+            require_same_end(stage.name, previous[0], trained[k])
+            runs.append(run.kept())
     return runs
 
 
@@ -122,8 +122,9 @@ def require_run(pipeline: Pipeline, backwards: bool = True) -> None:
     if pipeline.adopted:
         raise ValueError(
             "the pipeline's weights were adopted, or converted by to(), so there is no run to "
-            "differentiate; train with pipeline.fit() and a recipe such as SGD(...), or "
-            f"{implicit}"
+            "differentiate; train with pipeline.fit() and a recipe such as SGD(...), keep "
+            "checkpoints of your own run for SegmentedInfluence and TracIn, "
+            f"adopt(checkpoints=[msif.Run(...)]), or {implicit}"
         )
     for stage in pipeline.stages:
         if not isinstance(stage.recipe, MiniBatch):

@@ -47,17 +47,24 @@ class KeptRun:
 class Run:
     """Checkpoints of a stage that your own code has trained, for `Pipeline.adopt`.
 
-    No order of the data is asked for, and nothing is replayed::
+    No order of the data is asked for, and nothing is replayed.
 
-        saved, rates = [(0, copy.deepcopy(net.state_dict()))], []
-        for step, (x, y) in enumerate(batches):
-            optimizer.zero_grad()
-            loss(net(x), y).mean().backward()
-            optimizer.step()
-            rates.append(optimizer.param_groups[0]["lr"])
-            if (step + 1) % 25 == 0:
-                saved.append((step + 1, copy.deepcopy(net.state_dict())))
-        run = msif.Run(saved, rates, optimizer)
+    >>> import copy
+    >>> import msif_lab as msif
+    >>> train, test = msif.load_digits()
+    >>> net = msif.mlp(64, (8,), classes=10)
+    >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    >>> saved = []
+    >>> for step in range(12):
+    ...     saved.append((step, copy.deepcopy(net.state_dict())))
+    ...     optimizer.zero_grad()
+    ...     msif.cross_entropy(net(train.x), train.y).mean().backward()
+    ...     optimizer.step()
+    >>> saved.append((12, copy.deepcopy(net.state_dict())))
+    >>> run = msif.Run(saved, rates=0.1, optimizer=optimizer)
+    >>> pipeline = msif.Pipeline([msif.Stage("digits", net, train)]).adopt(checkpoints=[run])
+    >>> msif.SegmentedInfluence(segments=4).fit(pipeline).score(test[:2]).values.shape
+    torch.Size([2, 1201])
 
     Args:
         checkpoints: ``(steps taken before, state dict)`` of each, from step 0 to the end. For Adam
@@ -160,7 +167,7 @@ def _recipe(optimizer, stage: Stage, functional: FunctionalStage) -> MiniBatch:
     for name in ("dampening", "amsgrad", "maximize"):
         if any(group.get(name) for group in groups):
             raise ValueError(f"{where}: an optimizer with {name} is not known here")
-    _require_decay(optimizer, stage, functional)
+    _require_same_training(optimizer, stage, functional)
     return kind(float(groups[0]["lr"]) or 1.0, **{name: groups[0][name] for name in names})
 
 
@@ -171,17 +178,25 @@ def _trained_by(optimizer, stage: Stage) -> dict[str, tuple[int, dict]]:
     return {names[id(p)]: (i, g) for i, (p, g) in enumerate(pairs) if id(p) in names}
 
 
-def _require_decay(optimizer, stage: Stage, functional: FunctionalStage) -> None:
+def _require_same_training(optimizer, stage: Stage, functional: FunctionalStage) -> None:
+    """Refuse an optimiser that trains less than the stage does, or with other weight decay."""
     o = functional.objective
     decay = torch.as_tensor(o.weight_decay, dtype=torch.float64).expand(o.size)
     sizes = [len(o.layout.spans[name]) for name in o.trained_names]
     known = _trained_by(optimizer, stage)
+    if missing := [name for name in o.trained_names if name not in known]:
+        raise ValueError(
+            f"{o.where}: the optimizer does not hold the parameters {missing[:5]} of the stage's "
+            "model; give the one that trained this very model, and let parameters that it left "
+            "alone be: requires_grad_(False). Of a copy of the model give a recipe that does the "
+            "same step instead, such as msif.SGD(lr=0.1, momentum=0.9)"
+        )
     for name, part in zip(o.trained_names, decay.split(sizes), strict=True):
-        if name in known and known[name][1]["weight_decay"] != float(part[0]):
+        theirs, ours = known[name][1]["weight_decay"], float(part[0])
+        if not math.isclose(theirs, ours, rel_tol=1e-6):  # the stage's may be in float32
             raise ValueError(
-                f"{o.where}: the optimizer's weight decay of {name!r} is "
-                f"{known[name][1]['weight_decay']}, the stage's is {float(part[0])}; give the "
-                "stage the same: weight_decay=a number, or a mapping by name"
+                f"{o.where}: the optimizer's weight decay of {name!r} is {theirs}, the stage's is "
+                f"{ours}; give the stage the same: weight_decay=a number, or a mapping by name"
             )
 
 
@@ -190,14 +205,13 @@ def _moments(memory, optimizer, stage: Stage, functional: FunctionalStage, step:
     o = functional.objective
     if step == 0:
         return None
-    known = _trained_by(optimizer, stage) if hasattr(optimizer, "param_groups") else {}
-    missing = [name for name in o.trained_names if name not in known]
-    if memory is None or missing:
+    if memory is None or isinstance(optimizer, MiniBatch):
         raise ValueError(
             f"{o.where}: the checkpoint at step {step} lacks Adam's squared gradients; keep (step, "
             "net.state_dict(), optimizer.state_dict()) with deep copies, and give the optimizer "
             "itself, of this very model"
         )
+    known = _trained_by(optimizer, stage)
     state = memory["state"]
     parts = [state[known[name][0]]["exp_avg_sq"].reshape(-1) for name in o.trained_names]
     second = torch.cat(parts).to(o.device, o.dtype)[None]

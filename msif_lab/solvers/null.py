@@ -143,11 +143,12 @@ def find_null(operator: Operator, values: Tensor, vectors: Tensor) -> NullDirect
 
 
 def _bent(base: Operator, values: Tensor, vectors: Tensor, largest: float) -> Tensor:
-    """Which of some eigenvectors (P, k) the examples bend themselves ``(k,)``, and all after one.
+    """From which of some eigenvectors (P, k) on the curvature is the examples' own, ``(k,)``.
 
     What the remaining gradient adds to a symmetry's eigenvalue is no curvature of an example's
-    outputs, ``vᵀ (JᵀΛJ) v = 0``. An intercept beside features a thousand times as large has an
-    eigenvalue as small, but all of it comes from there.
+    loss in its outputs: ``vᵀ (JᵀΛJ) v = 0``. The eigenvalue of an intercept beside features a
+    thousand times as large may be as small, but all of it comes from there. Eigenvalues rise, so
+    once one is an example's, those behind it count as such too.
     """
     rounding = torch.finfo(values.dtype).eps * len(vectors) * largest
     doubtful = values > rounding
