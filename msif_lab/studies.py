@@ -18,9 +18,10 @@ from .errors import ConvergenceWarning
 from .evaluation.comparison import compare_methods, noise_ceiling
 from .evaluation.removals import Effects, random_removals, removal_effects
 from .experiments import AT_OPTIMUM, LINKS, SETTINGS, Experiment
-from .influence.baselines import all_baselines
+from .influence.baselines import TracIn, all_baselines
 from .influence.implicit import ImplicitInfluence
 from .influence.result import Influence
+from .influence.segmented import SegmentedInfluence
 from .influence.unrolled import UnrolledInfluence
 from .pipeline.pipeline import Pipeline
 from .pipeline.recipes import SGD
@@ -35,6 +36,7 @@ OPTIMUM_METHODS = {
     "implicit": {},
     "implicit, GGN": {"curvature": "ggn"},
 }
+SEGMENTS = (3, 6, 12, 24)
 REMOVALS = {"one": None, "2 %": 0.02, "10 %": 0.1}
 
 
@@ -110,12 +112,41 @@ def scorers(
     return ways
 
 
+def checkpoint_scorers(
+    experiment: Experiment, kinds: Sequence[str], progress: bool
+) -> Mapping[str | tuple, Callable]:
+    """Methods that read a run from its checkpoints, beside those that see all of it or its end.
+
+    Arguments and result as in `scorers`. "and batches": which examples each step had and the mean
+    weights between checkpoints are known too. SOURCE is for one stage; across stages its reading
+    (Gauss-Newton, gradient flow) takes our way over the links.
+    """
+    pipeline, queries = experiment.pipeline, experiment.queries
+
+    def scored(method) -> Influence:
+        return method.fit(pipeline, progress).score(queries, progress=progress)
+
+    known = scorers(experiment, (), progress)
+    ways = {name: known[name] for name in ("unrolled", "implicit, GGN")}
+    for count in SEGMENTS:
+        of = SegmentedInfluence(count)
+        ways[f"{count} segments and batches"] = partial(scored, of)
+        plain = SegmentedInfluence(count, batches=False)
+        ways[f"{count} segments"] = partial(scored, plain)
+    source = {"curvature": "ggn", "batches": False}
+    ways["GGN, 12 segments"] = partial(scored, SegmentedInfluence(12, **source))
+    ways["SOURCE, 12 segments"] = partial(scored, SegmentedInfluence(12, dynamics="flow", **source))
+    ways["TracIn, 12 checkpoints"] = lambda: TracIn(12).fit(pipeline).score(queries)
+    return ways
+
+
 def run(
     experiment: Experiment,
     *,
     removals: int = 40,
     kinds: Sequence[str] = tuple(REMOVALS),
     methods: Sequence[str] | None = None,
+    ways: Callable = scorers,
     folder=None,
     progress: bool = True,
 ) -> tuple[dict, dict[str, Effects]]:
@@ -126,6 +157,7 @@ def run(
         removals: how many of each kind, drawn at random, the same for every seed of training.
         kinds: of `REMOVALS`: single examples and random groups of 2 % and 10 %.
         methods: names; default all that suit how the experiment is trained, baselines included.
+        ways: `scorers` or `checkpoint_scorers`.
         folder: keep retrainings here and resume from it.
         progress: show bars.
 
@@ -134,8 +166,8 @@ def run(
         kind, as `compare_methods` takes them.
     """
     pipeline = experiment.pipeline.fit(progress)
-    ways = scorers(experiment, kinds, progress)
-    known = {name if isinstance(name, str) else name[0] for name in ways}
+    found = ways(experiment, kinds, progress)
+    known = {name if isinstance(name, str) else name[0] for name in found}
     if not set(methods or ()) <= known:
         raise ValueError(f"methods {sorted(set(methods) - known)} are none of {sorted(known)}")
     m = len(pipeline.stages[0].data)
@@ -150,7 +182,7 @@ def run(
             pipeline, experiment.queries, groups, store=store, progress=progress
         )
     scores = {}
-    for name, way in ways.items():
+    for name, way in found.items():
         method = name if isinstance(name, str) else name[0]
         if methods is None or method in methods:
             scores[name] = way()
@@ -165,6 +197,7 @@ def study(
     removals: int = 40,
     kinds: Sequence[str] = tuple(REMOVALS),
     size: str = "large",
+    ways: Callable = scorers,
     folder=None,
     n_jobs: int = 1,
     **changes,
@@ -177,7 +210,7 @@ def study(
             an optimum frozen and proximal.
         seeds: how many seeds of initial weights and batches; data, queries and removals stay the
             same, so that the noise ceiling compares like with like.
-        removals, kinds, folder: as in `run`.
+        removals, kinds, ways, folder: as in `run`.
         size, changes: as in the builders.
         n_jobs: processes, one for each link and seed.
 
@@ -192,7 +225,7 @@ def study(
     def one(link, seed):
         experiment = SETTINGS[setting](LINKS[link], size=size, seed=seed, **changes)
         scores, effects = run(
-            experiment, removals=removals, kinds=kinds, folder=folder, progress=False
+            experiment, removals=removals, kinds=kinds, ways=ways, folder=folder, progress=False
         )
         counts = [len(stage.data) for stage in experiment.pipeline.stages]
         return scores, effects, experiment.accuracy(), counts
@@ -242,6 +275,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         required=True,
         help="folder for SETTING.csv; retrainings resume from here",
     )
+    parser.add_argument(
+        "--checkpoints",
+        action="store_true",
+        help="compare methods that read checkpoints instead; writes SETTING_checkpoints.csv",
+    )
     given = parser.parse_args(arguments)
     for setting in given.settings:
         store = given.out / "retrainings" / setting
@@ -253,10 +291,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             removals=given.removals,
             kinds=given.kinds,
             size=given.size,
+            ways=checkpoint_scorers if given.checkpoints else scorers,
             folder=store,
             n_jobs=given.jobs,
         )
-        path = given.out / f"{setting}.csv"
+        path = given.out / f"{setting}{'_checkpoints' * given.checkpoints}.csv"
         write_bytes(path, table.to_csv(index=False, float_format="%.4g").encode())
         print(f"{path}: {len(table)} rows")
 

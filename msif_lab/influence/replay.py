@@ -10,7 +10,7 @@ from ..objective.objective import Lanes
 from ..objective.precision import require_precision
 from ..pipeline.pipeline import Pipeline
 from ..pipeline.recipes import MiniBatch, progress_bar
-from ..pipeline.runs import KeptRun
+from ..pipeline.runs import KeptRun, bounds_by_rates
 from ..pipeline.stages import Stage, WarmStart
 
 __all__ = ["Trajectory"]
@@ -41,7 +41,7 @@ class Trajectory:
         self.steps = list(self.recipe.steps(len(self.lanes.objective.data)))
         theta = self.lanes.objective.trained.take(self.lanes.base)
         state = self.recipe.start(theta)
-        self._checkpoints, self._kept = [], None
+        self._checkpoints, self._kept, self._means = [], None, []
         for segment in range(len(self.bounds) - 1):
             self._checkpoints.append((theta, state))
             every_step = self.keep and len(self.bounds) == 2
@@ -59,20 +59,24 @@ class Trajectory:
         """The run of the first lane as its checkpoints at the bounds."""
         fulls = [self.lanes.full(theta)[0] for theta, _ in self._checkpoints] + [self.final[0]]
         states = [*(state for _, state in self._checkpoints), self._state]
-        rates = [rate for _, rate in self.steps]
-        return KeptRun(self.recipe, self.bounds, fulls, states, rates)
+        batches, rates = (list(each) for each in zip(*self.steps, strict=True))
+        means = [self.lanes.full(mean)[0] for mean in self._means]
+        return KeptRun(self.recipe, self.bounds, fulls, states, rates, batches, means)
 
     def _walk(self, segment: int, keep: bool, bar=None):
         theta, state = self._checkpoints[segment]
-        records = []
-        for step in range(*self.bounds[segment : segment + 2]):
+        records, total = [], torch.zeros_like(theta)
+        first, last = self.bounds[segment : segment + 2]
+        for step in range(first, last):
             before = theta
+            total += theta
             batch, rate = self.steps[step]
             theta, state, saved = self.recipe.advance(self.lanes, theta, state, step, batch, rate)
             if keep:
                 records.append((before, saved))
             if bar is not None:
                 bar.update()
+        self._means = [*self._means[:segment], total / (last - first), *self._means[segment + 1 :]]
         return records, theta, state
 
 
@@ -91,11 +95,11 @@ def kept_runs(pipeline: Pipeline, stretches: int, progress: bool = False) -> lis
             )
         return [run.thinned(stretches) for run in pipeline.runs]
     require_run(pipeline, backwards=False)
-    counts = [sum(1 for _ in stage.recipe.steps(len(stage.data))) for stage in pipeline.stages]
+    rates = [[r for _, r in stage.recipe.steps(len(stage.data))] for stage in pipeline.stages]
     runs, previous, trained = [], None, pipeline.trained()
-    with progress_bar(sum(counts), "replay", progress) as bar:
+    with progress_bar(sum(map(len, rates)), "replay", progress) as bar:
         for k, stage in enumerate(pipeline.stages):
-            lanes, bounds = pipeline.fresh_lanes(k, previous), even_bounds(counts[k], stretches)
+            lanes, bounds = pipeline.fresh_lanes(k, previous), bounds_by_rates(rates[k], stretches)
             run = Trajectory(stage.recipe, lanes, bounds, keep=False).run(bar)
             previous = run.final
             require_same_end(stage.name, previous[0], trained[k])

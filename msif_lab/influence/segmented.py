@@ -18,9 +18,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..curvature.derivatives import cross_products, example_products, query_gradients
+from ..curvature.derivatives import cross_products, product_chunks, query_gradients
 from ..curvature.matrices import curvature
 from ..curvature.operators import Operator
 from ..curvature.soundness import require_loss_curvature, require_second_derivative
@@ -48,30 +48,48 @@ class Stretch:
     Attributes:
         start, end: all parameters ``(D,)``.
         steps: number, and learning rate of each step.
+        middle: where its curvature is taken ``(D,)``: the mean of the weights before each step.
+        batches: the examples of each step, or None where unknown.
         scale: square root of the optimiser's preconditioner ``(P,)``, or None.
     """
 
     start: Tensor
     end: Tensor
     steps: list[tuple[int, float]]
+    middle: Tensor
+    batches: list[Tensor] | None
     scale: Tensor | None
 
     @property
-    def path(self) -> list[float]:
+    def path(self) -> Tensor:
         """How far from start to end each step begins, as a share of the learning rates' sum."""
-        rates = [rate for _, rate in self.steps]
-        whole = sum(rates) or 1.0
-        return [done / whole for done in itertools.accumulate(rates[:-1], initial=0.0)]
+        return _path(self.steps).to(self.start)
 
-    @property
-    def middle(self) -> Tensor:
-        """The mean of the weights at which the steps begin ``(D,)``, on a straight path."""
-        share = sum(self.path) / len(self.path)
-        return self.start + share * (self.end - self.start)
+    def members(self, shares: Tensor, count: int) -> Tensor:
+        """``Σ_t shares_t [i in B_t] / |B_t|`` for each of ``count`` examples, ``(N, ...)``.
+
+        Args:
+            shares: of each step ``(T, ...)``.
+        """
+        sizes = torch.tensor([len(batch) for batch in self.batches])
+        step = torch.arange(len(sizes)).repeat_interleave(sizes)
+        at = torch.stack([torch.cat(self.batches), step]).to(shares.device)
+        weights = (1 / sizes.to(shares)).repeat_interleave(sizes.to(shares.device))
+        shape = count, len(sizes)
+        table = torch.sparse_coo_tensor(at, weights, shape, check_invariants=True)
+        return (table @ shares.flatten(1)).unflatten(1, shares.shape[1:])
 
 
-def krylov(operator: Callable[[Tensor], Tensor], pair: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Ritz vectors and values of a symmetric matrix on the Krylov space of each query's pair.
+def _path(steps: Sequence[tuple[int, float]]) -> Tensor:
+    rates = torch.tensor([rate for _, rate in steps], dtype=torch.float64)
+    done = rates.cumsum(0) - rates
+    return done / rates.sum() if bool(rates.any()) else done
+
+
+def krylov(
+    operator: Callable[[Tensor], Tensor], pair: Tensor, size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Krylov space of a symmetric matrix from each query's pair, with its Ritz values.
 
     Block Lanczos with full reorthogonalisation, all queries side by side.
 
@@ -81,66 +99,136 @@ def krylov(operator: Callable[[Tensor], Tensor], pair: Tensor, size: int) -> tup
         size: of the space, rounded up to whole blocks.
 
     Returns:
-        ``(Q, P, K)`` orthonormal vectors, zero where a space is exhausted, and ``(Q, K)`` values.
+        an orthonormal basis ``(Q, P, K)``, zero where a space is exhausted; the Ritz values
+        ``(Q, K)``; the Ritz vectors in the basis ``(Q, K, K)``.
     """
-    blocks, images = [], []
-    block = _orthonormal(pair[:, :, :0], pair)
-    while bool(block.any()):
-        blocks.append(block)
-        images.append(operator(block))
-        basis = torch.cat(blocks, 2)
-        if int(basis.any(1).sum(1).min()) >= min(size, pair.shape[1]):
+    queries, width, wide = pair.shape
+    basis, small = pair.new_zeros(queries, width, 0), pair.new_zeros(queries, 0, 0)
+    room = wide * -(-min(size, width) // wide)  # more only where pairs are nearly dependent
+    filled, image = 0, pair
+    while True:
+        if filled + wide > basis.shape[2]:
+            more = room if not filled else wide
+            basis = nn.functional.pad(basis, (0, more))
+            small = nn.functional.pad(small, (0, more, 0, more))
+        added = _orthonormal(basis, filled, image)
+        ranks = basis[:, :, :filled].any(1).sum(1)
+        if not bool((added & (ranks < min(size, width))).any()):
             break
-        block = _orthonormal(basis, images[-1])
-    if not blocks:  # no query depends on the stage at all
-        return pair, pair.new_zeros(len(pair), pair.shape[2])
-    small = basis.mT @ torch.cat(images, 2)
-    values, vectors = torch.linalg.eigh((small + small.mT) / 2)
-    return basis @ vectors, values
+        block = slice(filled, filled + wide)
+        filled += wide
+        image = operator(basis[:, :, block])
+        small[:, :filled, block] = basis[:, :, :filled].mT @ image
+    small = small[:, :filled, :filled]
+    small = small.triu() + small.triu(1).mT  # symmetric; what lies below was not computed
+    values, rotation = torch.linalg.eigh(small)
+    return basis[:, :, :filled], values, rotation
 
 
-def _orthonormal(basis: Tensor, block: Tensor) -> Tensor:
-    """Orthonormal columns for what a block adds to a basis; zero where that is only rounding."""
-    columns = []
+def _orthonormal(basis: Tensor, filled: int, block: Tensor) -> Tensor:
+    """Write what a block adds to a basis behind its first ``filled`` columns, orthonormal.
+
+    Zero where that is only rounding; returns for which queries anything was added ``(Q,)``.
+    """
+    start = filled
     for z in block.split(1, 2):
         limit = 30 * torch.finfo(z.dtype).eps * z.norm(dim=1, keepdim=True)
-        known = torch.cat([basis, *columns], 2)
+        known = basis[:, :, :filled]
         for share in (limit, 0.5):
             for _ in range(2):
                 z = z - known @ (known.mT @ z)
             left = z.norm(dim=1, keepdim=True)
             z = torch.where(left > share, z / left.clamp(min=torch.finfo(z.dtype).tiny), 0.0)
-        columns.append(z)
-    return torch.cat(columns, 2)
+        basis[:, :, filled : filled + 1] = z
+        filled += 1
+    return basis[:, :, start:filled].any(1).any(1)
 
 
-def backwards(
-    values: Tensor,
-    theta_bar: Tensor,
-    momentum_bar: Tensor,
-    steps: Sequence[tuple[LinearStep, float, float]],
-    path: Sequence[float],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The recurrence backwards over a stretch, on coordinates along eigenvectors of H.
+Steps = Sequence[tuple[LinearStep, float, float]]
+
+
+def by_steps(
+    values: Tensor, theta_bar: Tensor, momentum_bar: Tensor, steps: Steps
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The optimiser's recurrence backwards, on coordinates along eigenvectors of H.
 
     Args:
         values: eigenvalues ``(Q, K)``.
         theta_bar, momentum_bar: ∂q/∂ the parameters and the momentum at the end ``(Q, K)``.
         steps: each step's recurrence, learning rate, and rate of decoupled weight decay.
-        path: how far along the stretch each step begins.
 
     Returns:
-        ``S = Σ (1 − τ) ḡ`` and ``Σ τ ḡ`` over the steps, τ along the path, then θ̄ and the
-        momentum's at the start, ``(Q, K)`` each.
+        ḡ of each step ``(T, Q, K)``, then θ̄ and the momentum's at the start, ``(Q, K)`` each.
     """
-    early, late = torch.zeros_like(theta_bar), torch.zeros_like(theta_bar)
-    for ((a, b, c, d), rate, decay), share in zip(reversed(steps), reversed(path), strict=True):
+    g_bars = []
+    for (a, b, c, d), rate, decay in reversed(steps):
         momentum_bar = momentum_bar - rate * c * theta_bar
-        g_bar = b * momentum_bar - rate * d * theta_bar
-        early, late = early + (1 - share) * g_bar, late + share * g_bar
-        theta_bar = (1 - rate * decay) * theta_bar + values * g_bar
+        g_bars.append(b * momentum_bar - rate * d * theta_bar)
+        theta_bar = (1 - rate * decay) * theta_bar + values * g_bars[-1]
         momentum_bar = a * momentum_bar
-    return early, late, theta_bar, momentum_bar
+    return torch.stack(g_bars[::-1]), theta_bar, momentum_bar
+
+
+def by_flow(
+    values: Tensor, theta_bar: Tensor, momentum_bar: Tensor, steps: Steps
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`by_steps` for gradient flow of the same length: ``θ̄ ← exp(−τH) θ̄``, and no momentum.
+
+    A step with momentum passes a time ``η / (1 − μ)``. ``Σ ḡ = −H⁻¹ (1 − exp(−τH)) θ̄`` is spread
+    evenly over the steps.
+    """
+    time = sum(rate * (b * c / (1 - a) + d) for (a, b, c, d), rate, _ in steps)
+    shrink = sum(rate * decay for _, rate, decay in steps)
+    exponent = (time * values + shrink).clamp(min=-50.0)
+    ratio = torch.where(exponent == 0, 1.0, -torch.expm1(-exponent) / exponent)
+    whole = -time * ratio * theta_bar
+    shares = whole[None].expand(len(steps), -1, -1) / len(steps)
+    return shares, torch.exp(-exponent) * theta_bar, torch.zeros_like(momentum_bar)
+
+
+@dataclass
+class Pull:
+    """What the steps of a stretch ask of the examples' gradients: ``ḡ_t = basis c_t``.
+
+    Attributes:
+        stretch: of which run.
+        basis: ``(Q, P, K)``.
+        coordinates: c of each step ``(T, Q, K)``.
+    """
+
+    stretch: Stretch
+    basis: Tensor
+    coordinates: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """``Σ_t ḡ_t``, ``(Q, P)``."""
+        return self._along(self.coordinates.sum(0))
+
+    def _along(self, coordinates: Tensor) -> Tensor:
+        return (self.basis @ coordinates[:, :, None])[..., 0]
+
+    def asked(self, late: bool, count: int) -> tuple[Tensor, Tensor]:
+        """Directions ``(Q, P, J)`` and each example's shares ``(N, 1 or Q, J)`` in them.
+
+        Example i's part of the score at this end is ``Σ_j shares_ij ∇f_i·direction_j``. Its
+        gradient lies on a straight line between those at the two ends of the stretch.
+
+        Args:
+            late: at the end of the stretch, else at its start.
+            count: N.
+        """
+        path = self.stretch.path
+        weights = (path if late else 1 - path)[:, None, None]
+        if self.stretch.batches is None:  # in every epoch once, somewhere: 1/m a step on average
+            total = self._along((weights * self.coordinates).sum(0))[:, :, None]
+            return total, total.new_full((1, 1, 1), 1 / count).expand(count, 1, 1)
+        if len(path) < self.basis.shape[2]:  # fewer steps than dimensions
+            directions = self.basis @ self.coordinates.permute(1, 2, 0)
+            return directions, self.stretch.members(weights[:, :, 0].flatten().diag(), count)[
+                :, None
+            ]
+        return self.basis, self.stretch.members(weights * self.coordinates, count)
 
 
 class SegmentAdjoint(Backwards):
@@ -149,8 +237,7 @@ class SegmentAdjoint(Backwards):
     Args:
         functional, cotangent, onwards: as in `Backwards`.
         recipe: how it was trained.
-        make: the curvature at all parameters ``(D,)``, penalty included.
-        dimension: of the Krylov spaces.
+        settings: of the method.
 
     Attributes:
         momentum_bar: ∂q/∂ the optimiser's momentum ``(Q, P)``.
@@ -162,42 +249,78 @@ class SegmentAdjoint(Backwards):
         functional: FunctionalStage,
         recipe: MiniBatch,
         cotangent: Tensor,
+        settings: "SegmentedInfluence",
         *,
-        make: Callable[[Tensor], Operator],
-        dimension: int,
         onwards: bool,
     ):
         super().__init__(functional, cotangent, onwards=onwards)
-        self.recipe, self.make, self.dimension = recipe, make, dimension
+        self.recipe, self.settings = recipe, settings
         self.decay = self.objective.weight_decay if recipe.decoupled else 0.0
         self.momentum_bar = torch.zeros_like(self.theta_bar)
         self.sizes = [self.size()]
 
     def sweep(self, stretches: Sequence[Stretch], bar) -> None:
         """Backwards through all stretches of the stage."""
-        o, later = self.objective, 0.0
+        o, count = self.objective, len(self.objective.data)
+        asked: list[tuple[Tensor, Tensor]] = []
         for stretch in reversed(stretches):
-            early, late = self._through(stretch)
-            # The examples' gradients on a straight line between those at the checkpoints.
-            self._add(stretch.end, late + later)
-            later = early
+            data, weights = self._seen(stretch)
+            pull = self._through(stretch, self._curvature(stretch, data, weights))
+            self._add(stretch.end, [*asked, pull.asked(True, count)])
+            asked = [pull.asked(False, count)]
             if self.through_frozen:
-                total, names = early + late, self.functional.frozen
-                self.frozen_bar += cross_products(o, stretch.middle, names, total)
-            self.centre_bar -= 2 * o.alpha * o.coupled.take(early + late)
+                names = self.functional.frozen
+                self.frozen_bar += cross_products(
+                    o.on(data), stretch.middle, names, pull.total, weights
+                )
+            self.centre_bar -= 2 * o.alpha * o.coupled.take(pull.total)
             self.sizes.insert(0, self.size())
             bar.update()
         self.require_finite()
-        self._add(stretches[0].start, later)
+        self._add(stretches[0].start, asked)
 
-    def _add(self, full: Tensor, total: Tensor) -> None:
-        """``score_i += S·∇f_i / m`` at all parameters ``full`` (D,)."""
-        if bool(total.any()):
-            self.scores += example_products(self.objective, full, total.T) / self.scores.shape[1]
+    def _seen(self, stretch: Stretch) -> tuple[Examples, Tensor | None]:
+        """The examples of a stretch's steps, and how often each counts; None for once each."""
+        data = self.objective.data
+        if stretch.batches is None:
+            return data, None
+        each = self.theta_bar.new_full((len(stretch.steps), 1), 1 / len(stretch.steps))
+        weights = stretch.members(each, len(data))[:, 0]
+        rows = weights.nonzero()[:, 0]
+        return data if len(rows) == len(data) else data[rows.cpu()], weights[rows] * len(rows)
 
-    def _through(self, stretch: Stretch) -> tuple[Tensor, Tensor]:
-        """One stretch backwards: what its two ends have of ``S = Σ ḡ``, ``(Q, P)`` each."""
-        operator, scale = self.make(stretch.middle), stretch.scale
+    def _curvature(self, stretch: Stretch, data: Examples, weights: Tensor | None) -> Operator:
+        """The curvature in the middle of a stretch, on its examples or some of them."""
+        few = self.settings.curvature_examples
+        if few is not None and few < len(data):
+            draw = torch.Generator().manual_seed(0)
+            rows = torch.randperm(len(data), generator=draw)[:few].sort().values
+            data = data[rows]
+            if weights is not None:
+                weights = weights[rows.to(weights.device)]
+                weights = weights / weights.mean()
+        return curvature(self.settings.curvature, self.objective.on(data), stretch.middle, weights)
+
+    def _add(self, full: Tensor, asked: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """``score_i += Σ_j shares_ij ∇f_i·direction_j`` at all parameters ``full`` (D,)."""
+        asked = [part for part in asked if bool(part[0].any()) and bool(part[1].any())]
+        if not asked:
+            return
+        queries = len(self.scores)
+        vectors = torch.cat([v for v, _ in asked], 2)
+        shares = torch.cat([s.expand(-1, queries, -1) for _, s in asked], 2)
+        flat = vectors.transpose(0, 1).flatten(1)
+        rows = shares.flatten(1).any(1).nonzero()[:, 0]
+        data = (
+            self.objective.data if len(rows) == shares.shape[0] else self.objective.data[rows.cpu()]
+        )
+        for part, products in product_chunks(self.objective, full, flat, data):
+            found = products.unflatten(0, (queries, -1)) * shares[rows[part]].permute(1, 2, 0)
+            self.scores[:, rows[part]] += found.sum(1)
+
+    def _through(self, stretch: Stretch, operator: Operator) -> Pull:
+        """One stretch backwards."""
+        scale = stretch.scale
         theta_bar, momentum_bar = self.theta_bar, self.momentum_bar
         # Decay that differs between parameters has no eigenvectors in common with H: half of it
         # comes before the stretch and half after.
@@ -215,19 +338,24 @@ class SegmentAdjoint(Backwards):
             return images.view(block.shape[1], block.shape[0], -1).permute(1, 0, 2)
 
         pair = [theta_bar] if not bool(momentum_bar.any()) else [theta_bar, momentum_bar]
-        vectors, values = krylov(product, torch.stack(pair, 2), self.dimension)
-        coordinates = ((vectors.mT @ v[:, :, None])[..., 0] for v in (theta_bar, momentum_bar))
+        basis, values, rotation = krylov(product, torch.stack(pair, 2), self.settings.krylov)
+        turned = (rotation.mT @ (basis.mT @ v[:, :, None]) for v in (theta_bar, momentum_bar))
         decay = 0.0 if by_name else self.decay
         steps = [(self.recipe.linear_step(t), rate, decay) for t, rate in stretch.steps]
-        ended = backwards(values, *coordinates, steps, stretch.path)
-        early, late, theta_bar, momentum_bar = ((vectors @ c[:, :, None])[..., 0] for c in ended)
+        reverse = by_flow if self.settings.dynamics == "flow" else by_steps
+        ended = reverse(values, *(c[..., 0] for c in turned), steps)
+        g_bars, theta_bar, momentum_bar = ((rotation @ c[..., None])[..., 0] for c in ended)
+        theta_bar, momentum_bar = (
+            (basis @ c[..., None])[..., 0] for c in (theta_bar, momentum_bar)
+        )
         if scale is not None:
-            early, late, momentum_bar = early * scale, late * scale, momentum_bar * scale
+            basis = scale[:, None] * basis
+            momentum_bar = momentum_bar * scale
             kept = self.theta_bar * (half if by_name else half**2)
             theta_bar = torch.where(scale > 0, theta_bar / _nonzero(scale), kept)
         self.theta_bar = theta_bar * half if by_name else theta_bar
         self.momentum_bar = momentum_bar
-        return early, late
+        return Pull(stretch, basis, g_bars)
 
 
 def _nonzero(scale: Tensor) -> Tensor:
@@ -292,6 +420,8 @@ class SegmentedInfluence:
         *,
         curvature: str = "hessian",
         curvature_examples: int | None = None,
+        dynamics: str = "optimizer",
+        batches: bool = True,
         memory: str | int = "1GB",
     ):
         for name, value in (("segments", segments), ("krylov", krylov)):
@@ -299,6 +429,8 @@ class SegmentedInfluence:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
         if curvature not in ("hessian", "ggn"):
             raise ValueError(f"curvature={curvature!r} must be 'hessian' or 'ggn'")
+        if dynamics not in ("optimizer", "flow"):
+            raise ValueError(f"dynamics={dynamics!r} must be 'optimizer' or 'flow'")
         few = curvature_examples
         if few is not None and (not isinstance(few, int) or isinstance(few, bool) or few < 1):
             raise ValueError(
@@ -306,13 +438,15 @@ class SegmentedInfluence:
             )
         self.segments, self.krylov = segments, krylov
         self.curvature, self.curvature_examples = curvature, curvature_examples
+        self.dynamics, self.batches = dynamics, batches
         self.memory = parse_bytes(memory)
 
     def __repr__(self) -> str:
         given = f", curvature_examples={self.curvature_examples}" * bool(self.curvature_examples)
         return (
             f"SegmentedInfluence(segments={self.segments}, krylov={self.krylov}, "
-            f"curvature={self.curvature!r}{given})"
+            f"curvature={self.curvature!r}{given}, dynamics={self.dynamics!r}, "
+            f"batches={self.batches})"
         )
 
     def fit(self, pipeline: Pipeline, progress: bool = True) -> "SegmentedInfluence":
@@ -372,7 +506,7 @@ class SegmentedInfluence:
         Returns:
             the scores of its examples ``(Q, m)``, and by stage the mean ‖θ̄‖ at each checkpoint.
         """
-        pipeline, stretches = self._pipeline, [_stretches(run) for run in runs]
+        pipeline, stretches = self._pipeline, [_stretches(run, self.batches) for run in runs]
         few = self._side_by_side(first)
         stages = range(len(runs) - 1, first - 1, -1)
         total = sum(len(stretches[k]) for k in stages) * -(-len(gradients) // few)
@@ -384,8 +518,7 @@ class SegmentedInfluence:
                         pipeline.functional(k),
                         runs[k].recipe,
                         cotangent,
-                        make=self._curvature_of(k),
-                        dimension=self.krylov,
+                        self,
                         onwards=k > first,
                     )
                     adjoint.sweep(stretches[k], bar)
@@ -433,15 +566,6 @@ class SegmentedInfluence:
             )
         return report
 
-    def _curvature_of(self, k: int) -> Callable[[Tensor], Operator]:
-        """The stage's curvature as a function of where, on all of its examples or on some."""
-        o = self._pipeline.objective(k)
-        few = self.curvature_examples
-        if few is not None and few < len(o.data):
-            draw = torch.Generator().manual_seed(0)
-            o = o.on(o.data[torch.randperm(len(o.data), generator=draw)[:few].sort().values])
-        return lambda full: curvature(self.curvature, o, full)
-
     def _side_by_side(self, first: int) -> int:
         """How many queries to take at once, from the memory that a Krylov space takes."""
         sizes = [self._pipeline.objective(k).layout.size for k in range(first, len(self._full))]
@@ -449,8 +573,8 @@ class SegmentedInfluence:
         return max(1, self.memory // (row * (3 * (self.krylov + 2) + 6)))
 
 
-def _stretches(run: KeptRun) -> list[Stretch]:
-    """What lies between the checkpoints of a run."""
+def _stretches(run: KeptRun, batches: bool) -> list[Stretch]:
+    """What lies between the checkpoints of a run, with its batches or without."""
     stretches = []
     for i, (a, b) in enumerate(itertools.pairwise(run.steps)):
         ends = [(run.states[j], run.steps[j]) for j in (i, i + 1) if run.states[j] is not None]
@@ -461,5 +585,9 @@ def _stretches(run: KeptRun) -> list[Stretch]:
             # A step uses what comes after it: of a single one that is the end's.
             share = (len(steps) + 1) / (2 * len(steps))
             scale = (share * found[-1] + (1 - share) * found[0])[0].sqrt()
-        stretches.append(Stretch(run.fulls[i], run.fulls[i + 1], steps, scale))
+        start, end = run.fulls[i : i + 2]
+        middle = start + float(_path(steps).mean()) * (end - start)  # on a straight path
+        middle = middle if run.means is None else run.means[i]
+        known = run.batches[a:b] if batches and run.batches is not None else None
+        stretches.append(Stretch(start, end, steps, middle, known, scale))
     return stretches

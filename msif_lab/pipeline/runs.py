@@ -1,5 +1,6 @@
 """`Run`: what is kept of a training run by code of one's own, for methods that read checkpoints."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ class KeptRun:
         fulls: all parameters ``(D,)`` at each checkpoint.
         states: the optimiser's memory at each checkpoint, ``(1, P)`` each; None where unknown.
         rates: learning rate of each step ``(T,)``.
+        batches: positions of the examples of each step; None where unknown.
+        means: the mean of the weights before each step between two checkpoints ``(D,)``, ``(K −
+            1,)`` of them; None where unknown.
     """
 
     recipe: MiniBatch
@@ -31,16 +35,46 @@ class KeptRun:
     fulls: list[Tensor]
     states: list[State | None]
     rates: list[float]
+    batches: list[Tensor] | None = None
+    means: list[Tensor] | None = None
 
     def thinned(self, most: int) -> "KeptRun":
-        """The same run with at most this many stretches between checkpoints, of similar length."""
+        """The same run with at most this many stretches, of similar sums of learning rates."""
         if len(self.steps) - 1 <= most:
             return self
-        wanted = torch.linspace(0, self.steps[-1], most + 1, dtype=torch.float64)
-        at = torch.tensor(self.steps, dtype=torch.float64)
-        kept = sorted({int((at - step).abs().argmin()) for step in wanted})
+        passed = _passed(self.rates)[self.steps]
+        kept = _nearest(passed, most)
         parts = ([part[i] for i in kept] for part in (self.steps, self.fulls, self.states))
-        return KeptRun(self.recipe, *parts, self.rates)
+        means = None
+        if self.means is not None:
+            means = [self._mean(a, b) for a, b in itertools.pairwise(kept)]
+        return KeptRun(self.recipe, *parts, self.rates, self.batches, means)
+
+    def _mean(self, first: int, last: int) -> Tensor:
+        """The mean weights between two checkpoints that are not next to each other."""
+        counts = [self.steps[i + 1] - self.steps[i] for i in range(first, last)]
+        parts = zip(counts, self.means[first:last], strict=True)
+        return sum(count * mean for count, mean in parts) / sum(counts)
+
+
+def _passed(rates: Sequence[float]) -> Tensor:
+    """Sum of the learning rates before each step and at the end ``(T + 1,)``."""
+    return torch.tensor([0.0, *rates], dtype=torch.float64).cumsum(0)
+
+
+def _nearest(passed: Tensor, stretches: int) -> list[int]:
+    """Which entries of a rising sequence cut it into so many stretches of about equal rise."""
+    wanted = torch.linspace(float(passed[0]), float(passed[-1]), stretches + 1).to(passed)
+    return sorted({0, len(passed) - 1, *(int((passed - w).abs().argmin()) for w in wanted)})
+
+
+def bounds_by_rates(rates: Sequence[float], stretches: int) -> list[int]:
+    """Cut a run into stretches over which learning rates sum up to about the same."""
+    return (
+        list(range(len(rates) + 1))
+        if stretches >= len(rates)
+        else _nearest(_passed(rates), stretches)
+    )
 
 
 @dataclass(frozen=True)
@@ -72,11 +106,17 @@ class Run:
         rates: the learning rate of each step, or one number for all.
         optimizer: the `torch.optim.SGD`, `Adam` or `AdamW` that made the steps, or a recipe such as
             ``msif.SGD(lr=0.1, momentum=0.9)``, of which only what a step does is read.
+        batches: positions in the stage's data of the examples of each step, where known: nearer,
+            since an example then counts in the steps that it was in.
+        means: state dicts with the mean of the weights before each step from one checkpoint to the
+            next, where known: nearer, since curvature is then taken there.
     """
 
     checkpoints: Sequence[tuple]
     rates: Sequence[float] | float
     optimizer: object
+    batches: Sequence | None = None
+    means: Sequence[Mapping] | None = None
 
     def of(self, stage: Stage, functional: FunctionalStage) -> KeptRun:
         """The run as a stage's, checked.
@@ -95,14 +135,49 @@ class Run:
                 f"{where}: rates hold {len(rates)} numbers, expected a learning rate for each of "
                 f"the {steps[-1]} steps up to the last checkpoint, zero or positive"
             )
-        fulls = [_flat(w, functional, step) for step, w in zip(steps, weights, strict=True)]
+        fulls = [
+            _flat(w, functional, f"the checkpoint at step {step}")
+            for step, w in zip(steps, weights, strict=True)
+        ]
         states: list[State | None] = [None] * len(steps)
         if isinstance(recipe, Adam):
             states = [
                 _moments(memory, self.optimizer, stage, functional, step)
                 for step, memory in zip(steps, memories, strict=True)
             ]
-        return KeptRun(recipe, steps, fulls, states, rates)
+        batches = _batches(self.batches, steps[-1], len(stage.data), where)
+        return KeptRun(recipe, steps, fulls, states, rates, batches, self._means(functional, steps))
+
+    def _means(self, functional: FunctionalStage, steps: list[int]) -> list[Tensor] | None:
+        if self.means is None:
+            return None
+        if len(self.means) != len(steps) - 1:
+            raise ValueError(
+                f"{functional.objective.where}: means hold {len(self.means)} state dicts, expected "
+                f"one for each of the {len(steps) - 1} stretches between checkpoints"
+            )
+        after = zip(self.means, steps, strict=False)
+        return [_flat(w, functional, f"the mean after step {step}") for w, step in after]
+
+
+def _batches(batches, count: int, examples: int, where: str) -> list[Tensor] | None:
+    """The positions of each step's examples, checked."""
+    if batches is None:
+        return None
+    found = [torch.as_tensor(batch).cpu() for batch in batches]
+    if len(found) != count:
+        raise ValueError(
+            f"{where}: batches hold {len(found)} entries, expected the positions of the examples "
+            f"of each of the {count} steps up to the last checkpoint"
+        )
+    for step, batch in enumerate(found):
+        whole = batch.ndim == 1 and len(batch) and batch.dtype == torch.int64
+        if not whole or not 0 <= int(batch.min()) <= int(batch.max()) < examples:
+            raise ValueError(
+                f"{where}: batches[{step}] must be whole numbers from 0 to {examples - 1}, "
+                f"positions in the stage's data, not {batch[:5].tolist()} of {batch.dtype}"
+            )
+    return found
 
 
 def _unpacked(checkpoints, where: str) -> tuple[list[int], list, list]:
@@ -123,10 +198,10 @@ def _unpacked(checkpoints, where: str) -> tuple[list[int], list, list]:
     return steps, [entry[1] for entry in entries], [(*entry, None)[2] for entry in entries]
 
 
-def _flat(weights, functional: FunctionalStage, step: int) -> Tensor:
+def _flat(weights, functional: FunctionalStage, what: str) -> Tensor:
     """A state dict's parameters as one vector ``(D,)``."""
     o = functional.objective
-    what = f"{o.where}: the checkpoint at step {step}"
+    what = f"{o.where}: {what}"
     if not isinstance(weights, Mapping):
         raise TypeError(f"{what} is {type(weights).__name__}, expected a state dict")
     named = {seen_through(name): value for name, value in weights.items()} | dict(weights)
