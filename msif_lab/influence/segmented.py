@@ -40,6 +40,8 @@ from .unrolled import warn_of_growth
 
 __all__ = ["SegmentedInfluence"]
 
+MOST_DIMENSIONS = 20  # of a Krylov space, by default
+
 
 @dataclass
 class Stretch:
@@ -279,6 +281,10 @@ class SegmentAdjoint(Backwards):
         self.require_finite()
         self._add(stretches[0].start, asked)
 
+    def dimension(self, stretch: Stretch) -> int:
+        """Of the stretch's Krylov spaces."""
+        return self.settings.krylov or min(MOST_DIMENSIONS, max(6, len(stretch.steps) // 2))
+
     def _seen(self, stretch: Stretch) -> tuple[Examples, Tensor | None]:
         """The examples of a stretch's steps, and how often each counts; None for once each."""
         data = self.objective.data
@@ -338,7 +344,7 @@ class SegmentAdjoint(Backwards):
             return images.view(block.shape[1], block.shape[0], -1).permute(1, 0, 2)
 
         pair = [theta_bar] if not bool(momentum_bar.any()) else [theta_bar, momentum_bar]
-        basis, values, rotation = krylov(product, torch.stack(pair, 2), self.settings.krylov)
+        basis, values, rotation = krylov(product, torch.stack(pair, 2), self.dimension(stretch))
         turned = (rotation.mT @ (basis.mT @ v[:, :, None]) for v in (theta_bar, momentum_bar))
         decay = 0.0 if by_name else self.decay
         steps = [(self.recipe.linear_step(t), rate, decay) for t, rate in stretch.steps]
@@ -391,8 +397,8 @@ class SegmentedInfluence:
 
     Args:
         segments: how many stretches a stage's run is cut into.
-        krylov: dimension of the Krylov space of each stretch and query: 10 is enough for stretches
-            of up to about 20 steps, 20 for 40.
+        krylov: dimension of the Krylov space of each stretch and query; default half the number of
+            its steps, from 6 to 20.
         curvature: ``"hessian"``, or ``"ggn"`` where there are no second derivatives.
         curvature_examples: take the curvature from this many of a stage's examples, drawn at
             random; default all.
@@ -416,7 +422,7 @@ class SegmentedInfluence:
     def __init__(
         self,
         segments: int = 12,
-        krylov: int = 10,
+        krylov: int | None = None,
         *,
         curvature: str = "hessian",
         curvature_examples: int | None = None,
@@ -425,6 +431,8 @@ class SegmentedInfluence:
         memory: str | int = "1GB",
     ):
         for name, value in (("segments", segments), ("krylov", krylov)):
+            if name == "krylov" and value is None:
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
         if curvature not in ("hessian", "ggn"):
@@ -570,7 +578,7 @@ class SegmentedInfluence:
         """How many queries to take at once, from the memory that a Krylov space takes."""
         sizes = [self._pipeline.objective(k).layout.size for k in range(first, len(self._full))]
         row = max(sizes) * self._full[-1].element_size()
-        return max(1, self.memory // (row * (3 * (self.krylov + 2) + 6)))
+        return max(1, self.memory // (row * (4 * ((self.krylov or MOST_DIMENSIONS) + 2) + 6)))
 
 
 def _stretches(run: KeptRun, batches: bool) -> list[Stretch]:
