@@ -117,7 +117,7 @@ def checkpoint_scorers(
 ) -> Mapping[str | tuple, Callable]:
     """Methods that read a run from its checkpoints, beside those that see all of it or its end.
 
-    Arguments and result as in `scorers`. "and batches": which examples each step had and the mean
+    Arguments and result as in `scorers`. "Details": which examples each step had and the mean
     weights between checkpoints are known too. SOURCE is for one stage; across stages its reading
     (Gauss-Newton, gradient flow) takes our way over the links.
     """
@@ -130,10 +130,10 @@ def checkpoint_scorers(
     ways = {name: known[name] for name in ("unrolled", "implicit, GGN")}
     for count in SEGMENTS:
         of = SegmentedInfluence(count)
-        ways[f"{count} segments and batches"] = partial(scored, of)
-        plain = SegmentedInfluence(count, batches=False)
+        ways[f"{count} segments, details"] = partial(scored, of)
+        plain = SegmentedInfluence(count, details=False)
         ways[f"{count} segments"] = partial(scored, plain)
-    source = {"curvature": "ggn", "batches": False}
+    source = {"curvature": "ggn", "details": False}
     ways["GGN, 12 segments"] = partial(scored, SegmentedInfluence(12, **source))
     ways["SOURCE, 12 segments"] = partial(scored, SegmentedInfluence(12, dynamics="flow", **source))
     ways["TracIn, 12 checkpoints"] = lambda: TracIn(12).fit(pipeline).score(queries)

@@ -402,6 +402,11 @@ class SegmentedInfluence:
         curvature: ``"hessian"``, or ``"ggn"`` where there are no second derivatives.
         curvature_examples: take the curvature from this many of a stage's examples, drawn at
             random; default all.
+        dynamics: ``"optimizer"``, its own recurrence, or ``"flow"``, gradient flow ``exp(−τH)`` of
+            the same length. With ``curvature="ggn"`` and ``details=False`` that is how SOURCE reads
+            a run.
+        details: use what is known beyond checkpoints: which examples each step had, and the mean
+            weights between two checkpoints. Of a pipeline's own run both are.
         memory: for the queries' Krylov spaces, as ``"1GB"``.
 
     Attributes:
@@ -427,7 +432,7 @@ class SegmentedInfluence:
         curvature: str = "hessian",
         curvature_examples: int | None = None,
         dynamics: str = "optimizer",
-        batches: bool = True,
+        details: bool = True,
         memory: str | int = "1GB",
     ):
         for name, value in (("segments", segments), ("krylov", krylov)):
@@ -446,7 +451,7 @@ class SegmentedInfluence:
             )
         self.segments, self.krylov = segments, krylov
         self.curvature, self.curvature_examples = curvature, curvature_examples
-        self.dynamics, self.batches = dynamics, batches
+        self.dynamics, self.details = dynamics, bool(details)
         self.memory = parse_bytes(memory)
 
     def __repr__(self) -> str:
@@ -454,7 +459,7 @@ class SegmentedInfluence:
         return (
             f"SegmentedInfluence(segments={self.segments}, krylov={self.krylov}, "
             f"curvature={self.curvature!r}{given}, dynamics={self.dynamics!r}, "
-            f"batches={self.batches})"
+            f"details={self.details})"
         )
 
     def fit(self, pipeline: Pipeline, progress: bool = True) -> "SegmentedInfluence":
@@ -514,7 +519,7 @@ class SegmentedInfluence:
         Returns:
             the scores of its examples ``(Q, m)``, and by stage the mean ‖θ̄‖ at each checkpoint.
         """
-        pipeline, stretches = self._pipeline, [_stretches(run, self.batches) for run in runs]
+        pipeline, stretches = self._pipeline, [_stretches(run, self.details) for run in runs]
         few = self._side_by_side(first)
         stages = range(len(runs) - 1, first - 1, -1)
         total = sum(len(stretches[k]) for k in stages) * -(-len(gradients) // few)
@@ -581,8 +586,8 @@ class SegmentedInfluence:
         return max(1, self.memory // (row * (4 * ((self.krylov or MOST_DIMENSIONS) + 2) + 6)))
 
 
-def _stretches(run: KeptRun, batches: bool) -> list[Stretch]:
-    """What lies between the checkpoints of a run, with its batches or without."""
+def _stretches(run: KeptRun, details: bool) -> list[Stretch]:
+    """What lies between the checkpoints of a run, with or without what is known beyond them."""
     stretches = []
     for i, (a, b) in enumerate(itertools.pairwise(run.steps)):
         ends = [(run.states[j], run.steps[j]) for j in (i, i + 1) if run.states[j] is not None]
@@ -595,7 +600,7 @@ def _stretches(run: KeptRun, batches: bool) -> list[Stretch]:
             scale = (share * found[-1] + (1 - share) * found[0])[0].sqrt()
         start, end = run.fulls[i : i + 2]
         middle = start + float(_path(steps).mean()) * (end - start)  # on a straight path
-        middle = middle if run.means is None else run.means[i]
-        known = run.batches[a:b] if batches and run.batches is not None else None
+        middle = run.means[i] if details and run.means is not None else middle
+        known = run.batches[a:b] if details and run.batches is not None else None
         stretches.append(Stretch(start, end, steps, middle, known, scale))
     return stretches
