@@ -13,6 +13,7 @@ from ..curvature.derivatives import TRANSPOSE_FIXED as FIXED
 from ..curvature.derivatives import TRANSPOSE_PER_QUERY as PER_QUERY
 from ..curvature.derivatives import (
     cheapest_products,
+    cross_products,
     example_products,
     gradient_transpose,
     per_example_gradients,
@@ -28,7 +29,7 @@ from ..solvers.exact import Exact
 from ..solvers.lowrank import LowRank
 from .adjoint import CHUNK_BYTES
 
-__all__ = ["Plan", "StagePlan", "UnrolledPlan", "plan"]
+__all__ = ["Plan", "SegmentedPlan", "StagePlan", "UnrolledPlan", "plan"]
 
 PROBE = 128  # examples at most
 PROBE_BYTES = 2**28  # of a probe's vectors
@@ -412,6 +413,99 @@ def timed(plan: UnrolledPlan, pipeline: Pipeline, memory: int, fits: int) -> Unr
         fit += there * plan.steps[stage.name]
         sweep += (back + replay) * plan.steps[stage.name]
     return replace(plan, seconds=(fit, sweep * plan.sweeps + fit * (fits - 1)))
+
+
+@dataclass(frozen=True)
+class SegmentedPlan:
+    """What segmented influence will take; prints as a table.
+
+    Attributes:
+        stretches: per stage, how many its run is cut into.
+        products: per stage, curvature products of each query, with all of the stage's examples or
+            some of them.
+        queries, part: Q, and how many of them are taken side by side.
+        bytes: of the Krylov spaces of these, and of the working chunks.
+        budget: bytes allowed for Krylov spaces.
+        seconds: estimates for fit and for score, from a probe with a few examples.
+    """
+
+    stretches: dict[str, int]
+    products: dict[str, int]
+    queries: int
+    part: int
+    bytes: int
+    budget: int
+    seconds: tuple[float, float]
+
+    def __repr__(self) -> str:
+        used = f"{self.bytes / 1e6:,.0f} MB, of which Krylov spaces at most "
+        lines = [
+            f"{self.queries} queries, {self.part} side by side; {used}{self.budget / 1e6:,.0f} MB"
+        ]
+        for name, count in self.stretches.items():
+            lines.append(f"  {name}: {count} stretches, {self.products[name]} products a query")
+        lines.append("  estimated: {:.1f} s to fit, {:.1f} s to score".format(*self.seconds))
+        return "\n".join(lines)
+
+
+def segmented_plan(
+    pipeline: Pipeline,
+    queries: int,
+    part: int,
+    lengths: list[list[int]],
+    dimensions: list[list[int]],
+    kind: str,
+    few: int | None,
+    details: bool,
+    budget: int,
+) -> SegmentedPlan:
+    """The plan of `SegmentedInfluence`, measured with at most 128 examples of each stage.
+
+    Args:
+        lengths, dimensions: of each stage's stretches, steps and dimension of the Krylov spaces.
+        details: whether the examples of each step are known, so that a stretch takes only those.
+        few: examples for the curvature, or None for all.
+    """
+    fit = score = 0.0
+    for k, stage in enumerate(pipeline.stages):
+        o, full, m = pipeline.objective(k), pipeline.trained()[k], len(stage.data)
+        probe, operator = _probe(o, full, kind)
+        share = len(probe.data)
+        v = torch.ones(o.size, part, dtype=full.dtype, device=full.device)
+        product = seconds(lambda operator=operator, v=v: operator @ v) / share
+        passing = seconds(lambda probe=probe, full=full, v=v: example_products(probe, full, v))
+        mixed = 0.0
+        if k and pipeline.functional(k).frozen:
+            names = pipeline.functional(k).frozen
+            mixed = seconds(lambda p=probe, f=full, n=names, v=v: cross_products(p, f, n, v.T))
+        size = stage.recipe.batch_size if details else m
+        for steps, dimension in zip(lengths[k], dimensions[k], strict=True):
+            seen = min(m, steps * size)
+            score += dimension * product * min(seen, few or m)
+            score += (passing * (1 + details) + mixed) / share * seen
+        if not pipeline.adopted:
+            fit += _step_seconds(pipeline, k) * sum(lengths[k])
+    row = max(pipeline.objective(k).layout.size for k in range(len(lengths))) * full.element_size()
+    names = [stage.name for stage in pipeline.stages]
+    return SegmentedPlan(
+        dict(zip(names, map(len, lengths), strict=True)),
+        dict(zip(names, map(sum, dimensions), strict=True)),
+        queries,
+        part,
+        row * part * 4 * max(map(max, dimensions)) + working_bytes(full.device),
+        budget,
+        (fit, score * -(-queries // part)),
+    )
+
+
+def _step_seconds(pipeline: Pipeline, k: int) -> float:
+    """Time of one training step of a stage."""
+    stage = pipeline.stages[k]
+    lanes = pipeline.fresh_lanes(k, pipeline.initial(k - 1)[None] if k else None)
+    theta = pipeline.objective(k).trained.take(lanes.base)
+    batch, rate = next(iter(stage.recipe.steps(len(stage.data))))
+    state = stage.recipe.start(theta)
+    return seconds(lambda: stage.recipe.advance(lanes, theta, state, 0, batch, rate))
 
 
 def seconds(work: Callable[[], object]) -> float:

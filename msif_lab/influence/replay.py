@@ -1,5 +1,6 @@
 """A stage's run replayed from checkpoints: the exact state at every step, not all of them kept."""
 
+import itertools
 from dataclasses import dataclass, field
 
 import torch
@@ -105,6 +106,18 @@ def kept_runs(pipeline: Pipeline, stretches: int, progress: bool = False) -> lis
             require_same_end(stage.name, previous[0], trained[k])
             runs.append(run.kept())
     return runs
+
+
+def step_counts(pipeline: Pipeline, stretches: int) -> list[list[int]]:
+    """How many steps each stretch of every stage will have, as `kept_runs` cuts them."""
+    if any(pipeline.runs):
+        bounds = [run.thinned(stretches).steps for run in kept_runs(pipeline, stretches)]
+    else:
+        require_run(pipeline, backwards=False)
+        stages = ((stage.recipe, len(stage.data)) for stage in pipeline.stages)
+        rates = ([rate for _, rate in recipe.steps(m)] for recipe, m in stages)
+        bounds = [bounds_by_rates(each, stretches) for each in rates]
+    return [[b - a for a, b in itertools.pairwise(each)] for each in bounds]
 
 
 def even_bounds(steps: int, segments: int) -> list[int]:

@@ -1,371 +1,33 @@
-"""Segmented influence: a run read as a few stretches of constant curvature.
+"""Segmented influence: a run read as a few stretches of constant curvature (`stretches`)."""
 
-Within a stretch the loss is taken as quadratic, with the Hessian H halfway between the weights at
-its two ends, and the optimiser's own recurrence is kept. Backwards over the steps of a stretch,
-
-    v̄ ← v̄ − η_t θ̄        S ← S + v̄        θ̄ ← θ̄ + H v̄        v̄ ← μ v̄
-
-and ``score_i += S·∇f_i / m``: an example is in one step of an epoch, with weight ``1/|B|``, which
-is ``1/m`` per step on average; ∇f_i lies on a straight line between its values at the two ends. θ̄,
-v̄ and S are polynomials in H applied to the pair (θ̄, v̄), so a small Krylov space of H from the
-pair holds them, and the recurrence runs on its Ritz values.
-"""
-
-import itertools
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import joblib
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..curvature.derivatives import cross_products, product_chunks, query_gradients
-from ..curvature.matrices import curvature
-from ..curvature.operators import Operator
+from ..curvature.derivatives import query_gradients
 from ..curvature.soundness import require_loss_curvature, require_second_derivative
 from ..data.examples import Examples
 from ..errors import UnsmoothTrainingWarning
-from ..memory import parse_bytes
+from ..memory import parse_bytes, require_memory
 from ..objective.checks import ask
 from ..objective.precision import require_precision
 from ..pipeline.pipeline import Pipeline
-from ..pipeline.recipes import LinearStep, MiniBatch, progress_bar
+from ..pipeline.recipes import progress_bar
 from ..pipeline.runs import KeptRun
-from ..pipeline.stages import FunctionalStage
-from .adjoint import Backwards
-from .replay import kept_runs
+from .cost import SegmentedPlan, segmented_plan
+from .replay import kept_runs, step_counts
 from .result import Influence
+from .stretches import MOST_DIMENSIONS, Reading, SegmentAdjoint, Stretch, stretches_of
 from .unrolled import warn_of_growth
 
 __all__ = ["SegmentedInfluence"]
 
-MOST_DIMENSIONS = 20  # of a Krylov space, by default
 
-
-@dataclass
-class Stretch:
-    """A part of a run: where it starts and ends, and its steps.
-
-    Attributes:
-        start, end: all parameters ``(D,)``.
-        steps: number, and learning rate of each step.
-        middle: where its curvature is taken ``(D,)``: the mean of the weights before each step.
-        batches: the examples of each step, or None where unknown.
-        scale: square root of the optimiser's preconditioner ``(P,)``, or None.
-    """
-
-    start: Tensor
-    end: Tensor
-    steps: list[tuple[int, float]]
-    middle: Tensor
-    batches: list[Tensor] | None
-    scale: Tensor | None
-
-    @property
-    def path(self) -> Tensor:
-        """How far from start to end each step begins, as a share of the learning rates' sum."""
-        return _path(self.steps).to(self.start)
-
-    def members(self, shares: Tensor, count: int) -> Tensor:
-        """``Σ_t shares_t [i in B_t] / |B_t|`` for each of ``count`` examples, ``(N, ...)``.
-
-        Args:
-            shares: of each step ``(T, ...)``.
-        """
-        sizes = torch.tensor([len(batch) for batch in self.batches])
-        step = torch.arange(len(sizes)).repeat_interleave(sizes)
-        at = torch.stack([torch.cat(self.batches), step]).to(shares.device)
-        weights = (1 / sizes.to(shares)).repeat_interleave(sizes.to(shares.device))
-        shape = count, len(sizes)
-        table = torch.sparse_coo_tensor(at, weights, shape, check_invariants=True)
-        return (table @ shares.flatten(1)).unflatten(1, shares.shape[1:])
-
-
-def _path(steps: Sequence[tuple[int, float]]) -> Tensor:
-    rates = torch.tensor([rate for _, rate in steps], dtype=torch.float64)
-    done = rates.cumsum(0) - rates
-    return done / rates.sum() if bool(rates.any()) else done
-
-
-def krylov(
-    operator: Callable[[Tensor], Tensor], pair: Tensor, size: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Krylov space of a symmetric matrix from each query's pair, with its Ritz values.
-
-    Block Lanczos with full reorthogonalisation, all queries side by side.
-
-    Args:
-        operator: ``(Q, P, B)`` → the matrix times each column.
-        pair: ``(Q, P, B)``, the vectors that the space starts from.
-        size: of the space, rounded up to whole blocks.
-
-    Returns:
-        an orthonormal basis ``(Q, P, K)``, zero where a space is exhausted; the Ritz values
-        ``(Q, K)``; the Ritz vectors in the basis ``(Q, K, K)``.
-    """
-    queries, width, wide = pair.shape
-    basis, small = pair.new_zeros(queries, width, 0), pair.new_zeros(queries, 0, 0)
-    room = wide * -(-min(size, width) // wide)  # more only where pairs are nearly dependent
-    filled, image = 0, pair
-    while True:
-        if filled + wide > basis.shape[2]:
-            more = room if not filled else wide
-            basis = nn.functional.pad(basis, (0, more))
-            small = nn.functional.pad(small, (0, more, 0, more))
-        added = _orthonormal(basis, filled, image)
-        ranks = basis[:, :, :filled].any(1).sum(1)
-        if not bool((added & (ranks < min(size, width))).any()):
-            break
-        block = slice(filled, filled + wide)
-        filled += wide
-        image = operator(basis[:, :, block])
-        small[:, :filled, block] = basis[:, :, :filled].mT @ image
-    small = small[:, :filled, :filled]
-    small = small.triu() + small.triu(1).mT  # symmetric; what lies below was not computed
-    values, rotation = torch.linalg.eigh(small)
-    return basis[:, :, :filled], values, rotation
-
-
-def _orthonormal(basis: Tensor, filled: int, block: Tensor) -> Tensor:
-    """Write what a block adds to a basis behind its first ``filled`` columns, orthonormal.
-
-    Zero where that is only rounding; returns for which queries anything was added ``(Q,)``.
-    """
-    start = filled
-    for z in block.split(1, 2):
-        limit = 30 * torch.finfo(z.dtype).eps * z.norm(dim=1, keepdim=True)
-        known = basis[:, :, :filled]
-        for share in (limit, 0.5):
-            for _ in range(2):
-                z = z - known @ (known.mT @ z)
-            left = z.norm(dim=1, keepdim=True)
-            z = torch.where(left > share, z / left.clamp(min=torch.finfo(z.dtype).tiny), 0.0)
-        basis[:, :, filled : filled + 1] = z
-        filled += 1
-    return basis[:, :, start:filled].any(1).any(1)
-
-
-Steps = Sequence[tuple[LinearStep, float, float]]
-
-
-def by_steps(
-    values: Tensor, theta_bar: Tensor, momentum_bar: Tensor, steps: Steps
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The optimiser's recurrence backwards, on coordinates along eigenvectors of H.
-
-    Args:
-        values: eigenvalues ``(Q, K)``.
-        theta_bar, momentum_bar: ∂q/∂ the parameters and the momentum at the end ``(Q, K)``.
-        steps: each step's recurrence, learning rate, and rate of decoupled weight decay.
-
-    Returns:
-        ḡ of each step ``(T, Q, K)``, then θ̄ and the momentum's at the start, ``(Q, K)`` each.
-    """
-    g_bars = []
-    for (a, b, c, d), rate, decay in reversed(steps):
-        momentum_bar = momentum_bar - rate * c * theta_bar
-        g_bars.append(b * momentum_bar - rate * d * theta_bar)
-        theta_bar = (1 - rate * decay) * theta_bar + values * g_bars[-1]
-        momentum_bar = a * momentum_bar
-    return torch.stack(g_bars[::-1]), theta_bar, momentum_bar
-
-
-def by_flow(
-    values: Tensor, theta_bar: Tensor, momentum_bar: Tensor, steps: Steps
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`by_steps` for gradient flow of the same length: ``θ̄ ← exp(−τH) θ̄``, and no momentum.
-
-    A step with momentum passes a time ``η / (1 − μ)``. ``Σ ḡ = −H⁻¹ (1 − exp(−τH)) θ̄`` is spread
-    evenly over the steps.
-    """
-    time = sum(rate * (b * c / (1 - a) + d) for (a, b, c, d), rate, _ in steps)
-    shrink = sum(rate * decay for _, rate, decay in steps)
-    exponent = (time * values + shrink).clamp(min=-50.0)
-    ratio = torch.where(exponent == 0, 1.0, -torch.expm1(-exponent) / exponent)
-    whole = -time * ratio * theta_bar
-    shares = whole[None].expand(len(steps), -1, -1) / len(steps)
-    return shares, torch.exp(-exponent) * theta_bar, torch.zeros_like(momentum_bar)
-
-
-@dataclass
-class Pull:
-    """What the steps of a stretch ask of the examples' gradients: ``ḡ_t = basis c_t``.
-
-    Attributes:
-        stretch: of which run.
-        basis: ``(Q, P, K)``.
-        coordinates: c of each step ``(T, Q, K)``.
-    """
-
-    stretch: Stretch
-    basis: Tensor
-    coordinates: Tensor
-
-    @property
-    def total(self) -> Tensor:
-        """``Σ_t ḡ_t``, ``(Q, P)``."""
-        return self._along(self.coordinates.sum(0))
-
-    def _along(self, coordinates: Tensor) -> Tensor:
-        return (self.basis @ coordinates[:, :, None])[..., 0]
-
-    def asked(self, late: bool, count: int) -> tuple[Tensor, Tensor]:
-        """Directions ``(Q, P, J)`` and each example's shares ``(N, 1 or Q, J)`` in them.
-
-        Example i's part of the score at this end is ``Σ_j shares_ij ∇f_i·direction_j``. Its
-        gradient lies on a straight line between those at the two ends of the stretch.
-
-        Args:
-            late: at the end of the stretch, else at its start.
-            count: N.
-        """
-        path = self.stretch.path
-        weights = (path if late else 1 - path)[:, None, None]
-        if self.stretch.batches is None:  # in every epoch once, somewhere: 1/m a step on average
-            total = self._along((weights * self.coordinates).sum(0))[:, :, None]
-            return total, total.new_full((1, 1, 1), 1 / count).expand(count, 1, 1)
-        if len(path) < self.basis.shape[2]:  # fewer steps than dimensions
-            directions = self.basis @ self.coordinates.permute(1, 2, 0)
-            return directions, self.stretch.members(weights[:, :, 0].flatten().diag(), count)[
-                :, None
-            ]
-        return self.basis, self.stretch.members(weights * self.coordinates, count)
-
-
-class SegmentAdjoint(Backwards):
-    """The way back through the stretches of a stage's run.
-
-    Args:
-        functional, cotangent, onwards: as in `Backwards`.
-        recipe: how it was trained.
-        settings: of the method.
-
-    Attributes:
-        momentum_bar: ∂q/∂ the optimiser's momentum ``(Q, P)``.
-        sizes: ``Σ_q ‖θ̄_q‖`` at each checkpoint from the one reached to the end.
-    """
-
-    def __init__(
-        self,
-        functional: FunctionalStage,
-        recipe: MiniBatch,
-        cotangent: Tensor,
-        settings: "SegmentedInfluence",
-        *,
-        onwards: bool,
-    ):
-        super().__init__(functional, cotangent, onwards=onwards)
-        self.recipe, self.settings = recipe, settings
-        self.decay = self.objective.weight_decay if recipe.decoupled else 0.0
-        self.momentum_bar = torch.zeros_like(self.theta_bar)
-        self.sizes = [self.size()]
-
-    def sweep(self, stretches: Sequence[Stretch], bar) -> None:
-        """Backwards through all stretches of the stage."""
-        o, count = self.objective, len(self.objective.data)
-        asked: list[tuple[Tensor, Tensor]] = []
-        for stretch in reversed(stretches):
-            data, weights = self._seen(stretch)
-            pull = self._through(stretch, self._curvature(stretch, data, weights))
-            self._add(stretch.end, [*asked, pull.asked(True, count)])
-            asked = [pull.asked(False, count)]
-            if self.through_frozen:
-                names = self.functional.frozen
-                self.frozen_bar += cross_products(
-                    o.on(data), stretch.middle, names, pull.total, weights
-                )
-            self.centre_bar -= 2 * o.alpha * o.coupled.take(pull.total)
-            self.sizes.insert(0, self.size())
-            bar.update()
-        self.require_finite()
-        self._add(stretches[0].start, asked)
-
-    def dimension(self, stretch: Stretch) -> int:
-        """Of the stretch's Krylov spaces."""
-        return self.settings.krylov or min(MOST_DIMENSIONS, max(6, len(stretch.steps) // 2))
-
-    def _seen(self, stretch: Stretch) -> tuple[Examples, Tensor | None]:
-        """The examples of a stretch's steps, and how often each counts; None for once each."""
-        data = self.objective.data
-        if stretch.batches is None:
-            return data, None
-        each = self.theta_bar.new_full((len(stretch.steps), 1), 1 / len(stretch.steps))
-        weights = stretch.members(each, len(data))[:, 0]
-        rows = weights.nonzero()[:, 0]
-        return data if len(rows) == len(data) else data[rows.cpu()], weights[rows] * len(rows)
-
-    def _curvature(self, stretch: Stretch, data: Examples, weights: Tensor | None) -> Operator:
-        """The curvature in the middle of a stretch, on its examples or some of them."""
-        few = self.settings.curvature_examples
-        if few is not None and few < len(data):
-            draw = torch.Generator().manual_seed(0)
-            rows = torch.randperm(len(data), generator=draw)[:few].sort().values
-            data = data[rows]
-            if weights is not None:
-                weights = weights[rows.to(weights.device)]
-                weights = weights / weights.mean()
-        return curvature(self.settings.curvature, self.objective.on(data), stretch.middle, weights)
-
-    def _add(self, full: Tensor, asked: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """``score_i += Σ_j shares_ij ∇f_i·direction_j`` at all parameters ``full`` (D,)."""
-        asked = [part for part in asked if bool(part[0].any()) and bool(part[1].any())]
-        if not asked:
-            return
-        queries = len(self.scores)
-        vectors = torch.cat([v for v, _ in asked], 2)
-        shares = torch.cat([s.expand(-1, queries, -1) for _, s in asked], 2)
-        flat = vectors.transpose(0, 1).flatten(1)
-        rows = shares.flatten(1).any(1).nonzero()[:, 0]
-        data = (
-            self.objective.data if len(rows) == shares.shape[0] else self.objective.data[rows.cpu()]
-        )
-        for part, products in product_chunks(self.objective, full, flat, data):
-            found = products.unflatten(0, (queries, -1)) * shares[rows[part]].permute(1, 2, 0)
-            self.scores[:, rows[part]] += found.sum(1)
-
-    def _through(self, stretch: Stretch, operator: Operator) -> Pull:
-        """One stretch backwards."""
-        scale = stretch.scale
-        theta_bar, momentum_bar = self.theta_bar, self.momentum_bar
-        # Decay that differs between parameters has no eigenvectors in common with H: half of it
-        # comes before the stretch and half after.
-        by_name = isinstance(self.decay, Tensor)
-        half = math.prod(1 - rate * self.decay for _, rate in stretch.steps) ** 0.5
-        theta_bar = theta_bar * half if by_name else theta_bar
-        if scale is not None:  # the coordinates in which the preconditioner is one
-            theta_bar, momentum_bar = theta_bar * scale, momentum_bar / _nonzero(scale)
-
-        def product(block: Tensor) -> Tensor:
-            columns = block.permute(1, 0, 2).reshape(block.shape[1], -1)
-            columns = columns if scale is None else scale[:, None] * columns
-            images = operator @ columns - (self.decay * columns.T).T
-            images = images if scale is None else scale[:, None] * images
-            return images.view(block.shape[1], block.shape[0], -1).permute(1, 0, 2)
-
-        pair = [theta_bar] if not bool(momentum_bar.any()) else [theta_bar, momentum_bar]
-        basis, values, rotation = krylov(product, torch.stack(pair, 2), self.dimension(stretch))
-        turned = (rotation.mT @ (basis.mT @ v[:, :, None]) for v in (theta_bar, momentum_bar))
-        decay = 0.0 if by_name else self.decay
-        steps = [(self.recipe.linear_step(t), rate, decay) for t, rate in stretch.steps]
-        reverse = by_flow if self.settings.dynamics == "flow" else by_steps
-        ended = reverse(values, *(c[..., 0] for c in turned), steps)
-        g_bars, theta_bar, momentum_bar = ((rotation @ c[..., None])[..., 0] for c in ended)
-        theta_bar, momentum_bar = (
-            (basis @ c[..., None])[..., 0] for c in (theta_bar, momentum_bar)
-        )
-        if scale is not None:
-            basis = scale[:, None] * basis
-            momentum_bar = momentum_bar * scale
-            kept = self.theta_bar * (half if by_name else half**2)
-            theta_bar = torch.where(scale > 0, theta_bar / _nonzero(scale), kept)
-        self.theta_bar = theta_bar * half if by_name else theta_bar
-        self.momentum_bar = momentum_bar
-        return Pull(stretch, basis, g_bars)
-
-
-def _nonzero(scale: Tensor) -> Tensor:
-    return torch.where(scale > 0, scale, 1.0)
+VECTORS = 4  # per dimension of a Krylov space: two bases, and both side by side for the scores
 
 
 @dataclass
@@ -408,6 +70,8 @@ class SegmentedInfluence:
         details: use what is known beyond checkpoints: which examples each step had, and the mean
             weights between two checkpoints. Of a pipeline's own run both are.
         memory: for the queries' Krylov spaces, as ``"1GB"``.
+        n_jobs: processes through joblib, which share the queries; ``joblib.parallel_config`` moves
+            them to a cluster.
 
     Attributes:
         adjoint_norms_: after `score`, by stage the mean ‖θ̄‖ at each checkpoint.
@@ -434,12 +98,15 @@ class SegmentedInfluence:
         dynamics: str = "optimizer",
         details: bool = True,
         memory: str | int = "1GB",
+        n_jobs: int = 1,
     ):
         for name, value in (("segments", segments), ("krylov", krylov)):
             if name == "krylov" and value is None:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+        if not isinstance(n_jobs, int) or isinstance(n_jobs, bool) or n_jobs == 0:
+            raise ValueError(f"n_jobs={n_jobs!r} must be a whole number, as joblib takes it")
         if curvature not in ("hessian", "ggn"):
             raise ValueError(f"curvature={curvature!r} must be 'hessian' or 'ggn'")
         if dynamics not in ("optimizer", "flow"):
@@ -452,7 +119,7 @@ class SegmentedInfluence:
         self.segments, self.krylov = segments, krylov
         self.curvature, self.curvature_examples = curvature, curvature_examples
         self.dynamics, self.details = dynamics, bool(details)
-        self.memory = parse_bytes(memory)
+        self.memory, self.n_jobs = parse_bytes(memory), n_jobs
 
     def __repr__(self) -> str:
         given = f", curvature_examples={self.curvature_examples}" * bool(self.curvature_examples)
@@ -519,28 +186,63 @@ class SegmentedInfluence:
         Returns:
             the scores of its examples ``(Q, m)``, and by stage the mean ‖θ̄‖ at each checkpoint.
         """
-        pipeline, stretches = self._pipeline, [_stretches(run, self.details) for run in runs]
-        few = self._side_by_side(first)
-        stages = range(len(runs) - 1, first - 1, -1)
-        total = sum(len(stretches[k]) for k in stages) * -(-len(gradients) // few)
-        values, sizes = [], dict.fromkeys(reversed(stages), 0.0)
-        with progress_bar(total, "stretches", progress) as bar:
-            for cotangent in gradients.split(few):
-                for k in stages:
-                    adjoint = SegmentAdjoint(
-                        pipeline.functional(k),
-                        runs[k].recipe,
-                        cotangent,
-                        self,
-                        onwards=k > first,
-                    )
-                    adjoint.sweep(stretches[k], bar)
-                    sizes[k] = sizes[k] + torch.stack(adjoint.sizes) / len(gradients)
-                    if k > first:
-                        cotangent = adjoint.before(pipeline.objective(k - 1).layout.size)
-                values.append(adjoint.scores)
-        norms = {pipeline.stages[k].name: size.cpu() for k, size in sizes.items()}
-        return torch.cat(values), norms
+        stretches = [stretches_of(run, self.details) for run in runs]
+        jobs = joblib.effective_n_jobs(self.n_jobs)
+        few = min(self._side_by_side(self._pipeline, first), -(-len(gradients) // jobs))
+        parts = gradients.split(few)
+        each = sum(len(some) for some in stretches[first:])
+        with progress_bar(each * len(parts), "stretches", progress) as bar:
+            if jobs == 1 or len(parts) == 1:
+                done = [self._swept(stretches, part, first, bar) for part in parts]
+            else:
+                swept = joblib.delayed(self._swept)
+                work = (swept(stretches, part, first) for part in parts)
+                done = []
+                for result in joblib.Parallel(self.n_jobs, return_as="generator")(work):
+                    done.append(result)
+                    bar.update(each)
+        values, sizes = zip(*done, strict=True)
+        names = [stage.name for stage in self._pipeline.stages[first:]]
+        norms = [sum(parts).cpu() / len(gradients) for parts in zip(*sizes, strict=True)]
+        return torch.cat(values), dict(zip(names, norms, strict=True))
+
+    def _swept(
+        self, stretches: list[list[Stretch]], cotangent: Tensor, first: int, bar=None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """`_sweep` for some of the queries: scores, and ``Σ_q ‖θ̄_q‖`` of each stage."""
+        pipeline, sizes = self._pipeline, []
+        reading = Reading(self.krylov, self.curvature, self.curvature_examples, self.dynamics)
+        for k in range(len(stretches) - 1, first - 1, -1):
+            functional, recipe = pipeline.functional(k), self._runs[k].recipe
+            adjoint = SegmentAdjoint(functional, recipe, cotangent, reading, onwards=k > first)
+            adjoint.sweep(stretches[k], bar)
+            sizes.insert(0, torch.stack(adjoint.sizes))
+            if k > first:
+                cotangent = adjoint.before(pipeline.objective(k - 1).layout.size)
+        return adjoint.scores, sizes
+
+    def plan(self, pipeline: Pipeline, queries: Examples | int) -> SegmentedPlan:
+        """Products, bytes and estimated seconds for this many queries, before any long work.
+
+        The first stage's scores are meant; those of later ones take less. All queries together, as
+        with ``aggregate``, count as one.
+
+        Raises:
+            MemoryBudgetError: the Krylov spaces of one query exceed the budget.
+            ValueError: no queries, or a pipeline that `fit` would refuse.
+        """
+        count = queries if isinstance(queries, int) else len(queries)
+        if count < 1:
+            raise ValueError(f"queries={count} must be at least 1")
+        reading = Reading(self.krylov, self.curvature, self.curvature_examples, self.dynamics)
+        part = min(count, self._side_by_side(pipeline, 0))
+        lengths = step_counts(pipeline, self.segments)
+        dimensions = [[reading.dimension(n) for n in each] for each in lengths]
+        details = self.details and (not pipeline.adopted)
+        few = self.curvature_examples
+        return segmented_plan(
+            pipeline, count, part, lengths, dimensions, self.curvature, few, details, self.memory
+        )
 
     def check(
         self, queries: Examples | None = None, stage: int | str = 0, progress: bool = True
@@ -579,28 +281,12 @@ class SegmentedInfluence:
             )
         return report
 
-    def _side_by_side(self, first: int) -> int:
-        """How many queries to take at once, from the memory that a Krylov space takes."""
-        sizes = [self._pipeline.objective(k).layout.size for k in range(first, len(self._full))]
-        row = max(sizes) * self._full[-1].element_size()
-        return max(1, self.memory // (row * (4 * ((self.krylov or MOST_DIMENSIONS) + 2) + 6)))
-
-
-def _stretches(run: KeptRun, details: bool) -> list[Stretch]:
-    """What lies between the checkpoints of a run, with or without what is known beyond them."""
-    stretches = []
-    for i, (a, b) in enumerate(itertools.pairwise(run.steps)):
-        ends = [(run.states[j], run.steps[j]) for j in (i, i + 1) if run.states[j] is not None]
-        found = [run.recipe.preconditioner(state, step) for state, step in ends if step]
-        steps = list(zip(range(a, b), run.rates[a:b], strict=True))
-        scale = None
-        if found and found[-1] is not None:
-            # A step uses what comes after it: of a single one that is the end's.
-            share = (len(steps) + 1) / (2 * len(steps))
-            scale = (share * found[-1] + (1 - share) * found[0])[0].sqrt()
-        start, end = run.fulls[i : i + 2]
-        middle = start + float(_path(steps).mean()) * (end - start)  # on a straight path
-        middle = run.means[i] if details and run.means is not None else middle
-        known = run.batches[a:b] if details and run.batches is not None else None
-        stretches.append(Stretch(start, end, steps, middle, known, scale))
-    return stretches
+    def _side_by_side(self, pipeline: Pipeline, first: int) -> int:
+        """How many queries to take at once, from the memory that their Krylov spaces take."""
+        stages = range(first, len(pipeline.stages))
+        widest = max(pipeline.objective(k).layout.size for k in stages)
+        each = widest * pipeline.trained()[-1].element_size()
+        each *= VECTORS * ((self.krylov or MOST_DIMENSIONS) + 2) + 6
+        what = "the Krylov space of a single query"
+        require_memory(each, self.memory, what, "give more memory= or a smaller krylov=")
+        return self.memory // each
