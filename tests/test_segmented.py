@@ -11,7 +11,8 @@ from oracles import F64, draw, relative_error
 from torch import nn
 
 import msif_lab as msif
-from msif_lab.influence.segmented import krylov
+from msif_lab.curvature.matrices import Hessian
+from msif_lab.influence.stretches import by_flow, krylov
 
 README = Path(__file__).parents[1] / "README.md"
 N = 10
@@ -102,6 +103,60 @@ def test_adam_is_exact_but_for_its_squared_gradients(kind, link):
     assert relative_error(ours, unrolled(pipeline, queries)) < 1e-9
 
 
+MINI = {
+    "momentum": msif.SGD(0.05, epochs=3, batch_size=4, schedule="cosine", warmup=3),
+    "nesterov": msif.SGD(0.05, epochs=3, batch_size=3, nesterov=True),
+    "adam": SteadyAdam(0.02, epochs=2, batch_size=4),
+    "adamw": Steady(0.02, epochs=2, batch_size=4, schedule="linear"),
+}
+
+
+@pytest.mark.parametrize("recipe", MINI)
+@pytest.mark.parametrize("links", [("frozen",), ("proximal",), ("warm", "frozen")])
+def test_with_each_steps_examples_it_is_the_unrolled_derivative_in_mini_batches(recipe, links):
+    """Batches of unequal sizes, too; without knowing who was in them it is another number."""
+    pipeline = chain(MINI[recipe], *(LINKS[link] for link in links))
+    queries = examples(9, n=3)
+    for stage in range(len(links) + 1):
+        truth = unrolled(pipeline, queries, stage)
+        ours = segmented(pipeline, queries, 99, stage, krylov=40)
+        assert relative_error(ours, truth) < 1e-9, stage
+    blind = segmented(pipeline, queries, 99, stage, krylov=40, details=False)
+    assert relative_error(blind, truth) > 1e-2
+
+
+@pytest.mark.parametrize("bent", [True, False])
+def test_details_count_each_example_in_its_own_steps(bent):
+    """A stretch of many steps on a quadratic: weights, not places on the path, are what is left."""
+    outputs = 2 if bent else 3
+    data, queries = examples(0, outputs), examples(9, outputs, n=3)
+    net = Net(outputs, 0, bent)
+    net.head.requires_grad_(bent)
+    recipe = msif.SGD(0.02, epochs=3, batch_size=4)
+    stage = msif.Stage("one", net, data, msif.mean_squared_error, 0.05, recipe=recipe)
+    pipeline = msif.Pipeline([stage]).fit(progress=False)
+    truth = unrolled(pipeline, queries)
+    errors = [
+        relative_error(segmented(pipeline, queries, 1, krylov=40, details=d), truth)
+        for d in (True, False)
+    ]
+    assert errors[0] < 0.5 * errors[1]
+
+
+def test_gradient_flow_against_the_exponential_of_the_matrix():
+    a = draw(5, 5)
+    matrix = a @ a.T / 5
+    values, vectors = torch.linalg.eigh(matrix)
+    theta_bar = draw(1, 5, seed=1)
+    steps = [(msif.SGD(0.1, momentum=0.5).linear_step(t), 0.1, 0.0) for t in range(7)]
+    ended = by_flow(values[None], theta_bar @ vectors, torch.zeros(1, 5, dtype=F64), steps)
+    time = 7 * 0.1 / (1 - 0.5)
+    decayed = torch.linalg.matrix_exp(-time * matrix)
+    assert relative_error(ended[1] @ vectors.T, theta_bar @ decayed) < 1e-12
+    whole = -theta_bar @ (torch.eye(5, dtype=F64) - decayed) @ torch.linalg.inv(matrix)
+    assert relative_error(ended[0].sum(0) @ vectors.T, whole) < 1e-10
+
+
 def test_decay_by_name_is_nearly_exact_in_adamw():
     """Half of it before and half after a stretch: second order in rate times decay."""
     decay = {"bias": 0.0, "*": 0.2}
@@ -133,7 +188,8 @@ def test_ritz_vectors_hold_the_pair_and_its_images():
     a = draw(20, 20)
     matrix = a @ a.T / 20
     pair = draw(3, 20, 2, seed=1)
-    vectors, values = krylov(lambda block: matrix @ block, pair, 10)
+    basis, values, rotation = krylov(lambda block: matrix @ block, pair, 10)
+    vectors = basis @ rotation
     assert vectors.shape == (3, 20, 10)
     assert relative_error(vectors.mT @ vectors, torch.eye(10, dtype=F64).expand(3, 10, 10)) < 1e-12
     for power in range(4):  # polynomials of degree below five in the matrix are exact
@@ -142,7 +198,8 @@ def test_ritz_vectors_hold_the_pair_and_its_images():
         assert relative_error(ours, image) < 1e-10
     dependent = torch.cat([pair[:, :, :1], 2 * pair[:, :, :1]], 2)
     few = torch.diag(torch.arange(20, dtype=F64) // 7)  # three eigenvalues: exhausted at once
-    vectors, values = krylov(lambda block: few @ block, dependent, 10)
+    basis, values, rotation = krylov(lambda block: few @ block, dependent, 10)
+    vectors = basis @ rotation
     ours = vectors @ (values[..., None] * (vectors.mT @ dependent))
     assert relative_error(ours, few @ dependent) < 1e-10
 
@@ -215,8 +272,10 @@ def test_settings_change_what_they_say(runs):
     whole = segmented(pipeline, queries, 6)
     assert correlation(segmented(pipeline, queries, 6, krylov=20), whole) > 0.999
     assert 0.8 < correlation(segmented(pipeline, queries, 6, curvature_examples=60), whole) < 0.9999
-    close = segmented(pipeline, queries, 6, memory="2MB")
-    assert relative_error(close, whole) < 1e-9
+    for settings in ({"memory": "1MB"}, {"n_jobs": 2}):
+        assert relative_error(segmented(pipeline, queries, 6, **settings), whole) < 1e-9
+    flow = segmented(pipeline, queries, 6, dynamics="flow")
+    assert correlation(flow, whole) < 0.99
     attributor = msif.SegmentedInfluence(6).fit(pipeline)
     mean = attributor.score(queries, progress=False, aggregate="mean").values
     # A Krylov space of its own: equal up to what ten dimensions leave out.
@@ -225,6 +284,29 @@ def test_settings_change_what_they_say(runs):
     attributor = msif.SegmentedInfluence(6, krylov=60).fit(pipeline)
     mean = attributor.score(queries, progress=False, aggregate="mean").values
     assert relative_error(mean, exact.mean(0, keepdim=True)) < 1e-8
+
+
+def test_the_plan_counts_what_will_be_done(runs, monkeypatch):
+    pipelines, queries = runs
+    columns = []
+    before = Hessian.__matmul__
+    for link, pipeline in pipelines.items():
+        method = msif.SegmentedInfluence(6)
+        plan = method.plan(pipeline, queries)
+        method.fit(pipeline, progress=False)
+        assert plan.stretches == {"p": 6, "f": 6}, link
+        assert all(seconds > 0 for seconds in plan.seconds)
+        columns.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                Hessian, "__matmul__", lambda s, v: columns.append(v.shape[1]) or before(s, v)
+            )
+            method.score(queries, progress=False)
+        assert sum(plan.products.values()) * len(queries) == sum(columns)
+    with pytest.raises(msif.MemoryBudgetError, match="single query"):
+        msif.SegmentedInfluence(6, memory="10kB").plan(pipeline, 1)
+    with pytest.raises(ValueError, match="queries=0"):
+        method.plan(pipeline, 0)
 
 
 # ---- Trained elsewhere ----
@@ -329,14 +411,27 @@ def test_adopted_checkpoints_of_our_own_run_give_the_same_scores(runs):
         names = [name for name, _ in stage.model.named_parameters()]
         dicts = [dict(zip(names, _parts(stage.model, full), strict=True)) for full in run.fulls]
         pairs = list(zip(run.steps, dicts, strict=True))
-        kept_runs.append(msif.Run(pairs, run.rates, stage.recipe))
+        means = [dict(zip(names, _parts(stage.model, m), strict=True)) for m in run.means]
+        run_ = msif.Run(pairs, run.rates, stage.recipe, [b.tolist() for b in run.batches], means)
+        kept_runs.append(run_)
     stages = [replace(stage, model=copy.deepcopy(stage.model)) for stage in fitted.stages]
     adopted = msif.Pipeline(stages).adopt(checkpoints=kept_runs)
     again = msif.SegmentedInfluence(6).fit(adopted).score(queries, progress=False).values
     assert relative_error(again, ours) < 1e-12
-    fewer = msif.SegmentedInfluence(3).fit(adopted)
-    assert [len(run.steps) for run in fewer._runs] == [4, 4]
-    assert relative_error(fewer.score(queries, progress=False).values, ours) > 1e-3
+    few = [msif.SegmentedInfluence(3).fit(p) for p in (adopted, fitted)]
+    assert [len(run.steps) for run in few[0]._runs] == [4, 4]
+    thinned, replayed = few[0]._runs[0], few[1]._runs[0]
+    assert thinned.steps == replayed.steps
+    assert relative_error(thinned.means[1], replayed.means[1]) < 1e-12
+    assert relative_error(few[0].score(queries, progress=False).values, ours) > 1e-3
+    bare = [
+        msif.Run(*(getattr(r, n) for n in ("checkpoints", "rates", "optimizer"))) for r in kept_runs
+    ]
+    adopted.adopt(checkpoints=bare)
+    blind = msif.SegmentedInfluence(6).fit(adopted).score(queries, progress=False).values
+    plain = segmented(fitted, queries, 6, details=False)
+    assert relative_error(blind, plain) < 1e-12
+    assert relative_error(blind, ours) > 1e-3
     traced = msif.TracIn(6).fit(adopted).score(queries).values
     assert relative_error(traced, msif.TracIn(6).fit(fitted).score(queries).values) < 1e-12
 
@@ -387,6 +482,12 @@ WRONG = {
     "with dampening is not known": lambda r: changed(
         r, optimizer=torch.optim.SGD([nn.Parameter(torch.ones(1))], 0.1, dampening=0.5)
     ),
+    "batches hold 2 entries | each of the 48 steps": lambda r: changed(r, batches=[[0], [1]]),
+    "batches[0] must be whole numbers from 0 to": lambda r: changed(r, batches=[[9999]] * 48),
+    "means hold 1 state dicts | each of the": lambda r: changed(r, means=[{}]),
+    "the mean after step 0: | is missing": lambda r: changed(
+        r, means=[{}] * (len(r.checkpoints) - 1)
+    ),
     "does not hold the parameters | requires_grad_(False) | msif.SGD(": lambda r: changed(
         r, optimizer=torch.optim.SGD(r.optimizer.param_groups[0]["params"][:1], 0.1)
     ),
@@ -435,6 +536,8 @@ def test_adam_without_its_squared_gradients_is_refused():
         ({"krylov": 2.5}, "krylov=2.5"),
         ({"curvature": "fisher"}, "curvature='fisher'"),
         ({"curvature_examples": 0}, "curvature_examples=0"),
+        ({"dynamics": "exp"}, "dynamics='exp'"),
+        ({"n_jobs": 0}, "n_jobs=0"),
     ],
 )
 def test_bad_settings_are_refused(settings, words):
