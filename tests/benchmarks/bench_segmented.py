@@ -1,0 +1,279 @@
+"""Segmented influence: its cost beside training and unrolling, its settings, and a large net.
+
+    python tests/benchmarks/bench_segmented.py cost [--threads 1]
+    python tests/benchmarks/bench_segmented.py settings [--seeds 3]
+    python tests/benchmarks/bench_segmented.py losses [--seeds 3]
+    python tests/benchmarks/bench_segmented.py large [--data DIR] [--device cpu]
+
+`cost`: CPU seconds of fit and score in trainings of T steps by a plain PyTorch loop, for runs of T,
+4T and 16T steps, 1 and 20 queries, with what each adds to the process's peak memory (Linux); each
+figure in a process of its own. Of adopted checkpoints fit takes nothing; of a pipeline's own run it
+is one replay, shown apart. `settings`: r with 40 real removals of single examples and with unrolled
+scores, by the dimension of Krylov spaces and by the share of examples that the curvature is taken
+from. `losses`: what each simplification costs. `large`: 11 million parameters, from a plain loop's
+checkpoints, timed. The r tables are the same on any machine; run `cost` and `large` on an idle one.
+"""
+
+import argparse
+import copy
+import itertools
+import json
+import pathlib
+import subprocess
+import sys
+import time
+import warnings
+
+import torch
+
+import msif_lab as msif
+from msif_lab.experiments import LINKS, digits
+
+FACTORS = (1, 4, 16)
+EPOCHS = 12  # T is so many
+FLAT, CHEAPER = 1.2, 5.0
+
+
+def setting(link: str, factor: int = 1, seed: int = 0):
+    """Digits, a tanh MLP, in runs of so many times 12 epochs."""
+    return digits(LINKS[link], seed=seed, epochs=(EPOCHS * factor,) * 2, lr=0.05)
+
+
+def correlation(ours: torch.Tensor, truth: torch.Tensor) -> float:
+    """Mean Pearson r of rows."""
+    pairs = zip(ours, truth, strict=True)
+    return float(torch.stack([torch.corrcoef(torch.stack(p))[0, 1] for p in pairs]).mean())
+
+
+# ---- Cost ----
+
+
+def plain_training(pipeline) -> float:
+    """CPU seconds of both stages' runs in a plain loop with torch.optim."""
+    start = time.process_time()
+    for stage in pipeline.stages:
+        net = copy.deepcopy(stage.model)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+        for batch, rate in stage.recipe.steps(len(stage.data)):
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.zero_grad()
+            msif.cross_entropy(net(stage.data.x[batch]), stage.data.y[batch]).mean().backward()
+            optimizer.step()
+    return time.process_time() - start
+
+
+def peak(reset: bool = False) -> float:
+    """Most memory of this process since the last reset, in MB."""
+    if reset:
+        pathlib.Path("/proc/self/clear_refs").write_text("5")
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith("VmHWM"))
+
+
+def one_cost(method: str, factor: int, count: int) -> dict:
+    """CPU seconds of training T and so many T, of fit and score, and MB that these added."""
+    warnings.simplefilter("ignore")
+    short = setting("warm start").pipeline
+    experiment = setting("warm start", factor)
+    pipeline, queries = experiment.pipeline.fit(False), experiment.queries[:count]
+    make = {
+        "unrolled": msif.UnrolledInfluence,
+        "segmented": msif.SegmentedInfluence,
+        "segmented, krylov=20": lambda: msif.SegmentedInfluence(krylov=20),
+    }[method]
+    make().fit(pipeline, False).score(queries[:1], progress=False)  # what is done once
+    training = sorted(plain_training(short) for _ in range(5))[2]
+    whole, before = plain_training(pipeline), peak(reset=True)
+    start = time.process_time()
+    fitted = make().fit(pipeline, False)
+    fit = time.process_time() - start
+    fitted.score(queries, progress=False)
+    score = time.process_time() - start - fit
+    return {"T": training, "whole": whole, "fit": fit, "score": score, "MB": peak() - before}
+
+
+def cost(threads: int) -> None:
+    print(f"CPU time in plain-loop trainings of T = {EPOCHS} epochs; {threads} thread(s), float64")
+    print(
+        f"{'method':<21} {'queries':>7} {'steps':>6} {'training':>9} {'fit':>6} {'score':>7} {'MB':>6}"
+    )
+    found = {}
+    for method in ("segmented", "segmented, krylov=20", "unrolled"):
+        for count, factor in itertools.product((1, 20), FACTORS):
+            command = [sys.executable, __file__, "one", "--ask", method, str(factor), str(count)]
+            command += ["--threads", str(threads)]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            facts = json.loads(done.stdout.splitlines()[-1])
+            fit, score, whole = (facts[key] / facts["T"] for key in ("fit", "score", "whole"))
+            found[method, count, factor] = score, fit + score
+            print(
+                f"{method:<21} {count:>7} {f'{factor}T':>6} {whole:>9.1f} {fit:>6.1f} {score:>7.1f} "
+                f"{facts['MB']:>6.0f}",
+                flush=True,
+            )
+    for count in (1, 20):
+        flat = (
+            found["segmented, krylov=20", count, 16][0] / found["segmented, krylov=20", count, 1][0]
+        )
+        least = found["unrolled", count, 16][1] / found["segmented", count, 16][1]
+        scoring = found["unrolled", count, 16][1] / found["segmented", count, 16][0]
+        print(
+            f"{count} queries: krylov=20 takes {flat:.2f} × at 16T what it takes at T (aim {FLAT}); at "
+            f"16T unrolled takes {least:.1f} × fit and score, {scoring:.1f} × score alone, which is "
+            f"all for adopted checkpoints (aim {CHEAPER})"
+        )
+
+
+# ---- Settings, and what is lost ----
+
+
+def truths(link: str, factor: int, seed: int):
+    """A fitted setting with real effects of 40 removals, and the unrolled scores."""
+    experiment = setting(link, factor, seed)
+    pipeline, queries = experiment.pipeline.fit(False), experiment.queries
+    groups = msif.random_removals(len(pipeline.stages[0].data), 40, seed=0)
+    effects = msif.removal_effects(pipeline, queries, groups, lanes=40, progress=False).values
+    unrolled = msif.UnrolledInfluence().fit(pipeline, False).score(queries, progress=False).values
+    return pipeline, queries, [g[0] for g in groups], effects, unrolled
+
+
+def compared(truth, **choice) -> tuple[float, float]:
+    """r with real removals and with the unrolled scores."""
+    pipeline, queries, removed, effects, unrolled = truth
+    method = msif.SegmentedInfluence(**choice).fit(pipeline, False)
+    values = method.score(queries, progress=False).values
+    return correlation(-values[:, removed], effects), correlation(values, unrolled)
+
+
+def table(choices: dict, factors, seeds: int) -> None:
+    """Mean of r over links and seeds, and the lowest, a row for each choice."""
+    for factor in factors:
+        truth = [
+            truths(link, factor, 10 + s) for link in ("frozen", "warm start") for s in range(seeds)
+        ]
+        best = [correlation(-u[:, removed], effects) for _, _, removed, effects, u in truth]
+        print(f"\n{factor}T, 12 segments: r with real removals (lowest), r with unrolled scores")
+        print(f"  {'unrolled':<38} {sum(best) / len(best):.3f} ({min(best):.3f})")
+        for name, choice in choices.items():
+            found = [compared(each, **choice) for each in truth]
+            real, close = ([pair[i] for pair in found] for i in (0, 1))
+            mean = sum(real) / len(real)
+            print(
+                f"  {name:<38} {mean:.3f} ({min(real):.3f})  {sum(close) / len(close):.3f}",
+                flush=True,
+            )
+
+
+def settings(seeds: int) -> None:
+    choices = {f"krylov={k or 'by length'}": {"krylov": k} for k in (4, 6, 10, 20, None)}
+    for count in (40, 133):
+        part = f"curvature from {count} of 400 + {count} of 200"
+        choices[part] = {"curvature_examples": count}
+    table(choices, (1, 4), seeds)
+
+
+def losses(seeds: int) -> None:
+    everything = {"segments": 10**6, "krylov": 20}
+    choices = {
+        "a stretch a step, details": everything,  # the unrolled derivative itself
+        "a stretch a step, checkpoints alone": everything | {"details": False},
+        "24, details": {"segments": 24},
+        "24, checkpoints alone": {"segments": 24, "details": False},
+        "12, details": {},
+        "12, checkpoints alone": {"details": False},
+        "12, GGN": {"curvature": "ggn"},
+        "12, gradient flow, details": {"dynamics": "flow"},
+        "12, GGN, gradient flow, alone (SOURCE)": {
+            "curvature": "ggn",
+            "dynamics": "flow",
+            "details": False,
+        },
+    }
+    table(choices, (1,), seeds)
+
+
+# ---- 11 million parameters ----
+
+
+def loop(net, data, epochs: int, every: int, seed: int):
+    """A plain loop with its own shuffling; its checkpoints, rates and optimiser."""
+    optimizer = torch.optim.SGD(
+        [p for p in net.parameters() if p.requires_grad], 0.01, momentum=0.9
+    )
+    order, saved, rates, step = torch.Generator().manual_seed(seed), [], [], 0
+    for _ in range(epochs):
+        for batch in torch.randperm(len(data), generator=order).split(50):
+            if step % every == 0:
+                saved.append((step, copy.deepcopy(net.state_dict())))
+            optimizer.zero_grad()
+            msif.cross_entropy(net(data.x[batch]), data.y[batch]).mean().backward()
+            optimizer.step()
+            rates.append(optimizer.param_groups[0]["lr"])
+            step += 1
+    return msif.Run([*saved, (step, copy.deepcopy(net.state_dict()))], rates, optimizer)
+
+
+def large(folder, device: str) -> None:
+    """ResNet-18 on CIFAR-10 at 16 × 16 pixels, animals to vehicles, warm start."""
+    import gpu
+
+    data = []
+    for classes, n, part in ((gpu.PRETRAIN, 1000, "train"), (gpu.FINETUNE, 500, "train")):
+        data.append(gpu.examples(folder, classes, n, 2, part))
+    queries = gpu.examples(folder, gpu.FINETUNE, 4, 2, "test")
+    nets = [
+        gpu.resnet(len(c), (2, 2, 2, 2), 0).to(device).eval() for c in (gpu.PRETRAIN, gpu.FINETUNE)
+    ]
+    data, queries = [d.to(device) for d in data], queries.to(device)
+    start = time.perf_counter()
+    runs = [loop(nets[0], data[0], 3, 10, 0)]
+    shared = {k: v for k, v in nets[0].state_dict().items() if not k.startswith("fc.")}
+    nets[1].load_state_dict(shared, strict=False)
+    runs.append(loop(nets[1], data[1], 3, 5, 1))
+    training = time.perf_counter() - start
+    stages = [
+        msif.Stage(name, net, d, link=link)
+        for name, net, d, link in zip(
+            ("pretrain", "finetune"), nets, data, (None, msif.WarmStart()), strict=True
+        )
+    ]
+    pipeline = msif.Pipeline(stages).adopt(checkpoints=runs)
+    method = msif.SegmentedInfluence(6, krylov=6, curvature_examples=100, memory="8GB")
+    for count in (1, 4):
+        plan = method.plan(pipeline, count)
+        start = time.perf_counter()
+        scores = method.fit(pipeline).score(queries[:count], progress=False)
+        taken = time.perf_counter() - start
+        print(
+            f"{pipeline.objective(0).size:,} parameters, {len(data[0])} + {len(data[1])} images, "
+            f"{count} queries: {taken:.0f} s = {taken / training:.1f} trainings ({training:.0f} s); "
+            f"planned {plan.seconds[1]:.0f} s, peak {peak():,.0f} MB; largest |score| "
+            f"{float(scores.values.abs().max()):.2g}",
+            flush=True,
+        )
+    print(method.check(queries[:1], progress=False))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("cost", "settings", "losses", "large", "one"))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--data", type=pathlib.Path, help="folder with CIFAR-10, for `large`")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--ask", nargs=3, help="method, factor, queries; what `cost` calls itself with"
+    )
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    if given.what == "one":
+        method, factor, count = given.ask
+        print(json.dumps(one_cost(method, int(factor), int(count))))
+    elif given.what == "cost":
+        cost(given.threads)
+    elif given.what == "large":
+        large(given.data, given.device)
+    else:
+        {"settings": settings, "losses": losses}[given.what](given.seeds)
