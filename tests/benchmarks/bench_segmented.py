@@ -94,9 +94,8 @@ def one_cost(method: str, factor: int, count: int) -> dict:
 
 def cost(threads: int) -> None:
     print(f"CPU time in plain-loop trainings of T = {EPOCHS} epochs; {threads} thread(s), float64")
-    print(
-        f"{'method':<21} {'queries':>7} {'steps':>6} {'training':>9} {'fit':>6} {'score':>7} {'MB':>6}"
-    )
+    head = f"{'method':<21} {'queries':>7} {'steps':>6} {'training':>9}"
+    print(f"{head} {'fit':>6} {'score':>7} {'MB':>6}")
     found = {}
     for method in ("segmented", "segmented, krylov=20", "unrolled"):
         for count, factor in itertools.product((1, 20), FACTORS):
@@ -246,7 +245,7 @@ def large(folder, device: str) -> None:
         taken = time.perf_counter() - start
         print(
             f"{pipeline.objective(0).size:,} parameters, {len(data[0])} + {len(data[1])} images, "
-            f"{count} queries: {taken:.0f} s = {taken / training:.1f} trainings ({training:.0f} s); "
+            f"{count} queries: {taken:.0f} s, {taken / training:.1f} trainings of {training:.0f} s; "
             f"planned {plan.seconds[1]:.0f} s, peak {peak():,.0f} MB; largest |score| "
             f"{float(scores.values.abs().max()):.2g}",
             flush=True,
