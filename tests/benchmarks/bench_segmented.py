@@ -105,21 +105,16 @@ def cost(threads: int) -> None:
             facts = json.loads(done.stdout.splitlines()[-1])
             fit, score, whole = (facts[key] / facts["T"] for key in ("fit", "score", "whole"))
             found[method, count, factor] = score, fit + score
-            print(
-                f"{method:<21} {count:>7} {f'{factor}T':>6} {whole:>9.1f} {fit:>6.1f} {score:>7.1f} "
-                f"{facts['MB']:>6.0f}",
-                flush=True,
-            )
+            row = f"{method:<21} {count:>7} {f'{factor}T':>6} {whole:>9.1f}"
+            print(f"{row} {fit:>6.1f} {score:>7.1f} {facts['MB']:>6.0f}", flush=True)
     for count in (1, 20):
-        flat = (
-            found["segmented, krylov=20", count, 16][0] / found["segmented, krylov=20", count, 1][0]
-        )
-        least = found["unrolled", count, 16][1] / found["segmented", count, 16][1]
-        scoring = found["unrolled", count, 16][1] / found["segmented", count, 16][0]
+        steady = [found["segmented, krylov=20", count, factor][0] for factor in FACTORS]
+        whole = found["unrolled", count, 16][1]
+        alone, both = (whole / seconds for seconds in found["segmented", count, 16])
         print(
-            f"{count} queries: krylov=20 takes {flat:.2f} × at 16T what it takes at T (aim {FLAT}); at "
-            f"16T unrolled takes {least:.1f} × fit and score, {scoring:.1f} × score alone, which is "
-            f"all for adopted checkpoints (aim {CHEAPER})"
+            f"{count} queries: krylov=20 takes {steady[-1] / steady[0]:.2f} × at 16T what it takes "
+            f"at T (aim {FLAT}); at 16T unrolled takes {both:.1f} × fit and score, {alone:.1f} × "
+            f"score alone, which is all for adopted checkpoints (aim {CHEAPER})"
         )
 
 
