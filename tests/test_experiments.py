@@ -180,6 +180,12 @@ def test_the_command_writes_one_table_for_each_setting(tmp_path, monkeypatch):
     studies.main(["digits", *sizes_asked, "--out", str(tmp_path / "results")])
     table = pandas.read_csv(tmp_path / "results" / "digits.csv")
     assert set(table["count"]) == {4} and len(table) == 2 * 5 * (2 * 12 + 1)
+    few = [*sizes_asked[:-3], "--kinds", "one", "--links", "warm start", "--checkpoints"]
+    studies.main(["digits", *few, "--out", str(tmp_path / "results")])
+    table = pandas.read_csv(tmp_path / "results" / "digits_checkpoints.csv")
+    names = set(table["method"])
+    assert {"unrolled", "12 segments, details", "24 segments", "SOURCE, 12 segments"} <= names
+    assert len(table) == 5 * len(names) and len(names) == 13
     command = [sys.executable, "-m", "msif_lab.studies", "cows"]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 2 and "cifar_vehicles" in run.stderr

@@ -310,3 +310,37 @@ def test_readme_shows_what_the_results_files_say(title, setting, link):
         results_row(title, setting, link)
         in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     )
+
+
+CHECKPOINT_METHODS = (
+    "unrolled",
+    "3 segments, details",
+    "6 segments, details",
+    "12 segments, details",
+    "24 segments, details",
+    "12 segments",
+    "SOURCE, 12 segments",
+    "implicit, GGN",
+    "TracIn, 12 checkpoints",
+)
+
+
+@pytest.mark.parametrize("link", ["frozen", "warm start"])
+@pytest.mark.parametrize(
+    ("title", "setting"),
+    [
+        ("digits 0–3 → 4–9", "digits"),
+        ("MNIST 0–3 → 4–9", "mnist"),
+        ("CIFAR-10 bird/frog → automobile/deer", "cifar"),
+    ],
+)
+def test_readme_shows_what_methods_that_read_checkpoints_reach(title, setting, link):
+    import pandas
+
+    table = pandas.read_csv(ROOT / f"notebooks/results/{setting}_checkpoints.csv").query(
+        f"statistic == 'r' and removals == 'one' and link == {link!r}"
+    )
+    mean = table.set_index("method")["mean"]
+    cells = " | ".join(f"{mean[method]:.2f}" for method in CHECKPOINT_METHODS)
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert f"| {title} | {link} | {cells} |" in lines

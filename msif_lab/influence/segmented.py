@@ -53,9 +53,13 @@ class SegmentedInfluence:
     """Multi-stage influence from a dozen checkpoints of each run, converged or not.
 
     `UnrolledInfluence` with every stage's run read as a few stretches of constant curvature: what
-    it takes per query is a few Hessian products for each stretch instead of one for each step. For
-    `SGD` a dozen stretches come close to it. For `Adam` and `AdamW` the squared gradients count as
-    constant within a stretch, and what they pass on is left out: a rougher answer.
+    it takes per query is 6 to 20 Hessian products for each stretch instead of one for each step, on
+    all of the stretch's examples. That pays for long runs, and where there is no run to replay; of
+    runs of a few epochs `UnrolledInfluence` takes less. For `SGD` a dozen stretches come close to
+    it where the run is smooth; large learning rates with small batches need more (`check`).
+
+    For `Adam` and `AdamW` the squared gradients count as constant within a stretch, and what they
+    pass on is left out: a rougher answer.
 
     Args:
         segments: how many stretches a stage's run is cut into.
@@ -63,7 +67,8 @@ class SegmentedInfluence:
             its steps, from 6 to 20.
         curvature: ``"hessian"``, or ``"ggn"`` where there are no second derivatives.
         curvature_examples: take the curvature from this many of a stage's examples, drawn at
-            random; default all.
+            random; default all. A rough guide only: its noise adds up over long runs
+            (``bench_segmented.py settings``).
         dynamics: ``"optimizer"``, its own recurrence, or ``"flow"``, gradient flow ``exp(−τH)`` of
             the same length. With ``curvature="ggn"`` and ``details=False`` that is how SOURCE reads
             a run.

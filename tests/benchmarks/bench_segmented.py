@@ -241,8 +241,8 @@ def large(folder, device: str) -> None:
         print(
             f"{pipeline.objective(0).size:,} parameters, {len(data[0])} + {len(data[1])} images, "
             f"{count} queries: {taken:.0f} s, {taken / training:.1f} trainings "
-            f"of {training:.0f} s; planned {plan.seconds[1]:.0f} s, peak {peak():,.0f} MB; largest |score| "
-            f"{float(scores.values.abs().max()):.2g}",
+            f"of {training:.0f} s; planned {plan.seconds[1]:.0f} s, peak {peak():,.0f} MB; "
+            f"largest |score| {float(scores.values.abs().max()):.2g}",
             flush=True,
         )
     print(method.check(queries[:1], progress=False))
