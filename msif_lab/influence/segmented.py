@@ -62,7 +62,8 @@ class SegmentedInfluence:
     pass on is left out: a rougher answer.
 
     Args:
-        segments: how many stretches a stage's run is cut into.
+        segments: how many stretches a stage's run is cut into, at most. 24 come closer than 12 at
+            little more cost where each step's examples are known: a shorter stretch takes fewer.
         krylov: dimension of the Krylov space of each stretch and query; default half the number of
             its steps, from 6 to 20.
         curvature: ``"hessian"``, or ``"ggn"`` where there are no second derivatives.
