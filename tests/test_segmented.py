@@ -12,6 +12,7 @@ from torch import nn
 
 import msif_lab as msif
 from msif_lab.curvature.matrices import Hessian
+from msif_lab.influence.replay import kept_runs as kept_runs_of
 from msif_lab.influence.stretches import by_flow, krylov
 
 README = Path(__file__).parents[1] / "README.md"
@@ -401,19 +402,25 @@ def test_checkpoints_of_a_plain_loop_predict_its_own_removals(kind, least):
     assert correlation(-traced.values[:, [g[0] for g in removed]], effects.values) < ours - 0.2
 
 
-def test_adopted_checkpoints_of_our_own_run_give_the_same_scores(runs):
-    pipelines, queries = runs
-    fitted = pipelines["warm"]
-    attributor = msif.SegmentedInfluence(6).fit(fitted)
-    ours = attributor.score(queries, progress=False).values
-    kept_runs = []
-    for stage, run in zip(fitted.stages, attributor._runs, strict=True):
+def as_runs(pipeline, runs):
+    """What is kept of our own runs, as somebody else would hand it over."""
+    found = []
+    for stage, run in zip(pipeline.stages, runs, strict=True):
         names = [name for name, _ in stage.model.named_parameters()]
         dicts = [dict(zip(names, _parts(stage.model, full), strict=True)) for full in run.fulls]
         pairs = list(zip(run.steps, dicts, strict=True))
         means = [dict(zip(names, _parts(stage.model, m), strict=True)) for m in run.means]
         run_ = msif.Run(pairs, run.rates, stage.recipe, [b.tolist() for b in run.batches], means)
-        kept_runs.append(run_)
+        found.append(run_)
+    return found
+
+
+def test_adopted_checkpoints_of_our_own_run_give_the_same_scores(runs):
+    pipelines, queries = runs
+    fitted = pipelines["warm"]
+    attributor = msif.SegmentedInfluence(6).fit(fitted)
+    ours = attributor.score(queries, progress=False).values
+    kept_runs = as_runs(fitted, attributor._runs)
     stages = [replace(stage, model=copy.deepcopy(stage.model)) for stage in fitted.stages]
     adopted = msif.Pipeline(stages).adopt(checkpoints=kept_runs)
     again = msif.SegmentedInfluence(6).fit(adopted).score(queries, progress=False).values
@@ -432,6 +439,7 @@ def test_adopted_checkpoints_of_our_own_run_give_the_same_scores(runs):
     plain = segmented(fitted, queries, 6, details=False)
     assert relative_error(blind, plain) < 1e-12
     assert relative_error(blind, ours) > 1e-3
+    adopted.adopt(checkpoints=as_runs(fitted, kept_runs_of(fitted, 6, by_rates=False)))
     traced = msif.TracIn(6).fit(adopted).score(queries).values
     assert relative_error(traced, msif.TracIn(6).fit(fitted).score(queries).values) < 1e-12
 

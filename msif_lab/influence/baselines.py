@@ -280,7 +280,7 @@ class TracIn(Baseline):
         """
         super().fit(pipeline)
         self._states = []
-        for run in kept_runs(pipeline, self.checkpoints):
+        for run in kept_runs(pipeline, self.checkpoints, by_rates=False):
             pairs = itertools.pairwise(run.steps)
             rates = [sum(run.rates[a:b]) for a, b in pairs]
             self._states.append(list(zip(run.fulls[1:], rates, strict=True)))

@@ -81,8 +81,12 @@ class Trajectory:
         return records, theta, state
 
 
-def kept_runs(pipeline: Pipeline, stretches: int, progress: bool = False) -> list[KeptRun]:
+def kept_runs(
+    pipeline: Pipeline, stretches: int, progress: bool = False, *, by_rates: bool = True
+) -> list[KeptRun]:
     """Every stage's run as at most so many stretches: adopted with the weights, or replayed.
+
+    A replayed run is cut by equal sums of learning rates, or else by equal numbers of steps.
 
     Raises:
         ValueError: weights were adopted without checkpoints, or a stage was trained to an optimum.
@@ -100,7 +104,9 @@ def kept_runs(pipeline: Pipeline, stretches: int, progress: bool = False) -> lis
     runs, previous, trained = [], None, pipeline.trained()
     with progress_bar(sum(map(len, rates)), "replay", progress) as bar:
         for k, stage in enumerate(pipeline.stages):
-            lanes, bounds = pipeline.fresh_lanes(k, previous), bounds_by_rates(rates[k], stretches)
+            lanes, bounds = pipeline.fresh_lanes(k, previous), even_bounds(len(rates[k]), stretches)
+            if by_rates:
+                bounds = bounds_by_rates(rates[k], stretches)
             run = Trajectory(stage.recipe, lanes, bounds, keep=False).run(bar)
             previous = run.final
             require_same_end(stage.name, previous[0], trained[k])
