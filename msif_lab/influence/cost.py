@@ -398,17 +398,14 @@ def timed(plan: UnrolledPlan, pipeline: Pipeline, memory: int, fits: int) -> Unr
         o, recipe = pipeline.objective(k), stage.recipe
         lanes = pipeline.fresh_lanes(k, pipeline.initial(k - 1)[None] if k else None)
         theta = o.trained.take(lanes.base)
-        batch, rate = next(iter(recipe.steps(len(stage.data))))
+        batch, _ = next(iter(recipe.steps(len(stage.data))))
         cotangents = torch.ones_like(theta).expand(plan.part, -1)
         every, room = bool(k and pipeline.functional(k).frozen), min(memory // 4, CHUNK_BYTES)
-
-        def forward(r=recipe, lanes=lanes, theta=theta, batch=batch, rate=rate):
-            r.advance(lanes, theta, r.start(theta), 0, batch, rate)
 
         def backward(o=o, full=lanes.base[0], batch=batch, bars=cotangents, every=every, room=room):
             gradient_transpose(o, full, batch, bars, every=every, memory=room)
 
-        there, back = seconds(forward), seconds(backward)
+        there, back = _step_seconds(pipeline, k), seconds(backward)
         replay = there * (plan.segments[stage.name] > 1)
         fit += there * plan.steps[stage.name]
         sweep += (back + replay) * plan.steps[stage.name]

@@ -230,9 +230,8 @@ class Pull:
             return total, total.new_full((1, 1, 1), 1 / count).expand(count, 1, 1)
         if len(path) < self.basis.shape[2]:  # fewer steps than dimensions
             directions = self.basis @ self.coordinates.permute(1, 2, 0)
-            return directions, self.stretch.members(weights[:, :, 0].flatten().diag(), count)[
-                :, None
-            ]
+            each = weights.flatten().diag()
+            return directions, self.stretch.members(each, count)[:, None]
         return self.basis, self.stretch.members(weights * self.coordinates, count)
 
 
@@ -317,9 +316,8 @@ class SegmentAdjoint(Backwards):
         shares = torch.cat([s.expand(-1, queries, -1) for _, s in asked], 2)
         flat = vectors.transpose(0, 1).flatten(1)
         rows = shares.flatten(1).any(1).nonzero()[:, 0]
-        data = (
-            self.objective.data if len(rows) == shares.shape[0] else self.objective.data[rows.cpu()]
-        )
+        data = self.objective.data
+        data = data if len(rows) == len(data) else data[rows.cpu()]
         for part, products in product_chunks(self.objective, full, flat, data):
             found = products.unflatten(0, (queries, -1)) * shares[rows[part]].permute(1, 2, 0)
             self.scores[:, rows[part]] += found.sum(1)

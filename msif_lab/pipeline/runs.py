@@ -106,10 +106,10 @@ class Run:
         rates: the learning rate of each step, or one number for all.
         optimizer: the `torch.optim.SGD`, `Adam` or `AdamW` that made the steps, or a recipe such as
             ``msif.SGD(lr=0.1, momentum=0.9)``, of which only what a step does is read.
-        batches: positions in the stage's data of the examples of each step, where known: nearer,
-            since an example then counts in the steps that it was in.
+        batches: positions in the stage's data of the examples of each step, where known. Scores
+            come closer with them: each example then counts in the steps that it was in.
         means: state dicts with the mean of the weights before each step from one checkpoint to the
-            next, where known: nearer, since curvature is then taken there.
+            next, where known. Scores come closer with them: curvature is then taken there.
     """
 
     checkpoints: Sequence[tuple]
