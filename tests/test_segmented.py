@@ -150,7 +150,7 @@ def test_gradient_flow_against_the_exponential_of_the_matrix():
     values, vectors = torch.linalg.eigh(matrix)
     theta_bar = draw(1, 5, seed=1)
     steps = [(msif.SGD(0.1, momentum=0.5).linear_step(t), 0.1, 0.0) for t in range(7)]
-    ended = by_flow(values[None], theta_bar @ vectors, torch.zeros(1, 5, dtype=F64), steps)
+    ended = by_flow(values, theta_bar @ vectors, torch.zeros(1, 5, dtype=F64), steps)
     time = 7 * 0.1 / (1 - 0.5)
     decayed = torch.linalg.matrix_exp(-time * matrix)
     assert relative_error(ended[1] @ vectors.T, theta_bar @ decayed) < 1e-12
@@ -185,24 +185,34 @@ def test_one_stretch_of_a_run_that_stays_at_its_optimum_is_the_implicit_formula(
     assert relative_error(segmented(again, queries, 1, krylov=40), implicit) > 0.1
 
 
-def test_ritz_vectors_hold_the_pair_and_its_images():
+def test_ritz_vectors_hold_the_start_and_its_images():
     a = draw(20, 20)
     matrix = a @ a.T / 20
-    pair = draw(3, 20, 2, seed=1)
-    basis, values, rotation = krylov(lambda block: matrix @ block, pair, 10)
+    start = draw(20, 2, seed=1)
+    spaces = list(krylov(lambda block: matrix @ block, start, 10))
+    assert [basis.shape[1] for basis, _, _ in spaces] == [2, 4, 6, 8, 10]
+    basis, values, rotation = spaces[-1]
     vectors = basis @ rotation
-    assert vectors.shape == (3, 20, 10)
-    assert relative_error(vectors.mT @ vectors, torch.eye(10, dtype=F64).expand(3, 10, 10)) < 1e-12
+    assert relative_error(vectors.T @ vectors, torch.eye(10, dtype=F64)) < 1e-12
+    assert torch.equal(spaces[1][0], basis[:, :4])
     for power in range(4):  # polynomials of degree below five in the matrix are exact
-        image = torch.linalg.matrix_power(matrix, power) @ pair
-        ours = vectors @ (values[..., None] ** power * (vectors.mT @ pair))
+        image = torch.linalg.matrix_power(matrix, power) @ start
+        ours = vectors @ (values[:, None] ** power * (vectors.T @ start))
         assert relative_error(ours, image) < 1e-10
-    dependent = torch.cat([pair[:, :, :1], 2 * pair[:, :, :1]], 2)
+
+
+def test_krylov_spaces_that_end_early_are_exact():
+    start = draw(20, 1, seed=1)
     few = torch.diag(torch.arange(20, dtype=F64) // 7)  # three eigenvalues: exhausted at once
-    basis, values, rotation = krylov(lambda block: few @ block, dependent, 10)
-    vectors = basis @ rotation
-    ours = vectors @ (values[..., None] * (vectors.mT @ dependent))
-    assert relative_error(ours, few @ dependent) < 1e-10
+    for block in (torch.cat([start, 2 * start, 0 * start], 1), torch.cat([start, start + 1e-9], 1)):
+        *_, (basis, values, rotation) = krylov(lambda block: few @ block, block, 20)
+        vectors = basis @ rotation
+        assert relative_error(vectors.T @ vectors, torch.eye(len(values), dtype=F64)) < 1e-12
+        ours = vectors @ (values[:, None] * (vectors.T @ block))
+        assert relative_error(ours, few @ block) < 1e-10
+        assert len(values) <= 6
+    ((basis, values, rotation),) = krylov(lambda block: few @ block, 0 * start, 10)
+    assert basis.shape == (20, 0) and values.shape == (0,) and rotation.shape == (0, 0)
 
 
 # ---- Beside the unrolled derivative ----
@@ -273,13 +283,13 @@ def test_settings_change_what_they_say(runs):
     whole = segmented(pipeline, queries, 6)
     assert correlation(segmented(pipeline, queries, 6, krylov=20), whole) > 0.999
     assert 0.8 < correlation(segmented(pipeline, queries, 6, curvature_examples=60), whole) < 0.9999
-    for settings in ({"memory": "1MB"}, {"n_jobs": 2}):
-        assert relative_error(segmented(pipeline, queries, 6, **settings), whole) < 1e-9
+    for settings in ({"memory": "1MB"}, {"n_jobs": 2}):  # parts with Krylov spaces of their own
+        assert 0 < relative_error(segmented(pipeline, queries, 6, **settings), whole) < 5e-3
     flow = segmented(pipeline, queries, 6, dynamics="flow")
     assert correlation(flow, whole) < 0.99
     attributor = msif.SegmentedInfluence(6).fit(pipeline)
     mean = attributor.score(queries, progress=False, aggregate="mean").values
-    # A Krylov space of its own: equal up to what ten dimensions leave out.
+    # A Krylov space of its own: equal up to what both leave out.
     assert relative_error(mean, whole.mean(0, keepdim=True)) < 1e-2
     exact = segmented(pipeline, queries, 6, krylov=60)
     attributor = msif.SegmentedInfluence(6, krylov=60).fit(pipeline)
@@ -287,27 +297,51 @@ def test_settings_change_what_they_say(runs):
     assert relative_error(mean, exact.mean(0, keepdim=True)) < 1e-8
 
 
+def columns_multiplied(method, pipeline, queries, monkeypatch):
+    """How many vectors the curvature is multiplied by."""
+    columns, before = [], Hessian.__matmul__
+    method.fit(pipeline, progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Hessian, "__matmul__", lambda s, v: columns.append(v.shape[1]) or before(s, v)
+        )
+        method.score(queries, progress=False)
+    return sum(columns)
+
+
 def test_the_plan_counts_what_will_be_done(runs, monkeypatch):
     pipelines, queries = runs
-    columns = []
-    before = Hessian.__matmul__
     for link, pipeline in pipelines.items():
-        method = msif.SegmentedInfluence(6)
-        plan = method.plan(pipeline, queries)
-        method.fit(pipeline, progress=False)
-        assert plan.stretches == {"p": 6, "f": 6}, link
-        assert all(seconds > 0 for seconds in plan.seconds)
-        columns.clear()
-        with monkeypatch.context() as patch:
-            patch.setattr(
-                Hessian, "__matmul__", lambda s, v: columns.append(v.shape[1]) or before(s, v)
-            )
-            method.score(queries, progress=False)
-        assert sum(plan.products.values()) * len(queries) == sum(columns)
+        for krylov_size, least in ((4, 1.0), (None, 0.3)):
+            method = msif.SegmentedInfluence(6, krylov_size)
+            plan = method.plan(pipeline, queries)
+            assert plan.stretches == {"p": 6, "f": 6}, link
+            assert all(seconds > 0 for seconds in plan.seconds)
+            most = sum(plan.products.values()) * len(queries)
+            done = columns_multiplied(method, pipeline, queries, monkeypatch)
+            assert least * most <= done <= most
     with pytest.raises(msif.MemoryBudgetError, match="single query"):
         msif.SegmentedInfluence(6, memory="10kB").plan(pipeline, 1)
     with pytest.raises(ValueError, match="queries=0"):
         method.plan(pipeline, 0)
+
+
+def test_krylov_spaces_grow_until_the_scores_settle(runs, monkeypatch):
+    """Close to large spaces in a long run, where few dimensions are not; fewer for many queries."""
+    pipelines, queries = runs
+    stages = [
+        replace(stage, recipe=replace(stage.recipe, epochs=30), model=copy.deepcopy(stage.model))
+        for stage in pipelines["frozen"].stages
+    ]
+    pipeline = msif.Pipeline(stages).fit(progress=False)
+    full = segmented(pipeline, queries, 6, krylov=40)
+    assert relative_error(segmented(pipeline, queries, 6), full) < 5e-3
+    assert relative_error(segmented(pipeline, queries, 6, krylov=2), full) > 0.1
+    method = msif.SegmentedInfluence(6)
+    alone, together = (
+        columns_multiplied(method, pipeline, queries[:n], monkeypatch) / n for n in (1, 8)
+    )
+    assert together < 0.9 * alone
 
 
 # ---- Trained elsewhere ----

@@ -275,7 +275,7 @@ class Hessian(DataCurvature):
 
         There it equals the Hessian and is far cheaper.
         """
-        if not _is_linear(self):
+        if not self.objective.once(("linear", self.every), lambda: _is_linear(self)):
             return None
         twin = GGN(self.objective, self.full, self.weights, every=self.every)
         twin.ridge = self.ridge

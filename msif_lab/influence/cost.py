@@ -414,7 +414,7 @@ def timed(plan: UnrolledPlan, pipeline: Pipeline, memory: int, fits: int) -> Unr
 
 @dataclass(frozen=True)
 class SegmentedPlan:
-    """What segmented influence will take; prints as a table.
+    """What segmented influence will take at most; prints as a table.
 
     Attributes:
         stretches: per stage, how many its run is cut into.
@@ -423,7 +423,8 @@ class SegmentedPlan:
         queries, part: Q, and how many of them are taken side by side.
         bytes: of the Krylov spaces of these, and of the working chunks.
         budget: bytes allowed for Krylov spaces.
-        seconds: estimates for fit and for score, from a probe with a few examples.
+        seconds: estimates for fit and for score, from a probe with a few examples; for score
+            with as many products as that, of which smooth runs and many queries take half.
     """
 
     stretches: dict[str, int]
@@ -440,8 +441,11 @@ class SegmentedPlan:
             f"{self.queries} queries, {self.part} side by side; {used}{self.budget / 1e6:,.0f} MB"
         ]
         for name, count in self.stretches.items():
-            lines.append(f"  {name}: {count} stretches, {self.products[name]} products a query")
-        lines.append("  estimated: {:.1f} s to fit, {:.1f} s to score".format(*self.seconds))
+            most = self.products[name]
+            lines.append(f"  {name}: {count} stretches, at most {most} products a query")
+        lines.append(
+            "  estimated: {:.1f} s to fit, at most {:.1f} s to score".format(*self.seconds)
+        )
         return "\n".join(lines)
 
 

@@ -27,7 +27,7 @@ from .unrolled import warn_of_growth
 __all__ = ["SegmentedInfluence"]
 
 
-VECTORS = 4  # per dimension of a Krylov space: two bases, and both side by side for the scores
+VECTORS = 4  # per dimension: the bases of two stretches, and both side by side for the scores
 
 
 @dataclass
@@ -53,10 +53,13 @@ class SegmentedInfluence:
     """Multi-stage influence from a dozen checkpoints of each run, converged or not.
 
     `UnrolledInfluence` with every stage's run read as a few stretches of constant curvature: what
-    it takes per query is 6 to 20 Hessian products for each stretch instead of one for each step, on
+    it takes per query is 4 to 20 Hessian products for each stretch instead of one for each step, on
     all of the stretch's examples. That pays for long runs, and where there is no run to replay; of
     runs of a few epochs `UnrolledInfluence` takes less. For `SGD` a dozen stretches come close to
     it where the run is smooth; large learning rates with small batches need more (`check`).
+
+    The queries of one call share their Krylov spaces: many take fewer products each than one alone,
+    and their scores depend on each other by less than a hundredth.
 
     For `Adam` and `AdamW` the squared gradients count as constant within a stretch, and what they
     pass on is left out: a rougher answer.
@@ -64,8 +67,8 @@ class SegmentedInfluence:
     Args:
         segments: how many stretches a stage's run is cut into, at most. 24 come closer than 12 at
             little more cost where each step's examples are known: a shorter stretch takes fewer.
-        krylov: dimension of the Krylov space of each stretch and query; default half the number of
-            its steps, from 6 to 20.
+        krylov: dimension of each stretch's Krylov space, for each query; default as many as it
+            takes until a block more changes what comes of it by less than a thousandth, at most 20.
         curvature: ``"hessian"``, or ``"ggn"`` where there are no second derivatives.
         curvature_examples: take the curvature from this many of a stage's examples, drawn at
             random; default all. A rough guide only: its noise adds up over long runs
@@ -228,7 +231,7 @@ class SegmentedInfluence:
         return adjoint.scores, sizes
 
     def plan(self, pipeline: Pipeline, queries: Examples | int) -> SegmentedPlan:
-        """Products, bytes and estimated seconds for this many queries, before any long work.
+        """Products, bytes and seconds for this many queries at most, before any long work.
 
         The first stage's scores are meant; those of later ones take less. All queries together, as
         with ``aggregate``, count as one.

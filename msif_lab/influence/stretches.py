@@ -8,13 +8,13 @@ it, and the optimiser's own recurrence is kept. Backwards over the steps of a st
 and ``score_i += Σ_t ḡ_t·∇f_i / |B_t|`` over the steps that hold example i; where it is not known
 which those are, each has ``1/m`` of it: an example is in one step of an epoch. ∇f_i lies on a
 straight line between its values at the two ends. θ̄, v̄ and every ḡ_t are polynomials in H applied
-to the pair (θ̄, v̄), so a small Krylov space of H from the pair holds them, and the recurrence runs
-on its Ritz values.
+to the pair (θ̄, v̄), so a small Krylov space of H from the pairs of all queries holds them, and the
+recurrence runs on its Ritz values.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +29,8 @@ from ..pipeline.runs import KeptRun
 from ..pipeline.stages import FunctionalStage
 from .adjoint import Backwards
 
-MOST_DIMENSIONS = 20  # of a Krylov space, by default
+MOST_DIMENSIONS = 20  # of a Krylov space for each query, by default
+SETTLED = 1e-3  # grow a Krylov space until a step changes what comes of it by less
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,11 @@ class Reading:
     dynamics: str = "optimizer"
 
     def dimension(self, steps: int) -> int:
-        """Of the Krylov spaces of a stretch of so many steps."""
-        return self.krylov or min(MOST_DIMENSIONS, max(6, steps // 2))
+        """Of the Krylov space of a stretch of so many steps, at most, for each query.
+
+        Each step multiplies by H once, so more than that the pair cannot reach.
+        """
+        return self.krylov or min(MOST_DIMENSIONS, 2 * steps + 2)
 
 
 @dataclass
@@ -70,19 +74,21 @@ class Stretch:
         """How far from start to end each step begins, as a share of the learning rates' sum."""
         return _path(self.steps).to(self.start)
 
-    def members(self, shares: Tensor, count: int) -> Tensor:
-        """``Σ_t shares_t [i in B_t] / |B_t|`` for each of ``count`` examples, ``(N, ...)``.
+    def members(self, count: int, rows: Tensor | None = None) -> Tensor:
+        """``[i in B_t] / |B_t|`` of each of ``count`` examples and step, sparse ``(N, T)``.
 
         Args:
-            shares: of each step ``(T, ...)``.
+            rows: only these examples.
         """
         sizes = torch.tensor([len(batch) for batch in self.batches])
         step = torch.arange(len(sizes)).repeat_interleave(sizes)
-        at = torch.stack([torch.cat(self.batches), step]).to(shares.device)
-        weights = (1 / sizes.to(shares)).repeat_interleave(sizes.to(shares.device))
+        at = torch.stack([torch.cat(self.batches), step])
+        weights = (1 / sizes.to(self.start.dtype)).repeat_interleave(sizes)
         shape = count, len(sizes)
         table = torch.sparse_coo_tensor(at, weights, shape, check_invariants=True)
-        return (table @ shares.flatten(1)).unflatten(1, shares.shape[1:])
+        table = table.to(self.start.device)
+        table = table if rows is None else table.index_select(0, rows)
+        return table.coalesce()
 
 
 def _path(steps: Sequence[tuple[int, float]]) -> Tensor:
@@ -92,61 +98,60 @@ def _path(steps: Sequence[tuple[int, float]]) -> Tensor:
 
 
 def krylov(
-    operator: Callable[[Tensor], Tensor], pair: Tensor, size: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Krylov space of a symmetric matrix from each query's pair, with its Ritz values.
+    operator: Callable[[Tensor], Tensor], start: Tensor, size: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Krylov spaces of a symmetric matrix from some vectors, each larger than the one before.
 
-    Block Lanczos with full reorthogonalisation, all queries side by side.
+    Block Lanczos with full reorthogonalisation.
 
     Args:
-        operator: ``(Q, P, B)`` → the matrix times each column.
-        pair: ``(Q, P, B)``, the vectors that the space starts from.
-        size: of the space, rounded up to whole blocks.
+        operator: ``(P, B)`` → the matrix times each column.
+        start: ``(P, B)``, the vectors that the spaces start from.
+        size: of the last space, rounded up to whole blocks.
 
-    Returns:
-        an orthonormal basis ``(Q, P, K)``, zero where a space is exhausted; the Ritz values
-        ``(Q, K)``; the Ritz vectors in the basis ``(Q, K, K)``.
+    Yields:
+        an orthonormal basis ``(P, K)``, the Ritz values ``(K,)``, and the Ritz vectors in the
+        basis ``(K, K)``. The first columns of a basis are the basis before.
     """
-    queries, width, wide = pair.shape
-    basis, small = pair.new_zeros(queries, width, 0), pair.new_zeros(queries, 0, 0)
-    room = wide * -(-min(size, width) // wide)  # more only where pairs are nearly dependent
-    filled, image = 0, pair
-    while True:
-        if filled + wide > basis.shape[2]:
-            more = room if not filled else wide
-            basis = nn.functional.pad(basis, (0, more))
-            small = nn.functional.pad(small, (0, more, 0, more))
-        added = _orthonormal(basis, filled, image)
-        ranks = basis[:, :, :filled].any(1).sum(1)
-        if not bool((added & (ranks < min(size, width))).any()):
+    basis = _orthonormal(start.new_empty(len(start), 0), start)
+    small, block = start.new_zeros(0, 0), basis
+    if not block.shape[1]:  # nothing but zeros
+        yield basis, small.flatten(), small
+    while block.shape[1]:
+        image = operator(block)
+        more = block.shape[1]
+        small = nn.functional.pad(small, (0, more, 0, more))
+        small[:, -more:] = basis.T @ image
+        # symmetric; what lies below the diagonal was not computed
+        values, rotation = torch.linalg.eigh(small.triu() + small.triu(1).T)
+        yield basis, values, rotation
+        if basis.shape[1] >= size:
             break
-        block = slice(filled, filled + wide)
-        filled += wide
-        image = operator(basis[:, :, block])
-        small[:, :filled, block] = basis[:, :, :filled].mT @ image
-    small = small[:, :filled, :filled]
-    small = small.triu() + small.triu(1).mT  # symmetric; what lies below was not computed
-    values, rotation = torch.linalg.eigh(small)
-    return basis[:, :, :filled], values, rotation
+        block = _orthonormal(basis, image)
+        basis = torch.cat([basis, block], 1)
 
 
-def _orthonormal(basis: Tensor, filled: int, block: Tensor) -> Tensor:
-    """Write what a block adds to a basis behind its first ``filled`` columns, orthonormal.
+def _orthonormal(basis: Tensor, block: Tensor) -> Tensor:
+    """What a block (P, B) adds to an orthonormal basis (P, K), orthonormal: ``(P, at most B)``.
 
-    Zero where that is only rounding; returns for which queries anything was added ``(Q,)``.
+    A column of which only rounding is left adds nothing.
     """
-    start = filled
-    for z in block.split(1, 2):
-        limit = 30 * torch.finfo(z.dtype).eps * z.norm(dim=1, keepdim=True)
-        known = basis[:, :, :filled]
-        for share in (limit, 0.5):
+    least = 30 * torch.finfo(block.dtype).eps * block.norm(dim=0)
+    for _ in range(2):  # once more for what rounding let through
+        for _ in range(2):
+            block = block - basis @ (basis.T @ block)
+        added, count = torch.empty_like(block.T, memory_format=torch.contiguous_format), 0
+        for z, limit in zip(block.T, least.tolist(), strict=True):
+            known = added[:count]
             for _ in range(2):
-                z = z - known @ (known.mT @ z)
-            left = z.norm(dim=1, keepdim=True)
-            z = torch.where(left > share, z / left.clamp(min=torch.finfo(z.dtype).tiny), 0.0)
-        basis[:, :, filled : filled + 1] = z
-        filled += 1
-    return basis[:, :, start:filled].any(1).any(1)
+                z = z - (known @ z) @ known
+            left = float(z.norm())
+            if left > limit:
+                added[count] = z / left
+                count += 1
+        block = added[:count].T
+        least = block.new_full((count,), 0.5)
+    return block
 
 
 Steps = Sequence[tuple[LinearStep, float, float]]
@@ -158,7 +163,7 @@ def by_steps(
     """The optimiser's recurrence backwards, on coordinates along eigenvectors of H.
 
     Args:
-        values: eigenvalues ``(Q, K)``.
+        values: eigenvalues ``(K,)``.
         theta_bar, momentum_bar: ∂q/∂ the parameters and the momentum at the end ``(Q, K)``.
         steps: each step's recurrence, learning rate, and rate of decoupled weight decay.
 
@@ -167,9 +172,9 @@ def by_steps(
     """
     g_bars = []
     for (a, b, c, d), rate, decay in reversed(steps):
-        momentum_bar = momentum_bar - rate * c * theta_bar
-        g_bars.append(b * momentum_bar - rate * d * theta_bar)
-        theta_bar = (1 - rate * decay) * theta_bar + values * g_bars[-1]
+        momentum_bar = momentum_bar.sub(theta_bar, alpha=rate * c)
+        g_bars.append((b * momentum_bar).sub(theta_bar, alpha=rate * d))
+        theta_bar = torch.addcmul((1 - rate * decay) * theta_bar, values, g_bars[-1])
         momentum_bar = a * momentum_bar
     return torch.stack(g_bars[::-1]), theta_bar, momentum_bar
 
@@ -195,9 +200,12 @@ def by_flow(
 class Pull:
     """What the steps of a stretch ask of the examples' gradients: ``ḡ_t = basis c_t``.
 
+    Half of it is asked at the stretch's start and half at its end, step by step more of it: an
+    example's gradient lies on a straight line between those at the two ends.
+
     Attributes:
         stretch: of which run.
-        basis: ``(Q, P, K)``.
+        basis: ``(P, K)``.
         coordinates: c of each step ``(T, Q, K)``.
     """
 
@@ -208,31 +216,54 @@ class Pull:
     @property
     def total(self) -> Tensor:
         """``Σ_t ḡ_t``, ``(Q, P)``."""
-        return self._along(self.coordinates.sum(0))
+        return self.coordinates.sum(0) @ self.basis.T
 
-    def _along(self, coordinates: Tensor) -> Tensor:
-        return (self.basis @ coordinates[:, :, None])[..., 0]
+    def asks(self, late: bool) -> bool:
+        """Whether anything is asked at this end; not at the end of a single step."""
+        return bool(self._weighted(late).any())
 
-    def asked(self, late: bool, count: int) -> tuple[Tensor, Tensor]:
-        """Directions ``(Q, P, J)`` and each example's shares ``(N, 1 or Q, J)`` in them.
+    def _weighted(self, late: bool) -> Tensor:
+        path = self.stretch.path
+        return (path if late else 1 - path)[:, None, None] * self.coordinates
 
-        Example i's part of the score at this end is ``Σ_j shares_ij ∇f_i·direction_j``. Its
-        gradient lies on a straight line between those at the two ends of the stretch.
+    @property
+    def _by_step(self) -> bool:
+        """Whether the ḡ_t are fewer vectors than the basis has."""
+        steps, queries, dimension = self.coordinates.shape
+        return steps * queries < dimension
+
+    def directions(self, late: bool) -> Tensor:
+        """The vectors ``(P, J)`` whose products with the examples' gradients are wanted.
 
         Args:
             late: at the end of the stretch, else at its start.
-            count: N.
         """
-        path = self.stretch.path
-        weights = (path if late else 1 - path)[:, None, None]
+        if self.stretch.batches is None:
+            return self.basis @ self._weighted(late).sum(0).T  # one for each query
+        if self._by_step:
+            return self.basis @ self._weighted(late).flatten(0, 1).T
+        return self.basis
+
+    def scores(self, late: bool, products: Tensor, rows: Tensor, count: int) -> Tensor:
+        """What this end adds to the scores of some examples ``(Q, B)``.
+
+        Args:
+            late: as in `directions`.
+            products: of the directions with the gradients of these examples ``(J, B)``.
+            rows: which examples they are ``(B,)``.
+            count: of all examples.
+        """
         if self.stretch.batches is None:  # in every epoch once, somewhere: 1/m a step on average
-            total = self._along((weights * self.coordinates).sum(0))[:, :, None]
-            return total, total.new_full((1, 1, 1), 1 / count).expand(count, 1, 1)
-        if len(path) < self.basis.shape[2]:  # fewer steps than dimensions
-            directions = self.basis @ self.coordinates.permute(1, 2, 0)
-            each = weights.flatten().diag()
-            return directions, self.stretch.members(each, count)[:, None]
-        return self.basis, self.stretch.members(weights * self.coordinates, count)
+            return products / count
+        members = self.stretch.members(count, rows)
+        steps, queries, _ = self.coordinates.shape
+        if self._by_step:
+            by_step = products.unflatten(0, (steps, queries))
+            return torch.einsum("bt,tqb->qb", members.to_dense(), by_step)
+        weighted = self._weighted(late)
+        return torch.stack(
+            [((members @ weighted[:, q]) * products.T).sum(1) for q in range(queries)]
+        )
 
 
 class SegmentAdjoint(Backwards):
@@ -265,13 +296,13 @@ class SegmentAdjoint(Backwards):
 
     def sweep(self, stretches: Sequence[Stretch], bar=None) -> None:
         """Backwards through all stretches of the stage."""
-        o, count = self.objective, len(self.objective.data)
-        asked: list[tuple[Tensor, Tensor]] = []
+        o = self.objective
+        later: Pull | None = None
         for stretch in reversed(stretches):
             data, weights = self._seen(stretch)
             pull = self._through(stretch, self._curvature(stretch, data, weights))
-            self._add(stretch.end, [*asked, pull.asked(True, count)])
-            asked = [pull.asked(False, count)]
+            self._add(stretch.end, pull, later)
+            later = pull
             if self.through_frozen:
                 names = self.functional.frozen
                 self.frozen_bar += cross_products(
@@ -282,15 +313,14 @@ class SegmentAdjoint(Backwards):
             if bar is not None:
                 bar.update()
         self.require_finite()
-        self._add(stretches[0].start, asked)
+        self._add(stretches[0].start, None, later)
 
     def _seen(self, stretch: Stretch) -> tuple[Examples, Tensor | None]:
         """The examples of a stretch's steps, and how often each counts; None for once each."""
         data = self.objective.data
         if stretch.batches is None:
             return data, None
-        each = self.theta_bar.new_full((len(stretch.steps), 1), 1 / len(stretch.steps))
-        weights = stretch.members(each, len(data))[:, 0]
+        weights = stretch.members(len(data)).sum(1).to_dense() / len(stretch.steps)
         rows = weights.nonzero()[:, 0]
         return data if len(rows) == len(data) else data[rows.cpu()], weights[rows] * len(rows)
 
@@ -306,21 +336,23 @@ class SegmentAdjoint(Backwards):
                 weights = weights / weights.mean()
         return curvature(self.reading.curvature, self.objective.on(data), stretch.middle, weights)
 
-    def _add(self, full: Tensor, asked: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """``score_i += Σ_j shares_ij ∇f_i·direction_j`` at all parameters ``full`` (D,)."""
-        asked = [part for part in asked if bool(part[0].any()) and bool(part[1].any())]
-        if not asked:
+    def _add(self, full: Tensor, before: Pull | None, after: Pull | None) -> None:
+        """Scores from the gradients at a checkpoint ``full`` (D,), between two stretches."""
+        ends = [(p, p is before) for p in (before, after) if p is not None and p.asks(p is before)]
+        if not ends:
             return
-        queries = len(self.scores)
-        vectors = torch.cat([v for v, _ in asked], 2)
-        shares = torch.cat([s.expand(-1, queries, -1) for _, s in asked], 2)
-        flat = vectors.transpose(0, 1).flatten(1)
-        rows = shares.flatten(1).any(1).nonzero()[:, 0]
-        data = self.objective.data
-        data = data if len(rows) == len(data) else data[rows.cpu()]
-        for part, products in product_chunks(self.objective, full, flat, data):
-            found = products.unflatten(0, (queries, -1)) * shares[rows[part]].permute(1, 2, 0)
-            self.scores[:, rows[part]] += found.sum(1)
+        data, count = self.objective.data, len(self.objective.data)
+        known = [pull.stretch.batches for pull, _ in ends]
+        rows = torch.arange(count)
+        if all(batches is not None for batches in known):
+            rows = torch.cat([batch for batches in known for batch in batches]).unique().cpu()
+        data = data if len(rows) == count else data[rows]
+        rows = rows.to(full.device)
+        directions = [pull.directions(late) for pull, late in ends]
+        sizes = [part.shape[1] for part in directions]
+        for part, products in product_chunks(self.objective, full, torch.cat(directions, 1), data):
+            for (pull, late), some in zip(ends, products.split(sizes), strict=True):
+                self.scores[:, rows[part]] += pull.scores(late, some, rows[part], count)
 
     def _through(self, stretch: Stretch, operator: Operator) -> Pull:
         """One stretch backwards."""
@@ -334,25 +366,13 @@ class SegmentAdjoint(Backwards):
         if scale is not None:  # the coordinates in which the preconditioner is one
             theta_bar, momentum_bar = theta_bar * scale, momentum_bar / _nonzero(scale)
 
-        def product(block: Tensor) -> Tensor:
-            columns = block.permute(1, 0, 2).reshape(block.shape[1], -1)
+        def product(columns: Tensor) -> Tensor:
             columns = columns if scale is None else scale[:, None] * columns
             images = operator @ columns - (self.decay * columns.T).T
-            images = images if scale is None else scale[:, None] * images
-            return images.view(block.shape[1], block.shape[0], -1).permute(1, 0, 2)
+            return images if scale is None else scale[:, None] * images
 
-        pair = [theta_bar] if not bool(momentum_bar.any()) else [theta_bar, momentum_bar]
-        basis, values, rotation = krylov(
-            product, torch.stack(pair, 2), self.reading.dimension(len(stretch.steps))
-        )
-        turned = (rotation.mT @ (basis.mT @ v[:, :, None]) for v in (theta_bar, momentum_bar))
-        decay = 0.0 if by_name else self.decay
-        steps = [(self.recipe.linear_step(t), rate, decay) for t, rate in stretch.steps]
-        reverse = by_flow if self.reading.dynamics == "flow" else by_steps
-        ended = reverse(values, *(c[..., 0] for c in turned), steps)
-        g_bars, theta_bar, momentum_bar = ((rotation @ c[..., None])[..., 0] for c in ended)
-        theta_bar, momentum_bar = (
-            (basis @ c[..., None])[..., 0] for c in (theta_bar, momentum_bar)
+        basis, g_bars, theta_bar, momentum_bar = self._in_krylov_space(
+            stretch, product, theta_bar, momentum_bar
         )
         if scale is not None:
             basis = scale[:, None] * basis
@@ -362,6 +382,36 @@ class SegmentAdjoint(Backwards):
         self.theta_bar = theta_bar * half if by_name else theta_bar
         self.momentum_bar = momentum_bar
         return Pull(stretch, basis, g_bars)
+
+    def _in_krylov_space(
+        self,
+        stretch: Stretch,
+        product: Callable[[Tensor], Tensor],
+        theta_bar: Tensor,
+        momentum_bar: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Backwards over a stretch's steps in a Krylov space, grown until the answer settles.
+
+        Returns:
+            the basis ``(P, K)``, ḡ of each step in it ``(T, Q, K)``, and θ̄ and the momentum's at
+            the start ``(Q, P)``.
+        """
+        decay = 0.0 if isinstance(self.decay, Tensor) else self.decay
+        steps = [(self.recipe.linear_step(t), rate, decay) for t, rate in stretch.steps]
+        reverse = by_flow if self.reading.dynamics == "flow" else by_steps
+        pair = [theta_bar, momentum_bar] if bool(momentum_bar.any()) else [theta_bar]
+        size = len(theta_bar) * self.reading.dimension(len(steps))
+        before = None
+        for basis, values, rotation in krylov(product, torch.cat(pair).T, size):
+            turned = (v @ basis @ rotation for v in (theta_bar, momentum_bar))
+            g_bars, *ended = (c @ rotation.T for c in reverse(values, *turned, steps))
+            now = torch.cat([g_bars.sum(0), ended[0]])
+            if before is not None and self.reading.krylov is None:
+                change = now - nn.functional.pad(before, (0, now.shape[1] - before.shape[1]))
+                if bool((change.norm(dim=1) <= SETTLED * now.norm(dim=1)).all()):
+                    break
+            before = now
+        return basis, g_bars, *(c @ basis.T for c in ended)
 
 
 def _nonzero(scale: Tensor) -> Tensor:
