@@ -3,6 +3,7 @@
     python tests/benchmarks/bench_segmented.py cost [--threads 1]
     python tests/benchmarks/bench_segmented.py settings [--seeds 3]
     python tests/benchmarks/bench_segmented.py losses [--seeds 3]
+    python tests/benchmarks/bench_segmented.py own [--seeds 3]
     python tests/benchmarks/bench_segmented.py large [--data DIR] [--device cpu]
 
 `cost`: CPU seconds of fit and score in trainings of T steps by a plain PyTorch loop, for runs of T,
@@ -10,8 +11,9 @@
 figure in a process of its own. Of adopted checkpoints fit takes nothing; of a pipeline's own run it
 is one replay, shown apart. `settings`: r with 40 real removals of single examples and with unrolled
 scores, by the dimension of Krylov spaces and by the share of examples that the curvature is taken
-from. `losses`: what each simplification costs. `large`: 11 million parameters, from a plain loop's
-checkpoints, timed. The r tables are the same on any machine; run `cost` and `large` on an idle one.
+from. `losses`: what each simplification costs. `own`: a plain loop's 12 checkpoints a stage, and r
+with 40 real removals by that loop. `large`: 11 million parameters, from a plain loop's checkpoints,
+timed. The r tables are the same on any machine; run `cost` and `large` on an idle one.
 """
 
 import argparse
@@ -159,7 +161,7 @@ def table(choices: dict, factors, seeds: int) -> None:
 
 
 def settings(seeds: int) -> None:
-    choices = {f"krylov={k or 'by length'}": {"krylov": k} for k in (4, 6, 10, 20, None)}
+    choices = {f"krylov={k or 'None: grown'}": {"krylov": k} for k in (4, 6, 10, 20, None)}
     for count in (40, 133):
         part = f"curvature from {count} of 400 + {count} of 200"
         choices[part] = {"curvature_examples": count}
@@ -186,25 +188,87 @@ def losses(seeds: int) -> None:
     table(choices, (1,), seeds)
 
 
-# ---- 11 million parameters ----
+# ---- Trained by a plain loop ----
 
 
-def loop(net, data, epochs: int, every: int, seed: int):
-    """A plain loop with its own shuffling; its checkpoints, rates and optimiser."""
-    optimizer = torch.optim.SGD(
-        [p for p in net.parameters() if p.requires_grad], 0.01, momentum=0.9
-    )
+def loop(net, data, epochs: int, every: int, seed: int, lr=0.01, make=None, removed=()):
+    """A plain loop with its own shuffling; its checkpoints, rates and optimiser.
+
+    A removed example keeps its place in its batches and counts for nothing.
+    """
+    trained = [p for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr, momentum=0.9) if make is None else make(trained)
+    total = epochs * -(-len(data) // 50)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / total)
+    weights = torch.ones(len(data), dtype=data.x.dtype, device=data.x.device)
+    weights[list(removed)] = 0
     order, saved, rates, step = torch.Generator().manual_seed(seed), [], [], 0
+
+    def keep():
+        saved.append((step, *map(copy.deepcopy, (net.state_dict(), optimizer.state_dict()))))
+
     for _ in range(epochs):
         for batch in torch.randperm(len(data), generator=order).split(50):
             if step % every == 0:
-                saved.append((step, copy.deepcopy(net.state_dict())))
+                keep()
             optimizer.zero_grad()
-            msif.cross_entropy(net(data.x[batch]), data.y[batch]).mean().backward()
+            losses = msif.cross_entropy(net(data.x[batch]), data.y[batch])
+            (weights[batch] * losses).mean().backward()
             optimizer.step()
             rates.append(optimizer.param_groups[0]["lr"])
+            schedule.step()
             step += 1
-    return msif.Run([*saved, (step, copy.deepcopy(net.state_dict()))], rates, optimizer)
+    keep()
+    return msif.Run(saved, rates, optimizer)
+
+
+def two_loops(make, data, seed: int, removed=()):
+    """Pretraining and finetuning on digits by `loop`, 12 epochs each; nets and runs."""
+    nets, runs = [], []
+    for k, part in enumerate(data):
+        nets.append(msif.mlp(64, (16,), classes=(4, 6)[k], seed=10 * seed + k).double())
+        if k:
+            nets[1].embedding.load_state_dict(nets[0].embedding.state_dict())
+        every = -(-len(part) // 50)  # an epoch: 12 checkpoints and the start
+        runs.append(loop(nets[k], part, 12, every, 10 * seed + k, make=make, removed=removed))
+        removed = ()
+    return nets, runs
+
+
+def own(seeds: int) -> None:
+    """r with 40 real removals by the same loop, from its checkpoints alone."""
+    makers = {
+        "SGD, 0.05": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9),
+        "Adam, 3e-3": lambda p: torch.optim.Adam(p, 3e-3),
+    }
+    train, test = msif.load_digits(dtype=torch.float64)
+    for name, make in makers.items():
+        found = []
+        for seed in range(10, 10 + seeds):
+            pre = train.select(classes=range(4), n=300, seed=seed)
+            fine = train.select(classes=range(4, 10), n=150, seed=seed)
+            queries = test.select(classes=range(4, 10), n=20, seed=seed)
+            groups = msif.random_removals(300, 40, seed=seed)
+            rows = []
+            for group in ([], *groups):
+                nets, runs = two_loops(make, (pre, fine), seed, group)
+                if not group:
+                    full = nets, runs
+                with torch.no_grad():
+                    rows.append(msif.cross_entropy(nets[1](queries.x), queries.y))
+            (first, second), runs = full
+            stages = [
+                msif.Stage("pre", first, pre),
+                msif.Stage("fine", second, fine, link=msif.WarmStart()),
+            ]
+            pipeline = msif.Pipeline(stages).adopt(checkpoints=runs)
+            scores = msif.SegmentedInfluence().fit(pipeline).score(queries, progress=False)
+            effects = torch.stack([row - rows[0] for row in rows[1:]], 1)
+            found.append(correlation(-scores.values[:, [g[0] for g in groups]], effects))
+        print(f"{name}: r = {', '.join(f'{r:.3f}' for r in found)} (seeds 10 to {9 + seeds})")
+
+
+# ---- 11 million parameters ----
 
 
 def large(folder, device: str) -> None:
@@ -252,7 +316,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("cost", "settings", "losses", "large", "one"))
+    parser.add_argument("what", choices=("cost", "settings", "losses", "own", "large", "one"))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--data", type=pathlib.Path, help="folder with CIFAR-10, for `large`")
@@ -270,4 +334,4 @@ if __name__ == "__main__":
     elif given.what == "large":
         large(given.data, given.device)
     else:
-        {"settings": settings, "losses": losses}[given.what](given.seeds)
+        {"settings": settings, "losses": losses, "own": own}[given.what](given.seeds)
