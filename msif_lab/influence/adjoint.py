@@ -60,6 +60,7 @@ class Backwards:
     def __init__(self, functional: FunctionalStage, cotangent: Tensor, *, onwards: bool):
         self.functional = functional
         self.objective = o = functional.objective
+        self.onwards = onwards
         self.through_frozen = onwards and bool(functional.frozen)
         self.scores = cotangent.new_zeros(len(cotangent), len(o.data))
         self.theta_bar = o.trained.take(cotangent)

@@ -474,8 +474,9 @@ def segmented_plan(
         share = len(probe.data)
         v = torch.ones(o.size, part, dtype=full.dtype, device=full.device)
         product = seconds(lambda operator=operator, v=v: operator @ v) / share
-        passing = seconds(lambda probe=probe, full=full, v=v: example_products(probe, full, v))
-        mixed = 0.0
+        passing = mixed = 0.0
+        if k == 0:
+            passing = seconds(lambda p=probe, full=full, v=v: example_products(p, full, v))
         if k and pipeline.functional(k).frozen:
             names = pipeline.functional(k).frozen
             mixed = seconds(lambda p=probe, f=full, n=names, v=v: cross_products(p, f, n, v.T))

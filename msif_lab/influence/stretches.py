@@ -337,7 +337,12 @@ class SegmentAdjoint(Backwards):
         return curvature(self.reading.curvature, self.objective.on(data), stretch.middle, weights)
 
     def _add(self, full: Tensor, before: Pull | None, after: Pull | None) -> None:
-        """Scores from the gradients at a checkpoint ``full`` (D,), between two stretches."""
+        """Scores from the gradients at a checkpoint ``full`` (D,), between two stretches.
+
+        Not of a stage that the way only passes through.
+        """
+        if self.onwards:
+            return
         ends = [(p, p is before) for p in (before, after) if p is not None and p.asks(p is before)]
         if not ends:
             return
