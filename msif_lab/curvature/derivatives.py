@@ -10,6 +10,7 @@ from torch.func import grad, vmap
 
 from ..data.examples import Examples
 from ..errors import UnsupportedModelError
+from ..objective.exclusive import exclusive
 from ..objective.objective import Objective
 from ..objective.questions import Question
 from ..objective.switches import exact_products
@@ -36,8 +37,12 @@ def _load_forward_mode() -> None:
         func.jvp(torch.sin, (one,), (one,))
 
 
+@exclusive
 def jvp(function, primals, tangents):
-    """`torch.func.jvp` without PyTorch's own deprecation notices."""
+    """`torch.func.jvp` without PyTorch's own deprecation notices.
+
+    PyTorch counts the levels of forward mode for all threads together.
+    """
     _load_forward_mode()
     return func.jvp(function, primals, tangents)
 

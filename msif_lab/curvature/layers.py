@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..objective.exclusive import MODULES, exclusive
 from ..objective.objective import Objective
 from .gate import Probe, agree
 
@@ -364,13 +365,14 @@ def trace(o: Objective, full: Tensor, x: Tensor, layers: list[Layer]) -> Trace |
 
         return hook
 
-    hooks = [layer.module.register_forward_hook(keep(layer)) for layer in layers]
-    try:
-        with torch.enable_grad():
-            outputs = o.outputs(full, x)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with MODULES:
+        hooks = [layer.module.register_forward_hook(keep(layer)) for layer in layers]
+        try:
+            with torch.enable_grad():
+                outputs = o.outputs(full, x)
+        finally:
+            for hook in hooks:
+                hook.remove()
     if any(len(calls) != 1 or len(calls[0][1]) != len(x) for calls in seen.values()):
         return None
     a = [calls[0][0] for calls in seen.values()]
@@ -392,6 +394,7 @@ def _rows_agree(probe: Probe, found: Trace) -> bool:
     return agree(lambda: rows(True), lambda: rows(False))
 
 
+@exclusive
 def _works_in_place(o: Objective, x: Tensor) -> bool:
     """Whether something in the model, a module or a function, writes into a layer's output."""
     outputs: list[tuple[Tensor, int]] = []

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..errors import UnsupportedModelError
+from ..objective.exclusive import exclusive
 from ..objective.objective import Objective
 from ..objective.precision import HALF, computing_dtype
 from ..objective.switches import exact_products, twice_differentiable
@@ -277,6 +278,7 @@ def _called_with(o: Objective, dtype: torch.dtype) -> Objective:
     return o.cast(dtype)
 
 
+@exclusive
 def _copied(o: Objective, dtype: torch.dtype) -> Objective:
     """Activation checkpointing reads the module's own weights, so these must have the dtype too."""
     model = copy.deepcopy(o.model).to(dtype)
@@ -444,6 +446,7 @@ def _direction(gradient: Tensor, generator: torch.Generator) -> Tensor:
     return v / v.norm()
 
 
+@exclusive
 def _culprit(o: Objective, faulty: Callable[[Value, Tensor], bool]) -> str:
     """The innermost module that alone shows the fault, in words."""
     given: dict[str, tuple[tuple, dict]] = {}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..curvature.derivatives import example_products, per_example_gradients, query_gradients
 from ..data.examples import Examples
 from ..objective.checks import ask
+from ..objective.exclusive import exclusive
 from ..objective.last_layer import find_last_layer
 from ..objective.objective import Objective
 from ..objective.questions import Question
@@ -321,6 +322,7 @@ class RepresentationSimilarity(Baseline):
         features = self._combined(self._features(k, queries), question)
         return features @ self._features(k, data).T
 
+    @exclusive
     def _features(self, k: int, examples: Examples) -> Tensor:
         """Unit-length features ``(N, F)``."""
         o, seen = self._pipeline.objective(k), []

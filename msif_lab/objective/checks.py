@@ -11,6 +11,7 @@ from ..data.examples import Examples, unequal
 from ..data.fields import Fields
 from ..data.randomness import States, draws_from
 from ..errors import UnsupportedModelError
+from .exclusive import exclusive
 from .layout import same_numbers
 from .losses import cross_entropy, next_token_loss, target_function
 from .objective import Objective
@@ -31,6 +32,7 @@ from .wrapping import Wrapped
 __all__ = ["ask", "check_examples", "check_layers"]
 
 
+@exclusive
 def check_examples(objective: Objective, examples: Examples, name: str) -> tuple[Tensor, Tensor]:
     """Check by a forward pass over a few examples that the model and its loss can treat them.
 

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..data.examples import unequal
 from ..data.randomness import States
+from .exclusive import exclusive
 from .objective import Objective
 
 __all__ = ["LastLayer", "find_last_layer"]
@@ -64,6 +65,7 @@ def find_last_layer(o: Objective) -> LastLayer:
     return o.once("last layer", lambda: _find(o))
 
 
+@exclusive
 def _find(o: Objective) -> LastLayer:
     few = unequal(o.data, FEW).to(o.data.x.device)
     named = o.layout.named(o.layout.flatten(o.model))

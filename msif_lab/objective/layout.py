@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .exclusive import exclusive
+
 
 class Places:
     """Positions in a flat vector, kept as a few spans.
@@ -68,6 +70,7 @@ class Layout:
         ValueError: no parameters, or parameters of several dtypes or devices.
     """
 
+    @exclusive
     def __init__(self, model: nn.Module, where: str):
         parameters = dict(model.named_parameters())
         for name, parameter in parameters.items():
@@ -96,6 +99,7 @@ class Layout:
         """Where the named parameters lie, in the order of ``names``."""
         return Places([self.spans[name] for name in names])
 
+    @exclusive
     def flatten(self, model: nn.Module) -> Tensor:
         """The module's parameters as a new flat vector ``(D,)``."""
         parameters = dict(model.named_parameters()).values()

@@ -20,6 +20,7 @@ from ..data.examples import Examples
 from ..data.fields import as_model_input
 from ..errors import UnsupportedModelError
 from ..memory import working_bytes
+from .exclusive import MODULES, exclusive
 from .layout import Layout, Places
 from .switches import twice_differentiable
 from .wrapping import no_tensor
@@ -56,6 +57,7 @@ class Objective:
         weight_decay: λ as one number, or ``(P,)`` where parameters differ.
     """
 
+    @exclusive
     def __init__(
         self, model, data, loss, weight_decay=0.0, trained=None, alpha=0.0, shared=(), where="stage"
     ):
@@ -153,6 +155,7 @@ class Objective:
         """Dtype of the parameters."""
         return self._cast or next(self.model.parameters()).dtype
 
+    @exclusive
     def shifted(self, size: float) -> Tensor:
         """All parameters, each moved at random by ``size`` times its tensor's spread, ``(D,)``.
 
@@ -185,7 +188,7 @@ class Objective:
     def outputs(self, full: Tensor | dict[str, Tensor], x: Tensor) -> Tensor:
         """Model outputs ``(B, ...)`` at all parameters, ``full`` (D,) or by name."""
         named = full if isinstance(full, dict) else self.layout.named(full)
-        with twice_differentiable(self.model):
+        with MODULES, twice_differentiable(self.model):
             outputs = functional_call(self.model, named | self.buffers, (as_model_input(x),))
         if not isinstance(outputs, Tensor) or outputs.is_nested or not outputs.ndim:
             raise UnsupportedModelError(f"{self.where}: {no_tensor(self.model, outputs)}")

@@ -22,6 +22,7 @@ from ..curvature.soundness import (
 from ..data.examples import Examples
 from ..errors import UnsupportedModelWarning
 from ..objective.checks import ask, check_examples, check_layers
+from ..objective.exclusive import exclusive
 from ..objective.layout import Layout, same_numbers
 from ..objective.objective import Lanes, Objective
 from ..objective.precision import half_precision, require_precision
@@ -45,6 +46,7 @@ class Pipeline:
         UnsupportedModelError: a model with dropout or batch statistics switched on.
     """
 
+    @exclusive
     def __init__(self, stages: Sequence[Stage]):
         self.stages = [] if isinstance(stages, Stage) else list(stages)
         if not self.stages or not all(isinstance(s, Stage) for s in self.stages):
@@ -90,6 +92,7 @@ class Pipeline:
             message = f"{o.where}: {reason}. {rest}"
             warnings.warn(message, UnsupportedModelWarning, stacklevel=2)
 
+    @exclusive
     def _prepare(self) -> None:
         """Make functions of the stages, with their present settings, data and buffers."""
         if len(self.stages) != len(self._initial):
@@ -143,6 +146,7 @@ class Pipeline:
         self.reports = reports
         return self
 
+    @exclusive
     def adopt(self, checkpoints: Sequence[Run | None] | None = None) -> "Pipeline":
         """Take the models' present weights as the trained ones, after your own training code.
 
@@ -264,6 +268,7 @@ class Pipeline:
         p = self._functional[stage]
         return p.start(p.lanes(self._initial[stage][None], previous, None))
 
+    @exclusive
     def _write(self, fulls: Sequence[Tensor]) -> None:
         named = [
             p.objective.layout.named(full) for p, full in zip(self._functional, fulls, strict=True)
@@ -308,6 +313,7 @@ class Pipeline:
 
     # --- the trained state ------------------------------------------------------------------------
 
+    @exclusive
     def trained(self) -> list[Tensor]:
         """Every stage's trained parameters, flat ``(D,)`` each.
 
@@ -442,6 +448,7 @@ class Pipeline:
 
     # --- moving, saving and loading ---------------------------------------------------------------
 
+    @exclusive
     def to(self, *targets: torch.device | torch.dtype | str) -> "Pipeline":
         """Move every model and its data to a device and / or floating dtype, in place."""
         for stage in self.stages:
@@ -469,6 +476,7 @@ class Pipeline:
         """Everything in float32, for stages that came in half precision."""
         return self.to(torch.float32)
 
+    @exclusive
     def facts(self) -> dict:
         """What identifies this pipeline: names, shapes, settings, digests of data; JSON-able."""
         return saved.facts(self.stages, self._functional)
@@ -529,6 +537,7 @@ class Retrained:
     parameters: list[Tensor]
     reports: list[FitReport]
 
+    @exclusive
     def state(self, stage: int | str, lane: int) -> dict[str, Tensor]:
         """Named parameters of one stage in one lane, for ``load_state_dict(..., strict=False)``."""
         k = self.pipeline.index(stage)

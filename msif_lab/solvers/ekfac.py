@@ -11,6 +11,7 @@ from ..curvature.matrices import DataCurvature
 from ..curvature.operators import Operator
 from ..data.fields import as_model_input
 from ..errors import UnsupportedModelError
+from ..objective.exclusive import MODULES
 from ..objective.losses import cross_entropy, mean_squared_error
 from ..objective.switches import twice_differentiable
 from .approximation import Approximation, parts
@@ -162,7 +163,8 @@ class Kronecker(Approximation):
         """
         curvlinops = _curvlinops()
         o = base.objective
-        model = copy.deepcopy(o.model)  # curvlinops registers hooks on the layers it looks at
+        with MODULES:  # curvlinops registers hooks on the layers it looks at
+            model = copy.deepcopy(o.model)
         parameters = dict(model.named_parameters())
         for name, value in o.layout.named(base.full).items():
             parameters[name].data.copy_(value)
