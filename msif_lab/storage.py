@@ -1,13 +1,10 @@
 """Saved files: written whole or not at all, checked when read, and never a pickle."""
 
-import functools
 import hashlib
 import json
 import os
 import re
-import sys
 import tempfile
-import types
 from pathlib import Path
 
 import torch
@@ -17,11 +14,9 @@ from safetensors.torch import save as to_bytes
 from .errors import SavedFileError
 
 FORMAT = 2
-_PACKAGE = __name__.partition(".")[0]
 # Format 1 (version 0.1.0) named each loss by the module it was then defined in.
 _LOSSES = r"(?=(?:cross_entropy|mean_squared_error|next_token_loss)\b)"
 _FORMER_NAMES = re.compile(rf"\bmsif_lab\.objective\.{_LOSSES}")
-_NAMES = re.compile(rf"\bmsif_lab\.{_LOSSES}")
 
 
 def digest(*tensors: torch.Tensor) -> str:
@@ -33,56 +28,6 @@ def digest(*tensors: torch.Tensor) -> str:
         if tensor.numel():  # an empty tensor cannot be viewed as bytes
             sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
-
-
-def describe(thing, seen: tuple = ()) -> str:
-    """Text that tells settings apart and is the same in every process, so it holds no addresses.
-
-    Importable functions are described by their name (msif_lab's own by their public name, which
-    stays when code moves), other functions by name and content: code, defaults and the values they
-    close over. Objects are described by class and attributes, tensors by digest.
-    """
-    if id(thing) in seen:  # a cycle
-        return "..."
-    seen = (*seen, id(thing))
-    if isinstance(thing, torch.Tensor):
-        return f"tensor#{digest(thing)[:12]}"
-    if isinstance(thing, (list, tuple)):
-        return f"[{', '.join(describe(item, seen) for item in thing)}]"
-    if isinstance(thing, dict):
-        items = [f"{key}: {describe(value, seen)}" for key, value in sorted(thing.items(), key=str)]
-        return f"{{{', '.join(items)}}}"
-    if isinstance(thing, functools.partial):
-        return f"partial{describe([thing.func, thing.args, thing.keywords], seen)}"
-    if isinstance(thing, types.CodeType):
-        return describe(
-            [thing.co_code.hex(), thing.co_names, thing.co_varnames, thing.co_consts], seen
-        )
-    if isinstance(thing, types.FunctionType):
-        return _describe_function(thing, seen)
-    if isinstance(thing, type) or not hasattr(thing, "__dict__"):
-        return getattr(thing, "__qualname__", repr(thing))
-    settings = ", ".join(f"{name}={describe(value, seen)}" for name, value in vars(thing).items())
-    return f"{type(thing).__qualname__}({settings})"
-
-
-def _describe_function(function: types.FunctionType, seen: tuple) -> str:
-    found_by_name = functools.reduce(
-        lambda owner, name: getattr(owner, name, None),
-        function.__qualname__.split("."),
-        sys.modules.get(function.__module__),
-    )
-    if found_by_name is function:
-        module = function.__module__
-        if module.partition(".")[0] == _PACKAGE:
-            exported = getattr(sys.modules[_PACKAGE], function.__qualname__, None)
-            module = _PACKAGE if exported is function else module
-        return f"{module}.{function.__qualname__}"
-    closed = [cell.cell_contents for cell in function.__closure__ or ()]
-    parts = [function.__code__, function.__defaults__, function.__kwdefaults__, closed]
-    # A hash cannot be renamed when a file is read, so inside it our losses keep their first names.
-    content = _NAMES.sub("msif_lab.objective.", describe(parts, seen))
-    return f"{function.__name__}#{hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
 
 def check_writable(path: str | os.PathLike) -> None:

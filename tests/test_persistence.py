@@ -12,7 +12,7 @@ import torch
 from oracles import LINKS, random_pipeline, same, states
 
 import msif_lab as msif
-from msif_lab.storage import describe, read_tensors, write_bytes
+from msif_lab.storage import read_tensors, write_bytes
 
 PACKAGE = Path(msif.__file__).parent
 SGD = msif.SGD(0.1, epochs=2, schedule="cosine")
@@ -289,68 +289,6 @@ def test_a_resumed_run_still_says_that_retrainings_stopped_short(tmp_path, monke
     for _ in range(2):  # the rest, then a rerun with nothing left to compute
         with pytest.warns(msif.ConvergenceWarning, match="stopped short"):
             remove(pipeline, store=tmp_path / "store", subsets=range(3), lanes=1)
-
-
-# ---- How settings are told apart ----
-
-
-def closure(value):
-    return lambda z, y: value
-
-
-def recursive():
-    def f(z, y):
-        return f(z, y)
-
-    return f
-
-
-class Thing:
-    """An object whose default repr holds its address."""
-
-
-def test_different_functions_are_described_differently():
-    different = {
-        "code": (lambda z: z + 1, lambda z: z - 1),
-        "closures": (closure(1), closure(2)),
-        "long tensors": (closure(torch.zeros(5000)), closure(torch.arange(5000) == 2500)),
-        "keyword defaults": (lambda z, *, c=1: c, lambda z, *, c=2: c),
-        "inner functions": (lambda z: (lambda q: q + 1)(z), lambda z: (lambda q: q - 1)(z)),
-        "schedules": (
-            msif.SGD(0.1, schedule=lambda i, n: 1.0),
-            msif.SGD(0.1, schedule=lambda i, n: 0.5),
-        ),
-        "modules": tuple(torch.nn.CrossEntropyLoss(label_smoothing=s) for s in (0.1, 0.2)),
-    }
-    for name, (one, other) in different.items():
-        assert describe(one) != describe(other), name
-        assert describe(one) == describe(one), name
-
-
-def test_equal_functions_are_described_equally():
-    """Made twice, as two processes would: no address is described, and recursion ends."""
-    for name, make in {
-        "closure": lambda: closure(3),
-        "schedule": lambda: msif.SGD(0.1, schedule=closure(1.0)),
-        "recursive": recursive,
-        "object": lambda: closure(Thing()),
-    }.items():
-        assert describe(make()) == describe(make()), name
-
-
-@pytest.mark.parametrize(
-    "function", [msif.cross_entropy, torch.nn.functional.cross_entropy, closure]
-)
-def test_an_importable_function_is_described_by_its_name(function):
-    """Byte code changes with every Python and every edit: no saved file would be accepted again."""
-    code = function.__code__
-    try:
-        before = describe(function)
-        function.__code__ = code.replace(co_consts=(*code.co_consts, "edited"))
-        assert describe(function) == before
-        assert function.__name__ in before
-    finally:
-        function.__code__ = code
 
 
 def test_a_weight_decay_from_numpy_can_be_saved(tmp_path):

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from ..data.examples import Examples
 from ..errors import ConvergenceWarning, SavedFileError
+from ..fingerprints import describe
 from ..influence.result import Influence
 from ..objective.checks import ask
 from ..objective.losses import target_name
 from ..pipeline.pipeline import Pipeline, Retrained
 from ..pipeline.recipes import progress_bar
-from ..storage import check_writable, describe, digest, read_tensors, write_tensors
+from ..storage import check_writable, digest, read_tensors, write_tensors
 
 __all__ = ["Effects", "random_removals", "removal_effects"]
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..data.examples import Examples
 from ..data.randomness import draws_from
-from ..storage import describe, digest
+from ..fingerprints import describe
+from ..storage import digest
 from .losses import target_name
 from .objective import Objective
 

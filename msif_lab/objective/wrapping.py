@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from ..storage import describe
+from ..fingerprints import describe
 
 __all__ = ["Wrapped", "is_compiled", "plain_module", "seen_through", "wrap"]
 

@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from ..errors import SavedFileError
+from ..fingerprints import describe, same_by_name
 from ..objective.objective import Objective
-from ..storage import describe, digest, read_tensors, write_tensors
+from ..storage import digest, read_tensors, write_tensors
 from .recipes import FitReport
 from .stages import FunctionalStage, Stage, decays
 
@@ -88,6 +89,10 @@ def read(
     return weights("initial"), weights("trained"), reports
 
 
+def _same(ours, theirs) -> bool:
+    return same_by_name(ours, theirs) if isinstance(ours, str) else ours == theirs
+
+
 def _require_equal(
     path, ours: list[dict], theirs: list[dict], dtypes, tensors: dict[str, Tensor]
 ) -> None:
@@ -99,7 +104,7 @@ def _require_equal(
         f"stage {mine['name']!r}: {key} is {saved[key]!r} in the file, {mine[key]!r} here"
         for mine, saved in zip(ours, theirs, strict=True)
         for key in mine
-        if mine[key] != saved[key] and not (key == "recipe" and saved[key] == ADOPTED)
+        if not _same(mine[key], saved[key]) and not (key == "recipe" and saved[key] == ADOPTED)
     ]
     for k, (mine, dtype) in enumerate(zip(ours, dtypes, strict=True)):
         found = tensors[f"{k}.trained"].dtype
