@@ -19,6 +19,7 @@ from ..data.examples import Examples, unequal
 from ..data.fields import Fields
 from ..objective.objective import Objective
 from ..objective.switches import exact_products
+from ..storage import checksum
 
 FEW = 5
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-3}
@@ -96,29 +97,40 @@ class Fingerprint:
 
     def __init__(self, o: Objective):
         self.probe = Probe.of(o)
-        self.parts, self.kinds = self._of(o)
+        self.data, self.modules, self.kinds = self._of(o)
         self.values = self._computed(o)
 
     def fits(self, o: Objective) -> bool:
         """Whether this objective is the one that was checked."""
-        parts, kinds = self._of(o)
-        if kinds != self.kinds or not all(map(operator.is_, parts, self.parts)):
-            return False
+        return not self.change(o)
+
+    def change(self, o: Objective) -> str:
+        """What about an objective is not as it was checked, in words; empty where all of it is."""
+        data, modules, kinds = self._of(o)
+        changed = [n for n in (self.data | data) if self.data.get(n) != data.get(n)]
+        if changed:
+            return f"{', '.join(changed)} changed"
+        if kinds != self.kinds or not all(map(operator.is_, modules, self.modules)):
+            return "modules, buffers or what is trained were exchanged"
         values = self._computed(o)
         close = CLOSE.get(values.dtype, 0.1)
         size = float(self.values.nan_to_num().abs().max())
-        return values.shape == self.values.shape and torch.allclose(
+        same = values.shape == self.values.shape and torch.allclose(
             values, self.values, rtol=close, atol=close * size, equal_nan=True
         )
+        return "" if same else "the model or its loss computes something else"
 
     @staticmethod
-    def _of(o: Objective) -> tuple[list, list]:
+    def _of(o: Objective) -> tuple[dict, list, list]:
         x = o.data.x
-        tensors = [o.data.y, *(x.values() if isinstance(x, Fields) else [x])]
-        versions = [t._version for t in tensors if isinstance(t, Tensor)]
+        named = {f"data.x[{name!r}]": t for name, t in x.items()} if isinstance(x, Fields) else {}
+        named = {"data.y": o.data.y, "data.ids": o.data.ids} | (named or {"data.x": x})
+        data = {
+            name: (t.shape, t.dtype, checksum(t)) if isinstance(t, Tensor) else len(t)
+            for name, t in named.items()
+        }
         modules = list(o.model.modules())
-        kinds = [versions, len(modules), o.dtype, o.device, o.trained_names, list(o.buffers)]
-        return [*tensors, *modules], kinds
+        return data, modules, [len(modules), o.dtype, o.device, o.trained_names, list(o.buffers)]
 
     def _computed(self, o: Objective) -> Tensor:
         """The losses of the probe's examples, and some projections of their gradient."""

@@ -90,7 +90,7 @@ class Pipeline:
             else:
                 continue
             message = f"{o.where}: {reason}. {rest}"
-            warnings.warn(message, UnsupportedModelWarning, stacklevel=2)
+            warnings.warn(message, UnsupportedModelWarning, stacklevel=3)
 
     @exclusive
     def _prepare(self) -> None:
@@ -249,6 +249,7 @@ class Pipeline:
                 f"{'; '.join(changed)} changed since fit(), so this is another run; "
                 "call fit() again"
             )
+        self._require_same_functions()
 
     def require_unchanged(self, full: Sequence[Tensor]) -> None:
         """Raise `ValueError` where the trained parameters are no longer ``full``, by stage."""
@@ -325,14 +326,11 @@ class Pipeline:
                 "the pipeline is not trained: call pipeline.fit(), or pipeline.adopt() after "
                 "your own training"
             )
+        self._require_same_settings()
+        self._require_same_functions()
         for stage, p, full in zip(self.stages, self._functional, self._trained, strict=True):
             model = plain_module(stage.model)
             check_layers(model, f"stage {stage.name!r}")
-            if p.modes() != p.checked_modes and not fingerprint(p.objective).fits(p.objective):
-                raise ValueError(
-                    f"stage {stage.name!r}: the model was switched between train and eval mode "
-                    "since fit(), and computes something else now; switch it back"
-                )
             for name, buffer in model.named_buffers():
                 if not same_numbers(buffer, p.objective.buffers[name]):
                     raise ValueError(
@@ -345,6 +343,31 @@ class Pipeline:
                     "pipeline.adopt() to take them"
                 )
         return self._trained
+
+    def _require_same_settings(self) -> None:
+        """Raise `ValueError` where stages were given other data, losses or settings since fit."""
+        changed = [c for c in self._changed() if not c.startswith("recipe ")]
+        if changed:
+            raise ValueError(
+                f"{'; '.join(changed)} changed since fit(), so the results would be of another "
+                "pipeline; call fit() again, or pipeline.adopt() to take it with these weights"
+            )
+
+    @exclusive
+    def _require_same_functions(self) -> None:
+        """Raise `ValueError` where a stage's data or model are not what they were at fit."""
+        for stage, p in zip(self.stages, self._functional, strict=True):
+            change = fingerprint(p.objective).change(p.objective)
+            if change and p.modes() != p.checked_modes:
+                raise ValueError(
+                    f"stage {stage.name!r}: the model was switched between train and eval mode "
+                    "since fit(), and computes something else now; switch it back"
+                )
+            if change:
+                raise ValueError(
+                    f"stage {stage.name!r}: {change} since fit(); call fit() again, or "
+                    "pipeline.adopt() to take it with these weights"
+                )
 
     def objective(self, stage: int | str) -> Objective:
         """The stage's F as a pure function."""

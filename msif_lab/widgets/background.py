@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from ..objective.exclusive import MODULES
 from ..objective.wrapping import plain_module
 from ..pipeline.pipeline import Pipeline
 
@@ -18,8 +19,7 @@ class Stopped(Exception):
 def stoppable_copy(pipeline: Pipeline, stop: threading.Event) -> Pipeline:
     """A copy of the pipeline whose every forward pass raises `Stopped` once ``stop`` is set.
 
-    Training swaps parameters in and out of its modules, so two threads must not share one model;
-    the data are only read, and are shared. A recipe calls the model at least once per step, so a
+    The data are only read, and are shared. A recipe calls the model at least once per step, so a
     stop takes effect within a step, whatever the recipe, and leaves only this copy behind.
     """
 
@@ -27,7 +27,9 @@ def stoppable_copy(pipeline: Pipeline, stop: threading.Event) -> Pipeline:
         if stop.is_set():
             raise Stopped
 
-    mine = copy.deepcopy(pipeline, {id(stage.data): stage.data for stage in pipeline.stages})
+    shared = {id(stage.data): stage.data for stage in pipeline.stages}
+    with MODULES:  # another thread's calls exchange their tensors
+        mine = copy.deepcopy(pipeline, shared)
     for stage in mine.stages:
         plain_module(stage.model).register_forward_pre_hook(check_stop)
     return mine
