@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -184,3 +185,72 @@ def test_fields_that_changed_are_named():
     data.x["a"].mul_(2)
     with pytest.raises(ValueError, match=r"stage 'one': data\.x\['a'\] changed since fit"):
         p.evaluate(data[:2])
+
+
+# ---- Results know where they come from ----
+
+
+def both(p, queries=Q, target="loss"):
+    scores = msif.GradientDot().fit(p).score(queries, target=target)
+    effects = msif.removal_effects(p, queries, range(6), target=target, progress=False)
+    return scores, effects
+
+
+def apart(z, y):
+    return z[:, 0] - z[:, 1]
+
+
+def test_results_of_one_pipeline_belong_together_in_any_precision(tmp_path):
+    p = made()
+    scores, effects = both(p)
+    effects.save(tmp_path / "effects")
+    scores.save(tmp_path / "scores")
+    loaded = msif.Influence.load(tmp_path / "scores"), msif.Effects.load(tmp_path / "effects")
+    for s, e in ((scores, effects), loaded, (scores[:], effects), (scores, loaded[1])):
+        assert msif.agreement(s, e).r.shape == (4,)
+    lazily = msif.Effects.from_values(effects.base, effects.values, effects.subsets, like=scores)
+    assert msif.agreement(scores, lazily).r.shape == (4,)
+    single = msif.GradientDot().fit(copy.deepcopy(p).float()).score(Q.to(torch.float32))
+    assert msif.agreement(single, effects).r.shape == (4,)
+    mean = msif.removal_effects(p, Q, range(6), aggregate="mean", progress=False)
+    assert msif.agreement(scores.mean(), mean).r.shape == (1,)
+    assert msif.agreement(scores[[2, 0]], replace(effects, **some(effects, [2, 0]))).r.shape == (2,)
+
+
+def some(effects, rows):
+    queries = [effects.origin["queries"][row] for row in rows]
+    return {
+        "values": effects.values[rows],
+        "base": effects.base[rows],
+        "query_ids": effects.query_ids[rows],
+        "origin": effects.origin | {"queries": queries},
+    }
+
+
+def test_results_of_different_origins_are_refused_with_what_differs():
+    p = made()
+    scores, _ = both(p)
+    numbered = msif.Examples(Q.x.flip(0), Q.y.flip(0), Q.ids)
+    relabelled = made()
+    relabelled.stages[0].data.y.copy_(1 - relabelled.stages[0].data.y)
+    renamed = made()
+    renamed.stages[0].data.ids.add_(5)
+    others = {
+        "the trained weights of stage 'pre'": made(msif.SGD(0.1, epochs=4, batch_size=4)),
+        "the examples of stage 'pre'": relabelled.adopt(),
+        "the ids of the examples of stage 'pre'": renamed.adopt(),
+    }
+    for words, other in others.items():
+        effects = msif.Effects.from_values(
+            *([0.0] * 4, torch.zeros(4, 6), range(6)), like=msif.GradientDot().fit(other).score(Q)
+        )
+        with pytest.raises(ValueError, match=f"different pipelines that differ in {words}"):
+            msif.agreement(scores, effects)
+    with pytest.raises(ValueError, match="queries that differ, first at row 0, under the same ids"):
+        msif.agreement(scores, both(p, numbered)[1])
+    ours, theirs = (both(p, target=t) for t in (lambda z, y: z[:, 0], lambda z, y: -z[:, 0]))
+    with pytest.raises(ValueError, match=r"targets <lambda>@.* and <lambda>@"):
+        msif.agreement(ours[0], theirs[1])
+    assert msif.agreement(ours[0], ours[1]).r.shape == (4,)
+    with pytest.raises(ValueError, match="apart"):
+        msif.agreement(both(p, target=apart)[0], ours[1])

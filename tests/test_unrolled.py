@@ -463,8 +463,9 @@ def test_a_run_that_cannot_be_repeated():
             self.calls, self.batch = 0, batch
 
         def __call__(self, outputs, targets):
-            self.calls += torch.is_grad_enabled() and len(targets) in self.batch
-            return (1 + 0.01 * self.calls) * msif.cross_entropy(outputs, targets)
+            moody = len(targets) in self.batch
+            self.calls += torch.is_grad_enabled() and moody
+            return (1 + 0.01 * self.calls * moody) * msif.cross_entropy(outputs, targets)
 
     pipeline = random_pipeline(k=1, fit=False)
     pipeline.stages[0].loss, pipeline.stages[0].recipe = Moody((7,)), RECIPES["plain"]

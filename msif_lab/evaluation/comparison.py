@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..influence.result import AboutTarget, Influence
+from ..pipeline.origin import difference
 from .removals import Effects
 
 __all__ = [
@@ -139,6 +140,11 @@ def _pairs(scores: Influence, effects: Effects) -> tuple[numpy.ndarray, numpy.nd
         raise ValueError(
             f"scores are of stage {scores.stage!r} on {scores.target}, effects of "
             f"{effects.stage!r} on {effects.target}"
+        )
+    if differ := difference(scores.origin, effects.origin):
+        raise ValueError(
+            f"scores and effects are of different {differ}; compute both from one pipeline and the "
+            "same queries and target"
         )
     if len(effects.subsets) < 3:
         raise ValueError(

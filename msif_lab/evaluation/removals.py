@@ -4,7 +4,7 @@ import functools
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import joblib
@@ -18,6 +18,7 @@ from ..fingerprints import describe
 from ..influence.result import Influence
 from ..objective.checks import ask
 from ..objective.losses import target_name
+from ..pipeline.origin import Origin
 from ..pipeline.pipeline import Pipeline, Retrained
 from ..pipeline.recipes import progress_bar
 from ..storage import check_writable, digest, read_tensors, write_tensors
@@ -46,6 +47,7 @@ class Effects:
         gradient_norm: ``(R,)``, largest ``‖∇F‖`` over the retrained stages; NaN where unknown.
         stage, target, protocol: whose examples, what q is, how the retraining was started.
         aggregate: empty for a row per query; else of what the only row is made, as in `Influence`.
+        origin: of which pipeline, queries and target, as in `Influence`.
     """
 
     values: Tensor
@@ -57,6 +59,7 @@ class Effects:
     target: str
     protocol: str
     aggregate: str = ""
+    origin: Origin = field(default_factory=dict, repr=False, compare=False)
 
     def __repr__(self) -> str:
         queries, removals = self.values.shape
@@ -112,8 +115,9 @@ class Effects:
                 f"(Q, R) with R = {len(groups)} groups, a column for each{turned}"
             )
         ids = torch.arange(len(before)) if query_ids is None else torch.as_tensor(query_ids)
-        name, aggregate = target_name(target), ""
+        name, aggregate, origin = target_name(target), "", {}
         if like is not None:
+            origin = like.origin
             ids, stage, name, aggregate = like.query_ids, like.stage, like.target, like.aggregate
         if ids.shape != before.shape or ids.is_floating_point():
             raise ValueError(
@@ -123,7 +127,7 @@ class Effects:
         if not isinstance(stage, str):
             raise TypeError(f"stage={stage!r} must be the stage's name; or give like=scores")
         unknown = torch.full((len(groups),), torch.nan, dtype=torch.float64)
-        about = stage, name, protocol, aggregate
+        about = stage, name, protocol, aggregate, origin
         values = after - before[:, None]
         return cls(values, groups, before, ids.cpu().long(), unknown, *about)
 
@@ -319,6 +323,7 @@ def removal_effects(
         question.target,
         protocol,
         question.aggregate,
+        pipeline.origin(question),
     )
 
 

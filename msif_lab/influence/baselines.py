@@ -88,7 +88,8 @@ class Baseline:
         values = self._values(k, question)
         scored = self._pipeline.stages[k]
         about = scored.name, question.target, repr(self), question.aggregate
-        return Influence(values, scored.data.ids, question.ids, *about)
+        origin = self._pipeline.origin(question)
+        return Influence(values, scored.data.ids, question.ids, *about, origin)
 
     def _values(self, k: int, question: Question) -> Tensor:
         """Scores of every row of the question, ``(Q, N)`` or ``(1, N)``."""

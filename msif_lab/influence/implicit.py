@@ -232,7 +232,8 @@ class ImplicitInfluence:
             lowest, highest = rank_stream(chunks, min(top, len(o.data)), o.data.ids)
             return TopInfluence(lowest, highest, question.ids, len(o.data), *about)
         values = self._example_scores(first, cotangent, solution)
-        return Influence(values, o.data.ids, question.ids, *about)
+        origin = self._pipeline.origin(question)
+        return Influence(values, o.data.ids, question.ids, *about, origin)
 
     def _side_by_side(self, first: int) -> int:
         """How many queries to solve at once, from the memory that each one takes."""

@@ -3,13 +3,14 @@
 import html
 import numbers
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..objective.questions import about_all
+from ..pipeline.origin import Origin, all_rows, some_rows
 from ..storage import read_tensors, write_tensors
 
 __all__ = ["Influence", "Ranking", "TopInfluence", "rank_stream"]
@@ -166,6 +167,7 @@ class Influence(AboutTarget):
         stage, target, method: whose examples, what q is, how the scores were computed.
         aggregate: empty for a row per query; else what the only row, of query id −1, is made of:
             "mean of 50 queries" and a fingerprint of these queries.
+        origin: of which pipeline, queries and target, to tell whether effects belong to it.
     """
 
     values: Tensor
@@ -175,6 +177,7 @@ class Influence(AboutTarget):
     target: str = "loss"
     method: str = ""
     aggregate: str = ""
+    origin: Origin = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self):
         if self.values.shape != (len(self.query_ids), len(self.ids)):
@@ -203,6 +206,7 @@ class Influence(AboutTarget):
             self.target,
             self.method,
             self.aggregate,
+            some_rows(self.origin, queries),
         )
 
     def _ranked(self, k: int, largest: bool) -> Ranking:
@@ -253,7 +257,8 @@ class Influence(AboutTarget):
             return self[:]
         row = self.values.mean(0, keepdim=True)
         about = self.stage, self.target, self.method, about_all("mean", self.query_ids)
-        return Influence(row, self.ids, self.query_ids.new_full((1,), -1), *about)
+        ids = self.query_ids.new_full((1,), -1)
+        return Influence(row, self.ids, ids, *about, all_rows(self.origin))
 
     def to_frame(self):
         """A tidy pandas table: one row for each query and example."""
@@ -271,7 +276,7 @@ class Influence(AboutTarget):
     def save(self, path) -> None:
         """Write to one safetensors file, all or nothing."""
         tensors = {"values": self.values, "ids": self.ids, "query_ids": self.query_ids}
-        names = ("stage", "target", "method", "aggregate")
+        names = ("stage", "target", "method", "aggregate", "origin")
         facts = {name: getattr(self, name) for name in names}
         write_tensors(path, "influence", tensors, facts)
 

@@ -185,7 +185,8 @@ class SegmentedInfluence:
         values, self.adjoint_norms_ = self._sweep(self._runs, gradients, first, progress)
         warn_of_growth(self.adjoint_norms_)
         about = pipeline.stages[first].name, question.target, repr(self), question.aggregate
-        return Influence(values, pipeline.stages[first].data.ids, question.ids, *about)
+        ids, origin = pipeline.stages[first].data.ids, pipeline.origin(question)
+        return Influence(values, ids, question.ids, *about, origin)
 
     def _sweep(
         self, runs: Sequence[KeptRun], gradients: Tensor, first: int, progress: bool

@@ -86,7 +86,7 @@ class AlphaSweep:
         schur, self._cotangents = self._finetuning(pipeline, question, curvature, exact)
         self.eigenvalues = schur.values
         self._about = o.data.ids, question.ids, pipeline.stages[0].name, question.target
-        self._aggregate = question.aggregate
+        self._aggregate, self._origin = question.aggregate, pipeline.origin(question)
 
         spectrum = exact.spectrum(pipeline.curvature(0, curvature))
         self.pretraining = spectrum.values
@@ -153,7 +153,7 @@ class AlphaSweep:
         solution = filtered / (self.pretraining + damping)
         values = -solution @ self._examples.T / len(self._examples)
         method = f"AlphaSweep, α = {alpha:g}, damping = {damping:g}"
-        return Influence(values, *self._about, method, self._aggregate)
+        return Influence(values, *self._about, method, self._aggregate, self._origin)
 
 
 def _require_positive(values: Tensor, shift: float, what: str, way_out: str) -> None:

@@ -253,7 +253,8 @@ class UnrolledInfluence:
         if self.group_fraction:
             values = values + self._level(runs, values, question)
         about = pipeline.stages[first].name, question.target, repr(self), question.aggregate
-        return Influence(values, pipeline.stages[first].data.ids, question.ids, *about)
+        ids, origin = pipeline.stages[first].data.ids, pipeline.origin(question)
+        return Influence(values, ids, question.ids, *about, origin)
 
     def _level(self, runs: Sequence[Trajectory], values: Tensor, question: Question) -> Tensor:
         """What to add to every score so that −Σ over a group of pN is right on average, ``(Q, 1)``.

@@ -59,6 +59,7 @@ class Question:
         combine: None for q of each query; weights ``(Q,)``, so ``A = Σ_q w_q q``; or a function
             from all q, ``(Q,)`` or ``(Q, K)``, to one number.
         aggregate: in words, for results; empty for q of each query.
+        asked: the target told apart by content where it is a function.
     """
 
     queries: Examples
@@ -66,6 +67,7 @@ class Question:
     target: str
     combine: Tensor | Callable[[Tensor], Tensor] | None = None
     aggregate: str = ""
+    asked: str = "loss"
 
     def __len__(self) -> int:
         """The number of rows of the answer: Q or 1."""
@@ -167,11 +169,13 @@ def make_question(
         TypeError: no numbers.
     """
     name, ids = target_name(target), queries.ids
+    asked = target if isinstance(target, str) else describe(target)
     if aggregate is None:
-        return Question(queries, function, name)
+        return Question(queries, function, name, asked=asked)
     if callable(aggregate):
         words = about_all(_name(aggregate), ids, describe(aggregate))
-        return Question(queries, function, f"{_name(aggregate)} of {name}", aggregate, words)
+        name = f"{_name(aggregate)} of {name}"
+        return Question(queries, function, name, aggregate, words, asked)
     if isinstance(aggregate, str):
         if aggregate not in AGGREGATES:
             raise ValueError(
@@ -180,12 +184,12 @@ def make_question(
             )
         share = 1 / len(ids) if aggregate == "mean" else 1.0
         weights = torch.full((len(ids),), share, dtype=o.dtype, device=o.device)
-        return Question(queries, function, name, weights, about_all(aggregate, ids))
+        return Question(queries, function, name, weights, about_all(aggregate, ids), asked)
     weights = _weights(aggregate, len(ids))
     if bool((weights < 0).any()):
         name = f"weighted {name}"
     words = about_all("weighted sum", ids, digest(weights))
-    return Question(queries, function, name, weights.to(o.device, o.dtype), words)
+    return Question(queries, function, name, weights.to(o.device, o.dtype), words, asked)
 
 
 def _weights(given, count: int) -> Tensor:

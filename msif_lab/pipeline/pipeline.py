@@ -26,8 +26,10 @@ from ..objective.exclusive import exclusive
 from ..objective.layout import Layout, same_numbers
 from ..objective.objective import Lanes, Objective
 from ..objective.precision import half_precision, require_precision
+from ..objective.questions import Question
 from ..objective.wrapping import plain_module
 from . import saved
+from .origin import Origin, of_queries, of_stage
 from .recipes import FitReport
 from .runs import KeptRun, Run
 from .stages import FunctionalStage, Stage, WarmStart, check_buffers
@@ -298,6 +300,7 @@ class Pipeline:
             vars(s) | {"weight_decay": copy.copy(s.weight_decay)} for s in self.stages
         ]
         self._curvatures: dict[tuple[int, str], DataCurvature] = {}
+        self._sketches: dict[str, dict] | None = None
 
     def _changed(self) -> list[str]:
         """Which settings of which stages are no longer those of the fit."""
@@ -327,10 +330,11 @@ class Pipeline:
                 "your own training"
             )
         self._require_same_settings()
+        for stage in self.stages:
+            check_layers(plain_module(stage.model), f"stage {stage.name!r}")
         self._require_same_functions()
         for stage, p, full in zip(self.stages, self._functional, self._trained, strict=True):
             model = plain_module(stage.model)
-            check_layers(model, f"stage {stage.name!r}")
             for name, buffer in model.named_buffers():
                 if not same_numbers(buffer, p.objective.buffers[name]):
                     raise ValueError(
@@ -376,6 +380,18 @@ class Pipeline:
     def functional(self, stage: int) -> FunctionalStage:
         """The stage's objective and its ties to the previous stage."""
         return self._functional[stage]
+
+    def origin(self, question: Question) -> Origin:
+        """What results of this pipeline carry, to tell whether two of them belong together."""
+        trained = self.trained()
+        if self._sketches is None:
+            objectives = [p.objective for p in self._functional]
+            self._sketches = {
+                stage.name: of_stage(o, full)
+                for stage, o, full in zip(self.stages, objectives, trained, strict=True)
+            }
+        rows = of_queries(question)
+        return {"stages": self._sketches, "queries": rows, "target": question.asked}
 
     def curvature(self, stage: int | str, kind: str = "hessian") -> DataCurvature:
         """Curvature operator of a stage at the trained parameters, penalty included.
