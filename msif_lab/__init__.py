@@ -18,6 +18,7 @@ from .errors import (
     UnsmoothTrainingWarning,
     UnsupportedModelError,
     UnsupportedModelWarning,
+    WorkerError,
 )
 from .evaluation import (
     Agreement,
@@ -179,6 +180,7 @@ __all__ = [
     "SavedFileError",
     "UnsupportedModelError",
     "UnsupportedModelWarning",
+    "WorkerError",
     "UnsmoothTrainingWarning",
     "SymmetryWarning",
 ]

@@ -12,6 +12,7 @@ __all__ = [
     "UnsmoothTrainingWarning",
     "UnsupportedModelError",
     "UnsupportedModelWarning",
+    "WorkerError",
 ]
 
 
@@ -55,6 +56,10 @@ class UnsupportedModelError(MsifError, ValueError):
 
     The usual cause is dropout or batch statistics left on.
     """
+
+
+class WorkerError(MsifError, RuntimeError):
+    """Worker processes died, and died again when their work was repeated."""
 
 
 class UnsupportedModelWarning(UserWarning):

@@ -45,6 +45,37 @@ def describe(thing) -> str:
     return _Describer().text(thing)
 
 
+def describe_modules(model: torch.nn.Module) -> str:
+    """The code of one's own modules in a model, with their settings and all hooks; hashed.
+
+    Weights and buffers are not in it, nor attributes that are objects of other kinds: trainers,
+    histories.
+    """
+    parts = []
+    for name, module in model.named_modules():
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        parts += [describe([name, "hooks", hooks])] * bool(hooks)
+        if not _installed(type(module).__module__):
+            own = {k: v for k, v in vars(module).items() if not k.startswith("_") and _plain(v)}
+            own.pop("training")
+            parts.append(describe([name, type(module), own]))
+    return _hashed(" ".join(parts)) if parts else ""
+
+
+def _plain(value) -> bool:
+    """Whether a value is made of numbers, text, tensors and functions alone."""
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return all(map(_plain, value))
+    if isinstance(value, dict):
+        return all(map(_plain, value.values()))
+    kinds = (int, float, complex, str, bytes, torch.Tensor, torch.dtype, numpy.generic)
+    return value is None or isinstance(value, (*kinds, types.FunctionType, functools.partial))
+
+
+def _hashed(text: str) -> str:
+    return f"@{PYTHON}:{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
 def same_by_name(left: str, right: str) -> bool:
     """Whether two descriptions are equal but for contents that cannot be compared.
 
@@ -165,7 +196,7 @@ class _Describer:
         if not attributes and _installed(kind.__module__):
             return self._opaque(thing)
         settings = ", ".join(f"{name}={self.text(value)}" for name, value in attributes.items())
-        content = "" if _installed(kind.__module__) else self._content(self.text(kind))
+        content = "" if _installed(kind.__module__) else _hashed(self.text(kind))
         return f"{kind.__qualname__}{content}({settings})"
 
     def _opaque(self, thing) -> str:
@@ -186,7 +217,7 @@ class _Describer:
             own = {k: v for k, v in vars(part).items() if k not in ignored and k != "_abc_impl"}
             slots = [k for k, v in own.items() if isinstance(v, types.MemberDescriptorType)]
             described += [f"{k}={self.text(v)}" for k, v in own.items() if k not in slots]
-        return f"{kind.__qualname__}{self._content(' '.join(described))}"
+        return f"{kind.__qualname__}{_hashed(' '.join(described))}"
 
     def _function(self, function: types.FunctionType) -> str:
         if _installed(function.__module__) and _found_by_name(function):
@@ -201,7 +232,7 @@ class _Describer:
         parts += [f"{name}={self.text(value)}" for name, value in _globals_of(function)]
         kept = {k: v for k, v in vars(function).items() if k != "__wrapped__"}
         parts += [self.text(kept)] * bool(kept)
-        return f"{function.__name__}{self._content(' '.join(parts))}"
+        return f"{function.__name__}{_hashed(' '.join(parts))}"
 
     def _code(self, code: types.CodeType) -> str:
         """Its steps with what they work on; not its docstring, which no step loads."""
@@ -209,9 +240,6 @@ class _Describer:
         arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
         handlers = getattr(code, "co_exceptiontable", b"").hex()
         return f"{arguments} {code.co_flags} {steps} {handlers}"
-
-    def _content(self, text: str) -> str:
-        return f"@{PYTHON}:{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def _found_by_name(function: types.FunctionType) -> bool:

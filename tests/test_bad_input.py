@@ -1469,16 +1469,14 @@ def test_a_pipeline_with_other_buffers_is_not_loaded(tmp_path):
 def test_a_store_of_other_removals_is_refused(tmp_path):
     pipeline, path = build_two(msif.Proximal(0.1), fit=True), tmp_path / "store"
     remove(pipeline, path)
-    says = "store= | another pipeline, queries or subsets | name another file"
-    for other in (
-        {"subsets": [0, 1, 3]},
-        {"target": "margin"},
-        {"protocol": "same-seed"},
-        {"stage": 1},
-        {"queries": [3, 4]},
+    for other, words in (
+        ({"target": "margin"}, "other target: loss in the file, margin here"),
+        ({"protocol": "same-seed"}, "other protocol: warm-start in the file, same-seed here"),
+        ({"stage": 1}, "other stage"),
+        ({"queries": [3, 4]}, "other queries"),
     ):
         content = path.read_bytes()
-        with refused(msif.SavedFileError, says, other):
+        with refused(msif.SavedFileError, f"store= | {words} | name another file", other):
             remove(pipeline, path, **other)
         assert path.read_bytes() == content, other
 

@@ -207,7 +207,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
             with monkeypatch.context() as patch, pytest.raises(type(failure)):
                 patch.setattr(os, step, fail)
                 SAVERS[name](folder / "file")
-            left = {p.name: p.read_bytes() for p in folder.iterdir()}
+            left = {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix != ".lock"}
             assert left == ({} if name == "store" else {"file": b"old"}), folder.name
             SAVERS[name](folder / "again")
             assert (folder / "again").stat().st_size > 100, folder.name
@@ -253,9 +253,9 @@ def test_removals_resume_where_an_interrupt_stopped_them(trained, tmp_path, monk
     interrupt_after(monkeypatch, calls=1)
     with pytest.raises(KeyboardInterrupt):
         remove(trained, store=tmp_path / "store")
-    assert [p.name for p in tmp_path.iterdir()] == ["store"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".store.lock", "store"]
     stored = read_tensors(tmp_path / "store", "removals")[0]
-    assert stored["done"].tolist() == [True] * 2 + [False] * 4
+    assert len(stored["groups"]) == 2
     monkeypatch.undo()
     lanes = interrupt_after(monkeypatch, calls=99)
     resumed = remove(trained, store=tmp_path / "store")

@@ -5,23 +5,24 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import joblib
 import numpy
 import torch
 from torch import Tensor
 
 from ..data.examples import Examples
-from ..errors import ConvergenceWarning, SavedFileError
+from ..errors import ConvergenceWarning
 from ..fingerprints import describe
 from ..influence.result import Influence
 from ..objective.checks import ask
 from ..objective.losses import target_name
-from ..pipeline.origin import Origin
+from ..parallel import each_result
+from ..pipeline.origin import Origin, checked
 from ..pipeline.pipeline import Pipeline, Retrained
 from ..pipeline.recipes import progress_bar
-from ..storage import check_writable, digest, read_tensors, write_tensors
+from ..pipeline.saved import former_facts
+from ..storage import digest, read_tensors, valid, write_tensors
+from .store import RemovalStore
 
 __all__ = ["Effects", "random_removals", "removal_effects"]
 
@@ -136,7 +137,9 @@ class Effects:
         tensors = {
             name: getattr(self, name) for name in ("values", "base", "query_ids", "gradient_norm")
         }
-        names = ("subsets", "stage", "target", "protocol", "aggregate")
+        tensors["members"] = torch.cat([torch.tensor(group) for group in self.subsets])
+        tensors["sizes"] = torch.tensor([len(group) for group in self.subsets])
+        names = ("stage", "target", "protocol", "aggregate", "origin")
         facts = {name: getattr(self, name) for name in names}
         write_tensors(path, "effects", tensors, facts)
 
@@ -144,7 +147,24 @@ class Effects:
     def load(cls, path) -> "Effects":
         """Read what `save` wrote; a cut-off, changed or foreign file raises `SavedFileError`."""
         tensors, facts = read_tensors(path, "effects")
-        return cls(**tensors, **facts)
+        with valid(path):
+            if "members" in tensors:  # not in files of version 0.1.0
+                members, sizes = tensors.pop("members"), tensors.pop("sizes")
+                facts["subsets"] = [part.tolist() for part in members.split(sizes.tolist())]
+            facts["origin"] = checked(facts.get("origin", {}))
+            return cls(**tensors, **facts)
+
+    def __post_init__(self):
+        queries, removals = len(self.base), len(self.subsets)
+        shapes = [tuple(t.shape) for t in (self.values, self.query_ids, self.gradient_norm)]
+        if shapes != [(queries, removals), (queries,), (removals,)]:
+            raise ValueError(
+                f"values, query_ids and gradient_norm of shapes {shapes} do not fit {queries} "
+                f"queries and {removals} removals"
+            )
+        _finite("values", self.values)
+        _finite("base", self.base)
+        _check_subsets(self.subsets)
 
 
 def random_removals(
@@ -198,14 +218,16 @@ def _check_subsets(subsets: Sequence[Sequence[int]], m: int = sys.maxsize) -> li
         whole = not members.is_floating_point() and members.dtype != torch.bool
         if len(members) and not whole:
             raise ValueError(f"subset {subset} must hold positions, whole numbers {_between(m)}")
-        groups.append([int(i) for i in members])
+        ranked = members.sort().values
+        repeated = bool((ranked[1:] == ranked[:-1]).any())
+        if not len(members) or repeated or int(ranked[0]) < 0 or int(ranked[-1]) >= m:
+            shown = str(members.tolist()[:20])
+            raise ValueError(f"subset {shown} must hold different positions {_between(m)}")
+        if len(members) == m:
+            raise ValueError(f"subset of all {m} examples leaves nothing to train on")
+        groups.append(members.tolist())
     if not groups:
         raise ValueError("subsets is empty; give lists of positions, e.g. [[3], [17], [5, 9]]")
-    for group in groups:
-        if not group or len(set(group)) != len(group) or min(group) < 0 or max(group) >= m:
-            raise ValueError(f"subset {group} must hold different positions {_between(m)}")
-        if len(group) == m:
-            raise ValueError(f"subset of all {m} examples leaves nothing to train on")
     return groups
 
 
@@ -266,8 +288,9 @@ def removal_effects(
             describe), else same seed.
         n_jobs: processes through joblib; ``joblib.parallel_config`` moves them to a cluster.
         lanes: how many removals one process retrains at once, vectorised over models.
-        store: a file that keeps the results so far after every batch of ``lanes``; the same call
-            resumes from it.
+        store: a file that keeps the results so far after every batch of ``lanes``. The same call
+            resumes from it, calls with other subsets add to it, and several processes may do so at
+            once.
         progress: show a bar if it takes longer than two seconds.
 
     Returns:
@@ -277,7 +300,8 @@ def removal_effects(
         ValueError: empty or repeated positions, unknown stage, target, aggregate or protocol; or
             adopted weights that are no optimum: going on from them with nobody removed moves the
             queries' losses by more than a twentieth.
-        SavedFileError: ``store`` belongs to another call, or is damaged.
+        WorkerError: worker processes died, and again when their work was repeated.
+        SavedFileError: ``store`` is of another pipeline, target, queries or protocol, or damaged.
 
     Warns:
         ConvergenceWarning: a recipe with a tolerance missed it in some retraining.
@@ -291,34 +315,36 @@ def removal_effects(
         raise ValueError(f"lanes={lanes!r} must be a positive whole number")
     groups = _check_subsets(subsets, len(pipeline.stages[k].data))
     question = ask(pipeline.objective(-1), queries, target, aggregate)
-    if store is not None:
-        check_writable(store)
     name, asked = pipeline.stages[k].name, (queries, target, aggregate, protocol)
-    key = _key(pipeline, queries, groups, name, target, question.aggregate, protocol)
-    kept = _Kept.open(store, key, functools.partial(removal_base, pipeline, *asked), len(groups))
-    base = kept.base
+    facts = pipeline, queries, name, target, question.aggregate, protocol
+    kept = RemovalStore(
+        store,
+        {} if store is None else _about(*facts),
+        groups,
+        functools.partial(removal_base, pipeline, *asked),
+        lambda: _former_key(*facts[:2], groups, *facts[2:]),
+    )
     parts = [part for part in kept.missing().split(lanes) if len(part)]
-    retrain = joblib.delayed(_retrain_without)
-    jobs = (retrain(pipeline, k, [groups[i] for i in part], *asked) for part in parts)
+    calls = [(pipeline, k, [groups[i] for i in part], *asked) for part in parts]
     with progress_bar(len(groups), "retraining", progress) as bar:
-        bar.update(int(kept.done.sum()))
-        results = joblib.Parallel(n_jobs, return_as="generator")(jobs)
-        for part, result in zip(parts, results, strict=True):
-            kept.add(part, *result)
-            bar.update(len(part))
-    if bool(kept.short.any()):
+        bar.update(len(groups) - sum(map(len, parts)))
+        for i, result in each_result(_retrain_without, calls, n_jobs, kept.state):
+            kept.add(parts[i], *result)
+            bar.update(len(parts[i]))
+    found = kept.all()
+    if bool(found.short.any()):
         warnings.warn(
             "some retrainings stopped short of their recipe's tolerance: largest ‖∇F‖ is "
-            f"{float(kept.norms.max()):.1e}; raise max_iter or weight_decay",
+            f"{float(found.norms.max()):.1e}; raise max_iter or weight_decay",
             ConvergenceWarning,
             stacklevel=2,
         )
     return Effects(
-        kept.after - base[:, None],
+        found.after - kept.base[:, None],
         groups,
-        base,
+        kept.base,
         question.ids,
-        kept.norms,
+        found.norms,
         name,
         question.target,
         protocol,
@@ -374,78 +400,21 @@ def _require_still(pipeline: Pipeline, again: Retrained, queries: Examples) -> N
     )
 
 
-def _key(pipeline, queries, groups, stage, target, aggregate: str, protocol) -> str:
+def _about(pipeline, queries, stage, target, aggregate: str, protocol) -> dict:
+    """What a store's results are of, but for the groups."""
+    return {
+        "stage": stage,
+        "target": target if isinstance(target, str) else describe(target),
+        "aggregate": aggregate,
+        "protocol": protocol,
+        "weights": [digest(full) for full in pipeline.trained()],
+        "queries": queries.digest(),
+    } | {f"stage {facts['name']!r}": facts for facts in pipeline.facts()["stages"]}
+
+
+def _former_key(pipeline, queries, groups, stage, target, aggregate: str, protocol) -> str:
+    """What version 0.1.0 knew a call by."""
     parts = [digest(full) for full in pipeline.trained()]
-    if isinstance(queries.x, Tensor):
-        parts += [digest(t) for t in (queries.x, queries.y, queries.ids)]
-    else:
-        parts.append(queries.digest())
+    parts += [digest(t) for t in (queries.x, queries.y, queries.ids)]
     asked = f"{describe(target)} {aggregate}".rstrip()
-    return f"{parts} {groups} {stage} {asked} {protocol} {pipeline.facts()}"
-
-
-@dataclass
-class _Kept:
-    """The retrainings that are done, kept in a file if there is a ``store``.
-
-    Attributes:
-        store: the file, or None.
-        key: what identifies the call that the file must belong to.
-        base: ``(Q,)``, q with nobody removed.
-        after: ``(Q, R)``, q after each removal.
-        norms: ``(R,)``, largest ``‖∇F‖`` over the stages.
-        done, short: ``(R,)``, which removals are done, and which of them missed a tolerance.
-    """
-
-    store: str | Path | None
-    key: str
-    base: Tensor
-    after: Tensor
-    norms: Tensor
-    done: Tensor
-    short: Tensor
-
-    @classmethod
-    def open(cls, store, key: str, measure: Callable[[], Tensor], count: int) -> "_Kept":
-        """What the store holds, or nothing of ``count`` removals done yet.
-
-        Args:
-            store, key, count: see above.
-            measure: gives ``base``, if the store does not hold it.
-
-        Raises:
-            SavedFileError: it belongs to another call.
-        """
-        try:
-            tensors, facts = read_tensors(store, "removals") if store is not None else (None, {})
-        except FileNotFoundError:
-            tensors = None
-        if tensors is None:
-            base = measure()
-            after = torch.zeros(len(base), count, dtype=torch.float64)
-            norms = torch.zeros(count, dtype=torch.float64)
-            none = torch.zeros(count, dtype=torch.bool)
-            return cls(store, key, base, after, norms, done=none, short=none.clone())
-        if facts["key"] != key:
-            raise SavedFileError(
-                f"store={str(store)!r} holds removals of another pipeline, queries or subsets; "
-                "name another file"
-            )
-        if "base" not in tensors:  # version 0.1.0 kept none
-            tensors["base"] = measure()
-        return cls(store, key, **tensors)
-
-    def missing(self) -> Tensor:
-        """Indices of the removals that are still to do."""
-        return (~self.done).nonzero().flatten()
-
-    def add(self, part: Tensor, after: Tensor, norms: Tensor, short: Tensor) -> None:
-        """Keep the results of the removals ``part``, and write them to the file if there is one."""
-        self.after[:, part] = after
-        self.norms[part] = norms
-        self.done[part] = True
-        self.short[part] = short
-        if self.store is not None:
-            names = ("base", "after", "norms", "done", "short")
-            state = {name: getattr(self, name) for name in names}
-            write_tensors(self.store, "removals", state, {"key": self.key})
+    return f"{parts} {groups} {stage} {asked} {protocol} {former_facts(pipeline.facts())}"

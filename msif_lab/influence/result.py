@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..objective.questions import about_all
-from ..pipeline.origin import Origin, all_rows, some_rows
-from ..storage import read_tensors, write_tensors
+from ..pipeline.origin import Origin, all_rows, checked, difference, some_rows
+from ..storage import read_tensors, valid, write_tensors
 
 __all__ = ["Influence", "Ranking", "TopInfluence", "rank_stream"]
 
@@ -260,6 +260,45 @@ class Influence(AboutTarget):
         ids = self.query_ids.new_full((1,), -1)
         return Influence(row, self.ids, ids, *about, all_rows(self.origin))
 
+    @classmethod
+    def concatenate(cls, parts: Iterable["Influence"]) -> "Influence":
+        """Scores of all queries from those of some each, as separate jobs give them.
+
+        Args:
+            parts: rows of the same examples, from one pipeline, target and method.
+
+        Raises:
+            ValueError: none, aggregates, or parts that do not belong together.
+
+        >>> import joblib, msif_lab as msif
+        >>> train, test = msif.load_digits()
+        >>> stage = msif.Stage("digits", msif.mlp(64, (8,), classes=10), train[:100])
+        >>> fitted = msif.GradientDot().fit(msif.Pipeline([stage]).adopt())
+        >>> score = joblib.delayed(fitted.score)
+        >>> parts = joblib.Parallel(2)(score(test[rows]) for rows in (slice(0, 3), slice(3, 5)))
+        >>> msif.Influence.concatenate(parts).values.shape
+        torch.Size([5, 100])
+        """
+        parts = list(parts)
+        if not parts or not all(isinstance(part, cls) for part in parts):
+            raise ValueError("parts must be one or more Influence, each of some of the queries")
+        first = parts[0]
+        for i, part in enumerate(parts):
+            names = ("stage", "target", "method")
+            differ = [n for n in names if getattr(part, n) != getattr(first, n)]
+            differ += ["ids of the examples"] * (not torch.equal(part.ids, first.ids))
+            other = difference(first.origin | {"queries": []}, part.origin | {"queries": []})
+            if part.aggregate or differ or (first.origin and part.origin and other):
+                what = ", ".join(differ) or other or f"an aggregate ({part.aggregate})"
+                raise ValueError(f"parts[{i}] does not continue parts[0]: {what}")
+        values = torch.cat([part.values for part in parts])
+        query_ids = torch.cat([part.query_ids for part in parts])
+        origin = dict(first.origin)
+        if origin:
+            origin["queries"] = [q for part in parts for q in part.origin.get("queries", [])]
+        about = first.stage, first.target, first.method, "", origin
+        return cls(values, first.ids, query_ids, *about)
+
     def to_frame(self):
         """A tidy pandas table: one row for each query and example."""
         import pandas
@@ -284,7 +323,9 @@ class Influence(AboutTarget):
     def load(cls, path) -> "Influence":
         """Read what `save` wrote; a cut-off, changed or foreign file raises `SavedFileError`."""
         tensors, facts = read_tensors(path, "influence")
-        return cls(tensors["values"], tensors["ids"], tensors["query_ids"], **facts)
+        with valid(path):
+            facts["origin"] = checked(facts.get("origin", {}))
+            return cls(tensors["values"], tensors["ids"], tensors["query_ids"], **facts)
 
     def __repr__(self) -> str:
         queries, examples = self.values.shape

@@ -15,6 +15,7 @@ from ..errors import UnsmoothTrainingWarning
 from ..memory import parse_bytes, require_memory
 from ..objective.checks import ask
 from ..objective.precision import require_precision
+from ..parallel import each_result
 from ..pipeline.pipeline import Pipeline
 from ..pipeline.recipes import progress_bar
 from ..pipeline.runs import KeptRun
@@ -205,10 +206,8 @@ class SegmentedInfluence:
             if jobs == 1 or len(parts) == 1:
                 done = [self._swept(stretches, part, first, bar) for part in parts]
             else:
-                swept = joblib.delayed(self._swept)
-                work = (swept(stretches, part, first) for part in parts)
-                done = []
-                for result in joblib.Parallel(self.n_jobs, return_as="generator")(work):
+                done, calls = [], [(stretches, part, first) for part in parts]
+                for _, result in each_result(self._swept, calls, self.n_jobs):
                     done.append(result)
                     bar.update(each)
         values, sizes = zip(*done, strict=True)

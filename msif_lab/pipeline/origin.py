@@ -64,7 +64,7 @@ def difference(left: Origin, right: Origin) -> str:
     """
     if not left or not right:
         return ""
-    if list(left["stages"]) != list(right["stages"]):
+    if left["stages"].keys() != right["stages"].keys():
         return f"pipelines with stages {list(left['stages'])} and {list(right['stages'])}"
     for name, ours in left["stages"].items():
         theirs = right["stages"][name]

@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from ..errors import SavedFileError
-from ..fingerprints import describe, same_by_name
+from ..fingerprints import describe, describe_modules, same_by_name
 from ..objective.objective import Objective
-from ..storage import digest, read_tensors, write_tensors
+from ..storage import digest, read_tensors, valid, write_tensors
 from .recipes import FitReport
 from .stages import FunctionalStage, Stage, decays
 
@@ -31,11 +32,18 @@ def _stage_facts(stage: Stage, functional: FunctionalStage) -> dict:
         "weight_decay": _decay_facts(stage, o),
         "loss": describe(stage.loss),
         "model": str(o.model),
+        "code": describe_modules(o.model),
         "buffer": digest(*o.model.buffers()),
         "link": None if stage.link is None else link,
         "recipe": describe(stage.recipe),
         "data": stage.data.digest(),
     }
+
+
+def former_facts(facts: dict) -> dict:
+    """The facts that version 0.1.0 looked at."""
+    stages = [{k: v for k, v in stage.items() if k != "code"} for stage in facts["stages"]]
+    return facts | {"stages": stages}
 
 
 def _decay_facts(stage: Stage, o: Objective) -> float | dict[str, float]:
@@ -72,21 +80,34 @@ def read(
     Raises:
         SavedFileError: cut off, changed or foreign file, or one of other stages, data or settings.
     """
-    tensors, theirs = read_tensors(path, "pipeline")
-    _require_equal(
-        path, ours["stages"], theirs["stages"], [full.dtype for full in initial], tensors
-    )
+    # Initial and trained weights in at most twice the precision, and a few numbers of reports.
+    most = 10**6 + 4 * sum(full.numel() * full.element_size() for full in initial)
+    tensors, theirs = read_tensors(path, "pipeline", most)
+    with valid(path):
+        _require_equal(
+            path, ours["stages"], theirs["stages"], [full.dtype for full in initial], tensors
+        )
+        _require_weights(tensors, initial)
 
     def weights(name: str) -> list[Tensor]:
         return [tensors[f"{k}.{name}"].to(full.device) for k, full in enumerate(initial)]
 
-    reports = [
-        FitReport(
-            ours["stages"][k]["recipe"], n, *(tensors[f"{k}.{name}"] for name in REPORTED), 0.0
-        )
-        for k, n in enumerate(theirs["iterations"])
-    ]
-    return weights("initial"), weights("trained"), reports
+    with valid(path):
+        reports = [
+            FitReport(
+                ours["stages"][k]["recipe"], n, *(tensors[f"{k}.{name}"] for name in REPORTED), 0.0
+            )
+            for k, n in enumerate(theirs["iterations"])
+        ]
+        return weights("initial"), weights("trained"), reports
+
+
+def _require_weights(tensors: dict[str, Tensor], initial: Sequence[Tensor]) -> None:
+    """Weights are checked as those of a model are: their number, and no NaN or inf."""
+    for k, full in enumerate(initial):
+        for name in (f"{k}.initial", f"{k}.trained"):
+            if tensors[name].shape != full.shape or not bool(torch.isfinite(tensors[name]).all()):
+                raise ValueError(f"{name} is not ({len(full)},) finite numbers")
 
 
 def _same(ours, theirs) -> bool:
@@ -104,6 +125,7 @@ def _require_equal(
         f"stage {mine['name']!r}: {key} is {saved[key]!r} in the file, {mine[key]!r} here"
         for mine, saved in zip(ours, theirs, strict=True)
         for key in mine
+        if key in saved or key != "code"  # which version 0.1.0 did not keep
         if not _same(mine[key], saved[key]) and not (key == "recipe" and saved[key] == ADOPTED)
     ]
     for k, (mine, dtype) in enumerate(zip(ours, dtypes, strict=True)):
