@@ -9,6 +9,11 @@ import threading
 DRAWING = threading.RLock()
 
 
+def plain(text: object) -> str:
+    """A name as figures can show it, whatever it holds: no formula, no half characters."""
+    return str(text).encode("utf-8", "replace").decode().replace("$", r"\$")
+
+
 def data_uri(png: bytes) -> str:
     """The image itself as a URL, so that the HTML needs no second file."""
     return "data:image/png;base64," + base64.b64encode(png).decode()

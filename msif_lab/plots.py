@@ -7,7 +7,7 @@ import torch
 
 from .data.examples import Examples
 from .evaluation.comparison import CEILING, STATISTICS, Agreement
-from .figures import describe_figures
+from .figures import describe_figures, plain
 from .influence.result import Influence
 from .pipeline.pipeline import Pipeline
 from .pipeline.stages import Frozen, WarmStart
@@ -135,8 +135,9 @@ def _box(ax, left: float, width: float, title: str, lines: list[str], colour: st
         "linewidth": 1.5,
     }
     ax.add_patch(FancyBboxPatch((left, 0.08), width, 0.84, **style))
+    title, text = plain(title), plain("\n".join(lines))
     ax.text(left + width / 2, 0.76, title, ha="center", va="center", fontsize=10, weight="bold")
-    ax.text(left + width / 2, 0.38, "\n".join(lines), ha="center", va="center", fontsize=8.5)
+    ax.text(left + width / 2, 0.38, text, ha="center", va="center", fontsize=8.5)
 
 
 def _arrow(ax, start: float, end: float, above: str, below: str) -> None:
@@ -185,21 +186,23 @@ def influence_grid(
         ax.spines[:].set(visible=True, color=NEUTRAL)
     axes[1, 0].axis("off")
     axes[0, 0].imshow(picture(queries.x[query]), cmap="gray_r")
-    axes[0, 0].set_title(f"query: {queries.classes[int(queries.y[query])]}", fontsize=9)
+    name = plain(queries.classes[int(queries.y[query])])
+    axes[0, 0].set_title(f"query: {name}", fontsize=9)
     rankings = {"helpful": scores.helpful(k), "harmful": scores.harmful(k)}
     for row, (word, ranking) in enumerate(rankings.items()):
         for column, position in enumerate(ranking.positions[query].tolist()):
             ax = axes[row, column + 1]
             value = float(ranking.values[query, column])
             ax.imshow(picture(examples.x[position]), cmap="gray_r")
-            ax.set_title(f"label {examples.classes[int(examples.y[position])]}", fontsize=9)
+            name = plain(examples.classes[int(examples.y[position])])
+            ax.set_title(f"label {name}", fontsize=9)
             sign = "−" if value < 0 else "+"
             ax.set_xlabel(f"{sign}{abs(value) * 1e3:.1f}", fontsize=9, labelpad=3)
             ax.spines[:].set(color=COLOURS[scores.kind(value)], linewidth=2)
         side = f"{word} ({scores.signs[word]})"
         axes[row, 1].set_ylabel(side, color=COLOURS[word], fontsize=9)
     unit = "thousandths of a nat" if scores.unit == "nats" else f"{scores.unit} × 1000"
-    below = f"change in query {scores.target} per unit of weight, {unit}"
+    below = f"change in query {plain(scores.target)} per unit of weight, {unit}"
     figure.supxlabel(f"score below each image: {below}", fontsize=8)
     return figure
 
@@ -222,7 +225,7 @@ def agreement_scatter(report: Agreement, ax=None, title: str = ""):
     limit = limit if math.isfinite(limit) and limit > 0 else 1.0
     ax.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", title=title)
     ax.locator_params(nbins=5)
-    ax.set_xlabel(f"predicted change in query {report.target}, {report.unit}")
+    ax.set_xlabel(f"predicted change in query {plain(report.target)}, {report.unit}")
     ax.set_ylabel(f"actual change after retraining, {report.unit}")
     text = f"mean per-query r = {report.mean():.3f}\nslope = {report.mean('slope'):.2f}"
     behind = {
@@ -272,7 +275,7 @@ def method_intervals(table, statistics=("r", "magnitude"), removals: str | None 
             part = some[mask]
             error = [part["mean"] - part["low"], part["high"] - part["mean"]]
             ax.errorbar(part["mean"], y, xerr=error, fmt=marker, ms=5, color=colour, lw=1.5)
-        ax.set_yticks(range(len(order)), order)
+        ax.set_yticks(range(len(order)), list(map(plain, order)))
         over = "" if statistic == "sign" else ", mean over queries"
         ax.set_xlabel(STATISTICS[statistic] + over)
     if CEILING in table.index:

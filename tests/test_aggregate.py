@@ -438,7 +438,7 @@ def test_effects_are_of_the_same_aggregate(pair, tmp_path):
     assert (row.target, row.query_ids.tolist()) == ("weighted loss", [-1])
     same = effects(queries, subsets, aggregate=weights.numpy(), store=store)
     assert torch.equal(same.values, row.values)
-    with pytest.raises(msif.SavedFileError, match="another pipeline, queries or subsets"):
+    with pytest.raises(msif.SavedFileError, match="other aggregate"):
         effects(queries, subsets, aggregate=-weights, store=store)
 
     worst = effects(queries, subsets, aggregate=log_sum_exp)

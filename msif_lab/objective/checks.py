@@ -452,9 +452,8 @@ def ask(
         )
     question = make_question(objective, queries, function, target, aggregate)
     what, wide, y = "target(outputs, targets)", callable(aggregate), queries.y[few]
-    values = _per_example(objective, function, outputs, y, what, "query", wide)
-    if not bool(torch.isfinite(values).all()):
-        raise ValueError(f"target gives NaN or inf on some queries: {values.tolist()}")
+    _per_example(objective, function, outputs, y, what, "query", wide)
+    check_aggregate(question, objective, derivative)
     if derivative and is_step(function, outputs, y):
         raise ValueError(
             f"{what} has no derivative in the outputs, or one that is zero everywhere, like all "
@@ -463,7 +462,6 @@ def ask(
         )
     if derivative and (error := slope_error(function, outputs, y)) > SLOPE_CLOSE:
         raise ValueError(f"{what}: {CUT.format(error)}")
-    check_aggregate(question, objective, derivative)
     return question
 
 

@@ -220,7 +220,7 @@ def _weights(given, count: int) -> Tensor:
 
 
 def check_aggregate(question: Question, o: Objective, derivative: bool) -> None:
-    """Check a function of all queries on their values at the model's present weights.
+    """Check the queries' values at the model's present weights, and a function of all of them.
 
     Args:
         question: what is asked.
@@ -228,16 +228,19 @@ def check_aggregate(question: Question, o: Objective, derivative: bool) -> None:
         derivative: whether the function must have one.
 
     Raises:
-        ValueError: it fails, draws random numbers, does not give one finite number, or has no
-            derivative.
+        ValueError: NaN or inf among the values; or the function fails, draws random numbers, does
+            not give one finite number, or has no derivative.
     """
-    if question.combine is None or isinstance(question.combine, Tensor):
-        return
-    what = f"aggregate={_name(question.combine)}(values)"
     values = question.values(o, o.layout.flatten(o.model))
     if not bool(torch.isfinite(values).all()):
         ids = question.queries.ids[(~torch.isfinite(values)).nonzero()[:8, 0].cpu()].tolist()
-        raise ValueError(f"target gives NaN or inf on the queries {ids}; leave them out")
+        raise ValueError(
+            f"target={question.target} gives NaN or inf on the queries with ids {ids}; leave them "
+            "out"
+        )
+    if question.combine is None or isinstance(question.combine, Tensor):
+        return
+    what = f"aggregate={_name(question.combine)}(values)"
     shape, answers = tuple(values.shape), []
     try:
         with torch.no_grad():

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import vmap
 
 from ..curvature.gate import fingerprint, lanes_agree
@@ -20,7 +20,7 @@ from ..curvature.soundness import (
     require_second_derivative,
 )
 from ..data.examples import Examples
-from ..errors import UnsupportedModelWarning
+from ..errors import NotConvergedError, UnsupportedModelWarning
 from ..objective.checks import ask, check_examples, check_layers
 from ..objective.exclusive import exclusive
 from ..objective.layout import Layout, same_numbers
@@ -234,6 +234,10 @@ class Pipeline:
                 lanes = p.start(lanes)
             theta = p.objective.trained.take(lanes.base)
             theta, report = stage.recipe.run(lanes, theta, progress=progress)
+            if not bool(torch.isfinite(theta).all() & torch.isfinite(report.value).all()):
+                raise NotConvergedError(
+                    f"stage {stage.name!r}: training by {stage.recipe} ended with NaN or inf"
+                )
             previous = lanes.full(theta)
             done.append(previous)
             reports.append(report)
@@ -489,12 +493,34 @@ class Pipeline:
 
     @exclusive
     def to(self, *targets: torch.device | torch.dtype | str) -> "Pipeline":
-        """Move every model and its data to a device and / or floating dtype, in place."""
-        for stage in self.stages:
+        """Move every model and its data to a device and / or floating dtype, in place.
+
+        A move that fails leaves everything as it was.
+
+        Raises:
+            ValueError: the device ``"meta"``, where tensors have no numbers.
+        """
+        if any(str(target).partition(":")[0] == "meta" for target in targets):
+            raise ValueError("to('meta') would lose all weights: tensors have no numbers there")
+        data = [stage.data.to(*targets) for stage in self.stages]
+        before, held = dict(vars(self)), [stage.data for stage in self.stages]
+        tensors = [_Tensors(stage.model) for stage in self.stages]
+        try:
+            self._move(data, targets)
+        except BaseException:
+            for stage, old, kept in zip(self.stages, held, tensors, strict=True):
+                stage.data = old
+                kept.put_back()
+            vars(self).update(before)
+            raise
+        return self
+
+    def _move(self, data: Sequence[Examples], targets: tuple) -> None:
+        """Move the models, take the moved data, and follow with all that is known of them."""
+        for stage, moved in zip(self.stages, data, strict=True):
             for target in targets:
                 stage.model.to(target)
-            stage.data = stage.data.to(*targets)
-
+            stage.data = moved
         homes = [(s.data.x.device, next(s.model.parameters()).dtype) for s in self.stages]
         if any(f.dtype != dtype for f, (_, dtype) in zip(self._initial, homes, strict=True)):
             self.reports = None  # in another precision the run would be another one
@@ -505,7 +531,6 @@ class Pipeline:
         self._initial = move(self._initial)
         self._take(None if self._trained is None else move(self._trained))
         self._prepare()
-        return self
 
     def double(self) -> "Pipeline":
         """Everything in float64, the precision for stages of up to a few thousand parameters."""
@@ -560,6 +585,27 @@ class Pipeline:
         state = " not trained yet" if self._trained is None else " adopted" if self.adopted else ""
         lines.append(f"){state}")
         return "\n".join(["Pipeline(", *lines])
+
+
+class _Tensors:
+    """All tensors of a model's modules, to be put back."""
+
+    def __init__(self, model: nn.Module):
+        self.held = [
+            (table, name, tensor, tensor.data, getattr(tensor.grad, "data", None))
+            for module in model.modules()
+            for table in (module._parameters, module._buffers)
+            for name, tensor in table.items()
+            if tensor is not None
+        ]
+
+    def put_back(self) -> None:
+        """The same objects with the same numbers, in the same places."""
+        for table, name, tensor, values, slope in self.held:
+            tensor.data = values
+            if slope is not None:
+                tensor.grad.data = slope
+            table[name] = tensor
 
 
 @dataclass

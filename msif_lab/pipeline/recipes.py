@@ -285,6 +285,7 @@ class MiniBatch(ABC):
                 theta, state, _ = self.advance(lanes, theta, state, step, batch, rate)
                 bar.update()
         value, gradient = lanes.value_and_grad(theta)
+        check_finite(value, torch.cat([theta, gradient], 1), total, f"lower lr={self.lr}")
         norm = gradient.norm(dim=1)
         return theta, FitReport(
             str(self),

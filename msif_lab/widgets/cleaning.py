@@ -9,7 +9,7 @@ from .. import plots
 from ..data.examples import Examples
 from ..evaluation.comparison import detection
 from ..evaluation.removals import default_protocol, removal_base, require_start
-from ..figures import img
+from ..figures import img, plain
 from ..influence.result import Influence
 from ..pipeline.pipeline import Pipeline
 from .frame import Explorer
@@ -393,10 +393,10 @@ class CleaningExplorer(Explorer):
             ax.axis("off")
         for ax, position in zip(axes.flat, self.orders[ranking][: self.k].tolist(), strict=False):
             ax.imshow(plots.picture(self.examples.examples.x[position]), cmap="gray_r")
-            ax.set_title(self.examples.label(position), fontsize=8)
+            ax.set_title(plain(self.examples.label(position)), fontsize=8)
             if self.corrupted is not None:
                 ax.set_xlabel("corrupted" if self.corrupted[position] else "clean", fontsize=8)
-        title = f"most suspicious by {ranking}" if ranking else "most suspicious"
+        title = f"most suspicious by {plain(ranking)}" if ranking else "most suspicious"
         right.suptitle(title, fontsize=9)
         return [figure]
 
@@ -410,7 +410,7 @@ class CleaningExplorer(Explorer):
         style = {"markevery": 0.2, "ms": 4, "lw": 1}
         for name, marker in zip(self.table, "osxD^v" * len(self.table), strict=False):
             precision, recall = detection(self.orders[name], self.corrupted)
-            ax.plot(recall, precision, marker=marker, label=name or "ranking", **style)
+            ax.plot(recall, precision, marker=marker, label=plain(name) or "ranking", **style)
         ax.set(xlim=(0, 1.02), ylim=(0, 1.05), xlabel="recall", ylabel="precision")
         ax.legend(frameon=False, fontsize=7)
 

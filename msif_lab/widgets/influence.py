@@ -8,7 +8,7 @@ import torch
 from .. import plots
 from ..data.examples import Examples
 from ..evaluation.removals import removal_effects
-from ..figures import img
+from ..figures import img, plain
 from ..influence.result import Influence
 from ..pipeline.pipeline import Pipeline
 from .frame import Explorer, need_choice
@@ -396,7 +396,7 @@ class InfluenceExplorer(Explorer):
         shown = [predicted] if actual is None else [predicted, actual]
         highest = max(float(change.abs().max()) for change in shown) or 1.0
         ax.set(xlim=(-1, len(predicted)), ylim=(-1.35 * highest, 1.35 * highest))
-        ax.set_ylabel(f"change in {self.scores.target}, {self.scores.unit}", fontsize=9)
+        ax.set_ylabel(f"change in {plain(self.scores.target)}, {self.scores.unit}", fontsize=9)
         ax.legend(loc="upper right", fontsize=8, frameon=False, ncols=2)
 
     # --- removing for real ------------------------------------------------------------------------

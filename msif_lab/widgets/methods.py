@@ -8,7 +8,7 @@ import torch
 from .. import plots
 from ..data.examples import Examples
 from ..evaluation.comparison import row_correlations, row_ranks
-from ..figures import img
+from ..figures import img, plain
 from ..influence.result import Influence
 from ..pipeline.pipeline import Pipeline
 from .frame import Explorer
@@ -246,18 +246,18 @@ class MethodComparison(Explorer):
             left, right = figure.subfigures(1, 2, width_ratios=(2.9, 0.95 * self.k))
             ax = left.subplots()
             ax.plot(*self._scaled(query), "o", ms=3, alpha=0.7, color=plots.HELPFUL, mew=0)
-            ax.set_xlabel(f"{self.a}, score ÷ largest", fontsize=8)
-            ax.set_ylabel(f"{self.b}, score ÷ largest", fontsize=8)
+            ax.set_xlabel(f"{plain(self.a)}, score ÷ largest", fontsize=8)
+            ax.set_ylabel(f"{plain(self.b)}, score ÷ largest", fontsize=8)
             ax.set_title(f"query {query}", fontsize=9)
             axes = right.subplots(2, self.k, squeeze=False)
             for row, name, ranks in zip(axes, (self.a, self.b), self._ranks(query), strict=True):
                 for ax, place in zip(row, torch.argsort(ranks)[: self.k].tolist(), strict=True):
                     ax.imshow(plots.picture(self.examples.examples.x[place]), cmap="gray_r")
-                    ax.set_title(self.examples.label(place), fontsize=8)
+                    ax.set_title(plain(self.examples.label(place)), fontsize=8)
                     ax.set_xlabel(f"id {self.examples.number(place)}", fontsize=8)
                     ax.set(xticks=[], yticks=[])
                     ax.spines[:].set_visible(True)
-                row[0].set_ylabel(f"harmful by\n{name}", fontsize=8)
+                row[0].set_ylabel(f"harmful by\n{plain(name)}", fontsize=8)
             figures.append(figure)
         return figures
 
