@@ -257,8 +257,9 @@ def read_tensors(
         tensors = {}
         for name, (dtype, shape, begin, _) in entries.items():
             tensors[name] = torch.empty(shape, dtype=dtype)
-            file.seek(start + begin)
-            file.readinto(_bytes(tensors[name]))
+            if tensors[name].numel():
+                file.seek(start + begin)
+                file.readinto(_bytes(tensors[name]))
     return tensors, facts
 
 

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import pickle
+import stat
 import struct
 import subprocess
 import sys
@@ -345,7 +346,7 @@ DAMAGED = {
         "cifar10",
         {
             "test_lables.json: Expecting": lambda: sprite_files() | {"test_lables.json": b"<html>"},
-            "test_lables.json: Python integer": lambda: (
+            "test_lables.json: it is no list of labels": lambda: (
                 sprite_files() | {"test_lables.json": b"[300]"}
             ),
         },
@@ -727,9 +728,9 @@ def no_rights(place, monkeypatch):
 def no_room(place, monkeypatch):
     written = []
 
-    def fill(descriptor):  # the first file fits, the second does not
+    def fill(descriptor):  # the first file and its folder's entry fit, the second file does not
         written.append(descriptor)
-        if len(written) == 2:
+        if len(written) == 3:
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fill)
@@ -780,7 +781,26 @@ def test_a_user_without_a_home_has_a_cache(place, monkeypatch):
 
     monkeypatch.setattr(Path, "home", homeless)
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert sources._cache_folder() == place / "temporary/msif_lab"
+    user = os.getuid() if hasattr(os, "getuid") else "user"
+    folder = place / f"temporary/msif_lab-{user}"
+    assert sources._cache_folder() == folder
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="Windows has no such owners and modes")
+def test_a_cache_outside_a_home_is_the_users_own(place, monkeypatch):
+    """Whoever makes the folder first in a shared place could put files into it."""
+    test_a_user_without_a_home_has_a_cache(place, monkeypatch)
+    folder = sources._cache_folder()
+    serve(monkeypatch, "mnist")
+    check("mnist", msif.load_mnist())
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert len(list(folder.iterdir())) == 4
+    folder.chmod(0o777)
+    with pytest.warns(UserWarning, match="others may write to it"):
+        check("mnist", msif.load_mnist())
+    folder.rename(place / "theirs")
+    folder.symlink_to(place / "theirs")
+    assert not sources._is_private(folder)
 
 
 # Takes the arrays in the folder named first for the whole of CIFAR-10.

@@ -1,13 +1,14 @@
 """File formats of MNIST and CIFAR-10: from paths to four arrays of bytes, then checked."""
 
-import functools
 import gzip
 import hashlib
 import io
 import json
 import math
 import pickle
+import struct
 import tarfile
+import tokenize
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,9 @@ ARRAYS = ("train-images", "train-labels", "test-images", "test-labels")
 BATCHES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
 # What readers of gzip, tar, PNG, JSON, NumPy and pickle files raise when the file is damaged.
 UNREADABLE = (OSError, EOFError, ValueError, SyntaxError, LookupError, TypeError, OverflowError)
-UNREADABLE += (zlib.error, tarfile.TarError, pickle.UnpicklingError)
+UNREADABLE += (zlib.error, tarfile.TarError, pickle.UnpicklingError, tokenize.TokenError)
+UNREADABLE += (MemoryError, RecursionError, AttributeError, NotImplementedError, struct.error)
+MOST_BYTES = 10**9  # that an archive of a data set may unpack to
 
 
 @dataclass(frozen=True)
@@ -67,22 +70,40 @@ def _named(read: Callable, path: Path, *more):
         raise ValueError(f"{path.name}: {error}") from error
 
 
+def _content(path: Path, most: int) -> bytes:
+    """A file's bytes, unpacked if it is gzipped; never more than ``most``, whatever it claims."""
+    with open(path, "rb") as file:
+        zipped = file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        with gzip.GzipFile(fileobj=file) if zipped else file as opened:
+            content = opened.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"it holds more than the {most:,} bytes that it should")
+    return content
+
+
 def read_own(data: DataSet, paths: Sequence[Path]) -> list[np.ndarray]:
     """The package's own files: one ``.npy`` file for each array."""
+    return [_named(_own, path) for path in paths]
+
+
+def _own(path: Path) -> np.ndarray:
     # Mapped into memory, so that a selection copies only its share.
-    mapped = functools.partial(np.load, mmap_mode="r", allow_pickle=False)
-    return [_named(mapped, path) for path in paths]
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    if path.stat().st_size != getattr(array, "offset", 0) + array.nbytes:
+        raise ValueError("it holds more than the one array that it should")
+    return array
 
 
 def read_idx(data: DataSet, paths: Sequence[Path]) -> list[np.ndarray]:
     """MNIST's four IDX files, compressed or not."""
-    return [_named(_idx, path) for path in paths]
+    most = 1024 + max(data.counts) * math.prod(data.shape)
+    return [_named(_idx, path, most) for path in paths]
 
 
-def _idx(path: Path) -> np.ndarray:
+def _idx(path: Path, most: int) -> np.ndarray:
     """IDX: two zeros, 8 for bytes, the number of axes, their lengths (big-endian), the values."""
-    raw = path.read_bytes()
-    raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
+    raw = _content(path, most)
     if len(raw) < 4 or raw[:3] != b"\0\0\x08" or len(raw) < 4 + 4 * raw[3]:
         raise ValueError(f"it is no IDX file of bytes but starts with {raw[:4]!r}")
     shape = [int(n) for n in np.frombuffer(raw, ">u4", raw[3], 4)]
@@ -94,12 +115,12 @@ def _idx(path: Path) -> np.ndarray:
 
 def read_binary(data: DataSet, paths: Sequence[Path]) -> list[np.ndarray]:
     """CIFAR's six binary batches."""
-    return _stack(data, (_named(_binary, path) for path in paths))
+    return _stack(data, (_named(_binary, path, 3073 * max(data.counts)) for path in paths))
 
 
-def _binary(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def _binary(path: Path, most: int) -> tuple[np.ndarray, np.ndarray]:
     """One batch: rows of a label and the red, green and blue planes."""
-    rows = np.fromfile(path, np.uint8)
+    rows = np.frombuffer(_content(path, most), np.uint8)
     if len(rows) % 3073:
         raise ValueError(
             f"it is cut off: {len(rows):,} bytes are not a whole number of 3,073-byte rows"
@@ -118,7 +139,7 @@ def read_python(data: DataSet, paths: Sequence[Path]) -> list[np.ndarray]:
 
 def _python(path: Path, md5: str) -> tuple[np.ndarray, np.ndarray]:
     """One batch. A pickle can run any code, so only known files are read, and only arrays."""
-    content = path.read_bytes()
+    content = _content(path, 10**8)
     if (found := hashlib.md5(content, usedforsecurity=False).hexdigest()) != md5:
         raise ValueError(f"it has MD5 {found}, the original {md5}; it is not unpickled")
     batch = _ArraysOnly(io.BytesIO(content), encoding="latin1").load()
@@ -144,7 +165,11 @@ def read_sprites(data: DataSet, paths: Sequence[Path]) -> list[np.ndarray]:
     from PIL import Image  # comes with torchvision and matplotlib
 
     def sprite(path: Path, labels: np.ndarray):
-        with Image.open(path) as picture:
+        try:
+            opened = Image.open(path)
+        except Image.DecompressionBombError as error:
+            raise ValueError(str(error)) from error
+        with opened as picture:
             if picture.mode != "RGB" or picture.size != (1024, len(labels)):
                 raise ValueError(
                     f"it is {picture.size} {picture.mode}, expected (1024, {len(labels)}) RGB"
@@ -157,7 +182,10 @@ def read_sprites(data: DataSet, paths: Sequence[Path]) -> list[np.ndarray]:
 
 
 def _labels(path: Path) -> np.ndarray:
-    return np.array(json.loads(path.read_bytes()), np.uint8)
+    labels = np.array(json.loads(_content(path, 10**7)))
+    if labels.ndim != 1 or labels.dtype.kind != "i" or not ((labels >= 0) & (labels < 256)).all():
+        raise ValueError("it is no list of labels")
+    return labels.astype(np.uint8)
 
 
 def _stack(data: DataSet, pieces: Iterable[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:

