@@ -3,16 +3,21 @@
 import ast
 import json
 import os
+import socket
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy
 import pytest
+import safetensors.torch
 import torch
 from oracles import LINKS, random_pipeline, same, states
 
 import msif_lab as msif
-from msif_lab.storage import read_tensors, write_bytes
+from msif_lab import storage
+from msif_lab.storage import read_tensors, write_bytes, write_tensors
 
 PACKAGE = Path(msif.__file__).parent
 SGD = msif.SGD(0.1, epochs=2, schedule="cosine")
@@ -190,6 +195,93 @@ def test_files_are_safetensors_whose_header_is_readable_json(tmp_path, save):
     assert set(header["__metadata__"]) == {"msif_lab", "sha256"}
     ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
     assert max(ends) == len(content) - 8 - size  # nothing but the tensors follows
+
+
+def test_the_safetensors_library_reads_what_we_write(tmp_path):
+    """Every dtype that it has in common with PyTorch's usual ones, empty tensors and scalars."""
+    drawn = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)) * 50
+    tensors = {str(dtype): drawn.to(dtype) for dtype in storage.NAMES}
+    tensors |= {"scalar": torch.tensor(3.0), "none": torch.zeros(0, 5), "view": drawn.T[1:]}
+    write_tensors(tmp_path / "file", "results", tensors, {"about": "ü"})
+    theirs = safetensors.torch.load_file(tmp_path / "file")
+    ours, facts = read_tensors(tmp_path / "file", "results")
+    assert theirs.keys() == ours.keys() == tensors.keys() and facts == {"about": "ü"}
+    assert all(same(theirs[name], tensors[name]) for name in tensors)
+    assert all(same(ours[name], tensors[name]) for name in tensors)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links, pipes and modes as on Linux")
+def test_what_is_written_to_stays_what_it_is(tmp_path):
+    """A link goes on pointing to the file, which keeps its mode; pipes and folders are no files."""
+    write_bytes(tmp_path / "file", b"old")
+    (tmp_path / "file").chmod(0o640)
+    (tmp_path / "link").symlink_to("file")
+    write_bytes(tmp_path / "link", b"new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_bytes() == b"new"
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o640
+    os.mkfifo(tmp_path / "pipe")
+    for other in (tmp_path / "pipe", tmp_path, Path("/dev/null")):
+        with pytest.raises(OSError, match=r"folder|device or pipe"):
+            write_bytes(other, b"new")
+    long = tmp_path / ("n" * 255)
+    some_influence().save(long)
+    assert msif.Influence.load(long).values.shape == some_influence().values.shape
+    assert os.getuid() == 0 or not os.access(long, os.X_OK)
+
+
+def test_debris_of_killed_writers_is_cleaned_and_of_living_ones_kept(tmp_path):
+    path, host = tmp_path / "file", socket.gethostname()
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    names = {
+        "of the dead": (storage._temporary_prefix(path, host, str(dead.pid)) + "x", False),
+        "of the living": (storage._temporary_prefix(path, host, str(os.getpid())) + "x", True),
+        "from elsewhere": (storage._temporary_prefix(path, "elsewhere", "1") + "x", True),
+        "of another file": (
+            storage._temporary_prefix(tmp_path / "other", host, str(dead.pid)) + "x",
+            True,
+        ),
+    }
+    for name, _ in names.values():
+        (tmp_path / name).write_bytes(b"part")
+    write_bytes(path, b"whole")
+    for what, (name, stays) in names.items():
+        assert (tmp_path / name).exists() == stays, what
+    old = tmp_path / names["from elsewhere"][0]
+    os.utime(old, (0, 0))
+    write_bytes(path, b"again")
+    assert not old.exists()
+
+
+def test_saving_takes_little_memory_beside_the_pipeline(tmp_path):
+    """A tensor at a time, whatever the size of the model."""
+    script = """
+import pathlib, sys, torch, msif_lab as msif
+from torch import nn
+net = nn.Sequential(nn.Flatten(), nn.Linear(64, 80_000), nn.Tanh(), nn.Linear(80_000, 60))
+data = msif.Examples(torch.zeros(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64))
+pipeline = msif.Pipeline([msif.Stage("one", net, data)]).adopt()
+def peak():
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith("VmHWM"))
+def now():
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith("VmRSS"))
+for work in (pipeline.save, pipeline.load):
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+    before = now()
+    work(sys.argv[1])
+    print(peak() - before)
+"""
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("peak memory is read as Linux has it")
+    command = [sys.executable, "-c", script, str(tmp_path / "file")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    size = (tmp_path / "file").stat().st_size / 1e6
+    saving, loading = map(float, done.stdout.split())
+    assert size > 75  # initial and trained weights
+    assert saving < 2.2 * size  # with the check that the model is still the one that was fitted
+    assert loading < 2.2 * size
 
 
 @pytest.mark.parametrize("name", SAVERS)
