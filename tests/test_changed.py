@@ -10,6 +10,7 @@ from oracles import F64, draw
 from torch import nn
 
 import msif_lab as msif
+from msif_lab import widgets
 
 
 class Net(nn.Module):
@@ -254,3 +255,23 @@ def test_results_of_different_origins_are_refused_with_what_differs():
     assert msif.agreement(ours[0], ours[1]).r.shape == (4,)
     with pytest.raises(ValueError, match="apart"):
         msif.agreement(both(p, target=apart)[0], ours[1])
+
+
+def test_explorers_refuse_scores_of_another_pipeline():
+    images = msif.Examples(draw(4, 1, 4, 4, seed=5), torch.arange(4) % 2)
+    pipelines = []
+    for epochs in (2, 3):
+        stages = []
+        for k, name in enumerate(("pre", "fine")):
+            data = msif.Examples(draw(12, 1, 4, 4, seed=k), torch.arange(12) % 2)
+            net = msif.mlp(16, (4,), classes=2, seed=k).double()
+            recipe = msif.SGD(0.1, epochs=epochs, batch_size=4)
+            link = msif.WarmStart() if k else None
+            stages.append(msif.Stage(name, net, data, link=link, recipe=recipe))
+        pipelines.append(msif.Pipeline(stages).fit(progress=False))
+    ours, theirs = pipelines
+    scores = msif.GradientDot().fit(ours).score(images)
+    assert widgets.InfluenceExplorer(ours, scores, images, k=2).widget
+    for explorer in (widgets.InfluenceExplorer, widgets.CleaningExplorer):
+        with pytest.raises(ValueError, match="differ in the trained weights of stage 'pre'"):
+            explorer(theirs, scores, images, k=2)

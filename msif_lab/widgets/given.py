@@ -9,6 +9,7 @@ import torch
 from ..data.examples import Examples
 from ..influence.result import Influence
 from ..objective.checks import ask
+from ..pipeline.origin import difference
 from ..pipeline.pipeline import Pipeline
 
 __all__ = [
@@ -87,6 +88,13 @@ def check_scores(scores, pipeline: Pipeline, queries: Examples, name: str = "sco
         if not torch.equal(ours.cpu(), theirs.cpu()):
             raise ValueError(
                 f"{name} is of other {what}: the ids differ; score the ones you give here"
+            )
+    ours = pipeline.origin(ask(pipeline.objective(-1), queries, "loss"))
+    if scores.origin and not scores.aggregate:
+        ours |= {"target": scores.origin["target"]}
+        if differ := difference(scores.origin, ours):
+            raise ValueError(
+                f"{name} and the pipeline or queries given here are of different {differ}"
             )
     return stage
 
