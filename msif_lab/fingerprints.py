@@ -102,7 +102,10 @@ def _installed(module_name: str | None) -> bool:
     file = getattr(sys.modules.get(module_name), "__file__", None)
     if file is None:  # compiled into Python, or made while it runs
         return getattr(sys.modules.get(module_name), "__spec__", None) is not None
-    return os.path.realpath(file).startswith(INSTALLED)
+    path = Path(os.path.normcase(os.path.realpath(file)))
+    if {"site-packages", "dist-packages"} & set(path.parts):
+        return True
+    return any(path.is_relative_to(os.path.normcase(folder)) for folder in INSTALLED)
 
 
 class _Describer:
@@ -128,10 +131,11 @@ class _Describer:
     def _simple(self, thing) -> str | None:
         """Of values without parts."""
         if isinstance(thing, torch.Tensor):
-            return f"tensor#{digest(thing)[:12]}"
+            dense = thing.to_dense() if thing.layout != torch.strided else thing
+            return f"tensor#{digest(dense)[:12]}"
         if isinstance(thing, numpy.ndarray) and thing.dtype != object:
             sha = hashlib.sha256(f"{thing.dtype}{thing.shape}".encode())
-            sha.update(numpy.ascontiguousarray(thing).data.cast("B") if thing.size else b"")
+            sha.update(numpy.ascontiguousarray(thing).tobytes())
             return f"array#{sha.hexdigest()[:12]}"
         if isinstance(thing, enum.Enum):
             return str(thing)
@@ -177,8 +181,9 @@ class _Describer:
         if isinstance(thing, (set, frozenset)):
             return f"{{{', '.join(sorted(map(describe, thing)))}}}"
         if isinstance(thing, (dict, types.MappingProxyType)):
-            items = sorted(thing.items(), key=lambda item: str(item[0]))
-            inside = ", ".join(f"{key}: {self.text(value)}" for key, value in items)
+            named = [(k if isinstance(k, str) else describe(k), v) for k, v in thing.items()]
+            named.sort(key=lambda item: item[0])
+            inside = ", ".join(f"{key}: {self.text(value)}" for key, value in named)
             return f"{{{inside}}}"
         return self._object(thing)
 
@@ -190,7 +195,10 @@ class _Describer:
             for name in (slots,) if isinstance(slots, str) else slots:
                 if name not in ("__dict__", "__weakref__") and hasattr(thing, name):
                     attributes[name] = getattr(thing, name)
-        inner = getattr(thing, "code", None)  # of what torch.jit has compiled
+        try:
+            inner = getattr(thing, "code", None)  # of what torch.jit has compiled
+        except RuntimeError:  # as namespaces of torch say that they have none
+            inner = None
         if isinstance(inner, str) and kind.__module__.startswith("torch"):
             attributes["code"] = inner
         if not attributes and _installed(kind.__module__):
@@ -212,6 +220,7 @@ class _Describer:
             return kind.__qualname__
         parts = [base for base in kind.__mro__ if not _installed(base.__module__)]
         ignored = ("__module__", "__doc__", "__dict__", "__weakref__", "__firstlineno__")
+        ignored += ("__static_attributes__", "__annotations_cache__")
         described = []
         for part in parts:
             own = {k: v for k, v in vars(part).items() if k not in ignored and k != "_abc_impl"}

@@ -28,7 +28,9 @@ from .errors import SavedFileError
 FORMAT = 3
 LOOKED_AT = 64 * 10**6  # bytes of a tensor in a quick checksum
 BLOCK = 2**20
+PATIENCE = 600  # seconds to wait for a lock
 MOST_HEADER = 10**8  # bytes, as in safetensors
+YOUNG = 600  # seconds in which a temporary file is left alone
 OLD = 86_400  # seconds after which another machine's temporary file is nobody's any more
 # Format 1 (version 0.1.0) named each loss by the module it was then defined in.
 _LOSSES = r"(?=(?:cross_entropy|mean_squared_error|next_token_loss)\b)"
@@ -66,11 +68,9 @@ def _kind(dtype: torch.dtype, shape) -> bytes:
 
 def checksum(tensor: Tensor) -> int:
     """A quick checksum that tells whether a tensor was written into; of 64 MB of it at most."""
-    tensor = tensor.detach()
-    step = -(-tensor.numel() * tensor.element_size() // LOOKED_AT) or 1
-    if step > 1 and tensor.ndim:  # evenly spaced rows
-        tensor = tensor[::step]
-    return zlib.crc32(_bytes(tensor))
+    flat = tensor.detach().reshape(-1)
+    step = -(-len(flat) * tensor.element_size() // LOOKED_AT) or 1
+    return zlib.crc32(_bytes(flat[::step]))  # evenly spaced numbers
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -114,7 +114,9 @@ def remove_debris(path: str | os.PathLike) -> None:
         process = left.name.split("-")[3]
         mine = left.name.startswith(here[:-1])
         with contextlib.suppress(OSError):  # somebody else has deleted it
-            if (mine and not _alive(process)) or now - left.stat().st_mtime > OLD:
+            # Containers may share a host's name, but not its processes.
+            age = now - left.stat().st_mtime
+            if age > OLD or (mine and age > YOUNG and not _alive(process)):
                 left.unlink()
 
 
@@ -193,6 +195,8 @@ def write_tensors(
     for name in names:
         tensor = tensors[name]
         start, end = end, end + tensor.numel() * tensor.element_size()
+        if tensor.dtype not in NAMES:
+            raise TypeError(f"{name} is {tensor.dtype}, which safetensors files cannot hold")
         shape, offsets = list(tensor.shape), [start, end]
         entries[name] = {"dtype": NAMES[tensor.dtype], "shape": shape, "data_offsets": offsets}
     table = json.dumps(entries).encode()
@@ -256,10 +260,12 @@ def read_tensors(
         facts = _facts(path, header, kind)
         tensors = {}
         for name, (dtype, shape, begin, _) in entries.items():
-            tensors[name] = torch.empty(shape, dtype=dtype)
+            with valid(path):
+                tensors[name] = torch.empty(shape, dtype=dtype)
             if tensors[name].numel():
                 file.seek(start + begin)
-                file.readinto(_bytes(tensors[name]))
+                if file.readinto(_bytes(tensors[name])) != tensors[name].nbytes:
+                    raise SavedFileError(f"{str(path)!r} was cut off while it was read")
     return tensors, facts
 
 
@@ -283,6 +289,7 @@ def _table(path: Path, file: BinaryIO) -> tuple[dict[str, tuple], dict, int]:
             raise ValueError("its tensors do not fill it")
         if not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("its metadata are no text")
+        "".join([*declared, *metadata.values()]).encode()  # no half characters
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError) as error:
         raise SavedFileError(
             f"{str(path)!r} is cut off or is not a safetensors file ({error}); "
@@ -294,7 +301,7 @@ def _table(path: Path, file: BinaryIO) -> tuple[dict[str, tuple], dict, int]:
 def _entry(entry: dict) -> tuple[torch.dtype, list[int], int, int]:
     shape, (begin, end) = entry["shape"], entry["data_offsets"]
     numbers = [*shape, begin, end]
-    if not all(type(n) is int and 0 <= n < 2**62 for n in numbers):
+    if not all(type(n) is int and 0 <= n < 2**48 for n in numbers) or len(shape) > 64:
         raise ValueError("a shape or place is no whole number")
     dtype = TYPES[entry["dtype"]]
     if math.prod(shape) * dtype.itemsize != end - begin:
@@ -340,7 +347,7 @@ def valid(path: str | os.PathLike) -> Iterator[None]:
         yield
     except SavedFileError:
         raise
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
         raise SavedFileError(
             f"{str(path)!r} is whole, but does not hold what it should: "
             f"{type(error).__name__}: {error}"
@@ -360,12 +367,20 @@ def locked(path: str | os.PathLike) -> Iterator[None]:
     name = f".{path.name}.lock"
     if len(name.encode()) > 255:
         name = f".msif-{hashlib.sha256(path.name.encode()).hexdigest()[:20]}.lock"
-    lock = filelock.FileLock(path.parent / name)
     try:
-        lock.acquire()
-    except NotImplementedError:  # a network folder without locks: by a file that must not exist
-        lock = filelock.SoftFileLock(path.parent / f"{name}.soft", timeout=300)
-        lock.acquire()
+        try:
+            lock = filelock.FileLock(path.parent / name, timeout=PATIENCE)
+            lock.acquire()
+        except (PermissionError, filelock.Timeout):
+            raise
+        except (NotImplementedError, OSError):  # a network folder without locks
+            lock = filelock.SoftFileLock(path.parent / f"{name}.soft", timeout=PATIENCE)
+            lock.acquire()
+    except filelock.Timeout as error:
+        raise SavedFileError(
+            f"{str(path)!r} has been locked by another process for {PATIENCE} s; if there is none, "
+            f"delete {error.lock_file!r}"
+        ) from error
     try:
         yield
     finally:

@@ -197,6 +197,17 @@ def both(p, queries=Q, target="loss"):
     return scores, effects
 
 
+class Counting:
+    """A target whose state changes, so that it is another one each time."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, z, y):
+        self.calls += 1
+        return z[:, 0]
+
+
 def apart(z, y):
     return z[:, 0] - z[:, 1]
 
@@ -253,6 +264,9 @@ def test_results_of_different_origins_are_refused_with_what_differs():
     with pytest.raises(ValueError, match=r"targets <lambda>@.* and <lambda>@"):
         msif.agreement(ours[0], theirs[1])
     assert msif.agreement(ours[0], ours[1]).r.shape == (4,)
+    counting = Counting()
+    with pytest.raises(ValueError, match="must keep no counter"):
+        msif.agreement(*both(p, target=counting))
     with pytest.raises(ValueError, match="apart"):
         msif.agreement(both(p, target=apart)[0], ours[1])
 

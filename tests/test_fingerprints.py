@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import msif_lab as msif
+from msif_lab import fingerprints
 from msif_lab.fingerprints import describe, same_by_name
 
 SETTING = """
@@ -281,6 +282,28 @@ def test_values_of_all_kinds_are_told_apart():
     other = Cyclic()
     other.inside = [other]
     assert describe(ring) == describe(other)
+
+
+def test_awkward_values_are_described_without_addresses():
+    dates = [numpy.array([f"2020-01-0{day}"], "M8[D]") for day in (1, 2)]
+    sparse = [(scale * torch.eye(3)).to_sparse() for scale in (1, 2)]
+    tables = [{(lambda: 1): 1}, {(lambda: 2): 1}]
+    for one, other in (dates, sparse, tables):
+        assert describe(one) == describe(one) != describe(other)
+        assert " at 0x" not in describe(one)
+
+
+@pytest.mark.parametrize("place", ["site-packages", "dist-packages"])
+def test_packages_are_known_wherever_they_are_installed(place, monkeypatch):
+    """As by pip install --user, and where Debian has its own."""
+    monkeypatch.setattr(fingerprints, "INSTALLED", ())
+    module = types.ModuleType("somewhere")
+    module.__file__ = f"/home/me/.local/lib/python3/{place}/somewhere/__init__.py"
+    monkeypatch.setitem(sys.modules, "somewhere", module)
+    exec("def loss(z, y):\n    return z[:, 0]", vars(module))
+    module.loss.__module__ = "somewhere"
+    assert describe(module.loss) == "somewhere.loss"
+    assert "@" not in describe(torch.nn.CrossEntropyLoss())
 
 
 def test_contents_of_another_python_or_of_version_010_are_compared_by_name():

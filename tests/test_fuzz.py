@@ -314,6 +314,8 @@ LYING = {
     "words": declaring({"x": F32 | {"shape": ["1"], "data_offsets": [0, 4]}}, tail=bytes(4)),
     "no offsets": declaring({"x": F32 | {"shape": [1]}}, tail=bytes(4)),
     "metadata of numbers": declaring({}, {"msif_lab": 3}),
+    "half a character": declaring({}, {"msif_lab": "\ud800"}),
+    "overflow": declaring({"x": F32 | {"shape": [2**61, 2**61, 0], "data_offsets": [0, 0]}}),
 }
 
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import joblib
@@ -218,3 +219,26 @@ def test_scores_of_some_queries_each_are_put_together():
             msif.Influence.concatenate([whole, other])
     with pytest.raises(ValueError, match="one or more"):
         msif.Influence.concatenate([])
+    by_hand = msif.Influence(whole.values, whole.ids, whole.query_ids, *("pretrain", "loss"))
+    for mixed in ([by_hand, by_hand], [by_hand, replace(by_hand, origin=whole.origin)]):
+        both = msif.Influence.concatenate(mixed)
+        assert both.values.shape[0] == 12 and both.origin == {}
+
+
+def test_what_is_finite_is_kept_when_a_retraining_gives_nan(tmp_path, monkeypatch):
+    pipeline = quick().fit(progress=False)
+    retrain = removals._retrain_without
+
+    def third_is_nan(*given):
+        after, norms, short = retrain(*given)
+        for column, group in enumerate(given[2]):
+            if group == [3]:
+                after[0, column] = torch.nan
+        return after, norms, short
+
+    monkeypatch.setattr(removals, "_retrain_without", third_is_nan)
+    with pytest.raises(ValueError, match=r"groups \[3\] of subsets gives NaN.*3 of 6 .* kept"):
+        remove(pipeline, range(6), store=tmp_path / "store")
+    monkeypatch.undo()
+    kept = remove(pipeline, range(6), store=tmp_path / "store").values
+    assert torch.allclose(kept, remove(pipeline, range(6)).values, atol=1e-6)

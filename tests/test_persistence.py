@@ -7,6 +7,7 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy
@@ -244,6 +245,7 @@ def test_debris_of_killed_writers_is_cleaned_and_of_living_ones_kept(tmp_path):
     }
     for name, _ in names.values():
         (tmp_path / name).write_bytes(b"part")
+        os.utime(tmp_path / name, (time.time() - 3600,) * 2)
     write_bytes(path, b"whole")
     for what, (name, stays) in names.items():
         assert (tmp_path / name).exists() == stays, what

@@ -1,7 +1,9 @@
 """Several threads use one pipeline at once: the numbers of a single one, and modules as before."""
 
 import copy
+import os
 import random
+import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,6 +15,7 @@ from torch import nn
 
 import msif_lab as msif
 from msif_lab import solvers
+from msif_lab.objective.exclusive import MODULES
 
 WORKERS = 4
 
@@ -139,6 +142,26 @@ def test_joblibs_threads_give_the_numbers_of_one(fitted):
     assert float((shared - one).norm() / one.norm()) < 1e-3
     assert same(msif.SegmentedInfluence(3).fit(p, False).score(q, progress=False).values, scores)
     unchanged(p, before)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_process_that_is_forked_while_a_thread_is_inside_goes_on():
+    def fork():
+        child = os.fork()
+        if child == 0:
+            with MODULES:
+                os._exit(7)
+        found.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+    found = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        with MODULES:  # held by this thread, forked by another
+            thread = threading.Thread(target=fork, daemon=True)
+            thread.start()
+            thread.join(30)
+        fork()
+    assert found == [7, 7]
 
 
 def test_pipelines_that_share_a_module_may_be_used_at_once(fitted):

@@ -120,13 +120,19 @@ class RemovalStore:
 
     def add(self, part: Tensor, after: Tensor, norms: Tensor, short: Tensor) -> None:
         """Keep the results of the call's groups ``part``, beside those that others have added."""
-        self.results = self.results.joined(Results(self.wanted[part], after, norms, short))
-        if self.path is None:
-            return
-        with locked(self.path):
-            self._read()
-            tensors = {"base": self.base} | vars(self.results)
-            write_tensors(self.path, KIND, tensors, {"about": self.about})
+        fine = torch.isfinite(after).all(0)
+        new = Results(self.wanted[part[fine]], after[:, fine], norms[fine], short[fine])
+        self.results = self.results.joined(new)
+        if self.path is not None:
+            with locked(self.path):
+                self._read()
+                tensors = {"base": self.base} | vars(self.results)
+                write_tensors(self.path, KIND, tensors, {"about": self.about})
+        if not bool(fine.all()):
+            raise ValueError(
+                f"retraining without the groups {part[~fine].tolist()[:8]} of subsets gives NaN or "
+                f"inf on some queries; leave these groups out; {self.state()}"
+            )
 
     def state(self) -> str:
         """What is done and where it is kept, in words."""

@@ -414,7 +414,7 @@ def timed(plan: UnrolledPlan, pipeline: Pipeline, memory: int, fits: int) -> Unr
 
 @dataclass(frozen=True)
 class SegmentedPlan:
-    """What segmented influence will take at most; prints as a table.
+    """What segmented influence will take; prints as a table.
 
     Attributes:
         stretches: per stage, how many its run is cut into.
@@ -423,8 +423,9 @@ class SegmentedPlan:
         queries, part: Q, and how many of them are taken side by side.
         bytes: of the Krylov spaces of these, and of the working chunks.
         budget: bytes allowed for Krylov spaces.
-        seconds: estimates for fit and for score, from a probe with a few examples; for score
-            with as many products as that, of which smooth runs and many queries take half.
+        seconds: estimates for fit and for score, from a probe with a few examples, for as many
+            products as that; smooth runs and many queries take half of them, but what is done
+            between products is not in it.
     """
 
     stretches: dict[str, int]
@@ -443,9 +444,7 @@ class SegmentedPlan:
         for name, count in self.stretches.items():
             most = self.products[name]
             lines.append(f"  {name}: {count} stretches, at most {most} products a query")
-        lines.append(
-            "  estimated: {:.1f} s to fit, at most {:.1f} s to score".format(*self.seconds)
-        )
+        lines.append("  estimated: {:.1f} s to fit, {:.1f} s to score".format(*self.seconds))
         return "\n".join(lines)
 
 

@@ -287,15 +287,18 @@ class Influence(AboutTarget):
             names = ("stage", "target", "method")
             differ = [n for n in names if getattr(part, n) != getattr(first, n)]
             differ += ["ids of the examples"] * (not torch.equal(part.ids, first.ids))
-            other = difference(first.origin | {"queries": []}, part.origin | {"queries": []})
-            if part.aggregate or differ or (first.origin and part.origin and other):
+            other = ""
+            if first.origin and part.origin:
+                other = difference(first.origin | {"queries": []}, part.origin | {"queries": []})
+            if part.aggregate or differ or other:
                 what = ", ".join(differ) or other or f"an aggregate ({part.aggregate})"
                 raise ValueError(f"parts[{i}] does not continue parts[0]: {what}")
         values = torch.cat([part.values for part in parts])
         query_ids = torch.cat([part.query_ids for part in parts])
-        origin = dict(first.origin)
-        if origin:
-            origin["queries"] = [q for part in parts for q in part.origin.get("queries", [])]
+        origin = {}
+        if all(part.origin for part in parts):
+            rows = [q for part in parts for q in part.origin["queries"]]
+            origin = first.origin | {"queries": rows if len(rows) == len(values) else []}
         about = first.stage, first.target, first.method, "", origin
         return cls(values, first.ids, query_ids, *about)
 

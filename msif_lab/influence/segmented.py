@@ -28,6 +28,8 @@ from .unrolled import warn_of_growth
 __all__ = ["SegmentedInfluence"]
 
 
+MOST_TOGETHER = 32  # queries in one Krylov space
+COORDINATES = 4  # of every step in it: of two stretches, weighted, and turned
 VECTORS = 4  # per dimension: the bases of two stretches, and both side by side for the scores
 
 
@@ -59,8 +61,8 @@ class SegmentedInfluence:
     runs of a few epochs `UnrolledInfluence` takes less. For `SGD` a dozen stretches come close to
     it where the run is smooth; large learning rates with small batches need more (`check`).
 
-    The queries of one call share their Krylov spaces: many take fewer products each than one alone,
-    and their scores depend on each other by less than a hundredth.
+    Up to 32 queries share their Krylov spaces: many take fewer products each than one alone, and
+    their scores depend on which are scored together by less than a hundredth.
 
     For `Adam` and `AdamW` the squared gradients count as constant within a stretch, and what they
     pass on is left out: a rougher answer.
@@ -231,7 +233,7 @@ class SegmentedInfluence:
         return adjoint.scores, sizes
 
     def plan(self, pipeline: Pipeline, queries: Examples | int) -> SegmentedPlan:
-        """Products, bytes and seconds for this many queries at most, before any long work.
+        """Products and bytes at most, and estimated seconds, for this many queries.
 
         The first stage's scores are meant; those of later ones take less. All queries together, as
         with ``aggregate``, count as one.
@@ -291,11 +293,21 @@ class SegmentedInfluence:
         return report
 
     def _side_by_side(self, pipeline: Pipeline, first: int) -> int:
-        """How many queries to take at once, from the memory that their Krylov spaces take."""
+        """How many queries to take at once, from the memory that their Krylov spaces take.
+
+        Together they have a space of so many times the dimensions, in which every step of each
+        query has coordinates: more than a few dozen gain nothing.
+        """
         stages = range(first, len(pipeline.stages))
         widest = max(pipeline.objective(k).layout.size for k in stages)
-        each = widest * pipeline.trained()[-1].element_size()
-        each *= VECTORS * ((self.krylov or MOST_DIMENSIONS) + 2) + 6
+        longest = max(max(step_counts(pipeline, self.segments)[k]) for k in stages)
+        dimensions = self.krylov or MOST_DIMENSIONS
+        size = pipeline.trained()[-1].element_size()
+
+        def needed(queries: int) -> int:
+            vectors = widest * (VECTORS * (dimensions + 2) + 6)
+            return size * queries * (vectors + COORDINATES * longest * dimensions * queries)
+
         what = "the Krylov space of a single query"
-        require_memory(each, self.memory, what, "give more memory= or a smaller krylov=")
-        return self.memory // each
+        require_memory(needed(1), self.memory, what, "give more memory= or a smaller krylov=")
+        return max(q for q in range(1, MOST_TOGETHER + 1) if needed(q) <= self.memory)

@@ -410,7 +410,7 @@ class SegmentAdjoint(Backwards):
         for basis, values, rotation in krylov(product, torch.cat(pair).T, size):
             turned = (v @ basis @ rotation for v in (theta_bar, momentum_bar))
             g_bars, *ended = (c @ rotation.T for c in reverse(values, *turned, steps))
-            now = torch.cat([g_bars.sum(0), ended[0]])
+            now = torch.cat([g_bars.sum(0), *ended])
             if before is not None and self.reading.krylov is None:
                 change = now - nn.functional.pad(before, (0, now.shape[1] - before.shape[1]))
                 if bool((change.norm(dim=1) <= SETTLED * now.norm(dim=1)).all()):

@@ -453,7 +453,8 @@ def ask(
     question = make_question(objective, queries, function, target, aggregate)
     what, wide, y = "target(outputs, targets)", callable(aggregate), queries.y[few]
     _per_example(objective, function, outputs, y, what, "query", wide)
-    check_aggregate(question, objective, derivative)
+    if derivative or callable(aggregate):
+        check_aggregate(question, objective, derivative)
     if derivative and is_step(function, outputs, y):
         raise ValueError(
             f"{what} has no derivative in the outputs, or one that is zero everywhere, like all "

@@ -5,6 +5,7 @@ layer-by-layer routes hang hooks into it. Another thread that called or read the
 would see numbers that are not its own. What takes long, the backward passes, needs no lock.
 """
 
+import contextlib
 import functools
 import os
 import threading
@@ -14,13 +15,28 @@ from typing import ParamSpec, TypeVar
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# One for all modules: those of different models may share layers.
-MODULES = threading.RLock()
 
-if hasattr(os, "register_at_fork"):  # a forked process has no other thread that could release it
-    os.register_at_fork(
-        before=MODULES.acquire, after_in_parent=MODULES.release, after_in_child=MODULES.release
-    )
+class _Lock:
+    """A re-entrant lock; a forked process, without the thread that may hold it, starts afresh."""
+
+    def __init__(self):
+        self._renew()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._renew)
+
+    def _renew(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_) -> None:
+        with contextlib.suppress(RuntimeError):  # forked inside
+            self._lock.release()
+
+
+# One for all modules: those of different models may share layers.
+MODULES = _Lock()
 
 
 def exclusive(function: Callable[P, T]) -> Callable[P, T]:

@@ -219,6 +219,16 @@ def _weights(given, count: int) -> Tensor:
     return weights
 
 
+def require_finite(question: Question, values: Tensor) -> None:
+    """Raise `ValueError` where q of some query, ``(Q, ...)``, is NaN or inf."""
+    if not bool(torch.isfinite(values).all()):
+        ids = question.queries.ids[(~torch.isfinite(values)).nonzero()[:8, 0].cpu()].tolist()
+        raise ValueError(
+            f"target={question.target} gives NaN or inf on the queries with ids {ids}; leave them "
+            "out"
+        )
+
+
 def check_aggregate(question: Question, o: Objective, derivative: bool) -> None:
     """Check the queries' values at the model's present weights, and a function of all of them.
 
@@ -232,12 +242,7 @@ def check_aggregate(question: Question, o: Objective, derivative: bool) -> None:
             not give one finite number, or has no derivative.
     """
     values = question.values(o, o.layout.flatten(o.model))
-    if not bool(torch.isfinite(values).all()):
-        ids = question.queries.ids[(~torch.isfinite(values)).nonzero()[:8, 0].cpu()].tolist()
-        raise ValueError(
-            f"target={question.target} gives NaN or inf on the queries with ids {ids}; leave them "
-            "out"
-        )
+    require_finite(question, values)
     if question.combine is None or isinstance(question.combine, Tensor):
         return
     what = f"aggregate={_name(question.combine)}(values)"

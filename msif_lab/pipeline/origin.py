@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..data.examples import Examples
 from ..data.fields import Fields
+from ..fingerprints import same_by_name
 from ..objective.objective import Objective
 from ..objective.questions import Question
 from ..storage import digest
@@ -40,21 +41,28 @@ def of_stage(o: Objective, full: Tensor) -> dict:
     return {"weights": sketch(full), "examples": parts, "ids": digest(o.data.ids)[:12]}
 
 
-def of_queries(question: Question) -> list[float]:
-    """A number for each query; one for all of them of an aggregate; none where read lazily."""
+def of_queries(question: Question) -> list[list[float]]:
+    """A sketch of each query; one of all of them of an aggregate; none where read lazily."""
     rows = _rows(question.queries)
-    if question.combine is not None and len(rows):
-        return [float(rows @ _fixed(len(rows)))]
-    return rows.tolist()
+    return (_all(rows) if question.combine is not None else rows).tolist()
 
 
 def _rows(queries: Examples) -> Tensor:
+    """Norm of each query, and its product with a fixed vector, ``(Q, 2)``."""
     x = queries.x
     parts = [*(x.values() if isinstance(x, Fields) else [x]), queries.y]
     if not all(isinstance(part, Tensor) for part in parts):
-        return torch.zeros(0)
+        return torch.zeros(0, 2)
     flat = [part.detach().cpu().double().reshape(len(queries), -1) for part in parts]
-    return sum((i + 1) * (part @ _fixed(part.shape[1])) for i, part in enumerate(flat))
+    joined = torch.cat(flat, 1)
+    return torch.stack([joined.norm(dim=1), joined @ _fixed(joined.shape[1])], 1)
+
+
+def _all(rows: Tensor) -> Tensor:
+    """One sketch of all queries, from those of each."""
+    if not len(rows):
+        return rows
+    return torch.stack([rows[:, 0].norm(), rows[:, 1] @ _fixed(len(rows)).to(rows)])[None]
 
 
 def difference(left: Origin, right: Origin) -> str:
@@ -73,12 +81,15 @@ def difference(left: Origin, right: Origin) -> str:
                 return f"pipelines that differ in the {words} of stage {name!r}"
         if not _same(ours["weights"], theirs["weights"]):
             return f"pipelines that differ in the trained weights of stage {name!r}"
-    if left["target"] != right["target"]:
-        return f"targets {left['target']} and {right['target']}"
+    if not same_by_name(left["target"], right["target"]):
+        return (
+            f"targets {left['target']} and {right['target']} (by their code and all that it uses: "
+            "a target must keep no counter or cache)"
+        )
     if left["queries"] and right["queries"]:
         pairs = zip(left["queries"], right["queries"], strict=True)
-        for i, pair in enumerate(pairs):
-            if not _close(*pair, max(map(abs, pair))):
+        for i, (ours, theirs) in enumerate(pairs):
+            if not _same(ours, theirs):
                 return f"queries that differ, first at row {i}, under the same ids"
     return ""
 
@@ -102,7 +113,7 @@ def some_rows(origin: Origin, rows) -> Origin:
     """The origin of some of a result's rows."""
     if not origin or not origin["queries"]:
         return origin
-    kept = torch.tensor(origin["queries"], dtype=torch.float64)[rows].reshape(-1).tolist()
+    kept = torch.tensor(origin["queries"], dtype=torch.float64)[rows].reshape(-1, 2).tolist()
     return dict(origin) | {"queries": kept}
 
 
@@ -111,7 +122,7 @@ def all_rows(origin: Origin) -> Origin:
     if not origin or not origin["queries"]:
         return origin
     rows = torch.tensor(origin["queries"], dtype=torch.float64)
-    return dict(origin) | {"queries": [float(rows @ _fixed(len(rows)))]}
+    return dict(origin) | {"queries": _all(rows).tolist()}
 
 
 def checked(given) -> Origin:
@@ -122,4 +133,12 @@ def checked(given) -> Origin:
     """
     if not isinstance(given, Mapping):
         raise TypeError("origin is no mapping")
-    return dict(given) if not given else {k: given[k] for k in ("stages", "queries", "target")}
+    if given:
+        for stage in given["stages"].values():
+            _same(stage["weights"], stage["weights"])
+            _same(stage["examples"], stage["examples"])
+            str(stage["ids"])
+        torch.tensor(given["queries"], dtype=torch.float64).reshape(-1, 2)
+        if not isinstance(given["target"], str):
+            raise TypeError("the target of an origin is no text")
+    return dict(given)

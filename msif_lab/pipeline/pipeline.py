@@ -26,7 +26,7 @@ from ..objective.exclusive import exclusive
 from ..objective.layout import Layout, same_numbers
 from ..objective.objective import Lanes, Objective
 from ..objective.precision import half_precision, require_precision
-from ..objective.questions import Question
+from ..objective.questions import Question, require_finite
 from ..objective.wrapping import plain_module
 from . import saved
 from .origin import Origin, of_queries, of_stage
@@ -294,7 +294,7 @@ class Pipeline:
                 for (parameter, _), before in zip(pairs, old, strict=True):
                     parameter.copy_(before)
                 raise
-        self._take([full.clone() for full in fulls])
+            self._take([full.clone() for full in fulls])
 
     def _take(self, trained: list[Tensor] | None) -> None:
         self._trained = trained
@@ -429,8 +429,11 @@ class Pipeline:
 
         With ``aggregate``, as in `ImplicitInfluence.score`, one number of all of them, ``(1,)``.
         """
-        as_one_lane = Retrained(self, [full[None] for full in self.trained()], [])
-        return as_one_lane.evaluate(queries, target, aggregate=aggregate)[:, 0]
+        question = ask(self.objective(-1), queries, target, aggregate)
+        with torch.no_grad():
+            values = question.values(self.objective(-1), self.trained()[-1])
+        require_finite(question, values)
+        return question.answer(values)
 
     def retrain(
         self, weights: Tensor | Mapping, *, warm_start: bool = False, progress: bool = True

@@ -89,9 +89,9 @@ def check_scores(scores, pipeline: Pipeline, queries: Examples, name: str = "sco
             raise ValueError(
                 f"{name} is of other {what}: the ids differ; score the ones you give here"
             )
-    ours = pipeline.origin(ask(pipeline.objective(-1), queries, "loss"))
     if scores.origin and not scores.aggregate:
-        ours |= {"target": scores.origin["target"]}
+        question = ask(pipeline.objective(-1), queries, "loss")
+        ours = pipeline.origin(question) | {"target": scores.origin["target"]}
         if differ := difference(scores.origin, ours):
             raise ValueError(
                 f"{name} and the pipeline or queries given here are of different {differ}"
