@@ -16,6 +16,7 @@ from ..fingerprints import describe
 from ..influence.result import Influence
 from ..objective.checks import ask
 from ..objective.losses import target_name
+from ..objective.questions import require_finite
 from ..parallel import each_result
 from ..pipeline.origin import Origin, checked
 from ..pipeline.pipeline import Pipeline, Retrained
@@ -315,6 +316,9 @@ def removal_effects(
         raise ValueError(f"lanes={lanes!r} must be a positive whole number")
     groups = _check_subsets(subsets, len(pipeline.stages[k].data))
     question = ask(pipeline.objective(-1), queries, target, aggregate)
+    with torch.no_grad():
+        values = question.each.values(pipeline.objective(-1), pipeline.trained()[-1])
+    require_finite(question, values)
     name, asked = pipeline.stages[k].name, (queries, target, aggregate, protocol)
     facts = pipeline, queries, name, target, question.aggregate, protocol
     kept = RemovalStore(

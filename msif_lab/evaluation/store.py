@@ -52,7 +52,8 @@ class Results:
     def places(self, groups: Tensor) -> Tensor:
         """Where groups (R, 32) are among these, −1 where they are not, ``(R,)``."""
         known = {bytes(row): i for i, row in enumerate(self.groups.tolist())}
-        return torch.tensor([known.get(bytes(row), -1) for row in groups.tolist()])
+        places = [known.get(bytes(row), -1) for row in groups.tolist()]
+        return torch.tensor(places, dtype=torch.int64)
 
     def joined(self, others: "Results") -> "Results":
         """These, and those of the others' groups that are not among them."""
