@@ -164,7 +164,7 @@ def test_a_study_compares_every_method_with_retraining(studied):
 
 def test_a_study_resumes_from_its_retrainings(studied, monkeypatch):
     table, folder = studied
-    files = sorted(folder.iterdir())
+    files = sorted(folder.glob("[!.]*"))
     assert len(files) == 2 * 2 * 3
     monkeypatch.setattr(msif.Pipeline, "retrain", None)  # anything retrained again would fail
     again = studies.study("digits", seeds=2, removals=8, folder=folder, **TINY)
