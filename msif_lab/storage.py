@@ -105,8 +105,13 @@ def _temporary_prefix(path: Path, host: str, process: str) -> str:
     return f".msif-{short[0]}-{short[1]}-{process}-"
 
 
-def remove_debris(path: str | os.PathLike) -> None:
-    """Delete the temporary files of writers of ``path`` that were killed."""
+def remove_debris(path: str | os.PathLike, alone: bool = False) -> None:
+    """Delete the temporary files of writers of ``path`` that were killed.
+
+    Args:
+        path: of the file.
+        alone: whether nobody else can be writing, as under a lock that every writer takes.
+    """
     path = Path(os.path.realpath(path))
     here, now = _temporary_prefix(path, socket.gethostname(), ""), time.time()
     anywhere = here.rsplit("-", 3)[0]
@@ -116,7 +121,7 @@ def remove_debris(path: str | os.PathLike) -> None:
         with contextlib.suppress(OSError):  # somebody else has deleted it
             # Containers may share a host's name, but not its processes.
             age = now - left.stat().st_mtime
-            if age > OLD or (mine and age > YOUNG and not _alive(process)):
+            if alone or age > OLD or (mine and age > YOUNG and not _alive(process)):
                 left.unlink()
 
 

@@ -15,6 +15,7 @@ from oracles import F64
 from test_persistence import quick, remove
 
 import msif_lab as msif
+from msif_lab import storage
 from msif_lab.evaluation import removals
 from msif_lab.parallel import each_result
 from msif_lab.storage import read_tensors
@@ -185,6 +186,8 @@ def killed_at_random(folder, rounds, writers, seed):
 @pytest.mark.parametrize("writers", [1, 2])
 def test_nothing_is_lost_when_writers_are_killed(tmp_path, writers):
     killed_at_random(tmp_path, 3, writers, seed=writers)
+    prefix = storage._temporary_prefix(tmp_path / "store", "elsewhere", "1")
+    (tmp_path / f"{prefix}x").write_bytes(b"half of it")  # of a writer that was killed just now
     pipeline = quick(msif.SGD(0.1, epochs=4)).fit(progress=False)
     shared = remove(pipeline, range(24), store=tmp_path / "store", lanes=1).values
     assert torch.equal(shared, remove(pipeline, range(24), lanes=1).values)

@@ -102,7 +102,7 @@ class RemovalStore:
         if self.path is not None:
             check_writable(self.path)
             with locked(self.path):
-                remove_debris(self.path)
+                remove_debris(self.path, alone=True)
                 self._read()
         if self.base is None:
             self.base = measure()
