@@ -16,7 +16,7 @@ from ..fingerprints import describe
 from ..influence.result import Influence
 from ..objective.checks import ask
 from ..objective.losses import target_name
-from ..objective.questions import require_finite
+from ..objective.questions import Question, require_finite
 from ..parallel import each_result
 from ..pipeline.origin import Origin, checked
 from ..pipeline.pipeline import Pipeline, Retrained
@@ -315,10 +315,7 @@ def removal_effects(
     if not isinstance(lanes, int) or lanes < 1:
         raise ValueError(f"lanes={lanes!r} must be a positive whole number")
     groups = _check_subsets(subsets, len(pipeline.stages[k].data))
-    question = ask(pipeline.objective(-1), queries, target, aggregate)
-    with torch.no_grad():
-        values = question.each.values(pipeline.objective(-1), pipeline.trained()[-1])
-    require_finite(question, values)
+    question = _asked(pipeline, queries, target, aggregate)
     name, asked = pipeline.stages[k].name, (queries, target, aggregate, protocol)
     facts = pipeline, queries, name, target, question.aggregate, protocol
     kept = RemovalStore(
@@ -355,6 +352,14 @@ def removal_effects(
         question.aggregate,
         pipeline.origin(question),
     )
+
+
+def _asked(pipeline: Pipeline, queries: Examples, target, aggregate) -> Question:
+    """What is asked, with a finite answer by every query before anything is retrained."""
+    o = pipeline.objective(-1)
+    question = ask(o, queries, target, aggregate)
+    require_finite(question, question.each.values(o, pipeline.trained()[-1]))
+    return question
 
 
 def require_start(pipeline: Pipeline, protocol: str) -> None:
