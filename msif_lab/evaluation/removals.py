@@ -424,6 +424,9 @@ def _about(pipeline, queries, stage, target, aggregate: str, protocol) -> dict:
 def _former_key(pipeline, queries, groups, stage, target, aggregate: str, protocol) -> str:
     """What version 0.1.0 knew a call by."""
     parts = [digest(full) for full in pipeline.trained()]
-    parts += [digest(t) for t in (queries.x, queries.y, queries.ids)]
+    if isinstance(queries.x, Tensor):
+        parts += [digest(t) for t in (queries.x, queries.y, queries.ids)]
+    else:
+        parts.append(queries.digest())
     asked = f"{describe(target)} {aggregate}".rstrip()
     return f"{parts} {groups} {stage} {asked} {protocol} {former_facts(pipeline.facts())}"

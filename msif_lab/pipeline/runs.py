@@ -106,10 +106,11 @@ class Run:
         rates: the learning rate of each step, or one number for all.
         optimizer: the `torch.optim.SGD`, `Adam` or `AdamW` that made the steps, or a recipe such as
             ``msif.SGD(lr=0.1, momentum=0.9)``, of which only what a step does is read.
-        batches: positions in the stage's data of the examples of each step, where known. Scores
-            come closer with them: each example then counts in the steps that it was in.
+        batches: positions in the stage's data of the examples of each step, where known: each
+            example then counts in the steps that it was in. Give ``means`` too: where the weights
+            move far within a stretch, batches alone can make scores worse.
         means: state dicts with the mean of the weights before each step from one checkpoint to the
-            next, where known. Scores come closer with them: curvature is then taken there.
+            next, where known: curvature is then taken there.
     """
 
     checkpoints: Sequence[tuple]
