@@ -1,8 +1,9 @@
 """Segmented influence: a run read as a few stretches of constant curvature (`stretches`)."""
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import joblib
 import torch
@@ -12,7 +13,7 @@ from ..curvature.derivatives import query_gradients
 from ..curvature.soundness import require_loss_curvature, require_second_derivative
 from ..data.examples import Examples
 from ..errors import UnsmoothTrainingWarning
-from ..memory import parse_bytes, require_memory
+from ..memory import parse_bytes, require_memory, working_bytes
 from ..objective.checks import ask
 from ..objective.precision import require_precision
 from ..parallel import each_result
@@ -251,9 +252,11 @@ class SegmentedInfluence:
         dimensions = [[reading.dimension(n) for n in each] for each in lengths]
         details = self.details and (not pipeline.adopted)
         few = self.curvature_examples
-        return segmented_plan(
+        plan = segmented_plan(
             pipeline, count, part, lengths, dimensions, self.curvature, few, details, self.memory
         )
+        spaces = self._bytes(pipeline, 0, part)
+        return replace(plan, bytes=spaces + working_bytes(pipeline.trained()[0].device))
 
     def check(
         self, queries: Examples | None = None, stage: int | str = 0, progress: bool = True
@@ -298,16 +301,17 @@ class SegmentedInfluence:
         Together they have a space of so many times the dimensions, in which every step of each
         query has coordinates: more than a few dozen gain nothing.
         """
+        what = "the Krylov space of a single query"
+        needed = functools.partial(self._bytes, pipeline, first)
+        require_memory(needed(1), self.memory, what, "give more memory= or a smaller krylov=")
+        return max(q for q in range(1, MOST_TOGETHER + 1) if needed(q) <= self.memory)
+
+    def _bytes(self, pipeline: Pipeline, first: int, queries: int) -> int:
+        """What the Krylov spaces of so many queries take, with the coordinates of every step."""
         stages = range(first, len(pipeline.stages))
         widest = max(pipeline.objective(k).layout.size for k in stages)
         longest = max(max(step_counts(pipeline, self.segments)[k]) for k in stages)
         dimensions = self.krylov or MOST_DIMENSIONS
         size = pipeline.trained()[-1].element_size()
-
-        def needed(queries: int) -> int:
-            vectors = widest * (VECTORS * (dimensions + 2) + 6)
-            return size * queries * (vectors + COORDINATES * longest * dimensions * queries)
-
-        what = "the Krylov space of a single query"
-        require_memory(needed(1), self.memory, what, "give more memory= or a smaller krylov=")
-        return max(q for q in range(1, MOST_TOGETHER + 1) if needed(q) <= self.memory)
+        vectors = widest * (VECTORS * (dimensions + 2) + 6)
+        return size * queries * (vectors + COORDINATES * longest * dimensions * queries)
