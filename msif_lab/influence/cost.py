@@ -452,6 +452,7 @@ def segmented_plan(
     pipeline: Pipeline,
     queries: int,
     part: int,
+    spaces: int,
     lengths: list[list[int]],
     dimensions: list[list[int]],
     kind: str,
@@ -463,6 +464,7 @@ def segmented_plan(
 
     Args:
         lengths, dimensions: of each stage's stretches, steps and dimension of the Krylov spaces.
+        spaces: bytes of the Krylov spaces of ``part`` queries.
         details: whether the examples of each step are known, so that a stretch takes only those.
         few: examples for the curvature, or None for all.
     """
@@ -486,14 +488,13 @@ def segmented_plan(
             score += (passing * (1 + details) + mixed) / share * seen
         if not pipeline.adopted:
             fit += _step_seconds(pipeline, k) * sum(lengths[k])
-    row = max(pipeline.objective(k).layout.size for k in range(len(lengths))) * full.element_size()
     names = [stage.name for stage in pipeline.stages]
     return SegmentedPlan(
         dict(zip(names, map(len, lengths), strict=True)),
         dict(zip(names, map(sum, dimensions), strict=True)),
         queries,
         part,
-        row * part * 4 * max(map(max, dimensions)) + working_bytes(full.device),
+        spaces + working_bytes(full.device),
         budget,
         (fit, score * -(-queries // part)),
     )

@@ -3,7 +3,7 @@
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import joblib
 import torch
@@ -13,7 +13,7 @@ from ..curvature.derivatives import query_gradients
 from ..curvature.soundness import require_loss_curvature, require_second_derivative
 from ..data.examples import Examples
 from ..errors import UnsmoothTrainingWarning
-from ..memory import parse_bytes, require_memory, working_bytes
+from ..memory import parse_bytes, require_memory
 from ..objective.checks import ask
 from ..objective.precision import require_precision
 from ..parallel import each_result
@@ -252,11 +252,9 @@ class SegmentedInfluence:
         dimensions = [[reading.dimension(n) for n in each] for each in lengths]
         details = self.details and (not pipeline.adopted)
         few = self.curvature_examples
-        plan = segmented_plan(
-            pipeline, count, part, lengths, dimensions, self.curvature, few, details, self.memory
-        )
+        asked = self.curvature, few, details, self.memory
         spaces = self._bytes(pipeline, 0, part)
-        return replace(plan, bytes=spaces + working_bytes(pipeline.trained()[0].device))
+        return segmented_plan(pipeline, count, part, spaces, lengths, dimensions, *asked)
 
     def check(
         self, queries: Examples | None = None, stage: int | str = 0, progress: bool = True
