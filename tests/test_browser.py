@@ -260,7 +260,9 @@ influence = msif.ImplicitInfluence(leave_one_out=True)
 scores = {case: influence.fit(pipeline).score(queries) for case, pipeline in pipelines.items()}
 corrupted = range(12)
 full, full_scores = pipelines["full"], scores["full"]
+methods = {"loss": msif.Loss().fit(full).score(queries), "implicit": full_scores}
 slow = trained(msif.Frozen(), recipe=msif.SGD(lr=0.1, epochs=1500))
+slow_scores = influence.fit(slow).score(queries)
 """
 
 DRAW = """
@@ -276,10 +278,10 @@ LIVE = {
     "slider": 'widgets.FigureSlider(draw, [1, 2, 3, 4, 5, 6], "Value")',
     "influence": "widgets.InfluenceExplorer(pipelines, scores, queries)",
     "damping": "widgets.AlphaDampingExplorer(full, queries)",
-    "methods": "widgets.MethodComparison(full, scores, queries)",
+    "methods": "widgets.MethodComparison(full, methods, queries)",
     "cleaning": "widgets.CleaningExplorer(full, full_scores, queries, corrupted=range(12))",
     "failing": 'widgets.FigureSlider(draw, [6, 7], "Value", precompute=False)',
-    "slow": 'widgets.InfluenceExplorer(slow, scores["frozen"], queries)',
+    "slow": "widgets.InfluenceExplorer(slow, slow_scores, queries)",
 }
 EXPLORERS = new_notebook(
     cells=[new_code_cell(source.strip()) for source in (SETUP, DRAW, *LIVE.values(), "# room")],
@@ -475,8 +477,8 @@ def test_stop_takes_effect_and_leaves_the_explorer_usable(explorer, report):
 def test_methods_are_picked(explorer):
     root = explorer("methods")
     before = pictures(root)
-    root.locator(".msif-method-a select").select_option(label="full")
-    root.locator(".msif-method-b select").select_option(label="frozen")
+    root.locator(".msif-method-a select").select_option(label="implicit")
+    root.locator(".msif-method-b select").select_option(label="loss")
     wait_for(
         root,
         "([e, old]) => [...e.querySelectorAll('img')].map(i => i.src).join() !== old",

@@ -29,7 +29,7 @@ from .questions import (
 from .switches import exact_products
 from .wrapping import Wrapped
 
-__all__ = ["ask", "check_examples", "check_layers"]
+__all__ = ["ask", "check_examples", "check_layers", "require_derivatives"]
 
 
 @exclusive
@@ -49,11 +49,7 @@ def check_examples(objective: Objective, examples: Examples, name: str) -> tuple
         UnsupportedModelError: the model is random or mixes the examples of a batch.
     """
     _check_inputs(objective, examples, name)
-    if torch.is_inference_mode_enabled():
-        raise ValueError(
-            f"{objective.where}: PyTorch keeps no derivatives inside torch.inference_mode(); "
-            "leave it, or use torch.no_grad()"
-        )
+    require_derivatives(objective.where)
     check_layers(objective.model, objective.where)
     _check_targets(objective, examples, name)
     few = unequal(examples).to(examples.x.device)
@@ -70,6 +66,15 @@ def check_examples(objective: Objective, examples: Examples, name: str) -> tuple
     if examples is objective.data:
         _check_training(objective, x, y, name)
     return few, outputs
+
+
+def require_derivatives(where: str) -> None:
+    """Raise `ValueError` inside `torch.inference_mode`, where tensors keep no derivatives."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"{where}: PyTorch keeps no derivatives inside torch.inference_mode(); leave it, or "
+            "use torch.no_grad()"
+        )
 
 
 def _check_inputs(o: Objective, examples: Examples, name: str) -> None:

@@ -21,7 +21,7 @@ from ..curvature.soundness import (
 )
 from ..data.examples import Examples
 from ..errors import NotConvergedError, UnsupportedModelWarning
-from ..objective.checks import ask, check_examples, check_layers
+from ..objective.checks import ask, check_examples, check_layers, require_derivatives
 from ..objective.exclusive import exclusive
 from ..objective.layout import Layout, same_numbers
 from ..objective.objective import Lanes, Objective
@@ -365,6 +365,7 @@ class Pipeline:
     def _require_same_functions(self) -> None:
         """Raise `ValueError` where a stage's data or model are not what they were at fit."""
         for stage, p in zip(self.stages, self._functional, strict=True):
+            require_derivatives(p.objective.where)
             change = fingerprint(p.objective).change(p.objective)
             if change and p.modes() != p.checked_modes:
                 raise ValueError(
