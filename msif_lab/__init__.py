@@ -23,6 +23,7 @@ from .errors import (
 from .evaluation import (
     Agreement,
     Effects,
+    EffectsOverSeeds,
     agreement,
     compare_methods,
     method_table,
@@ -32,11 +33,13 @@ from .evaluation import (
 )
 from .exercises import check
 from .influence import (
+    AveragedInfluence,
     Entropy,
     GradientDot,
     GradientNorm,
     ImplicitInfluence,
     Influence,
+    InfluenceOverSeeds,
     Loss,
     Margin,
     Plan,
@@ -74,8 +77,10 @@ from .pipeline import (
     Proximal,
     Retrained,
     Run,
+    SeedRuns,
     Stage,
     WarmStart,
+    over_seeds,
 )
 from .solvers import (
     EKFAC,
@@ -121,11 +126,15 @@ __all__ = [
     "Pipeline",
     "Retrained",
     "Run",
+    "SeedRuns",
+    "over_seeds",
     # influence
     "ImplicitInfluence",
     "UnrolledInfluence",
     "SegmentedInfluence",
+    "AveragedInfluence",
     "Influence",
+    "InfluenceOverSeeds",
     "Ranking",
     "TopInfluence",
     "plan",
@@ -163,6 +172,7 @@ __all__ = [
     "removal_effects",
     "random_removals",
     "Effects",
+    "EffectsOverSeeds",
     "agreement",
     "Agreement",
     "compare_methods",

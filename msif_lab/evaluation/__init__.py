@@ -11,11 +11,12 @@ from .comparison import (
     row_correlations,
     row_ranks,
 )
-from .removals import Effects, random_removals, removal_effects
+from .removals import Effects, EffectsOverSeeds, random_removals, removal_effects
 
 __all__ = [
     "Agreement",
     "Effects",
+    "EffectsOverSeeds",
     "agreement",
     "compare",
     "compare_methods",

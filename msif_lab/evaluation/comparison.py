@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from ..influence.result import AboutTarget, Influence
-from ..pipeline.origin import difference
-from .removals import Effects
+from ..pipeline.origin import difference, share_runs
+from .removals import Effects, EffectsOverSeeds
 
 __all__ = [
     "Agreement",
+    "Noise",
     "agreement",
     "compare_methods",
     "detection",
@@ -34,6 +35,45 @@ CEILING = "another seed"
 
 
 @dataclass
+class Noise:
+    """What the randomness of training leaves of an `Agreement` with effects over seeds.
+
+    With the reliability ρ of one seed's effects, means of S and of F other seeds correlate by
+    ``√(SF) ρ / √((1 + (S − 1)ρ)(1 + (F − 1)ρ))``, and a mean of F with that of all seeds by
+    ``√(Fρ / (1 + (F − 1)ρ))`` (Spearman and Brown).
+
+    Attributes:
+        reliability: ρ, correlation of one seed's actual effects with another's, mean over queries.
+        seeds: S of the scores, F of the effects.
+        ceiling: the r that S retrainings of every removal reach: measured where they were given,
+            else estimated from ρ.
+        measured: whether it was.
+        efficiency: score efficiency, r of the scores ÷ ``ceiling``.
+        corrected: r with the mean of infinitely many seeds, from the r with the mean of F.
+        intervals: bootstrap 95 % intervals of ``efficiency`` and ``corrected``, over queries.
+    """
+
+    reliability: float
+    seeds: tuple[int, int]
+    ceiling: float
+    measured: bool
+    efficiency: float
+    corrected: float
+    intervals: dict[str, tuple[float, float]]
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """As the rows of `Agreement`: name, value, interval, and nothing pooled."""
+        ours, truth = self.seeds
+        means = f"{ours} retraining{'s' if ours > 1 else ''}"
+        spans = {name: f"{low:.3f} – {high:.3f}" for name, (low, high) in self.intervals.items()}
+        return [
+            (f"r of {means}", f"{self.ceiling:.3f}", "measured" if self.measured else "est.", ""),
+            ("score efficiency", f"{self.efficiency:.3f}", spans["efficiency"], ""),
+            (f"r, noise of {truth} out", f"{self.corrected:.3f}", spans["corrected"], ""),
+        ]
+
+
+@dataclass
 class Agreement(AboutTarget):
     """How predictions of removal agree with retraining, per query.
 
@@ -49,6 +89,8 @@ class Agreement(AboutTarget):
         intervals: bootstrap 95 % interval of each mean over queries.
         query_ids: identities of the queries ``(Q,)``.
         target: what q is.
+        noise: where the effects are over several seeds, what the noise of training leaves of r;
+            None where the scores share seeds with them, for then they share noise.
     """
 
     predicted: numpy.ndarray
@@ -62,6 +104,7 @@ class Agreement(AboutTarget):
     intervals: dict[str, tuple[float, float]]
     query_ids: numpy.ndarray
     target: str = "loss"
+    noise: Noise | None = None
 
     def mean(self, statistic: str = "r") -> float:
         """Mean over queries of ``"r"``, ``"rho"``, ``"slope"``, ``"sign"`` or ``"magnitude"``."""
@@ -84,7 +127,7 @@ class Agreement(AboutTarget):
             low, high = self.intervals[name]
             interval = f"{low:.3f} – {high:.3f}"
             rows.append((label, f"{self.mean(name):.3f}", interval, f"{self.pooled[name]:.3f}"))
-        return rows
+        return rows + (self.noise.rows() if self.noise else [])
 
     def __str__(self) -> str:
         queries, removals = self.actual.shape
@@ -107,13 +150,23 @@ class Agreement(AboutTarget):
 
 
 def agreement(
-    scores: Influence, effects: Effects, *, resamples: int = 2000, seed: int = 0
+    scores: Influence,
+    effects: Effects,
+    *,
+    retrained: EffectsOverSeeds | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
 ) -> Agreement:
     """Compare predicted removal effects with actual ones, query by query.
+
+    Effects over seeds that the scores have not seen tell how well the scores predict the average
+    run, and, since the effects are noisy themselves, how far from perfect that is: `Noise`.
 
     Args:
         scores: predictions; the change for a group is ``−Σ`` of its scores.
         effects: the ground truth for the same queries, stage and target.
+        retrained: effects of the same removals under the scores' own seeds, what the scores stand
+            in for; default: what they would reach is estimated.
         resamples, seed: of the bootstrap over queries.
 
     Raises:
@@ -126,7 +179,45 @@ def agreement(
     predicted, actual = _pairs(scores, effects)
     ids = effects.query_ids.numpy()
     report = compare(predicted, actual, ids, resamples=resamples, seed=seed)
-    return replace(report, target=scores.target)
+    noise, several = None, isinstance(effects, EffectsOverSeeds) and len(effects.seeds) > 1
+    if several and not share_runs(scores.origin, effects.origin):
+        own = None if retrained is None else _pairs(scores, retrained)[1]
+        count = len(getattr(scores, "seeds", ())) or 1
+        noise = _noise(report.r, effects, count, own, resamples, seed)
+    return replace(report, target=scores.target, noise=noise)
+
+
+def _noise(r, effects: EffectsOverSeeds, count: int, own, resamples: int, seed: int) -> Noise:
+    """`Noise` of the scores' correlations ``r`` (Q,) with ``effects``; ``own``: S retrainings."""
+    truth = len(effects.seeds)
+    rho = effects.reliability.numpy()
+    measured = row_correlations(own, effects.values.numpy()) if own is not None else rho
+    known = ~(numpy.isnan(r) | numpy.isnan(rho) | numpy.isnan(measured))
+    rows = numpy.array([r, rho, measured])[:, known]
+    if not known.any():
+        raise ValueError("no query's effects vary under each seed, so their noise is not known")
+
+    def found(means):  # mean r, reliability and r of retraining → ceiling, efficiency, corrected
+        share = numpy.clip(means[1], 1e-12, 1.0)
+        others = [n * share / (1 + (n - 1) * share) for n in (count, truth)]
+        ceiling = means[2] if own is not None else numpy.sqrt(others[0] * others[1])
+        return numpy.array([ceiling, means[0] / ceiling, means[0] / numpy.sqrt(others[1])])
+
+    draws = numpy.random.default_rng(seed).integers(rows.shape[1], size=(resamples, rows.shape[1]))
+    spread = numpy.percentile(found(rows[:, draws].mean(2)), [2.5, 97.5], axis=1).T
+    ceiling, efficiency, corrected = found(rows.mean(1)).tolist()
+    intervals = {
+        name: tuple(spread[i].tolist()) for i, name in ((1, "efficiency"), (2, "corrected"))
+    }
+    return Noise(
+        float(rows[1].mean()),
+        (count, truth),
+        ceiling,
+        own is not None,
+        efficiency,
+        corrected,
+        intervals,
+    )
 
 
 def _pairs(scores: Influence, effects: Effects) -> tuple[numpy.ndarray, numpy.ndarray]:

@@ -5,6 +5,8 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
 
 import numpy
 import torch
@@ -13,19 +15,21 @@ from torch import Tensor
 from ..data.examples import Examples
 from ..errors import ConvergenceWarning
 from ..fingerprints import describe
+from ..influence.averaged import averages, reliability
 from ..influence.result import Influence
 from ..objective.checks import ask
 from ..objective.losses import target_name
 from ..objective.questions import Question, require_finite
 from ..parallel import each_result
-from ..pipeline.origin import Origin, checked
+from ..pipeline.origin import Origin, averaged, checked
 from ..pipeline.pipeline import Pipeline, Retrained
 from ..pipeline.recipes import progress_bar
 from ..pipeline.saved import former_facts
+from ..pipeline.seeds import SeedRuns
 from ..storage import digest, read_tensors, valid, write_tensors
 from .store import RemovalStore
 
-__all__ = ["Effects", "random_removals", "removal_effects"]
+__all__ = ["Effects", "EffectsOverSeeds", "random_removals", "removal_effects"]
 
 PROTOCOLS = ("same-seed", "warm-start")
 # Share of the queries' loss by which going on may move them. Optima to the tolerance of other
@@ -51,6 +55,8 @@ class Effects:
         aggregate: empty for a row per query; else of what the only row is made, as in `Influence`.
         origin: of which pipeline, queries and target, as in `Influence`.
     """
+
+    KIND: ClassVar[str] = "effects"  # of saved files
 
     values: Tensor
     subsets: list[list[int]]
@@ -135,25 +141,31 @@ class Effects:
 
     def save(self, path) -> None:
         """Write to one safetensors file, all or nothing."""
-        tensors = {
-            name: getattr(self, name) for name in ("values", "base", "query_ids", "gradient_norm")
-        }
+        tensors = self._tensors()
         tensors["members"] = torch.cat([torch.tensor(group) for group in self.subsets])
         tensors["sizes"] = torch.tensor([len(group) for group in self.subsets])
         names = ("stage", "target", "protocol", "aggregate", "origin")
         facts = {name: getattr(self, name) for name in names}
-        write_tensors(path, "effects", tensors, facts)
+        write_tensors(path, self.KIND, tensors, facts)
 
     @classmethod
     def load(cls, path) -> "Effects":
         """Read what `save` wrote; a cut-off, changed or foreign file raises `SavedFileError`."""
-        tensors, facts = read_tensors(path, "effects")
+        tensors, facts = read_tensors(path, cls.KIND)
         with valid(path):
             if "members" in tensors:  # not in files of version 0.1.0
                 members, sizes = tensors.pop("members"), tensors.pop("sizes")
                 facts["subsets"] = [part.tolist() for part in members.split(sizes.tolist())]
             facts["origin"] = checked(facts.get("origin", {}))
-            return cls(**tensors, **facts)
+            return cls._read(tensors, facts)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        names = ("values", "base", "query_ids", "gradient_norm")
+        return {name: getattr(self, name) for name in names}
+
+    @classmethod
+    def _read(cls, tensors: dict, facts: dict) -> "Effects":
+        return cls(**tensors, **facts)
 
     def __post_init__(self):
         queries, removals = len(self.base), len(self.subsets)
@@ -166,6 +178,81 @@ class Effects:
         _finite("values", self.values)
         _finite("base", self.base)
         _check_subsets(self.subsets)
+
+
+@dataclass
+class EffectsOverSeeds(Effects):
+    """Actual effects in the average run: `values` are means over seeds, with standard errors.
+
+    Attributes:
+        per_seed: ``(S, Q, R)``, the effects under each seed.
+        seeds: of the S runs.
+        standard_error: ``(Q, R)``, of `values` over other seeds; NaN for a single seed.
+        reliability: ``(Q,)``, correlation of one seed's effects with another's over the removals,
+            mean over all pairs of seeds.
+    """
+
+    KIND: ClassVar[str] = "effects over seeds"
+
+    per_seed: Tensor = field(default=None, repr=False)
+    seeds: Sequence[int] = ()
+    standard_error: Tensor = field(init=False, repr=False)
+    reliability: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self):
+        super().__post_init__()
+        shape = (len(self.seeds), *self.values.shape)
+        if self.per_seed is None or tuple(self.per_seed.shape) != shape:
+            raise ValueError(f"per_seed must be {shape}: seeds × queries × removals")
+        self.standard_error = averages(self.per_seed, "mean")[1]
+        self.reliability = reliability(self.per_seed)
+
+    @classmethod
+    def of(cls, effects: Sequence[Effects], seeds: Sequence[int]) -> "EffectsOverSeeds":
+        """The mean of effects of the same removals and queries under several seeds.
+
+        Raises:
+            ValueError: other removals, queries, stages, targets or protocols.
+
+        >>> before, subsets = [0.5, 0.2], [[3], [17], [5, 9]]
+        >>> after = [[0.6, 0.5, 0.4], [0.2, 0.3, 0.1]], [[0.7, 0.5, 0.4], [0.1, 0.3, 0.1]]
+        >>> runs = [Effects.from_values(before, a, subsets, stage="pretrain") for a in after]
+        >>> EffectsOverSeeds.of(runs, seeds=(0, 1))
+        EffectsOverSeeds(2 queries × 3 removals from stage 'pretrain', own, mean of 2 seeds)
+        """
+        effects, seeds = list(effects), list(seeds)
+        if not effects or len(effects) != len(seeds):
+            raise ValueError(f"{len(effects)} effects have {len(seeds)} seeds; give one for each")
+        first = effects[0]
+        for seed, one in zip(seeds, effects, strict=True):
+            names = ("subsets", "stage", "target", "protocol", "aggregate")
+            differ = [n for n in names if getattr(one, n) != getattr(first, n)]
+            differ += ["queries"] * (not torch.equal(one.query_ids, first.query_ids))
+            if differ:
+                raise ValueError(f"effects of seed {seed} are of other {', '.join(differ)}")
+        per_seed = torch.stack([one.values for one in effects])
+        return cls(
+            per_seed.mean(0),
+            first.subsets,
+            torch.stack([one.base for one in effects]).mean(0),
+            first.query_ids,
+            torch.stack([one.gradient_norm for one in effects]).amax(0),
+            *(first.stage, first.target, first.protocol, first.aggregate),
+            averaged([one.origin for one in effects]),
+            per_seed,
+            seeds,
+        )
+
+    def __repr__(self) -> str:
+        inside = super().__repr__().removeprefix("Effects(").removesuffix(")")
+        return f"EffectsOverSeeds({inside}, mean of {len(self.seeds)} seeds)"
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return super()._tensors() | {"per_seed": self.per_seed, "seeds": torch.tensor(self.seeds)}
+
+    @classmethod
+    def _read(cls, tensors: dict, facts: dict) -> "EffectsOverSeeds":
+        return cls(**tensors | {"seeds": tensors["seeds"].tolist()}, **facts)
 
 
 def random_removals(
@@ -259,7 +346,7 @@ def default_protocol(pipeline: Pipeline) -> str:
 
 
 def removal_effects(
-    pipeline: Pipeline,
+    pipeline: Pipeline | SeedRuns,
     queries: Examples,
     subsets: Sequence[Sequence[int]],
     *,
@@ -291,11 +378,12 @@ def removal_effects(
         lanes: how many removals one process retrains at once, vectorised over models.
         store: a file that keeps the results so far after every batch of ``lanes``. The same call
             resumes from it, calls with other subsets add to it, and several processes may do so at
-            once.
+            once. Of several runs it is a folder, with a file for each seed.
         progress: show a bar if it takes longer than two seconds.
 
     Returns:
-        `Effects` with values ``(Q, R)``; ``(1, R)`` with ``aggregate``.
+        `Effects` with values ``(Q, R)``; ``(1, R)`` with ``aggregate``. Of several runs
+        `EffectsOverSeeds`.
 
     Raises:
         ValueError: empty or repeated positions, unknown stage, target, aggregate or protocol; or
@@ -307,6 +395,10 @@ def removal_effects(
     Warns:
         ConvergenceWarning: a recipe with a tolerance missed it in some retraining.
     """
+    if isinstance(pipeline, SeedRuns):
+        asked = {"stage": stage, "target": target, "aggregate": aggregate, "protocol": protocol}
+        asked |= {"n_jobs": n_jobs, "lanes": lanes}
+        return _of_runs(pipeline, queries, subsets, store, progress, asked)
     k = pipeline.index(stage)
     protocol = default_protocol(pipeline) if protocol is None else protocol
     if protocol not in PROTOCOLS:
@@ -352,6 +444,20 @@ def removal_effects(
         question.aggregate,
         pipeline.origin(question),
     )
+
+
+def _of_runs(runs: SeedRuns, queries, subsets, store, progress, asked: dict) -> EffectsOverSeeds:
+    """`removal_effects` of each run."""
+    if store is not None:
+        Path(store).mkdir(parents=True, exist_ok=True)
+    effects = []
+    with progress_bar(len(runs), "seeds", progress) as bar:
+        for seed, pipeline in zip(runs.seeds, runs, strict=True):
+            path = None if store is None else Path(store) / f"seed-{seed}-removals.safetensors"
+            one = removal_effects(pipeline, queries, subsets, store=path, progress=False, **asked)
+            effects.append(one)
+            bar.update()
+    return EffectsOverSeeds.of(effects, runs.seeds)
 
 
 def _asked(pipeline: Pipeline, queries: Examples, target, aggregate) -> Question:

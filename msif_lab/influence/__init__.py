@@ -1,5 +1,6 @@
 """Scores of training examples on queries: every method for them, its cost and its result."""
 
+from .averaged import AveragedInfluence, InfluenceOverSeeds
 from .baselines import (
     Baseline,
     Entropy,
@@ -24,12 +25,14 @@ from .unrolled import UnrolledInfluence
 
 __all__ = [
     "AlphaSweep",
+    "AveragedInfluence",
     "Baseline",
     "Entropy",
     "GradientDot",
     "GradientNorm",
     "ImplicitInfluence",
     "Influence",
+    "InfluenceOverSeeds",
     "Loss",
     "Margin",
     "Plan",

@@ -4,6 +4,7 @@ from .lbfgs import LBFGS
 from .pipeline import Pipeline, Retrained
 from .recipes import SGD, Adam, AdamW, FitReport, MiniBatch
 from .runs import KeptRun, Run
+from .seeds import SeedRuns, over_seeds
 from .stages import Frozen, Link, Proximal, Stage, WarmStart
 
 __all__ = [
@@ -20,6 +21,8 @@ __all__ = [
     "Proximal",
     "Retrained",
     "Run",
+    "SeedRuns",
     "Stage",
     "WarmStart",
+    "over_seeds",
 ]

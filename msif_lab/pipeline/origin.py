@@ -79,7 +79,8 @@ def difference(left: Origin, right: Origin) -> str:
         for key, words in (("ids", "ids of the examples"), ("examples", "examples")):
             if not _same(ours[key], theirs[key]):
                 return f"pipelines that differ in the {words} of stage {name!r}"
-        if not _same(ours["weights"], theirs["weights"]):
+        known = ours["weights"] and theirs["weights"]  # an average of runs has none of its own
+        if known and not _same(ours["weights"], theirs["weights"]):
             return f"pipelines that differ in the trained weights of stage {name!r}"
     if not same_by_name(left["target"], right["target"]):
         return (
@@ -125,6 +126,39 @@ def all_rows(origin: Origin) -> Origin:
     return dict(origin) | {"queries": _all(rows).tolist()}
 
 
+def averaged(origins: Sequence[Origin]) -> Origin:
+    """The origin of an average over runs, which belongs to none of their weights.
+
+    Raises:
+        ValueError: the runs differ in more than their weights.
+    """
+    if not all(origins):
+        return {}
+    first, stages = origins[0], {}
+    for name, stage in first["stages"].items():
+        each = [origin["stages"].get(name, {}).get("weights") for origin in origins]
+        stages[name] = stage | {"weights": [], "runs": each}
+    joined = first | {"stages": stages}
+    for i, origin in enumerate(origins):
+        if differ := difference(joined, origin):
+            raise ValueError(f"runs 0 and {i} are of different {differ}")
+    return joined
+
+
+def share_runs(left: Origin, right: Origin) -> bool:
+    """Whether results, each of a run or an average of several, have a run in common."""
+    if not left or not right:
+        return False
+    ours, theirs = (_runs(origin) for origin in (left, right))
+    return any(all(map(_same, mine, other)) for mine in ours for other in theirs)
+
+
+def _runs(origin: Origin) -> list[tuple]:
+    """The weights of all stages in each run that a result is of."""
+    stages = origin["stages"].values()
+    return list(zip(*(stage.get("runs") or [stage["weights"]] for stage in stages), strict=True))
+
+
 def checked(given) -> Origin:
     """An origin as read from a file.
 
@@ -137,6 +171,8 @@ def checked(given) -> Origin:
         for stage in given["stages"].values():
             _same(stage["weights"], stage["weights"])
             _same(stage["examples"], stage["examples"])
+            for weights in stage.get("runs", ()):
+                _same(weights, weights)
             str(stage["ids"])
         torch.tensor(given["queries"], dtype=torch.float64).reshape(-1, 2)
         if not isinstance(given["target"], str):

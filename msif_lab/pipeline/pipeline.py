@@ -148,6 +148,12 @@ class Pipeline:
         self.reports = reports
         return self
 
+    def take_fit(self, fulls: Sequence[Tensor], reports: Sequence[FitReport]) -> None:
+        """Take what `fit` of an equal pipeline gave elsewhere: all parameters and reports."""
+        self._prepare()
+        self._write(fulls)
+        self.reports = list(reports)
+
     @exclusive
     def adopt(self, checkpoints: Sequence[Run | None] | None = None) -> "Pipeline":
         """Take the models' present weights as the trained ones, after your own training code.
@@ -571,6 +577,7 @@ class Pipeline:
             SavedFileError: cut off, changed or foreign file, or one of other stages, data or
                 settings.
         """
+        self._prepare()
         initial, trained, reports = saved.read(path, self.facts(), self._initial)
         self._write(trained)
         self._initial = initial

@@ -1,0 +1,380 @@
+"""Scores and effects averaged over seeds, and what they say about how sure they are."""
+
+import math
+
+import numpy
+import pytest
+import torch
+from torch import nn
+
+import msif_lab as msif
+from msif_lab import experiments
+from msif_lab.influence.averaged import averages, reliability
+
+SEEDS = 5
+
+
+def build(seed: int, data_seed: int = 0) -> msif.Pipeline:
+    small = {
+        "pretraining": 60,
+        "finetuning": 40,
+        "queries": 6,
+        "epochs": (3, 3),
+        "batch_size": (20, 20),
+    }
+    return experiments.digits(msif.WarmStart(), seed=seed, data_seed=data_seed, **small).pipeline
+
+
+@pytest.fixture(scope="module")
+def runs():
+    return msif.over_seeds(build, SEEDS, progress=False)
+
+
+@pytest.fixture(scope="module")
+def queries():
+    _, test = msif.load_digits(dtype=torch.float64)
+    return test.select(range(4, 10), n=6, seed=0)
+
+
+@pytest.fixture(scope="module")
+def scores(runs, queries):
+    averaged = msif.AveragedInfluence(msif.UnrolledInfluence()).fit(runs)
+    return averaged.score(queries, progress=False)
+
+
+@pytest.fixture(scope="module")
+def effects(runs, queries):
+    return msif.removal_effects(runs, queries, list(range(12)), progress=False)
+
+
+# ---- Runs ----
+
+
+def test_each_run_is_the_fit_of_its_own_pipeline(runs):
+    for seed, run in zip(runs.seeds, runs, strict=True):
+        alone = build(seed).fit(progress=False)
+        for ours, theirs in zip(run.trained(), alone.trained(), strict=True):
+            assert torch.equal(ours, theirs)
+    assert all(run.stages[0].data is runs[0].stages[0].data for run in runs)
+
+
+def test_runs_of_two_processes_have_the_same_bits(runs):
+    again = msif.over_seeds(build, 3, n_jobs=2, progress=False)
+    for ours, theirs in zip(again, runs, strict=False):
+        assert all(map(torch.equal, ours.trained(), theirs.trained()))
+        assert ours.reports is not None  # so that it can be rerun
+
+
+def test_kept_runs_are_not_trained_again(tmp_path, runs, monkeypatch):
+    msif.over_seeds(build, 2, store=tmp_path / "runs", progress=False)
+    fits = []
+    fit = msif.Pipeline.fit
+    monkeypatch.setattr(msif.Pipeline, "fit", lambda p, **k: fits.append(1) or fit(p, **k))
+    more = msif.over_seeds(build, 3, store=tmp_path / "runs", progress=False)
+    assert len(fits) == 1
+    assert all(
+        torch.equal(a.trained()[-1], b.trained()[-1]) for a, b in zip(more, runs, strict=False)
+    )
+
+
+def test_a_store_of_other_stages_is_refused(tmp_path):
+    msif.over_seeds(build, 1, store=tmp_path, progress=False)
+    with pytest.raises(msif.SavedFileError, match="data"):
+        msif.over_seeds(lambda seed: build(seed, data_seed=1), 1, store=tmp_path, progress=False)
+
+
+def test_a_pipeline_is_redrawn(runs):
+    given = build(0)
+    start = [given.initial(k).clone() for k in range(2)]
+    redrawn = msif.over_seeds(given, 2, progress=False)
+    assert all(torch.equal(given.initial(k), start[k]) for k in range(2))
+    for seed, run in zip(redrawn.seeds, redrawn, strict=True):
+        assert not torch.equal(run.initial(0), start[0])
+        assert not run.initial(1)[run.initial(1) == 0].numel() < 6 * 16  # the head starts at zero
+        assert run.stages[1].recipe.seed == 2 * seed + 1
+    again = msif.over_seeds(given, [1], progress=False)
+    assert torch.equal(again[0].trained()[-1], redrawn[1].trained()[-1])
+
+
+def test_batches_alone_are_redrawn():
+    given = build(0)
+    for run in msif.over_seeds(given, 2, redraw=("batches",), progress=False):
+        assert torch.equal(run.initial(0), given.initial(0))
+
+
+def one_stage(model, **settings) -> msif.Pipeline:
+    train, _ = msif.load_digits(dtype=torch.float64)
+    recipe = msif.SGD(0.1, epochs=1, batch_size=20)
+    return msif.Pipeline(
+        [msif.Stage("digits", model.double(), train[:40], recipe=recipe, **settings)]
+    )
+
+
+class Own(nn.Module):
+    """A parameter that no reset_parameters draws."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(64))
+        self.last = nn.Linear(64, 10)
+
+    def forward(self, x):
+        return self.last(x.flatten(1) * self.scale)
+
+
+def orthogonal() -> nn.Module:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
+    nn.init.orthogonal_(model[1].weight, gain=2.0)
+    return model
+
+
+@pytest.mark.parametrize(("model", "name"), [(Own, "scale"), (orthogonal, "1.weight")])
+def test_weights_drawn_otherwise_are_not_redrawn_silently(model, name):
+    pipeline = one_stage(model())
+    with pytest.raises(ValueError, match=rf"'{name}'.*build\(seed\)"):
+        msif.over_seeds(pipeline, 2, progress=False)
+    assert len(msif.over_seeds(pipeline, 2, redraw=("batches",), progress=False)) == 2
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: nn.Sequential(nn.Unflatten(1, (8, 8)), nn.LSTM(8, 4, batch_first=True)),
+        lambda: nn.Sequential(nn.Conv2d(1, 3, 3), nn.GroupNorm(1, 3), nn.Flatten()),
+        lambda: nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True),
+        lambda: nn.Embedding(20, 8),
+    ],
+)
+def test_pytorch_layers_are_drawn_as_when_they_are_made(model):
+    from msif_lab.pipeline.seeds import _draw
+
+    layers = model()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        expected = {n: p.detach().clone() for n, p in model().named_parameters()}
+    _draw(layers, 3, "layers")
+    for name, p in layers.named_parameters():
+        assert float(p.std()) == pytest.approx(float(expected[name].std()), rel=0.6, abs=0.15), name
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: msif.over_seeds(lambda seed: build(0), 2), ValueError, "the seed changes nothing"),
+        (lambda: msif.over_seeds(lambda seed: build(seed, seed), 2), ValueError, "another data"),
+        (lambda: msif.over_seeds(lambda seed: seed, 2), TypeError, "gives int, not"),
+        (lambda: msif.over_seeds(3, 2), TypeError, "build is int"),
+        (lambda: msif.over_seeds(build, []), ValueError, "seeds="),
+        (lambda: msif.over_seeds(build, [1, 1]), ValueError, "different whole numbers"),
+        (lambda: msif.over_seeds(build, [0.5]), ValueError, "seeds="),
+        (lambda: msif.over_seeds(build, "01"), TypeError, "seeds='01'"),
+        (lambda: msif.over_seeds(build, 2, redraw="weights"), ValueError, "redraw="),
+        (lambda: msif.SeedRuns([]), TypeError, "pipelines must be"),
+        (lambda: msif.SeedRuns([build(0)]), ValueError, "not trained"),
+        (lambda: msif.AveragedInfluence("unrolled"), TypeError, "method is str"),
+        (lambda: msif.AveragedInfluence(msif.Loss(), "average"), ValueError, "average="),
+        (lambda: msif.AveragedInfluence(msif.Loss()).fit(build(0)), TypeError, "over_seeds"),
+        (lambda: msif.AveragedInfluence(msif.Loss()).score(None), ValueError, "call fit"),
+    ],
+)
+def test_bad_arguments_are_named(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
+
+
+# ---- Scores ----
+
+
+def test_values_are_the_average_of_each_runs_scores(runs, queries, scores):
+    each = [msif.UnrolledInfluence().fit(run).score(queries, progress=False).values for run in runs]
+    assert torch.equal(scores.per_seed, torch.stack(each))
+    assert torch.allclose(scores.values, torch.stack(each).mean(0))
+    spread = numpy.std(torch.stack(each).numpy(), axis=0, ddof=1) / math.sqrt(SEEDS)
+    assert numpy.allclose(scores.standard_error.numpy(), spread)
+
+
+def test_every_attributor_is_averaged(runs, queries):
+    for name, method in msif.all_baselines().items():
+        found = msif.AveragedInfluence(method).fit(runs[:2]).score(queries, progress=False)
+        alone = method.fit(runs[1]).score(queries)
+        assert torch.equal(found.per_seed[1], alone.values), name
+
+
+def test_average_in_two_processes(runs, queries, scores):
+    averaged = msif.AveragedInfluence(msif.UnrolledInfluence(), n_jobs=2).fit(runs)
+    assert torch.allclose(averaged.score(queries, progress=False).values, scores.values, rtol=1e-12)
+
+
+def test_normalised_rows_count_alike_and_a_median_ignores_one():
+    draw = torch.Generator().manual_seed(0)
+    truth = torch.randn(2, 50, generator=draw, dtype=torch.float64)
+    rows = truth + 0.3 * torch.randn(9, 2, 50, generator=draw, dtype=torch.float64)
+    wild = rows.clone()
+    wild[0] = 1e3 * torch.randn(2, 50, generator=draw, dtype=torch.float64)
+
+    def r(average):
+        found = averages(wild, average)[0]
+        return float(torch.corrcoef(torch.stack([found[0], truth[0]]))[0, 1])
+
+    assert r("mean") < 0.5 < 0.95 < r("median")
+    assert r("normalised") > 0.95
+    for average in ("normalised", "median"):
+        assert torch.allclose(averages(rows[:1], average)[0], rows[0])
+        assert averages(rows[:1], average)[1].isnan().all()
+
+
+def test_intervals_and_sure_signs_keep_their_promise():
+    """Of normal scores: 95 % of intervals hold the truth, and few sure signs are wrong."""
+    draw = torch.Generator().manual_seed(1)
+    truth = torch.randn(200, 100, generator=draw, dtype=torch.float64)
+    per_seed = truth + 2 * torch.randn(6, 200, 100, generator=draw, dtype=torch.float64)
+    ids = torch.arange(100), torch.arange(200)
+    scores = msif.InfluenceOverSeeds.of(
+        per_seed, range(6), "mean", *ids, "pretrain", "loss", "made up", "", origin={}
+    )
+    low, high = scores.interval(0.95)
+    inside = float(((low <= truth) & (truth <= high)).double().mean())
+    assert 0.94 < inside < 0.96
+    sure = scores.trusted(0.95)
+    assert 0.001 < sure.double().mean() < 0.5
+    assert (scores.values.sign() != truth.sign())[sure].double().mean() < 0.05
+    # A control: signs of nothing are not sure.
+    nothing = msif.InfluenceOverSeeds.of(
+        per_seed - truth, range(6), "mean", *ids, "pretrain", "loss", "made up", "", origin={}
+    )
+    assert nothing.trusted(0.95).double().mean() < 1e-3
+
+
+def test_reliability_predicts_what_more_seeds_bring():
+    draw = torch.Generator().manual_seed(2)
+    truth = torch.randn(30, 400, generator=draw, dtype=torch.float64)
+    per_seed = truth + 2 * torch.randn(200, 30, 400, generator=draw, dtype=torch.float64)
+    assert float(reliability(per_seed[:20]).mean()) == pytest.approx(1 / 5, abs=0.02)
+    ids = torch.arange(400), torch.arange(30)
+    few = msif.InfluenceOverSeeds.of(
+        per_seed[:8], range(8), "mean", *ids, "pretrain", "loss", "made up", "", origin={}
+    )
+    need = few.seeds_needed(0.9)
+    reached = [
+        float(
+            torch.stack(
+                [
+                    torch.corrcoef(torch.stack(pair))[0, 1]
+                    for pair in zip(average, truth, strict=True)
+                ]
+            ).mean()
+        )
+        for average in (per_seed[:need].mean(0), per_seed[: need // 2].mean(0))
+    ]
+    assert reached[0] == pytest.approx(0.9, abs=0.03) and reached[1] < 0.86
+    assert few.expected_r(need) == pytest.approx(0.9, abs=0.02)
+
+
+def test_rows_means_files_and_parts(tmp_path, runs, queries, scores):
+    assert torch.equal(scores[[1, 3]].per_seed, scores.per_seed[:, [1, 3]])
+    assert scores[2].values.shape == (1, 60)
+    mean = scores.mean()
+    assert torch.allclose(mean.values, scores.values.mean(0, keepdim=True))
+    rows = numpy.std(scores.per_seed.mean(1).numpy(), axis=0, ddof=1) / math.sqrt(SEEDS)
+    assert numpy.allclose(mean.standard_error.numpy(), rows)
+    scores.save(tmp_path / "scores")
+    loaded = msif.InfluenceOverSeeds.load(tmp_path / "scores")
+    assert torch.equal(loaded.values, scores.values) and loaded.seeds == list(scores.seeds)
+    assert repr(loaded) == repr(scores) and loaded.origin == scores.origin
+    with pytest.raises(msif.SavedFileError):
+        msif.Influence.load(tmp_path / "scores")
+    averaged = msif.AveragedInfluence(msif.UnrolledInfluence()).fit(runs)
+    parts = [averaged.score(queries[rows], progress=False) for rows in (slice(0, 2), slice(2, 6))]
+    whole = msif.InfluenceOverSeeds.concatenate(parts)
+    assert torch.allclose(whole.values, scores.values) and whole.origin == scores.origin
+    assert {"standard_error", "score"} <= set(scores.to_frame().columns)
+    assert "±" in scores._repr_html_()
+
+
+def test_a_single_seed_knows_no_error(runs, queries):
+    one = msif.AveragedInfluence(msif.GradientDot()).fit(runs[:1]).score(queries, progress=False)
+    assert one.standard_error.isnan().all()
+    for call in (one.interval, one.trusted, one.seeds_needed):
+        with pytest.raises(ValueError, match="two or more seeds"):
+            call()
+
+
+# ---- Effects, and both together ----
+
+
+def test_effects_are_the_mean_of_each_runs(tmp_path, runs, queries, effects):
+    each = [
+        msif.removal_effects(run, queries, list(range(12)), progress=False).values for run in runs
+    ]
+    assert torch.equal(effects.per_seed, torch.stack(each))
+    assert torch.allclose(effects.values, torch.stack(each).mean(0))
+    effects.save(tmp_path / "effects")
+    loaded = msif.EffectsOverSeeds.load(tmp_path / "effects")
+    assert torch.equal(loaded.per_seed, effects.per_seed) and loaded.subsets == effects.subsets
+    assert loaded.origin == effects.origin and loaded.seeds == effects.seeds
+
+
+def test_effects_of_runs_resume_from_a_folder(tmp_path, runs, queries, effects, monkeypatch):
+    asked = {"store": tmp_path / "removals", "progress": False}
+    msif.removal_effects(runs[:2], queries, list(range(12)), **asked)
+    retrain, count = msif.Pipeline.retrain, []
+    monkeypatch.setattr(
+        msif.Pipeline, "retrain", lambda *a, **k: count.append(1) or retrain(*a, **k)
+    )
+    again = msif.removal_effects(runs[:3], queries, list(range(12)), **asked)
+    assert len(count) == 1  # of the third run
+    assert torch.equal(again.per_seed, effects.per_seed[:3])
+
+
+def test_agreement_knows_which_runs_are_fresh(runs, queries, scores, effects):
+    some = msif.AveragedInfluence(msif.UnrolledInfluence()).fit(runs[:2])
+    some = some.score(queries, progress=False)
+    rest = msif.removal_effects(runs[2:], queries, list(range(12)), progress=False)
+    fresh = msif.agreement(some, rest)
+    assert fresh.noise is not None and "score efficiency" in str(fresh)
+    assert msif.agreement(scores, effects).noise is None
+    one = msif.UnrolledInfluence().fit(runs[0]).score(queries, progress=False)
+    assert msif.agreement(one, effects).noise is None  # its run is among them
+    assert msif.agreement(one, rest).noise is not None
+    assert msif.agreement(scores, effects).mean("r") > 0.98  # the same noise on both sides
+
+
+def noisy(seeds: int, rho: float, draw, truth):
+    """Effects over made-up seeds, each with reliability rho."""
+    size = math.sqrt((1 - rho) / rho)
+    noise = size * torch.randn(seeds, *truth.shape, generator=draw, dtype=torch.float64)
+    subsets = [[i] for i in range(truth.shape[1])]
+    base = torch.zeros(len(truth), dtype=torch.float64)
+    runs = [
+        msif.Effects.from_values(base, each, subsets, stage="pretrain") for each in truth + noise
+    ]
+    return msif.EffectsOverSeeds.of(runs, range(seeds))
+
+
+def made_up(per_seed) -> msif.InfluenceOverSeeds:
+    ids = torch.arange(per_seed.shape[2]), torch.arange(per_seed.shape[1])
+    about = "pretrain", "loss", "made up", ""
+    return msif.InfluenceOverSeeds.of(
+        per_seed, range(len(per_seed)), "mean", *ids, *about, origin={}
+    )
+
+
+def test_noise_is_taken_out_of_r():
+    """Against the truth without noise, which only a made-up case knows."""
+    draw = torch.Generator().manual_seed(3)
+    truth = torch.randn(20, 400, generator=draw, dtype=torch.float64)
+    effects, own = (noisy(n, 0.3, draw, truth) for n in (8, 4))
+    exact = made_up(-own.per_seed)  # as good as retraining under its own seeds
+    report = msif.agreement(exact, effects, retrained=own)
+    assert report.noise.measured and report.noise.efficiency == pytest.approx(1.0, abs=1e-9)
+    estimated = msif.agreement(exact, effects).noise
+    assert estimated.reliability == pytest.approx(0.3, abs=0.02)
+    assert estimated.ceiling == pytest.approx(report.noise.ceiling, abs=0.03)
+    means = zip(own.values, truth, strict=True)
+    clean = numpy.mean([numpy.corrcoef(a, b)[0, 1] for a, b in means])
+    low, high = report.noise.intervals["corrected"]
+    assert low < clean < high and report.mean("r") < low
+    # A control: scores with as much noise again lose efficiency.
+    noise = torch.randn(4, 20, 400, generator=draw, dtype=torch.float64)
+    worse = msif.agreement(made_up(-own.per_seed + 3 * noise), effects, retrained=own).noise
+    assert worse.intervals["efficiency"][1] < 0.9
