@@ -4,7 +4,7 @@ import functools
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -21,13 +21,13 @@ from ..objective.checks import ask
 from ..objective.losses import target_name
 from ..objective.questions import Question, require_finite
 from ..parallel import each_result
-from ..pipeline.origin import Origin, averaged, checked
+from ..pipeline.origin import Origin, averaged, checked, some_runs
 from ..pipeline.pipeline import Pipeline, Retrained
 from ..pipeline.recipes import progress_bar
 from ..pipeline.saved import former_facts
 from ..pipeline.seeds import SeedRuns
 from ..storage import digest, read_tensors, valid, write_tensors
-from .store import RemovalStore
+from .store import RemovalStore, Results
 
 __all__ = ["Effects", "EffectsOverSeeds", "random_removals", "removal_effects"]
 
@@ -243,6 +243,18 @@ class EffectsOverSeeds(Effects):
             seeds,
         )
 
+    def some(self, places: Sequence[int]) -> "EffectsOverSeeds":
+        """The mean over some of the seeds, by their places among them."""
+        places = list(places)
+        per_seed, seeds = self.per_seed[places], [self.seeds[i] for i in places]
+        return replace(
+            self,
+            values=per_seed.mean(0),
+            per_seed=per_seed,
+            seeds=seeds,
+            origin=some_runs(self.origin, places),
+        )
+
     def __repr__(self) -> str:
         inside = super().__repr__().removeprefix("Effects(").removesuffix(")")
         return f"EffectsOverSeeds({inside}, mean of {len(self.seeds)} seeds)"
@@ -425,13 +437,7 @@ def removal_effects(
             kept.add(parts[i], *result)
             bar.update(len(parts[i]))
     found = kept.all()
-    if bool(found.short.any()):
-        warnings.warn(
-            "some retrainings stopped short of their recipe's tolerance: largest ‖∇F‖ is "
-            f"{float(found.norms.max()):.1e}; raise max_iter or weight_decay",
-            ConvergenceWarning,
-            stacklevel=2,
-        )
+    _warn_short(found)
     return Effects(
         found.after - kept.base[:, None],
         groups,
@@ -444,6 +450,17 @@ def removal_effects(
         question.aggregate,
         pipeline.origin(question),
     )
+
+
+def _warn_short(found: Results) -> None:
+    """Warn where retrainings missed their recipe's tolerance, at `removal_effects`' caller."""
+    if bool(found.short.any()):
+        warnings.warn(
+            "some retrainings stopped short of their recipe's tolerance: largest ‖∇F‖ is "
+            f"{float(found.norms.max()):.1e}; raise max_iter or weight_decay",
+            ConvergenceWarning,
+            stacklevel=3,
+        )
 
 
 def _of_runs(runs: SeedRuns, queries, subsets, store, progress, asked: dict) -> EffectsOverSeeds:

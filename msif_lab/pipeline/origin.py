@@ -145,6 +145,17 @@ def averaged(origins: Sequence[Origin]) -> Origin:
     return joined
 
 
+def some_runs(origin: Origin, places: Sequence[int]) -> Origin:
+    """The origin of an average over some of the runs of another average."""
+    if not origin:
+        return origin
+    stages = {
+        name: stage | {"runs": [stage["runs"][i] for i in places]}
+        for name, stage in origin["stages"].items()
+    }
+    return dict(origin) | {"stages": stages}
+
+
 def share_runs(left: Origin, right: Origin) -> bool:
     """Whether results, each of a run or an average of several, have a run in common."""
     if not left or not right:
