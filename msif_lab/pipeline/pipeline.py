@@ -4,7 +4,7 @@ import copy
 import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -148,11 +148,29 @@ class Pipeline:
         self.reports = reports
         return self
 
+    def fit_lanes(self, starts: Sequence[Tensor], seeds: Sequence) -> list[tuple[list, list]]:
+        """What `fit` would give from other initial weights and batch orders, all at once.
+
+        Args:
+            starts: by stage, the initial parameters of each lane ``(R, D)``.
+            seeds: by stage, of each lane's batches; None for a recipe without.
+
+        Returns:
+            for each lane all parameters and reports, as `take_fit` takes them.
+        """
+        fulls, reports = self._run([None] * len(self.stages), starts, False, False, seeds)
+        one = [torch.tensor([lane]) for lane in range(len(starts[0]))]
+        return [
+            ([full[i] for full in fulls], [report.lane(at) for report in reports])
+            for i, at in enumerate(one)
+        ]
+
     def take_fit(self, fulls: Sequence[Tensor], reports: Sequence[FitReport]) -> None:
         """Take what `fit` of an equal pipeline gave elsewhere: all parameters and reports."""
         self._prepare()
         self._write(fulls)
-        self.reports = list(reports)
+        pairs = zip(reports, self.stages, strict=True)
+        self.reports = [replace(report, recipe=str(s.recipe)) for report, s in pairs]
 
     @exclusive
     def adopt(self, checkpoints: Sequence[Run | None] | None = None) -> "Pipeline":
@@ -226,11 +244,12 @@ class Pipeline:
         return self._trained is not None and self.reports is None
 
     def _run(
-        self, weights, starts, warm: bool, progress: bool
+        self, weights, starts, warm: bool, progress: bool, seeds: Sequence | None = None
     ) -> tuple[list[Tensor], list[FitReport]]:
         """Train every stage of every lane, from ``starts`` (R, D) each.
 
         Shared parts that are trained start at the W* of their own lane, unless ``warm``.
+        ``seeds``: by stage, of each lane's own batches.
         """
         done, reports, previous = [], [], None
         for k, stage in enumerate(self.stages):
@@ -238,6 +257,8 @@ class Pipeline:
             lanes = p.lanes(starts[k], previous, weights[k])
             if not warm:
                 lanes = p.start(lanes)
+            if seeds is not None:
+                lanes = replace(lanes, seeds=seeds[k])
             theta = p.objective.trained.take(lanes.base)
             theta, report = stage.recipe.run(lanes, theta, progress=progress)
             if not bool(torch.isfinite(theta).all() & torch.isfinite(report.value).all()):

@@ -10,7 +10,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -43,6 +43,11 @@ class FitReport:
     gradient_norm: Tensor
     converged: Tensor
     seconds: float = field(compare=False)
+
+    def lane(self, at: Tensor) -> "FitReport":
+        """The report of some lanes."""
+        parts = {name: getattr(self, name)[at] for name in ("value", "gradient_norm", "converged")}
+        return replace(self, **parts)
 
     def __str__(self) -> str:
         state = "converged" if bool(self.converged.all()) else "stopped short of an optimum"
@@ -244,6 +249,17 @@ class MiniBatch(ABC):
                 yield batch, self.lr * self._factor(step, total)
                 step += 1
 
+    def lane_steps(self, lanes: Lanes) -> Iterator[tuple[Tensor, float]]:
+        """`steps` of these lanes: batches ``(R, B)`` where each has a batch order of its own."""
+        m = len(lanes.objective.data)
+        if lanes.seeds is None:
+            yield from self.steps(m)
+            return
+        orders = [replace(self, seed=seed).steps(m) for seed in lanes.seeds]
+        for each in zip(*orders, strict=True):
+            batches, rates = zip(*each, strict=True)
+            yield torch.stack(batches), rates[0]
+
     def _factor(self, step: int, total: int) -> float:
         rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
         if callable(self.schedule):
@@ -281,7 +297,7 @@ class MiniBatch(ABC):
         theta, state = theta.clone(), self.start(theta)
         total = self.epochs * -(-m // self.batch_size)
         with progress_bar(total, type(self).__name__, progress) as bar:
-            for step, (batch, rate) in enumerate(self.steps(m)):
+            for step, (batch, rate) in enumerate(self.lane_steps(lanes)):
                 theta, state, _ = self.advance(lanes, theta, state, step, batch, rate)
                 bar.update()
         value, gradient = lanes.value_and_grad(theta)
