@@ -593,6 +593,7 @@ def _forward_over_reverse_agrees(o: Objective) -> bool:
 # How many sets of activations one example costs in `gradient_transpose`.
 TRANSPOSE_FIXED = 4
 TRANSPOSE_PER_QUERY = 5
+LANE_BYTES = 30 * 10**6  # of lanes side by side; on a CPU more of them are slower than one by one
 
 
 def gradient_transpose(
@@ -641,6 +642,53 @@ def gradient_transpose(
         products += by_theta
         scores.append(by_weight / len(batch))
     return products, torch.cat(scores, dim=1)
+
+
+def transpose_lanes(
+    o: Objective,
+    fulls: Tensor,
+    batches: Tensor,
+    cotangents: Tensor,
+    weights: Tensor,
+    every: bool = False,
+    memory: int = 10**9,
+) -> tuple[Tensor, Tensor]:
+    """`gradient_transpose` of R lanes, each with parameters, mini-batch and cotangents of its own.
+
+    Args:
+        fulls, batches, cotangents, weights: ``(R, D)``, ``(R, B)``, ``(R, Q, P)``, ``(R, B)``.
+        o, every, memory: as there; lanes go side by side as far as `LANE_BYTES` allow.
+
+    Returns:
+        ``(R, Q, P or D)`` products and ``(R, Q, B)`` scores.
+    """
+    copies = TRANSPOSE_FIXED + TRANSPOSE_PER_QUERY * cotangents.shape[1]
+    cost = o.bytes_per_example() * copies * batches.shape[1]
+    side = min(memory, LANE_BYTES) // cost
+    if side < 2 or not _transpose_ways(o, every)[0]:
+        lanes = zip(fulls, batches, cotangents, weights, strict=True)
+        pairs = [gradient_transpose(o, *lane, every, memory) for lane in lanes]
+        products, scores = zip(*pairs, strict=True)
+        return torch.stack(products), torch.stack(scores)
+    if every:
+        wide = cotangents.new_zeros(*cotangents.shape[:2], fulls.shape[1])
+        cotangents = o.trained.put(wide, cotangents)
+
+    def one(full, x, y, v, w):
+        def risk(theta, w):
+            return (w * o.losses(theta if every else o.parameters(theta, full), x, y)).sum()
+
+        gradients = grad(risk, argnums=(0, 1))
+        point = full if every else o.trained.take(full)
+        return vmap(lambda v: jvp(lambda t: gradients(t, w), (point,), (v,))[1])(v)
+
+    count = batches.shape[1]
+    parts = [
+        vmap(one)(fulls[i], o.data.x[batches[i]], o.data.y[batches[i]], cotangents[i], w / count)
+        for i, w in zip(torch.arange(len(fulls)).split(side), weights.split(side), strict=True)
+    ]
+    products, scores = (torch.cat(part) for part in zip(*parts, strict=True))
+    return products, scores / count
 
 
 def _transpose_ways(o: Objective, every: bool) -> tuple[bool, bool]:
