@@ -234,7 +234,11 @@ def _finite(name: str, values) -> Tensor:
 
 def _check_subsets(subsets: Sequence[Sequence[int]], m: int = sys.maxsize) -> list[list[int]]:
     """The groups as lists of positions below m; a bare number is a group of one."""
-    if not isinstance(subsets, Iterable) or isinstance(subsets, str) or not numpy.ndim(subsets):
+    if (
+        not isinstance(subsets, Iterable)
+        or isinstance(subsets, str)
+        or getattr(subsets, "ndim", 1) == 0
+    ):
         raise TypeError(
             f"subsets={shown(subsets)} must be lists of positions, e.g. [[3], [17], [5, 9]]"
         )
@@ -353,11 +357,7 @@ def removal_effects(
     if not isinstance(protocol, str) or protocol not in PROTOCOLS:
         raise ValueError(f"protocol={shown(protocol)} must be one of {PROTOCOLS}")
     require_start(pipeline, protocol)
-    if not isinstance(lanes, int) or isinstance(lanes, bool) or lanes < 1:
-        raise ValueError(f"lanes={shown(lanes)} must be a positive whole number")
-    n_jobs = check_jobs(n_jobs)
-    if store is not None:
-        check_path("store", store)
+    n_jobs = _checked_work(lanes, n_jobs, store)
     groups = _check_subsets(subsets, len(pipeline.stages[k].data))
     question = _asked(pipeline, queries, target, aggregate)
     name, asked = pipeline.stages[k].name, (queries, target, aggregate, protocol)
@@ -396,6 +396,15 @@ def removal_effects(
         question.aggregate,
         pipeline.origin(question),
     )
+
+
+def _checked_work(lanes: int, n_jobs: int, store) -> int:
+    """Refuse settings of how the work is done; returns the number of processes."""
+    if not isinstance(lanes, int) or isinstance(lanes, bool) or lanes < 1:
+        raise ValueError(f"lanes={shown(lanes)} must be a positive whole number")
+    if store is not None:
+        check_path("store", store)
+    return check_jobs(n_jobs)
 
 
 def _asked(pipeline: Pipeline, queries: Examples, target, aggregate) -> Question:
