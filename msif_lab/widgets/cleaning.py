@@ -133,7 +133,7 @@ class CleaningExplorer(Explorer):
             mask[values] = True
         else:
             raise ValueError(
-                f"corrupted={shown(given)} is {values.dtype} of shape {tuple(values.shape)}: give "
+                f"corrupted is {values.dtype} of shape {tuple(values.shape)}: give "
                 f"a mask ({self.count},) of bool, or positions"
             )
         if not bool(mask.any()):
