@@ -14,6 +14,7 @@ from pathlib import Path
 
 import joblib
 
+from .arguments import check_choice, check_function, check_instance, check_whole, listed
 from .errors import ConvergenceWarning
 from .evaluation.comparison import compare_methods, noise_ceiling
 from .evaluation.removals import Effects, random_removals, removal_effects
@@ -23,6 +24,7 @@ from .influence.implicit import ImplicitInfluence
 from .influence.result import Influence
 from .influence.segmented import SegmentedInfluence
 from .influence.unrolled import UnrolledInfluence
+from .parallel import check_jobs
 from .pipeline.pipeline import Pipeline
 from .pipeline.recipes import SGD
 from .pipeline.stages import Proximal, WarmStart
@@ -140,6 +142,16 @@ def checkpoint_scorers(
     return ways
 
 
+def _known(name: str, given, options: Mapping) -> list[str]:
+    """Some of the names, checked."""
+    found = listed(name, given, f"a list of {list(options)}")
+    if not found:
+        raise ValueError(f"{name} is empty; give some of {list(options)}")
+    for one in found:
+        check_choice(name, one, options)
+    return found
+
+
 def run(
     experiment: Experiment,
     *,
@@ -165,6 +177,10 @@ def run(
         scores by method (``(method, kind)`` where they are for one kind of removal) and effects by
         kind, as `compare_methods` takes them.
     """
+    check_instance("experiment", experiment, Experiment, "from a builder in msif_lab.experiments")
+    kinds = _known("kinds", kinds, REMOVALS)
+    check_whole("removals", removals)
+    check_function("ways", ways, "such as scorers or checkpoint_scorers")
     pipeline = experiment.pipeline.fit(progress)
     found = ways(experiment, kinds, progress)
     known = {name if isinstance(name, str) else name[0] for name in found}
@@ -220,6 +236,12 @@ def study(
     """
     import pandas
 
+    check_choice("setting", setting, SETTINGS)
+    links = None if links is None else _known("links", links, LINKS)
+    kinds = _known("kinds", kinds, REMOVALS)
+    seeds, removals = check_whole("seeds", seeds), check_whole("removals", removals)
+    check_function("ways", ways, "such as scorers or checkpoint_scorers")
+    n_jobs = check_jobs(n_jobs)
     links = links or (("frozen", "proximal") if setting in AT_OPTIMUM else ("frozen", "warm start"))
 
     def one(link, seed):

@@ -24,7 +24,7 @@ TOP_LEVEL = TEXTS | SETTINGS | {".ci", "msif_lab", "notebooks", "tests", "binder
 
 # A file or folder of the package imports only from those above it; README's table is in this order.
 ORDER = [
-    *("errors", "storage", "fingerprints", "memory", "parallel", "figures"),
+    *("errors", "arguments", "storage", "fingerprints", "memory", "parallel", "figures"),
     *("data", "objective", "curvature", "pipeline", "solvers", "influence", "evaluation"),
     *("experiments", "studies", "lds", "exercises", "plots", "widgets"),
 ]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, func
 from torch.func import grad, vmap
 
+from ..arguments import check_function, check_instance, check_tensor, shown
 from ..data.examples import Examples
 from ..errors import UnsupportedModelError
 from ..objective.exclusive import exclusive
@@ -253,6 +254,19 @@ def _plain_gradient(value: Callable, theta: Tensor, x: Tensor, y: Tensor) -> Ten
     return torch.autograd.grad(result, leaf, materialize_grads=True)[0]
 
 
+def _check_place(objective: Objective, full: Tensor, examples: Examples | None) -> None:
+    """Refuse what is no objective, no vector of all its parameters, or no examples."""
+    check_instance("objective", objective, Objective, "as pipeline.objective(stage) gives it")
+    check_tensor("full", full, f"({objective.layout.size},)")
+    if full.shape != (objective.layout.size,):
+        raise ValueError(
+            f"full has shape {tuple(full.shape)}, expected ({objective.layout.size},), all "
+            "parameters of the model in one vector, as pipeline.trained() has them"
+        )
+    if examples is not None:
+        check_instance("examples", examples, Examples, "wrap them: Examples(x, y)")
+
+
 def per_example_gradients(
     objective: Objective,
     full: Tensor,
@@ -273,6 +287,9 @@ def per_example_gradients(
         rows: only these positions.
     """
     o = objective
+    _check_place(o, full, examples)
+    if function is not None:
+        check_function("function", function, "(outputs, targets) -> (B,)")
     function = function or o.loss
     layers = find_layers(o, every)
     theta = full if every else o.trained.take(full)
@@ -332,6 +349,8 @@ def example_products(
 
     See `product_chunks` for the modes.
     """
+    _check_place(objective, full, examples)
+    check_tensor("vectors", vectors, "(P, Q)")
     count = len(objective.data if examples is None else examples)
     result = vectors.new_empty(vectors.shape[-1], count)
     for rows, products in product_chunks(objective, full, vectors, examples, mode=mode):
@@ -367,11 +386,13 @@ def product_chunks(
         UnsupportedModelError: ``mode="forward"`` gives wrong numbers for this model.
     """
     o = objective
+    _check_place(o, full, examples)
+    check_tensor("vectors", vectors, "(P, Q)")
     layers = find_layers(o)
     modes = ("auto", "forward", "gradients", "layers")
     if mode not in modes or (mode == "layers" and layers is None):
         raise ValueError(
-            f"mode={mode!r} must be 'auto', 'forward', 'gradients', "
+            f"mode={shown(mode)} must be 'auto', 'forward', 'gradients', "
             "or 'layers' where `Linear` and `Conv2d` hold all that is trained"
         )
     if vectors.ndim != 2 or vectors.shape[0] != o.size:

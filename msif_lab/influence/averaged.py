@@ -9,9 +9,10 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from ..arguments import check_choice, check_whole
 from ..data.examples import Examples
 from ..objective.questions import about_all
-from ..parallel import each_result
+from ..parallel import check_jobs, each_result
 from ..pipeline.origin import Origin, all_rows, averaged, checked
 from ..pipeline.pipeline import Pipeline
 from ..pipeline.recipes import progress_bar
@@ -248,14 +249,9 @@ class AveragedInfluence:
                 f"method is {type(method).__name__}; give an attributor such as "
                 "msif.UnrolledInfluence()"
             )
-        if average not in AVERAGES:
-            raise ValueError(f"average={average!r} must be one of {AVERAGES}")
-        if not isinstance(n_jobs, int) or isinstance(n_jobs, bool) or n_jobs == 0:
-            raise ValueError(f"n_jobs={n_jobs!r} must be a whole number, as joblib takes it")
-        if not isinstance(lanes, int) or isinstance(lanes, bool) or lanes < 1:
-            raise ValueError(f"lanes={lanes!r} must be a positive whole number")
+        check_choice("average", average, AVERAGES)
         self.method, self.average = method, average
-        self.n_jobs, self.lanes = n_jobs, lanes
+        self.n_jobs, self.lanes = check_jobs(n_jobs), check_whole("lanes", lanes)
 
     def __repr__(self) -> str:
         return f"AveragedInfluence({self.method!r}, average={self.average!r})"

@@ -14,6 +14,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..arguments import (
+    check_choice,
+    check_damping,
+    check_flag,
+    check_instance,
+    check_seed,
+    check_whole,
+    shown,
+)
 from ..curvature.derivatives import example_products, per_example_gradients, query_gradients
 from ..data.examples import Examples
 from ..objective.checks import ask
@@ -22,7 +31,7 @@ from ..objective.last_layer import find_last_layer
 from ..objective.objective import Objective
 from ..objective.questions import Question
 from ..pipeline.pipeline import Pipeline
-from ..solvers.exact import Exact
+from ..solvers.exact import as_solver
 from .replay import kept_runs
 from .result import Influence
 
@@ -59,8 +68,7 @@ class Baseline:
         Raises:
             ValueError: it is not trained, or its models were changed since.
         """
-        if not isinstance(pipeline, Pipeline):
-            raise TypeError(f"pipeline must be a msif_lab.Pipeline, not {type(pipeline).__name__}")
+        check_instance("pipeline", pipeline, Pipeline)
         self._full = [t.clone() for t in pipeline.trained()]
         self._pipeline = pipeline
         return self
@@ -201,7 +209,7 @@ class Random(Baseline):
     """
 
     def __init__(self, seed: int = 0):
-        self.seed = seed
+        self.seed = check_seed("seed", seed)
 
     def _values(self, k, question):
         shape = len(question.queries), len(self._pipeline.stages[k].data)
@@ -221,7 +229,7 @@ class GradientDot(Baseline):
     signed = True
 
     def __init__(self, cosine: bool = False):
-        self.cosine = bool(cosine)
+        self.cosine = check_flag("cosine", cosine)
 
     def _values(self, k, question):
         o = self._pipeline.objective(k)
@@ -269,9 +277,7 @@ class TracIn(Baseline):
     signed = True
 
     def __init__(self, checkpoints: int = 5):
-        if not isinstance(checkpoints, int) or checkpoints < 1:
-            raise ValueError(f"checkpoints={checkpoints!r} must be a positive whole number")
-        self.checkpoints = checkpoints
+        self.checkpoints = check_whole("checkpoints", checkpoints)
 
     def fit(self, pipeline):
         """Replay every stage's training for its checkpoints, or take those that were adopted.
@@ -310,6 +316,8 @@ class RepresentationSimilarity(Baseline):
     """
 
     def __init__(self, layer: str | None = None):
+        if layer is not None and not isinstance(layer, str):
+            raise TypeError(f"layer={shown(layer)} must be the name of a module, such as 'head'")
         self.layer = layer
 
     def _values(self, k, question):
@@ -380,13 +388,9 @@ class SingleStage(Baseline):
     signed = True
 
     def __init__(self, solver=None, *, curvature: str = "ggn", damping: float = 0.0):
-        if curvature not in ("hessian", "ggn") or not 0 <= damping < float("inf"):
-            raise ValueError(
-                f"curvature={curvature!r} must be 'hessian' or 'ggn', damping={damping} zero or "
-                "positive"
-            )
-        self.solver = Exact() if solver is None else solver
-        self.curvature, self.damping = curvature, float(damping)
+        check_choice("curvature", curvature, ("hessian", "ggn"))
+        self.solver = as_solver(solver)
+        self.curvature, self.damping = curvature, check_damping(damping)
 
     def _values(self, k, question):
         o, operator = self._pipeline.objective(k), self._pipeline.curvature(k, self.curvature)

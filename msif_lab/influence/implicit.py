@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..arguments import check_choice, check_damping, check_flag, check_instance, shown
 from ..curvature.derivatives import (
     cross_products,
     example_products,
@@ -21,7 +22,7 @@ from ..objective.checks import ask
 from ..objective.questions import Question
 from ..pipeline.pipeline import Pipeline
 from ..pipeline.stages import Stage, WarmStart
-from ..solvers.exact import Exact
+from ..solvers.exact import as_solver
 from ..solvers.report import SolveReport
 from .cost import Plan, plan
 from .leave_one_out import removal_steps
@@ -83,19 +84,11 @@ class ImplicitInfluence:
         damping: float = 0.0,
         leave_one_out: bool = False,
     ):
-        if curvature not in ("hessian", "ggn"):
-            raise ValueError(f"curvature={curvature!r} must be 'hessian' or 'ggn'")
-        if not 0 <= damping < float("inf"):
-            raise ValueError(f"damping={damping} must be zero or positive")
-        named = solver is None or solver == "auto"
-        if not named and (not hasattr(solver, "prepare") or isinstance(solver, type)):
-            raise TypeError(
-                f"solver={solver!r} must be 'auto' or a solver object: Exact(), ConjugateGradient()"
-            )
-        self.solver = Exact() if solver is None else solver
+        check_choice("curvature", curvature, ("hessian", "ggn"))
+        self.solver = solver if isinstance(solver, str) and solver == "auto" else as_solver(solver)
         self.curvature = curvature
-        self.damping = float(damping)
-        self.leave_one_out = leave_one_out
+        self.damping = check_damping(damping)
+        self.leave_one_out = check_flag("leave_one_out", leave_one_out)
         self.plan_: Plan | None = None
         self.report_: dict[str, SolveReport] = {}
 
@@ -115,8 +108,7 @@ class ImplicitInfluence:
             ConvergenceWarning: a stage is not at a stationary point, with its gradient norm.
             SymmetryWarning: from `Exact`; a stage's minimum is flat along a symmetry.
         """
-        if not isinstance(pipeline, Pipeline):
-            raise TypeError(f"pipeline must be a msif_lab.Pipeline, not {type(pipeline).__name__}")
+        check_instance("pipeline", pipeline, Pipeline)
         self._full = [full.clone() for full in pipeline.trained()]
         self._pipeline = pipeline
         self._steps: dict[int, Tensor] = {}  # by stage, from `removal_steps`
@@ -205,9 +197,10 @@ class ImplicitInfluence:
         >>> influence.score(test, aggregate=gap)
         Influence(weighted sum of 596 queries #... × 1201 examples of 'digits' on weighted loss; ...
         """
-        if top is not None and (not isinstance(top, int) or not top >= 1 or self.leave_one_out):
+        known = isinstance(top, int) and not isinstance(top, bool) and top >= 1
+        if top is not None and (not known or self.leave_one_out):
             raise ValueError(
-                f"top={top!r} must be a whole number of at least 1, and needs "
+                f"top={shown(top)} must be a whole number of at least 1, and needs "
                 "leave_one_out=False: the corrections are kept for all examples anyway, so score "
                 "without top and use .helpful(k)"
             )

@@ -9,6 +9,7 @@ import joblib
 import torch
 from torch import Tensor
 
+from ..arguments import check_choice, check_flag, check_instance, check_whole
 from ..curvature.derivatives import query_gradients
 from ..curvature.soundness import require_loss_curvature, require_second_derivative
 from ..data.examples import Examples
@@ -16,11 +17,11 @@ from ..errors import UnsmoothTrainingWarning
 from ..memory import parse_bytes, require_memory
 from ..objective.checks import ask
 from ..objective.precision import require_precision
-from ..parallel import each_result
+from ..parallel import check_jobs, each_result
 from ..pipeline.pipeline import Pipeline
 from ..pipeline.recipes import progress_bar
 from ..pipeline.runs import KeptRun
-from .cost import SegmentedPlan, segmented_plan
+from .cost import SegmentedPlan, count_queries, segmented_plan
 from .replay import kept_runs, step_counts
 from .result import Influence
 from .stretches import MOST_DIMENSIONS, Reading, SegmentAdjoint, Stretch, stretches_of
@@ -113,26 +114,14 @@ class SegmentedInfluence:
         memory: str | int = "1GB",
         n_jobs: int = 1,
     ):
-        for name, value in (("segments", segments), ("krylov", krylov)):
-            if name == "krylov" and value is None:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
-        if not isinstance(n_jobs, int) or isinstance(n_jobs, bool) or n_jobs == 0:
-            raise ValueError(f"n_jobs={n_jobs!r} must be a whole number, as joblib takes it")
-        if curvature not in ("hessian", "ggn"):
-            raise ValueError(f"curvature={curvature!r} must be 'hessian' or 'ggn'")
-        if dynamics not in ("optimizer", "flow"):
-            raise ValueError(f"dynamics={dynamics!r} must be 'optimizer' or 'flow'")
-        few = curvature_examples
-        if few is not None and (not isinstance(few, int) or isinstance(few, bool) or few < 1):
-            raise ValueError(
-                f"curvature_examples={few!r} must be a whole number of at least 1, or None for all"
-            )
-        self.segments, self.krylov = segments, krylov
-        self.curvature, self.curvature_examples = curvature, curvature_examples
-        self.dynamics, self.details = dynamics, bool(details)
-        self.memory, self.n_jobs = parse_bytes(memory), n_jobs
+        check_choice("curvature", curvature, ("hessian", "ggn"))
+        check_choice("dynamics", dynamics, ("optimizer", "flow"))
+        self.segments = check_whole("segments", segments)
+        self.krylov = check_whole("krylov", krylov, none="as many as it takes")
+        few = check_whole("curvature_examples", curvature_examples, none="all")
+        self.curvature, self.curvature_examples = curvature, few
+        self.dynamics, self.details = dynamics, check_flag("details", details)
+        self.memory, self.n_jobs = parse_bytes(memory), check_jobs(n_jobs)
 
     def __repr__(self) -> str:
         given = f", curvature_examples={self.curvature_examples}" * bool(self.curvature_examples)
@@ -149,8 +138,7 @@ class SegmentedInfluence:
             ValueError: a stage was trained to an optimum, or adopted without checkpoints.
             UnsupportedModelError: a model without second derivatives, or in half precision.
         """
-        if not isinstance(pipeline, Pipeline):
-            raise TypeError(f"pipeline must be a msif_lab.Pipeline, not {type(pipeline).__name__}")
+        check_instance("pipeline", pipeline, Pipeline)
         self._full = [full.clone() for full in pipeline.trained()]
         for k in range(len(pipeline.stages)):
             require_precision(pipeline.objective(k), "differentiating its run")
@@ -243,9 +231,8 @@ class SegmentedInfluence:
             MemoryBudgetError: the Krylov spaces of one query exceed the budget.
             ValueError: no queries, or a pipeline that `fit` would refuse.
         """
-        count = queries if isinstance(queries, int) else len(queries)
-        if count < 1:
-            raise ValueError(f"queries={count} must be at least 1")
+        check_instance("pipeline", pipeline, Pipeline)
+        count = count_queries(queries)
         reading = Reading(self.krylov, self.curvature, self.curvature_examples, self.dynamics)
         part = min(count, self._side_by_side(pipeline, 0))
         lengths = step_counts(pipeline, self.segments)

@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_path, check_whole
 from ..fingerprints import describe, same_by_name
 from ..objective.exclusive import exclusive
 from ..objective.layout import Layout
 from ..objective.wrapping import plain_module
-from ..parallel import each_result
+from ..parallel import check_jobs, each_result
 from ..storage import check_writable
 from .pipeline import Pipeline
 from .recipes import FitReport, progress_bar
@@ -123,8 +124,9 @@ def over_seeds(
     SeedRuns(3 seeds 0, 1, 2 of stages ['digits'])
     """
     seeds = _seeds(range(seeds) if isinstance(seeds, int) else seeds)
-    if not isinstance(lanes, int) or isinstance(lanes, bool) or lanes < 1:
-        raise ValueError(f"lanes={lanes!r} must be a positive whole number")
+    lanes, n_jobs = check_whole("lanes", lanes), check_jobs(n_jobs)
+    if store is not None:
+        check_path("store", store)
     unknown = isinstance(redraw, str) or not redraw or not set(redraw) <= set(PARTS)
     if unknown:
         raise ValueError(f"redraw={redraw!r} must hold one or more of {PARTS}")
