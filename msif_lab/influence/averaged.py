@@ -67,8 +67,7 @@ class InfluenceOverSeeds(Influence):
 
     def __getitem__(self, queries) -> "InfluenceOverSeeds":
         some = super().__getitem__(queries)
-        rows = [int(queries)] if isinstance(queries, int) else queries
-        per_seed = self.per_seed[:, rows]
+        per_seed = self.per_seed[:, self._places(queries)]
         about = self.ids, some.query_ids, *self._about(), self.aggregate
         return self.of(per_seed, self.seeds, self.average, *about, origin=some.origin)
 
@@ -120,7 +119,7 @@ class InfluenceOverSeeds(Influence):
         ``√(Sρ / (1 + (S − 1)ρ))`` (Spearman and Brown), ρ the mean `reliability` of the queries.
         """
         self._require_several("a reliability")
-        count = len(self.seeds) if seeds is None else seeds
+        count = check_whole("seeds", seeds, none="their number") or len(self.seeds)
         return math.sqrt(spearman_brown(self._rho(), count))
 
     def seeds_needed(self, r: float = 0.9) -> int | float:
