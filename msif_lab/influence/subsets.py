@@ -91,13 +91,15 @@ class RunUnderWeights(UnrolledInfluence):
         """``∂q/∂w`` at these weights ``(N,)`` of a stage's examples, all others one.
 
         Returns:
-            the derivatives ``(Q, N)``, of examples of weight 0 too, and q there ``(Q,)``.
+            the derivatives ``(Q, N)``, of examples of weight 0 too, and the change of q since the
+            fit ``(Q,)``.
         """
         plan = self._plan(self._pipeline, len(question))
         runs = self._replay(plan, {stage: weights}, progress=False)
         values, _ = self._sweep(runs, stage, question, plan)
-        o = self._pipeline.objective(-1)
-        return values, question.answer(question.values(o, runs[-1].final[0]))
+        o, ends = self._pipeline.objective(-1), (runs[-1].final[0], self._full[-1])
+        after, before = (question.answer(question.values(o, full)) for full in ends)
+        return values, after - before
 
 
 def most_influential(
@@ -245,8 +247,6 @@ def _rounds(
     progress: bool,
 ) -> list[Round]:
     """The greedy choice; the effect of the last round is left to be measured."""
-    o, full = attributor._pipeline.objective(-1), attributor._pipeline.trained()[-1]
-    before = float(question.answer(question.values(o, full)))
     weights, records = torch.ones_like(scores), []
     bounds = [round(k * r / rounds) for r in range(rounds + 1)]
     with progress_bar(rounds, "rounds", progress) as bar:
@@ -256,8 +256,8 @@ def _rounds(
             predicted, effect = -float(scores[added].sum()), math.nan
             weights[added] = 0
             if goal < k:
-                values, after = attributor.at(question, stage, weights)
-                scores, effect = values[0], float(after) - before
+                values, change = attributor.at(question, stage, weights)
+                scores, effect = values[0], float(change)
             records.append(Round(added.tolist(), predicted, effect))
             bar.update()
     return records
