@@ -216,6 +216,7 @@ def test_of_least_squares_the_best_subset_by_brute_force():
         ({"k": True}, TypeError, "k=True"),
         ({"rounds": 0}, ValueError, "rounds=0"),
         ({"rounds": "8"}, TypeError, "rounds='8'"),
+        ({"raises": "lower"}, TypeError, "raises='lower'"),
         ({"stage": "third"}, ValueError, "third"),
         ({"aggregate": None}, ValueError, "aggregate=None.*5 numbers.*aggregate='mean'"),
         ({"aggregate": "median"}, ValueError, "aggregate='median'"),

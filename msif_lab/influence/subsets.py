@@ -163,7 +163,8 @@ def most_influential(
     Reference: the greedy choice of most influential sets, Broderick et al. 2020 (arXiv 2011.14999)
     and Kuschnig et al. 2021, here with the derivative of the run across stages.
     """
-    attributor, first, rounds = _checked(pipeline, k, stage, rounds, method)
+    attributor, first, rounds = _checked(pipeline, k, stage, raises, rounds, method)
+    k = int(k)
     question = ask(pipeline.objective(-1), queries, target, aggregate, derivative=True)
     if len(question) != 1:
         raise ValueError(
@@ -197,7 +198,7 @@ def most_influential(
 
 
 def _checked(
-    pipeline, k, stage, rounds, method: UnrolledInfluence | None
+    pipeline, k, stage, raises, rounds, method: UnrolledInfluence | None
 ) -> tuple[RunUnderWeights, int, int]:
     """A fresh attributor, the stage's position, and at most k rounds; bad arguments are refused."""
     if not isinstance(pipeline, Pipeline):
@@ -212,6 +213,8 @@ def _checked(
             f"k={k} must be at least 1 and less than the {m} examples of stage "
             f"{pipeline.stages[first].name!r}"
         )
+    if not isinstance(raises, bool):
+        raise TypeError(f"raises={raises!r} must be True, for q to rise on removal, or False")
     if rounds < 1:
         raise ValueError(f"rounds={rounds} must be at least 1; 1 gives the plain list")
     method = UnrolledInfluence() if method is None else method
@@ -233,7 +236,8 @@ def _checked(
                 "there is no run to differentiate without the chosen examples; train it with "
                 "recipe=SGD(...) or Adam(...), or rank by ImplicitInfluence(leave_one_out=True)"
             )
-    return RunUnderWeights(memory=method.memory, segments=method.segments), first, min(rounds, k)
+    fresh = RunUnderWeights(memory=method.memory, segments=method.segments)
+    return fresh, first, int(min(rounds, k))
 
 
 def _rounds(

@@ -8,8 +8,9 @@ of q when the plain list, or the subset of `msif.most_influential`, is removed a
 with the same seed, and the same under another seed. Ratios are of mean effects over seeds (and
 queries). `--variants` compares ways to choose on the mean query instead: 2, 4 and 8 rounds, the
 mean of the scores with everybody in and with the list out ("second order"), and exchange: after 8
-rounds members are swapped as long as a rerun says that it helps. The latter's set is one that no
-such swap improves, so it tells how much the plain list leaves to be found.
+rounds, from the plain list, or from a random group, members are swapped as long as a rerun says
+that it helps. No such swap improves the sets that these end at; where they agree, they tell how
+much the plain list leaves to be found.
 """
 
 import argparse
@@ -129,6 +130,8 @@ def variants_of(setting, link, seed, fraction):
         groups["second order"] = (at_one + search.gains(plain)).topk(k).indices.tolist()
         groups["8 rounds, exchange"] = search.exchanged(groups["8 rounds"])
         groups["plain, exchange"] = search.exchanged(plain)
+        drawn = torch.randperm(len(at_one), generator=torch.Generator().manual_seed(seed))[:k]
+        groups["random, exchange"] = search.exchanged(drawn.tolist(), times=12)
         effects = dict(zip(groups, search.effects(list(groups.values())), strict=True))
         yield {"setting": setting, "link": link, "seed": seed, "raises": raises, **effects}
 
