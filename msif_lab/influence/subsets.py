@@ -126,7 +126,9 @@ def most_influential(
 
     from the derivative of the run without those chosen before; the highest for q to fall. At the
     end this set and the plain list are removed for real, and the better one is returned. Neither
-    is guaranteed to be the best of all sets, nor the effect to be the same for another seed.
+    is guaranteed to be the best of all sets. Most of what is gained belongs to this run: of 5 % of
+    the examples the effect was 1.31 times the plain list's on MNIST and 1.10 times on digits, under
+    another seed 1.07 and 1.19 times (`tests/benchmarks/bench_subsets.py`).
 
     Args:
         pipeline: fitted, every stage by `SGD`, `Adam` or `AdamW`; it stays as it is.
