@@ -176,9 +176,9 @@ class UnrolledInfluence:
         return self
 
     def _replay(
-        self, plan: UnrolledPlan, weights: dict[int, float], progress: bool
+        self, plan: UnrolledPlan, weights: dict[int, float | Tensor], progress: bool
     ) -> list[Trajectory]:
-        """Every stage's run; ``weights``: of all examples of a stage, by stage, where not one."""
+        """Every stage's run; ``weights``: of a stage's examples, all or ``(m,)``, where not one."""
         runs, previous = [], None
         with progress_bar(sum(plan.steps.values()), "replay", progress) as bar:
             for k, stage in enumerate(self._pipeline.stages):
