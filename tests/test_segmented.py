@@ -127,22 +127,125 @@ def test_with_each_steps_examples_it_is_the_unrolled_derivative_in_mini_batches(
     assert relative_error(blind, truth) > 1e-2
 
 
-@pytest.mark.parametrize("bent", [True, False])
-def test_details_count_each_example_in_its_own_steps(bent):
-    """A stretch of many steps on a quadratic: weights, not places on the path, are what is left."""
-    outputs = 2 if bent else 3
-    data, queries = examples(0, outputs), examples(9, outputs, n=3)
-    net = Net(outputs, 0, bent)
-    net.head.requires_grad_(bent)
-    recipe = msif.SGD(0.02, epochs=3, batch_size=4)
-    stage = msif.Stage("one", net, data, msif.mean_squared_error, 0.05, recipe=recipe)
-    pipeline = msif.Pipeline([stage]).fit(progress=False)
+class Sequences(nn.Module):
+    """The mean, over four steps of two numbers, of what ``body`` makes of them."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.lift, self.body, self.head = nn.Linear(2, 4), body, nn.Linear(4, 2)
+
+    def forward(self, x):
+        z = self.body(self.lift(x.unflatten(1, (-1, 2))))
+        return self.head((z[0] if isinstance(z, tuple) else z).mean(1))
+
+
+class LowRank(nn.Module):
+    """A frozen layer with a trained correction of rank one beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.base, self.head = nn.Linear(8, 4), nn.Linear(4, 2)
+        self.a, self.b = nn.Linear(8, 1, bias=False), nn.Linear(1, 4, bias=False)
+        for layer in (self.base, self.head):
+            layer.requires_grad_(False)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.base(x) + self.b(self.a(x))))
+
+
+def transformer():
+    layer = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True)
+    return Sequences(nn.TransformerEncoder(layer, 1, enable_nested_tensor=False))
+
+
+def batch_normed():
+    """In eval mode, with running statistics that are not what they start as."""
+    norm = nn.BatchNorm1d(4)
+    net = nn.Sequential(nn.Linear(8, 4), norm, nn.Tanh(), nn.Linear(4, 2))
+    norm.running_mean.copy_(draw(4, seed=5) / 2)
+    norm.running_var.copy_(draw(4, seed=6).square() + 0.5)
+    return net.eval()
+
+
+NETS = {
+    "lstm": lambda: Sequences(nn.LSTM(4, 4, batch_first=True)),
+    "transformer": transformer,
+    "batch norm": batch_normed,
+    "group norm": lambda: nn.Sequential(
+        nn.Linear(8, 4), nn.GroupNorm(2, 4), nn.Tanh(), nn.Linear(4, 2)
+    ),
+    "low rank": LowRank,
+}
+
+
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("link", [None, msif.WarmStart(shared="")], ids=["one", "warm"])
+def test_a_stretch_for_each_step_is_the_unrolled_derivative_of_other_nets(net, link):
+    stages = []
+    for k in range(1 if link is None else 2):
+        torch.manual_seed(k)
+        recipe = msif.SGD(0.1, momentum=0.8, epochs=5, batch_size=N)
+        data = msif.Examples(draw(N, 8, seed=k), torch.arange(N) % 2)
+        model = NETS[net]().double()
+        stage = msif.Stage(f"stage {k}", model, data, weight_decay=0.01, recipe=recipe)
+        stages.append(replace(stage, link=link if k else None))
+    pipeline = msif.Pipeline(stages).fit(progress=False)
+    queries = msif.Examples(draw(3, 8, seed=9), torch.arange(3) % 2)
     truth = unrolled(pipeline, queries)
-    errors = [
-        relative_error(segmented(pipeline, queries, 1, krylov=40, details=d), truth)
-        for d in (True, False)
-    ]
-    assert errors[0] < 0.5 * errors[1]
+    assert relative_error(segmented(pipeline, queries, 5, krylov=6), truth) < 1e-9
+    assert relative_error(segmented(pipeline, queries, 2, krylov=20), truth) > 1e-5
+
+
+def test_batch_norm_in_train_mode_is_refused():
+    net = batch_normed().double().train()
+    recipe = msif.SGD(0.1, epochs=5, batch_size=N)
+    data = msif.Examples(draw(N, 8), torch.arange(N) % 2)
+    with pytest.raises(msif.UnsupportedModelError, match=r"BatchNorm1d.*batch statistics"):
+        msif.Pipeline([msif.Stage("one", net, data, recipe=recipe)]).fit(progress=False)
+
+
+def linear_loss(outputs, targets):
+    """Its gradient is the same at all weights of a linear model, and it has no curvature."""
+    return (outputs * targets).sum(1)
+
+
+def shifted(stretch, by):
+    """As if each step had had the examples of another one of its stretch."""
+    return replace(stretch, batches=stretch.batches[by:] + stretch.batches[:by])
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_details_count_each_example_in_its_own_steps(count, monkeypatch):
+    """Stretches of many steps, exact: all curvature is the penalty's, all gradients are constant.
+
+    Which examples each step had is then all that can go wrong, and it does if it is ignored or
+    taken from a neighbouring step.
+    """
+    stages = []
+    for k in range(count):
+        recipe = msif.SGD(0.1, epochs=3, batch_size=4, schedule="linear", seed=k)
+        net, decay = nn.Linear(4, 2).double(), {"bias": 0.3, "*": 1.0}
+        stage = msif.Stage(f"stage {k}", net, examples(k), linear_loss, decay, recipe=recipe)
+        stages.append(replace(stage, link=msif.WarmStart(shared="") if k else None))
+    pipeline, queries = msif.Pipeline(stages).fit(progress=False), examples(9, n=3)
+    read = segmented_module.stretches_of
+    for stage in range(count):
+        truth = unrolled(pipeline, queries, stage)
+
+        def error(truth=truth, stage=stage, **settings):
+            ours = segmented(pipeline, queries, 2, stage, krylov=40, **settings)
+            return relative_error(ours, truth)
+
+        assert error() < 1e-9
+        assert error(details=False) > 0.1
+        for by in (1, -1):
+            with monkeypatch.context() as patch:
+                patch.setattr(
+                    segmented_module,
+                    "stretches_of",
+                    lambda run, details, by=by: [shifted(s, by) for s in read(run, details)],
+                )
+                assert error() > 0.1, by
 
 
 def test_gradient_flow_against_the_exponential_of_the_matrix():
