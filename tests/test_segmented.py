@@ -2,6 +2,7 @@
 
 import copy
 import re
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -370,6 +371,59 @@ def test_half_as_many_stretches_tell_the_error(runs):
     assert float(coarse.check(queries, progress=False).r.median()) < float(report.r.median())
     assert list(fine.adjoint_norms_) == ["p", "f"]
     assert len(fine.adjoint_norms_["p"]) == 13
+
+
+def rough(lr, schedule):
+    train, test = msif.load_digits(dtype=F64)
+    data, queries = train.select(classes=range(4), n=200, seed=5), test.select(range(4), n=4)
+    recipe = msif.SGD(lr, epochs=6, batch_size=20, schedule=schedule)
+    stage = msif.Stage("one", msif.mlp(64, (8,), classes=4, seed=0).double(), data, recipe=recipe)
+    return msif.Pipeline([stage]).fit(progress=False), queries
+
+
+def test_stretches_of_changing_curvature_are_named():
+    """Where the scores are poor; not where they are good, nor where each step is a stretch."""
+    pipeline, queries = rough(0.2, "constant")
+    truth = unrolled(pipeline, queries)
+    method = msif.SegmentedInfluence(4).fit(pipeline)
+    with pytest.warns(msif.UnsmoothTrainingWarning, match=r"curvature changes.*segments="):
+        poor = method.score(queries, progress=False).values
+    assert correlation(poor, truth) < 0.8
+    method = msif.SegmentedInfluence(10**6).fit(pipeline)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "curvature changes")
+        assert relative_error(method.score(queries, progress=False).values, truth) < 1e-2
+        assert float(method.changes_.max()) == 0
+        pipeline, queries = rough(0.02, "linear")
+        method = msif.SegmentedInfluence(12).fit(pipeline)
+        good = method.score(queries, progress=False).values
+    assert correlation(good, unrolled(pipeline, queries)) > 0.95
+
+
+def test_changes_are_those_of_two_curvatures():
+    """Of two stretches, by the matrices themselves, in Krylov spaces that hold everything."""
+    pipeline = chain(msif.SGD(0.05, epochs=12, batch_size=N))
+    queries = examples(9, n=3)
+    method = msif.SegmentedInfluence(2, krylov=60).fit(pipeline)
+    method.score(queries, progress=False)
+    run = method._runs[0]
+    o = pipeline.objective(0)
+    matrices = [Hessian(o, mean).dense() for mean in run.means]
+    coarse = segmented_module.stretches_of(run, True)
+    model = copy.deepcopy(pipeline.stages[0].model)
+    nn.utils.vector_to_parameters(run.fulls[-1], model.parameters())
+    losses = msif.mean_squared_error(model(queries.x), queries.y)
+    found = []
+    for loss in losses:
+        grads = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+        theta, v = torch.cat([g.flatten() for g in grads]), 0.0
+        for _, rate in reversed(coarse[1].steps):
+            v = v - rate * theta
+            theta, v = theta + matrices[1] @ v, 0.9 * v
+        change = (matrices[0] - matrices[1]) @ theta
+        time = sum(0.5 * s.spread * sum(r for _, r in s.steps) / 0.1 for s in coarse)
+        found.append(time * change.norm() / theta.norm())
+    assert relative_error(method.changes_, torch.stack(found)) < 1e-9
 
 
 def test_a_run_that_amplifies_is_named():
