@@ -55,7 +55,7 @@ def implicit(experiment: Experiment, solver=None) -> Influence:
     with warnings.catch_warnings():
         # The stages are not at a minimum; what the formula gives there is the very question.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        return method.fit(pipeline).score(experiment.queries)
+        return method.fit(pipeline, progress=False).score(experiment.queries, progress=False)
 
 
 def _as_proximal(pipeline: Pipeline) -> Pipeline:
@@ -86,15 +86,14 @@ def scorers(
     queries = experiment.queries
     solver = Exact("4GB")
 
+    def scored(method) -> Influence:
+        return method.fit(pipeline, progress).score(queries, progress=progress)
+
     def unrolled(group_fraction: float = 0.0) -> Influence:
-        method = UnrolledInfluence(group_fraction=group_fraction).fit(pipeline, progress)
-        return method.score(queries, progress=progress)
+        return scored(UnrolledInfluence(group_fraction=group_fraction))
 
     def at_optimum(settings: dict) -> Influence:
-        return ImplicitInfluence(solver, **settings).fit(pipeline).score(queries)
-
-    def baseline(method) -> Influence:
-        return method.fit(pipeline).score(queries)
+        return scored(ImplicitInfluence(solver, **settings))
 
     ways: dict[str | tuple, Callable] = {}
     baselines = all_baselines(solver)
@@ -110,7 +109,7 @@ def scorers(
             ways[name] = partial(at_optimum, settings)
         del baselines["TracIn"]  # LBFGS leaves no run to trace
     for name, method in baselines.items():
-        ways[name] = partial(baseline, method)
+        ways[name] = partial(scored, method)
     return ways
 
 
@@ -138,7 +137,7 @@ def checkpoint_scorers(
     source = {"curvature": "ggn", "details": False}
     ways["GGN, 12 segments"] = partial(scored, SegmentedInfluence(12, **source))
     ways["SOURCE, 12 segments"] = partial(scored, SegmentedInfluence(12, dynamics="flow", **source))
-    ways["TracIn, 12 checkpoints"] = lambda: TracIn(12).fit(pipeline).score(queries)
+    ways["TracIn, 12 checkpoints"] = partial(scored, TracIn(12))
     return ways
 
 

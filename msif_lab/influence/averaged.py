@@ -284,7 +284,7 @@ class AveragedInfluence:
         """
         if not hasattr(self, "_runs"):
             raise ValueError("call fit(runs) before score(queries)")
-        asked = {"stage": stage, "target": target}
+        asked = {"stage": stage, "target": target, "progress": False}
         if aggregate is not None:
             asked["aggregate"] = aggregate
         runs = self._runs.pipelines

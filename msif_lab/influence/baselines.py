@@ -62,8 +62,12 @@ class Baseline:
         settings = ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_"))
         return f"{type(self).__name__}({settings})"
 
-    def fit(self, pipeline: Pipeline) -> "Baseline":
+    def fit(self, pipeline: Pipeline, progress: bool = True) -> "Baseline":
         """Remember the trained pipeline.
+
+        Args:
+            pipeline: trained.
+            progress: for a bar where there is a run to replay (`TracIn`), as for every method.
 
         Raises:
             ValueError: it is not trained, or its models were changed since.
@@ -78,10 +82,14 @@ class Baseline:
         queries: Examples,
         stage: int | str = 0,
         target: str | Callable = "loss",
+        progress: bool = True,
         *,
         aggregate: str | Sequence[float] | Tensor | Callable | None = None,
     ) -> Influence:
         """Scores ``(Q, N)`` of one stage's examples; arguments as in `ImplicitInfluence.score`.
+
+        ``progress`` is taken so that one loop can call every method: a baseline passes over the
+        data a few times at most, and shows no bar.
 
         With ``aggregate`` one row. Where scores are linear in the gradient of q it is computed from
         the gradient of the aggregate, at the price of one query. Where they are not (a cosine, a
@@ -279,7 +287,7 @@ class TracIn(Baseline):
     def __init__(self, checkpoints: int = 5):
         self.checkpoints = check_whole("checkpoints", checkpoints)
 
-    def fit(self, pipeline):
+    def fit(self, pipeline: Pipeline, progress: bool = True) -> "TracIn":
         """Replay every stage's training for its checkpoints, or take those that were adopted.
 
         Raises:
@@ -288,7 +296,7 @@ class TracIn(Baseline):
         """
         super().fit(pipeline)
         self._states = []
-        for run in kept_runs(pipeline, self.checkpoints, by_rates=False):
+        for run in kept_runs(pipeline, self.checkpoints, progress, by_rates=False):
             pairs = itertools.pairwise(run.steps)
             rates = [sum(run.rates[a:b]) for a, b in pairs]
             self._states.append(list(zip(run.fulls[1:], rates, strict=True)))

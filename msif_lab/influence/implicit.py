@@ -21,6 +21,7 @@ from ..memory import working_bytes
 from ..objective.checks import ask
 from ..objective.questions import Question
 from ..pipeline.pipeline import Pipeline
+from ..pipeline.recipes import progress_bar
 from ..pipeline.stages import Stage, WarmStart
 from ..solvers.exact import as_solver
 from ..solvers.report import SolveReport
@@ -97,8 +98,12 @@ class ImplicitInfluence:
         settings += ", leave_one_out=True" if self.leave_one_out else ""
         return f"ImplicitInfluence({settings})"
 
-    def fit(self, pipeline: Pipeline) -> "ImplicitInfluence":
+    def fit(self, pipeline: Pipeline, progress: bool = True) -> "ImplicitInfluence":
         """Do the query-free work once: the curvature of every stage, prepared for solving.
+
+        Args:
+            pipeline: trained.
+            progress: show a bar over the stages if it takes longer than two seconds.
 
         Raises:
             ValueError: the pipeline is not trained, or has a `WarmStart` link.
@@ -118,16 +123,18 @@ class ImplicitInfluence:
         if self.solver == "auto":
             self.plan_ = plan(pipeline, kind=self.curvature, damping=self.damping)
             print(self.plan_)
-        for k, stage in enumerate(pipeline.stages):
-            solver = self.plan_.solver(stage.name) if self.plan_ else self.solver
-            operator = pipeline.curvature(k, self.curvature)
-            self._check_stationary(k, operator.gradient_norm)
-            operator = operator + self.damping if self.damping else operator
-            try:
-                self._prepared.append(solver.prepare(operator))
-            except IndefiniteCurvatureError as error:
-                message = f"stage {stage.name!r}: {error}"
-                raise IndefiniteCurvatureError(message, error.smallest) from None
+        with progress_bar(len(pipeline.stages), "curvature", progress) as bar:
+            for k, stage in enumerate(pipeline.stages):
+                solver = self.plan_.solver(stage.name) if self.plan_ else self.solver
+                operator = pipeline.curvature(k, self.curvature)
+                self._check_stationary(k, operator.gradient_norm)
+                operator = operator + self.damping if self.damping else operator
+                try:
+                    self._prepared.append(solver.prepare(operator))
+                except IndefiniteCurvatureError as error:
+                    message = f"stage {stage.name!r}: {error}"
+                    raise IndefiniteCurvatureError(message, error.smallest) from None
+                bar.update()
         return self
 
     def _check_stationary(self, k: int, left: float) -> None:
@@ -151,6 +158,7 @@ class ImplicitInfluence:
         queries: Examples,
         stage: int | str = 0,
         target: str | Callable = "loss",
+        progress: bool = True,
         *,
         aggregate: str | Sequence[float] | Tensor | Callable | None = None,
         top: int | None = None,
@@ -165,6 +173,7 @@ class ImplicitInfluence:
             stage: whose training examples to score, by name or index.
             target: q: ``"loss"``, ``"margin"``, ``"output"``, or a function
                 ``(outputs, targets) -> (B,)``.
+            progress: show a bar over the queries if their solves take longer than two seconds.
             aggregate: None for a row per query; for one row, A is their ``"mean"`` (a validation
                 loss) or ``"sum"``, ``Σ_q w_q q`` for weights ``(Q,)`` of any sign (a fairness
                 gap), or a function of all q ``(Q,)`` that gives one number and need not be a sum
@@ -210,9 +219,11 @@ class ImplicitInfluence:
         self._pipeline.require_unchanged(self._full)
         question = ask(self._pipeline.objective(-1), queries, target, aggregate, derivative=True)
         reports: list[dict[str, SolveReport]] = []
-        solved = [
-            self._solve(part, first, reports) for part in question.split(self._side_by_side(first))
-        ]
+        parts, solved = list(question.split(self._side_by_side(first))), []
+        with progress_bar(len(parts), "solves", progress) as bar:
+            for part in parts:
+                solved.append(self._solve(part, first, reports))
+                bar.update()
         cotangent, solution = solved[0]
         if len(solved) > 1:
             cotangent, solution = map(torch.cat, zip(*solved, strict=True))

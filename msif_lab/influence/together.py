@@ -10,7 +10,7 @@ from ..curvature.derivatives import query_gradients
 from ..data.examples import Examples
 from ..objective.checks import ask
 from ..pipeline.pipeline import Pipeline
-from ..pipeline.recipes import MiniBatch
+from ..pipeline.recipes import MiniBatch, progress_bar
 from ..pipeline.seeds import one_function
 from .adjoint import Adjoint
 from .cost import make_plan
@@ -39,13 +39,14 @@ def scores_together(
     stage: int | str = 0,
     target: str | Callable = "loss",
     aggregate=None,
+    progress: bool = False,
 ) -> list[Influence]:
     """``method.fit(pipeline).score(queries, ...)`` of each pipeline, all runs side by side.
 
     Args:
         method: without `group_fraction` and `leave_one_out`.
         pipelines: S of them, which `suits` the method.
-        queries, stage, target, aggregate: as in `UnrolledInfluence.score`.
+        queries, stage, target, aggregate, progress: as in `UnrolledInfluence.score`.
 
     Raises:
         ValueError, MemoryBudgetError: as there; the states of all runs share the budget.
@@ -66,16 +67,18 @@ def scores_together(
     # (S, Q, D), and Q of them in parts that fit for all seeds
     gradients = torch.stack([query_gradients(p.objective(-1), end, q) for p, end, q in ends])
     norms = {k: gradients.new_zeros(len(run.steps) + 1) for k, run in enumerate(runs)}
-    values = []
-    for cotangent in gradients.split(max(1, plan.part // len(pipelines)), dim=1):
-        for k in range(len(runs) - 1, first - 1, -1):
-            adjoint = Adjoint(
-                lead.functional(k), runs[k], cotangent, onwards=k > first, memory=method.memory
-            )
-            adjoint.sweep(norms[k], _NoBar())
-            if k > first:
-                cotangent = adjoint.before(lead.objective(k - 1).layout.size)
-        values.append(adjoint.scores)
+    parts, values = gradients.split(max(1, plan.part // len(pipelines)), dim=1), []
+    steps = sum(len(run.steps) for run in runs[first:])
+    with progress_bar(len(parts) * steps, "sweep", progress) as bar:
+        for cotangent in parts:
+            for k in range(len(runs) - 1, first - 1, -1):
+                adjoint = Adjoint(
+                    lead.functional(k), runs[k], cotangent, onwards=k > first, memory=method.memory
+                )
+                adjoint.sweep(norms[k], bar)
+                if k > first:
+                    cotangent = adjoint.before(lead.objective(k - 1).layout.size)
+            values.append(adjoint.scores)
     names = [s.name for s in lead.stages]
     warn_of_growth({names[k]: norms[k] for k in range(first, len(runs))}, stacklevel=4)
     found = []
@@ -84,13 +87,6 @@ def scores_together(
         ids, origin = pipeline.stages[first].data.ids, pipeline.origin(question)
         found.append(Influence(scores, ids, question.ids, *about, origin))
     return found
-
-
-class _NoBar:
-    """Stands for a progress bar of one of several parts."""
-
-    def update(self) -> None:
-        """Show nothing."""
 
 
 def _replay(pipelines: Sequence[Pipeline], plan) -> list[Trajectory]:
@@ -110,7 +106,7 @@ def _replay(pipelines: Sequence[Pipeline], plan) -> list[Trajectory]:
 
 
 def scored_each(method, pipelines: Sequence[Pipeline], queries: Examples, asked: dict) -> list:
-    """The method's scores of each run; ``asked``: stage, target and aggregate."""
+    """The method's scores of each run; ``asked``: the other arguments of ``score``."""
     if suits(method, pipelines):
         return scores_together(method, pipelines, queries, **asked)
-    return [copy.copy(method).fit(p).score(queries, **asked) for p in pipelines]
+    return [copy.copy(method).fit(p, progress=False).score(queries, **asked) for p in pipelines]
