@@ -177,8 +177,13 @@ def one_function(pipelines: Sequence[Pipeline]) -> tuple[list[Tensor], list] | N
     places = range(len(first.stages))
     starts = [torch.stack([p.initial(k) for p in pipelines]) for k in places]
     recipes = [[p.stages[k].recipe for p in pipelines] for k in places]
-    seeds = [tuple(r.seed for r in each) if hasattr(each[0], "seed") else None for each in recipes]
+    seeds = [tuple(r.seed for r in each) if _seeded(each[0]) else None for each in recipes]
     return starts, seeds
+
+
+def _seeded(recipe) -> bool:
+    """Whether a recipe has a seed that can be exchanged."""
+    return is_dataclass(recipe) and hasattr(recipe, "seed")
 
 
 def _without_seeds(pipeline: Pipeline) -> list:
@@ -186,7 +191,7 @@ def _without_seeds(pipeline: Pipeline) -> list:
     found = []
     for stage, facts in zip(pipeline.stages, pipeline.facts()["stages"], strict=True):
         recipe = stage.recipe
-        if is_dataclass(recipe) and hasattr(recipe, "seed"):
+        if _seeded(recipe):
             recipe = replace(recipe, seed=0)
         home = stage.data.x.dtype, str(stage.data.x.device), pipeline.initial(len(found)).dtype
         found.append(facts | {"recipe": describe(recipe), "home": home})
@@ -263,7 +268,7 @@ def _redrawn(pipeline: Pipeline, seed: int, redraw: Sequence[str]) -> Pipeline:
         _put(model, stage.name, pipeline.initial(k))
         if "weights" in redraw:
             _draw(plain_module(model), own, f"stage {stage.name!r}")
-        if "batches" in redraw and is_dataclass(recipe) and hasattr(recipe, "seed"):
+        if "batches" in redraw and _seeded(recipe):
             recipe = replace(recipe, seed=own)
         stages.append(replace(stage, model=model, recipe=recipe))
     return Pipeline(stages)
