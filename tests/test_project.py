@@ -344,3 +344,42 @@ def test_readme_shows_what_methods_that_read_checkpoints_reach(title, setting, l
     cells = " | ".join(f"{mean[method]:.2f}" for method in CHECKPOINT_METHODS)
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert f"| {title} | {link} | {cells} |" in lines
+
+
+def average_row(title: str, setting: str, link: str) -> str:
+    """One line of the README's table of averaged scores."""
+    import pandas
+
+    table = pandas.read_csv(ROOT / f"notebooks/results/{setting}_average.csv")
+    found = table.query(f"link == {link!r}").set_index(["removals", "method"])
+    at = found["r"]
+    cells = [f"{at['one', f'unrolled, {n} seeds']:.2f}" for n in (1, 8, 16)]
+    cells += [f"{found['retraining']['one', 'unrolled, 16 seeds']:.2f}"]
+    cells += [f"{found['corrected']['one', 'unrolled, 16 seeds']:.2f}"]
+    halves = found["lds"]["50 %"]
+    cells += [f"{found['lds']['10 %', 'unrolled, for 10 %']:.2f}"]
+    names = ("unrolled, for 50 %", "datamodel, equal cost", "datamodel, 10 × the cost", "TRAK")
+    cells += [f"{halves[name]:.2f}" for name in names]
+    others = ("implicit, GGN", "gradient product", "TracIn", "single stage", "similarity")
+    best = halves[list(others)]
+    cells += [f"{best.max():.2f} ({best.idxmax()})"]
+    return f"| {title} | {link} | {' | '.join(cells)} |"
+
+
+AVERAGED = sorted(
+    (path.name.removesuffix("_average.csv"), link)
+    for path in (ROOT / "notebooks/results").glob("*_average.csv")
+    for link in ("frozen", "warm start")
+    if f",{link}," in path.read_text(encoding="utf-8")
+)
+TITLES = {
+    "digits": "digits 0–3 → 4–9",
+    "mnist": "MNIST 0–3 → 4–9",
+    "cifar": "CIFAR-10 bird/frog → automobile/deer",
+}
+
+
+@pytest.mark.parametrize(("setting", "link"), AVERAGED)
+def test_readme_shows_what_averaged_scores_reach(setting, link):
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert average_row(TITLES[setting], setting, link) in lines
