@@ -721,7 +721,7 @@ def test_agreement_takes_own_values():
         ({"subsets": [[3], [], [1]]}, r"subset \[\] must hold different positions from 0 on"),
         ({"subsets": [[3], [-1], [1]]}, r"subset \[-1\]"),
         ({"subsets": [[3], [0.5], [1]]}, r"subset \[0.5\] must hold positions"),
-        ({"query_ids": [1]}, r"query_ids \(1,\)"),
+        ({"query_ids": [1]}, r"query_ids=\[1\] \(1,\)"),
         ({"query_ids": [1.0, 2.0]}, "float32"),
         ({"stage": 0}, "stage=0 must be the stage's name"),
     ],

@@ -503,9 +503,9 @@ STEPS_OF_VALUES = {
 }
 WRONG = [
     ("median", "aggregate='median' | ('mean', 'sum') | (12,) | a function"),
-    (torch.ones(5), "aggregate has shape (5,) | one weight per query, (12,)"),
-    (torch.ones(12, 1), "aggregate has shape (12, 1) | (12,)"),
-    (0.5, "aggregate has shape () | (12,)"),
+    (torch.ones(5), "has shape (5,) | one weight per query, (12,)"),
+    (torch.ones(12, 1), "has shape (12, 1) | (12,)"),
+    (0.5, "has shape () | (12,)"),
     ([1.0] * 11 + [float("nan")], "aggregate holds nan as the weight of query 11 | finite"),
     (numpy.zeros(12), "aggregate holds only zeros | 'mean'"),
     ({"a": 1}, "aggregate={'a': 1} holds no numbers | 'mean'"),
