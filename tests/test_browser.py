@@ -261,6 +261,10 @@ scores = {case: influence.fit(pipeline).score(queries) for case, pipeline in pip
 corrupted = range(12)
 full, full_scores = pipelines["full"], scores["full"]
 methods = {"loss": msif.Loss().fit(full).score(queries), "implicit": full_scores}
+short = trained(msif.WarmStart(), recipe=msif.SGD(lr=0.1, epochs=2))
+runs = msif.over_seeds(short, 6, progress=False)
+averaged = msif.AveragedInfluence(msif.UnrolledInfluence()).fit(runs)
+averaged = averaged.score(queries, progress=False)
 slow = trained(msif.Frozen(), recipe=msif.SGD(lr=0.1, epochs=1500))
 slow_scores = influence.fit(slow).score(queries)
 """
@@ -313,6 +317,7 @@ SLIDERS = {
     "damping": ["alpha", "damping", "query"],
     "methods": ["query", "rank"],
     "cleaning": ["flagged"],
+    "seeds": ["seeds", "query"],
 }
 
 
