@@ -279,7 +279,7 @@ def score_bars(
     else:
         _pictures_below(ax, examples, places, names)
     unit = "thousandths of a nat" if scores.unit == "nats" else f"{scores.unit} × 1000"
-    ax.set_ylabel(f"change in {plain(scores.target)}\nper unit of weight, {unit}", fontsize=9)
+    ax.set_ylabel(f"score (change in {plain(scores.target)}),\n{unit}", fontsize=9)
     signs = scores.signs
     ax.set_xlabel(
         f"id of the example; left most helpful ({signs['helpful']}), right most harmful "
