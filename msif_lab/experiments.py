@@ -3,6 +3,7 @@
 `studies` compares every method with real retraining on each setting.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,6 +12,15 @@ from functools import partial
 import torch
 from torch import nn
 
+from .arguments import (
+    check_choice,
+    check_damping,
+    check_instance,
+    check_number,
+    check_seed,
+    check_whole,
+    listed,
+)
 from .data.datasets import load_cifar10, load_digits, load_mnist
 from .data.examples import Examples
 from .objective.models import EmbeddingHead, convnet, mlp, softmax_regression
@@ -96,14 +106,25 @@ class Sizes:
             ValueError: no such name.
             TypeError: no such number.
         """
-        if size not in sizes:
-            raise ValueError(f"size={size!r} must be one of {sorted(sizes)}")
+        check_choice("size", size, sorted(sizes))
         unknown = set(changes) - set(cls.__dataclass_fields__)
         if unknown:
             raise TypeError(
                 f"unknown setting {sorted(unknown)}; known are {sorted(cls.__dataclass_fields__)}"
             )
         return replace(sizes[size], **changes)
+
+    def __post_init__(self):
+        for name in ("pretraining", "finetuning", "queries", "width"):
+            check_whole(name, getattr(self, name))
+        check_number("lr", self.lr, lambda lr: 0 < lr < math.inf, "positive and finite")
+        check_damping(self.weight_decay, "weight_decay")
+        for name in ("epochs", "batch_size"):
+            pair = listed(name, getattr(self, name), "two whole numbers, one for each stage")
+            if len(pair) != 2:
+                raise ValueError(f"{name}={pair} must be two whole numbers, one for each stage")
+            for stage, number in enumerate(pair):
+                check_whole(f"{name}[{stage}]", number)
 
 
 @contextmanager
@@ -178,12 +199,14 @@ def digits(
     >>> digits(Frozen()).title
     'digits 0–3 → 4–9'
     """
+    _check(link, seed, data_seed)
+    sizes = Sizes.of(size, DIGITS_SIZES, changes)
+    activation = _net(net)["activation"]
     train, test = load_digits(dtype=torch.float64)
     new = tuple(half.select(range(4, 10)) for half in (train, test))
-    sizes = Sizes.of(size, DIGITS_SIZES, changes)
 
     def model(**settings):
-        return mlp(64, hidden=(16,), activation=_net(net)["activation"], **settings)
+        return mlp(64, hidden=(16,), activation=activation, **settings)
 
     return _transfer(
         "digits 0–3 → 4–9", train.select(range(4)), new, model, link, seed, data_seed, sizes
@@ -191,9 +214,15 @@ def digits(
 
 
 def _net(name: str) -> dict:
-    if name not in NETS:
-        raise ValueError(f"net={name!r} must be one of {sorted(NETS)}")
+    check_choice("net", name, sorted(NETS))
     return NETS[name]
+
+
+def _check(link: Link, seed: int, data_seed: int) -> None:
+    """Refuse before any data are read what would fail afterwards."""
+    check_instance("link", link, (Frozen, Proximal, WarmStart), "such as Frozen()")
+    check_seed("seed", seed, least=0)
+    check_seed("data_seed", data_seed)
 
 
 def _conv(shape, net: str, sizes: Sizes) -> Callable[..., nn.Module]:
@@ -242,10 +271,10 @@ def mnist(
     Arguments as in `digits`; ``root`` as in `load_mnist`.
     """
     sizes = Sizes.of(size, MNIST_SIZES, changes)
+    _check(link, seed, data_seed)
+    model = _conv((1, 14, 14), net, sizes)
     train, new = _drawn(load_mnist, root, range(4), range(4, 10), sizes, data_seed)
-    return _transfer(
-        "MNIST 0–3 → 4–9", train, new, _conv((1, 14, 14), net, sizes), link, seed, data_seed, sizes
-    )
+    return _transfer("MNIST 0–3 → 4–9", train, new, model, link, seed, data_seed, sizes)
 
 
 def mnist_to_digits(
@@ -263,6 +292,8 @@ def mnist_to_digits(
     The bundled digits are enlarged from 8 × 8 to 14 × 14 pixels. Arguments as in `mnist`.
     """
     sizes = Sizes.of(size, MNIST_SIZES, changes)
+    _check(link, seed, data_seed)
+    model = _conv((1, 14, 14), net, sizes)
     train, _ = load_mnist(root, pool=2, dtype=torch.float32, n=sizes.pretraining, seed=data_seed)
     halves = load_digits(dtype=torch.float32)
     large = [nn.functional.interpolate(half.x, size=(14, 14), mode="bilinear") for half in halves]
@@ -270,26 +301,17 @@ def mnist_to_digits(
         Examples(x, half.y, half.ids, classes=half.classes)
         for x, half in zip(large, halves, strict=True)
     )
-    return _transfer(
-        "MNIST → other digits",
-        train,
-        new,
-        _conv((1, 14, 14), net, sizes),
-        link,
-        seed,
-        data_seed,
-        sizes,
-    )
+    return _transfer("MNIST → other digits", train, new, model, link, seed, data_seed, sizes)
 
 
 def _cifar(
     title, first, second, known, link, size, seed, data_seed, net, root, changes
 ) -> Experiment:
     sizes = Sizes.of(size, known, changes)
+    _check(link, seed, data_seed)
+    model = _conv((3, 16, 16), net, sizes)
     train, new = _drawn(load_cifar10, root, first, second, sizes, data_seed)
-    return _transfer(
-        title, train, new, _conv((3, 16, 16), net, sizes), link, seed, data_seed, sizes
-    )
+    return _transfer(title, train, new, model, link, seed, data_seed, sizes)
 
 
 def cifar(
@@ -357,8 +379,8 @@ def mnist_at_optimum(
     sizes = Sizes.of(size, OPTIMUM_SIZES, changes)
     conv = _conv((1, 14, 14), "tanh", sizes)
     nets = {"softmax": _logits, "tanh": partial(mlp, 196, hidden=(8,)), "conv": conv}
-    if net not in nets:
-        raise ValueError(f"net={net!r} must be one of {sorted(nets)}")
+    check_choice("net", net, sorted(nets))
+    _check(link, seed, data_seed)
     title = f"MNIST 0–3 → 4–9 at the optimum, {net}"
     train, new = _drawn(load_mnist, root, range(4), range(4, 10), sizes, data_seed, torch.float64)
     experiment = _transfer(title, train, new, nets[net], link, seed, data_seed, sizes)

@@ -6,9 +6,27 @@ from itertools import islice
 import joblib
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
+from .arguments import check_whole, shown
 from .errors import WorkerError
 
-__all__ = ["each_result"]
+__all__ = ["check_jobs", "each_result"]
+
+
+def check_jobs(n_jobs, name: str = "n_jobs") -> int:
+    """How many processes joblib shall use: a whole number, negative ones counted from all.
+
+    Raises:
+        ValueError: it is zero or no whole number.
+    """
+    try:
+        number = check_whole(name, n_jobs, -(2**31))
+    except ValueError:
+        number = 0
+    if number == 0:
+        raise ValueError(
+            f"{name}={shown(n_jobs)} must be a whole number, as joblib takes it: 1, or -1 for all"
+        )
+    return number
 
 
 def each_result(

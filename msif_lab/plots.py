@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 import torch
 
+from .arguments import check_instance, check_whole, is_number, listed, numbers_of, shown
 from .data.examples import Examples
-from .evaluation.comparison import CEILING, STATISTICS, Agreement
+from .evaluation.comparison import CEILING, STATISTICS, Agreement, check_table
 from .figures import describe_figures, plain
 from .influence.averaged import InfluenceOverSeeds, spearman_brown
 from .influence.result import Influence
@@ -66,6 +67,7 @@ def pipeline_diagram(pipeline: Pipeline, ax=None):
     """
     import matplotlib.pyplot as plt
 
+    check_instance("pipeline", pipeline, Pipeline)
     width = 2.15
     gap = 1.6
     count = len(pipeline.stages)
@@ -174,6 +176,9 @@ def influence_grid(
     """
     import matplotlib.pyplot as plt
 
+    check_instance("scores", scores, Influence, "as an attributor's score(queries) gives them")
+    for name, given in (("examples", examples), ("queries", queries)):
+        check_instance(name, given, Examples, "wrap them: Examples(x, y)")
     if examples.x.ndim != 4 or queries.x.ndim != 4:
         raise ValueError(
             f"images (N, C, H, W) are needed; examples are {examples}, queries {queries}; "
@@ -184,6 +189,8 @@ def influence_grid(
             f"scores are {tuple(scores.values.shape)}, given {len(queries)} queries, "
             f"{len(examples)} examples"
         )
+    query = check_whole("query", query, -len(queries), len(queries) - 1, why="of the queries")
+    k = check_whole("k", k, most=len(examples), why="the number of examples")
     figure, axes = plt.subplots(2, k + 1, figsize=(1.12 * (k + 1), 3.3))
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
@@ -257,8 +264,8 @@ def score_bars(
             f"scores is {type(scores).__name__}: bars with errors need several seeds, as "
             "AveragedInfluence(method).fit(runs).score(queries) gives them"
         )
-    if not isinstance(query, int) or not 0 <= query < len(scores):
-        raise ValueError(f"query={query!r} must be a position between 0 and {len(scores) - 1}")
+    query = check_whole("query", query, 0, len(scores) - 1, why="its position")
+    k = check_whole("k", k, most=len(scores.ids), why="the examples")
     if examples is not None and len(examples) != len(scores.ids):
         raise ValueError(f"examples are {len(examples)}, the scores are of {len(scores.ids)}")
     places = extremes(scores, query, k)
@@ -367,11 +374,12 @@ def reliability_curve(
     """
     import matplotlib.pyplot as plt
 
-    rho = torch.as_tensor(reliability, dtype=torch.float64).detach().cpu().reshape(-1)
+    what = "a correlation, or one for each query"
+    rho = numbers_of("reliability", reliability, what, torch.float64).cpu().reshape(-1)
     if not bool((rho <= 1).all()) or not bool((rho > 0).any()):
-        raise ValueError(f"reliability={reliability!r} must hold correlations, some above 0")
-    if held_out is not None and held_out < 1:
-        raise ValueError(f"held_out={held_out!r} must be a number of seeds")
+        raise ValueError(f"reliability={shown(reliability)} must be {what}, some above 0")
+    held_out = check_whole("held_out", held_out, none="no such curve")
+    seeds = check_whole("seeds", seeds)
     rho = rho.clamp(min=0)
     if ax is None:
         _, ax = plt.subplots(figsize=(5.6, 3.4))
@@ -399,6 +407,7 @@ def agreement_scatter(report: Agreement, ax=None, title: str = ""):
     """
     import matplotlib.pyplot as plt
 
+    check_instance("report", report, Agreement, "as agreement(scores, effects) gives it")
     if ax is None:
         _, ax = plt.subplots(figsize=(4.2, 3.8))
     ax.axline((0, 0), slope=1, color=NEUTRAL, lw=1, ls="--", zorder=0)
@@ -436,11 +445,13 @@ def method_intervals(table, statistics=("r", "magnitude"), removals: str | None 
     """
     import matplotlib.pyplot as plt
 
+    check_table(table)
+    statistics = tuple(listed("statistics", statistics, "names, such as ('r', 'magnitude')"))
     removals = table["removals"].iloc[0] if removals is None else removals
     table = table[table["removals"] == removals].set_index("method")
-    if table.empty or not set(statistics) <= set(table["statistic"]):
+    if table.empty or not statistics or not set(statistics) <= set(table["statistic"]):
         raise ValueError(
-            f"the table has no rows of removals={removals!r} and statistics {tuple(statistics)}"
+            f"the table has no rows of removals={removals!r} and statistics={statistics}"
         )
     first = table[table["statistic"] == statistics[0]]
     order = first.drop(index=CEILING, errors="ignore").sort_values("mean").index
@@ -482,12 +493,24 @@ def v_curve(steps, errors, ax=None, labels=None):
     """
     import matplotlib.pyplot as plt
 
-    errors = torch.as_tensor(errors).detach().cpu()
+    steps = listed("steps", steps, "positive numbers, the changes that were tried")
+    if not steps or not all(isinstance(h, torch.Tensor) or is_number(h) for h in steps):
+        raise ValueError(f"steps={steps} must be positive numbers, the changes that were tried")
+    if not all(h > 0 for h in steps):
+        raise ValueError(f"steps={steps} must be positive, for a logarithmic axis")
+    what = "numbers, (H,) or (H, n)"
+    errors = numbers_of("errors", errors, what).cpu()
+    if errors.ndim not in (1, 2):
+        raise ValueError(f"errors {tuple(errors.shape)} must be {what}")
     errors = errors[:, None] if errors.ndim == 1 else errors
     if errors.shape[0] != len(steps):
         raise ValueError(
             f"errors {tuple(errors.shape)} must hold one row for each of {len(steps)} steps"
         )
+    if labels is not None:
+        labels = listed("labels", labels, "names of the lines")
+        if labels and len(labels) != errors.shape[1]:
+            raise ValueError(f"labels={labels} must name each of {errors.shape[1]} lines")
     if ax is None:
         _, ax = plt.subplots(figsize=(5.2, 3.2))
     x = [float(h) for h in steps]
@@ -520,11 +543,16 @@ def filter_curves(eigenvalues, alphas, times=(), ax=None):
     """
     import matplotlib.pyplot as plt
 
-    ticks = torch.as_tensor(eigenvalues, dtype=torch.float64).detach().cpu().flatten()
+    ticks = numbers_of("eigenvalues", eigenvalues, "numbers (n,)", torch.float64)
+    ticks = ticks.cpu().flatten()
+    alphas = listed("alphas", alphas, "a list of positive numbers")
+    times = listed("times", times, "a list of positive numbers")
+    strengths = [float(v) if isinstance(v, torch.Tensor) else v for v in (*alphas, *times)]
+    positive = all(is_number(v) and 0 < v < math.inf for v in strengths)
     finite = len(ticks) > 0 and bool(torch.isfinite(ticks).all())
-    if not finite or not min((*alphas, *times), default=1) > 0:
+    if not finite or not positive:
         raise ValueError(
-            f"eigenvalues {tuple(ticks.shape)} must be finite and at least one, "
+            f"eigenvalues {shown(eigenvalues)} must be finite and at least one, "
             f"alphas={list(alphas)} and times={list(times)} positive"
         )
     if ax is None:
@@ -543,14 +571,14 @@ def filter_curves(eigenvalues, alphas, times=(), ax=None):
         name = f"exp(−τs), τ = {tau:.3g}"
         ax.plot(s, torch.exp(-tau * s), color=f"C{i}", lw=0.9, label=name, **dots)
     heights = [torch.as_tensor(line.get_ydata()) for line in ax.lines]
-    shown = torch.cat([torch.ones(1), *heights])
+    drawn = torch.cat([torch.ones(1), *heights])
     at_bottom = {"transform": ax.get_xaxis_transform(), "clip_on": False}
     ax.plot(ticks, torch.zeros_like(ticks), "|", color=NEUTRAL, ms=9, **at_bottom)
     _curvature_axis(ax, low, high, near)
     ax.set_yscale("log")
     ax.set_xlabel("curvature s (ticks: eigenvalues)")
     ax.set_ylabel("share that comes through")
-    ax.set_ylim(max(float(shown.min()) / 1.5, 1e-3), min(float(shown.max()) * 1.5, 1e2))
+    ax.set_ylim(max(float(drawn.min()) / 1.5, 1e-3), min(float(drawn.max()) * 1.5, 1e2))
     if len(ax.lines) > 1:  # without curves a legend has nothing to name
         ax.legend(frameon=False, fontsize=8)
     return ax

@@ -23,6 +23,7 @@ import filelock
 import torch
 from torch import Tensor
 
+from .arguments import check_path
 from .errors import SavedFileError
 
 FORMAT = 3
@@ -144,6 +145,7 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
     Readers see the old content or the new one, never a part. A link stays and what it points to is
     replaced; permissions are those of the old file, else of any new one.
     """
+    check_path("path", path)
     check_writable(path)
     path = Path(os.path.realpath(path))
     remove_debris(path)
@@ -232,6 +234,7 @@ def read_tensors(
         SavedFileError: the file cannot be read, is cut off, changed, of another kind or not of
             msif_lab.
     """
+    check_path("path", path)
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"path={str(path)!r}: there is no such file")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import joblib
 
+from .arguments import check_choice, check_function, check_instance, check_whole, listed
 from .errors import ConvergenceWarning
 from .evaluation.comparison import compare_methods, noise_ceiling
 from .evaluation.removals import Effects, random_removals, removal_effects
@@ -23,6 +24,7 @@ from .influence.implicit import ImplicitInfluence
 from .influence.result import Influence
 from .influence.segmented import SegmentedInfluence
 from .influence.unrolled import UnrolledInfluence
+from .parallel import check_jobs
 from .pipeline.pipeline import Pipeline
 from .pipeline.recipes import SGD
 from .pipeline.stages import Proximal, WarmStart
@@ -53,7 +55,7 @@ def implicit(experiment: Experiment, solver=None) -> Influence:
     with warnings.catch_warnings():
         # The stages are not at a minimum; what the formula gives there is the very question.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        return method.fit(pipeline).score(experiment.queries)
+        return method.fit(pipeline, progress=False).score(experiment.queries, progress=False)
 
 
 def _as_proximal(pipeline: Pipeline) -> Pipeline:
@@ -84,15 +86,14 @@ def scorers(
     queries = experiment.queries
     solver = Exact("4GB")
 
+    def scored(method) -> Influence:
+        return method.fit(pipeline, progress).score(queries, progress=progress)
+
     def unrolled(group_fraction: float = 0.0) -> Influence:
-        method = UnrolledInfluence(group_fraction=group_fraction).fit(pipeline, progress)
-        return method.score(queries, progress=progress)
+        return scored(UnrolledInfluence(group_fraction=group_fraction))
 
     def at_optimum(settings: dict) -> Influence:
-        return ImplicitInfluence(solver, **settings).fit(pipeline).score(queries)
-
-    def baseline(method) -> Influence:
-        return method.fit(pipeline).score(queries)
+        return scored(ImplicitInfluence(solver, **settings))
 
     ways: dict[str | tuple, Callable] = {}
     baselines = all_baselines(solver)
@@ -108,7 +109,7 @@ def scorers(
             ways[name] = partial(at_optimum, settings)
         del baselines["TracIn"]  # LBFGS leaves no run to trace
     for name, method in baselines.items():
-        ways[name] = partial(baseline, method)
+        ways[name] = partial(scored, method)
     return ways
 
 
@@ -136,8 +137,18 @@ def checkpoint_scorers(
     source = {"curvature": "ggn", "details": False}
     ways["GGN, 12 segments"] = partial(scored, SegmentedInfluence(12, **source))
     ways["SOURCE, 12 segments"] = partial(scored, SegmentedInfluence(12, dynamics="flow", **source))
-    ways["TracIn, 12 checkpoints"] = lambda: TracIn(12).fit(pipeline).score(queries)
+    ways["TracIn, 12 checkpoints"] = partial(scored, TracIn(12))
     return ways
+
+
+def _known(name: str, given, options: Mapping) -> list[str]:
+    """Some of the names, checked."""
+    found = listed(name, given, f"a list of {list(options)}")
+    if not found:
+        raise ValueError(f"{name} is empty; give some of {list(options)}")
+    for one in found:
+        check_choice(name, one, options)
+    return found
 
 
 def run(
@@ -165,6 +176,10 @@ def run(
         scores by method (``(method, kind)`` where they are for one kind of removal) and effects by
         kind, as `compare_methods` takes them.
     """
+    check_instance("experiment", experiment, Experiment, "from a builder in msif_lab.experiments")
+    kinds = _known("kinds", kinds, REMOVALS)
+    check_whole("removals", removals)
+    check_function("ways", ways, "such as scorers or checkpoint_scorers")
     pipeline = experiment.pipeline.fit(progress)
     found = ways(experiment, kinds, progress)
     known = {name if isinstance(name, str) else name[0] for name in found}
@@ -220,6 +235,12 @@ def study(
     """
     import pandas
 
+    check_choice("setting", setting, SETTINGS)
+    links = None if links is None else _known("links", links, LINKS)
+    kinds = _known("kinds", kinds, REMOVALS)
+    seeds, removals = check_whole("seeds", seeds), check_whole("removals", removals)
+    check_function("ways", ways, "such as scorers or checkpoint_scorers")
+    n_jobs = check_jobs(n_jobs)
     links = links or (("frozen", "proximal") if setting in AT_OPTIMUM else ("frozen", "warm start"))
 
     def one(link, seed):

@@ -1,6 +1,7 @@
 """Scores and effects averaged over seeds, and what they say about how sure they are."""
 
 import math
+from dataclasses import replace
 
 import numpy
 import pytest
@@ -307,6 +308,93 @@ def test_a_single_seed_knows_no_error(runs, queries):
     for call in (one.interval, one.trusted, one.seeds_needed):
         with pytest.raises(ValueError, match="two or more seeds"):
             call()
+
+
+# ---- Several runs at once ----
+
+
+LINKS = {"frozen": msif.Frozen(), "warm": msif.WarmStart(), "proximal": msif.Proximal(0.05)}
+RECIPES = {
+    "sgd": msif.SGD(0.1, epochs=2, batch_size=25),  # the last batch is smaller
+    "nesterov": msif.SGD(0.05, epochs=2, batch_size=20, schedule="cosine", nesterov=True),
+    "adam": msif.Adam(0.01, epochs=2, batch_size=20),
+    "adamw": msif.AdamW(0.01, epochs=2, batch_size=20),
+}
+
+
+def two_stages(link, recipe, net=msif.mlp, **settings):
+    """A builder whose three stages, but for the first, are tied by the link."""
+    train, _ = msif.load_digits(dtype=torch.float64)
+    data = [train.select(range(4), n=60), train.select(range(4, 7), n=40)]
+    data.append(train.select(range(7, 10), n=40))
+
+    def build(seed):
+        stages = []
+        for k, examples in enumerate(data):
+            model = net(64, hidden=(6,), classes=len(examples.classes), seed=7 * seed + k)
+            stage = msif.Stage(
+                f"s{k}",
+                model.double(),
+                examples,
+                weight_decay=1e-2,
+                link=link if k else None,
+                recipe=replace(recipe, seed=3 * seed + k),
+            )
+            stages.append(stage)
+        return msif.Pipeline(stages)
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("link", "recipe"),
+    [("frozen", "sgd"), ("warm", "adam"), ("proximal", "nesterov"), ("warm", "adamw")],
+)
+def test_lanes_give_each_seeds_own_run_and_scores(link, recipe):
+    make = two_stages(LINKS[link], RECIPES[recipe])
+    alone = msif.over_seeds(make, 3, progress=False)
+    runs = msif.over_seeds(make, 3, lanes=3, progress=False)
+    for ours, theirs in zip(runs, alone, strict=True):
+        for mine, other in zip(ours.trained(), theirs.trained(), strict=True):
+            assert torch.allclose(mine, other, rtol=1e-12, atol=1e-13)
+        assert ours.reports[1].recipe == str(ours.stages[1].recipe)
+    queries = msif.load_digits(dtype=torch.float64)[1].select(range(7, 10), n=4)
+    for stage, asked in ((0, {}), (1, {"aggregate": "mean"}), (2, {"target": "margin"})):
+        method = msif.UnrolledInfluence(segments=3)
+        together = msif.AveragedInfluence(method, lanes=2).fit(runs)
+        each = msif.AveragedInfluence(method).fit(runs)
+        ours, theirs = (a.score(queries, stage, progress=False, **asked) for a in (together, each))
+        size = theirs.per_seed.abs().max()
+        assert torch.allclose(ours.per_seed, theirs.per_seed, rtol=1e-9, atol=1e-12 * size)
+        assert ours.origin == theirs.origin
+        if stage != 1:  # frozen, nothing that the second stage trains is taken over
+            # A control: each seed's scores are its own.
+            assert not torch.allclose(ours.per_seed[0], theirs.per_seed[1], rtol=1e-2)
+
+
+def test_lanes_share_a_budget(runs, queries, scores):
+    """With little memory the queries are swept in parts and states are recomputed."""
+    method = msif.UnrolledInfluence(memory="3MB")
+    averaged = msif.AveragedInfluence(method, lanes=5).fit(runs)
+    assert torch.allclose(averaged.score(queries, progress=False).values, scores.values, rtol=1e-9)
+
+
+def test_what_cannot_go_side_by_side_goes_one_by_one(runs, queries):
+    from msif_lab.influence.together import suits
+
+    unlike = [runs[0], build(7).fit(progress=False)]
+    unlike[1].stages[0].weight_decay = 0.5
+    unlike[1].fit(progress=False)
+    assert suits(msif.UnrolledInfluence(), runs.pipelines)
+    assert not suits(msif.UnrolledInfluence(), unlike)
+    assert not suits(msif.UnrolledInfluence(leave_one_out=True), runs.pipelines)
+    assert not suits(msif.GradientDot(), runs.pipelines)
+    for method in (msif.UnrolledInfluence(group_fraction=0.5), msif.GradientDot()):
+        pair = [
+            msif.AveragedInfluence(method, lanes=lanes).fit(runs[:2]).score(queries).per_seed
+            for lanes in (1, 2)
+        ]
+        assert torch.equal(*pair)
 
 
 # ---- Effects, and both together ----

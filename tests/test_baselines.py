@@ -1,6 +1,8 @@
 """Baselines: each against its formula by plain autograd, and what they must not claim."""
 
 import copy
+import inspect
+import warnings
 
 import pytest
 import torch
@@ -223,6 +225,31 @@ def test_every_baseline_shares_the_interface(pair):
             assert scores.method.startswith(type(baseline).__name__)
     signed = {name for name, b in baselines.items() if b.signed}
     assert signed == {"gradient dot", "gradient cosine", "TracIn", "single stage"}
+
+
+def test_one_loop_calls_every_method():
+    """Each takes stage, target, progress and aggregate by name, and progress in fit."""
+    pipeline, queries = make_pair("proximal"), blobs(4, 2, 3)
+    methods = {
+        "implicit": msif.ImplicitInfluence(curvature="ggn", damping=0.1),
+        "unrolled": msif.UnrolledInfluence(),
+        "segmented": msif.SegmentedInfluence(3),
+        **msif.all_baselines(),
+    }
+    asked = {"stage": "first", "target": "margin", "progress": False}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", msif.ConvergenceWarning)
+        for name, method in methods.items():
+            fitted = method.fit(pipeline, progress=False)
+            assert fitted is method, name
+            assert fitted.score(queries, **asked).values.shape == (4, 18), name
+            assert fitted.score(queries, **asked, aggregate="mean").values.shape == (1, 18), name
+    for method in methods.values():
+        fit, score = (inspect.signature(f).parameters for f in (method.fit, method.score))
+        assert list(fit) == ["pipeline", "progress"] and fit["progress"].default is True, method
+        taken = {name: p.default for name, p in list(score.items())[1:5]}
+        defaults = {"stage": 0, "target": "loss", "progress": True, "aggregate": None}
+        assert taken == defaults and list(taken) == list(defaults), method
 
 
 def leaves(cls):

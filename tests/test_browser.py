@@ -284,6 +284,7 @@ LIVE = {
     "damping": "widgets.AlphaDampingExplorer(full, queries)",
     "methods": "widgets.MethodComparison(full, methods, queries)",
     "cleaning": "widgets.CleaningExplorer(full, full_scores, queries, corrupted=range(12))",
+    "seeds": "widgets.SeedExplorer(runs, averaged, queries).pick(seeds=2)",
     "failing": 'widgets.FigureSlider(draw, [6, 7], "Value", precompute=False)',
     "slow": "widgets.InfluenceExplorer(slow, slow_scores, queries)",
 }

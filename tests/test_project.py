@@ -24,9 +24,9 @@ TOP_LEVEL = TEXTS | SETTINGS | {".ci", "msif_lab", "notebooks", "tests", "binder
 
 # A file or folder of the package imports only from those above it; README's table is in this order.
 ORDER = [
-    *("errors", "storage", "fingerprints", "memory", "parallel", "figures"),
+    *("errors", "arguments", "storage", "fingerprints", "memory", "parallel", "figures"),
     *("data", "objective", "curvature", "pipeline", "solvers", "influence", "evaluation"),
-    *("experiments", "studies", "exercises", "plots", "widgets"),
+    *("experiments", "studies", "lds", "exercises", "plots", "widgets"),
 ]
 
 CONDA_NAME = {"torch": "pytorch-cpu", "matplotlib": "matplotlib-base", "seaborn": "seaborn-base"}

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -127,22 +128,125 @@ def test_with_each_steps_examples_it_is_the_unrolled_derivative_in_mini_batches(
     assert relative_error(blind, truth) > 1e-2
 
 
-@pytest.mark.parametrize("bent", [True, False])
-def test_details_count_each_example_in_its_own_steps(bent):
-    """A stretch of many steps on a quadratic: weights, not places on the path, are what is left."""
-    outputs = 2 if bent else 3
-    data, queries = examples(0, outputs), examples(9, outputs, n=3)
-    net = Net(outputs, 0, bent)
-    net.head.requires_grad_(bent)
-    recipe = msif.SGD(0.02, epochs=3, batch_size=4)
-    stage = msif.Stage("one", net, data, msif.mean_squared_error, 0.05, recipe=recipe)
-    pipeline = msif.Pipeline([stage]).fit(progress=False)
+class Sequences(nn.Module):
+    """The mean, over four steps of two numbers, of what ``body`` makes of them."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.lift, self.body, self.head = nn.Linear(2, 4), body, nn.Linear(4, 2)
+
+    def forward(self, x):
+        z = self.body(self.lift(x.unflatten(1, (-1, 2))))
+        return self.head((z[0] if isinstance(z, tuple) else z).mean(1))
+
+
+class LowRank(nn.Module):
+    """A frozen layer with a trained correction of rank one beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.base, self.head = nn.Linear(8, 4), nn.Linear(4, 2)
+        self.a, self.b = nn.Linear(8, 1, bias=False), nn.Linear(1, 4, bias=False)
+        for layer in (self.base, self.head):
+            layer.requires_grad_(False)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.base(x) + self.b(self.a(x))))
+
+
+def transformer():
+    layer = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True)
+    return Sequences(nn.TransformerEncoder(layer, 1, enable_nested_tensor=False))
+
+
+def batch_normed():
+    """In eval mode, with running statistics that are not what they start as."""
+    norm = nn.BatchNorm1d(4)
+    net = nn.Sequential(nn.Linear(8, 4), norm, nn.Tanh(), nn.Linear(4, 2))
+    norm.running_mean.copy_(draw(4, seed=5) / 2)
+    norm.running_var.copy_(draw(4, seed=6).square() + 0.5)
+    return net.eval()
+
+
+NETS = {
+    "lstm": lambda: Sequences(nn.LSTM(4, 4, batch_first=True)),
+    "transformer": transformer,
+    "batch norm": batch_normed,
+    "group norm": lambda: nn.Sequential(
+        nn.Linear(8, 4), nn.GroupNorm(2, 4), nn.Tanh(), nn.Linear(4, 2)
+    ),
+    "low rank": LowRank,
+}
+
+
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("link", [None, msif.WarmStart(shared="")], ids=["one", "warm"])
+def test_a_stretch_for_each_step_is_the_unrolled_derivative_of_other_nets(net, link):
+    stages = []
+    for k in range(1 if link is None else 2):
+        torch.manual_seed(k)
+        recipe = msif.SGD(0.1, momentum=0.8, epochs=5, batch_size=N)
+        data = msif.Examples(draw(N, 8, seed=k), torch.arange(N) % 2)
+        model = NETS[net]().double()
+        stage = msif.Stage(f"stage {k}", model, data, weight_decay=0.01, recipe=recipe)
+        stages.append(replace(stage, link=link if k else None))
+    pipeline = msif.Pipeline(stages).fit(progress=False)
+    queries = msif.Examples(draw(3, 8, seed=9), torch.arange(3) % 2)
     truth = unrolled(pipeline, queries)
-    errors = [
-        relative_error(segmented(pipeline, queries, 1, krylov=40, details=d), truth)
-        for d in (True, False)
-    ]
-    assert errors[0] < 0.5 * errors[1]
+    assert relative_error(segmented(pipeline, queries, 5, krylov=6), truth) < 1e-9
+    assert relative_error(segmented(pipeline, queries, 2, krylov=20), truth) > 1e-5
+
+
+def test_batch_norm_in_train_mode_is_refused():
+    net = batch_normed().double().train()
+    recipe = msif.SGD(0.1, epochs=5, batch_size=N)
+    data = msif.Examples(draw(N, 8), torch.arange(N) % 2)
+    with pytest.raises(msif.UnsupportedModelError, match=r"BatchNorm1d.*batch statistics"):
+        msif.Pipeline([msif.Stage("one", net, data, recipe=recipe)]).fit(progress=False)
+
+
+def linear_loss(outputs, targets):
+    """Its gradient is the same at all weights of a linear model, and it has no curvature."""
+    return (outputs * targets).sum(1)
+
+
+def shifted(stretch, by):
+    """As if each step had had the examples of another one of its stretch."""
+    return replace(stretch, batches=stretch.batches[by:] + stretch.batches[:by])
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_details_count_each_example_in_its_own_steps(count, monkeypatch):
+    """Stretches of many steps, exact: all curvature is the penalty's, all gradients are constant.
+
+    Which examples each step had is then all that can go wrong, and it does if it is ignored or
+    taken from a neighbouring step.
+    """
+    stages = []
+    for k in range(count):
+        recipe = msif.SGD(0.1, epochs=3, batch_size=4, schedule="linear", seed=k)
+        net, decay = nn.Linear(4, 2).double(), {"bias": 0.3, "*": 1.0}
+        stage = msif.Stage(f"stage {k}", net, examples(k), linear_loss, decay, recipe=recipe)
+        stages.append(replace(stage, link=msif.WarmStart(shared="") if k else None))
+    pipeline, queries = msif.Pipeline(stages).fit(progress=False), examples(9, n=3)
+    read = segmented_module.stretches_of
+    for stage in range(count):
+        truth = unrolled(pipeline, queries, stage)
+
+        def error(truth=truth, stage=stage, **settings):
+            ours = segmented(pipeline, queries, 2, stage, krylov=40, **settings)
+            return relative_error(ours, truth)
+
+        assert error() < 1e-9
+        assert error(details=False) > 0.1
+        for by in (1, -1):
+            with monkeypatch.context() as patch:
+                patch.setattr(
+                    segmented_module,
+                    "stretches_of",
+                    lambda run, details, by=by: [shifted(s, by) for s in read(run, details)],
+                )
+                assert error() > 0.1, by
 
 
 def test_gradient_flow_against_the_exponential_of_the_matrix():
@@ -267,6 +371,59 @@ def test_half_as_many_stretches_tell_the_error(runs):
     assert float(coarse.check(queries, progress=False).r.median()) < float(report.r.median())
     assert list(fine.adjoint_norms_) == ["p", "f"]
     assert len(fine.adjoint_norms_["p"]) == 13
+
+
+def rough(lr, schedule):
+    train, test = msif.load_digits(dtype=F64)
+    data, queries = train.select(classes=range(4), n=200, seed=5), test.select(range(4), n=4)
+    recipe = msif.SGD(lr, epochs=6, batch_size=20, schedule=schedule)
+    stage = msif.Stage("one", msif.mlp(64, (8,), classes=4, seed=0).double(), data, recipe=recipe)
+    return msif.Pipeline([stage]).fit(progress=False), queries
+
+
+def test_stretches_of_changing_curvature_are_named():
+    """Where the scores are poor; not where they are good, nor where each step is a stretch."""
+    pipeline, queries = rough(0.2, "constant")
+    truth = unrolled(pipeline, queries)
+    method = msif.SegmentedInfluence(4).fit(pipeline)
+    with pytest.warns(msif.UnsmoothTrainingWarning, match=r"curvature changes.*segments="):
+        poor = method.score(queries, progress=False).values
+    assert correlation(poor, truth) < 0.8
+    method = msif.SegmentedInfluence(10**6).fit(pipeline)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "curvature changes")
+        assert relative_error(method.score(queries, progress=False).values, truth) < 1e-2
+        assert float(method.changes_.max()) == 0
+        pipeline, queries = rough(0.02, "linear")
+        method = msif.SegmentedInfluence(12).fit(pipeline)
+        good = method.score(queries, progress=False).values
+    assert correlation(good, unrolled(pipeline, queries)) > 0.95
+
+
+def test_changes_are_those_of_two_curvatures():
+    """Of two stretches, by the matrices themselves, in Krylov spaces that hold everything."""
+    pipeline = chain(msif.SGD(0.05, epochs=12, batch_size=N))
+    queries = examples(9, n=3)
+    method = msif.SegmentedInfluence(2, krylov=60).fit(pipeline)
+    method.score(queries, progress=False)
+    run = method._runs[0]
+    o = pipeline.objective(0)
+    matrices = [Hessian(o, mean).dense() for mean in run.means]
+    coarse = segmented_module.stretches_of(run, True)
+    model = copy.deepcopy(pipeline.stages[0].model)
+    nn.utils.vector_to_parameters(run.fulls[-1], model.parameters())
+    losses = msif.mean_squared_error(model(queries.x), queries.y)
+    found = []
+    for loss in losses:
+        grads = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+        theta, v = torch.cat([g.flatten() for g in grads]), 0.0
+        for _, rate in reversed(coarse[1].steps):
+            v = v - rate * theta
+            theta, v = theta + matrices[1] @ v, 0.9 * v
+        change = (matrices[0] - matrices[1]) @ theta
+        time = sum(0.5 * s.spread * sum(r for _, r in s.steps) / 0.1 for s in coarse)
+        found.append(time * change.norm() / theta.norm())
+    assert relative_error(method.changes_, torch.stack(found)) < 1e-9
 
 
 def test_a_run_that_amplifies_is_named():

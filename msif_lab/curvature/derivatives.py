@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, func
 from torch.func import grad, vmap
 
+from ..arguments import check_function, check_instance, check_tensor, shown
 from ..data.examples import Examples
 from ..errors import UnsupportedModelError
 from ..objective.exclusive import exclusive
@@ -253,6 +254,19 @@ def _plain_gradient(value: Callable, theta: Tensor, x: Tensor, y: Tensor) -> Ten
     return torch.autograd.grad(result, leaf, materialize_grads=True)[0]
 
 
+def _check_place(objective: Objective, full: Tensor, examples: Examples | None) -> None:
+    """Refuse what is no objective, no vector of all its parameters, or no examples."""
+    check_instance("objective", objective, Objective, "as pipeline.objective(stage) gives it")
+    check_tensor("full", full, f"({objective.layout.size},)")
+    if full.shape != (objective.layout.size,):
+        raise ValueError(
+            f"full has shape {tuple(full.shape)}, expected ({objective.layout.size},), all "
+            "parameters of the model in one vector, as pipeline.trained() has them"
+        )
+    if examples is not None:
+        check_instance("examples", examples, Examples, "wrap them: Examples(x, y)")
+
+
 def per_example_gradients(
     objective: Objective,
     full: Tensor,
@@ -273,6 +287,9 @@ def per_example_gradients(
         rows: only these positions.
     """
     o = objective
+    _check_place(o, full, examples)
+    if function is not None:
+        check_function("function", function, "(outputs, targets) -> (B,)")
     function = function or o.loss
     layers = find_layers(o, every)
     theta = full if every else o.trained.take(full)
@@ -332,6 +349,8 @@ def example_products(
 
     See `product_chunks` for the modes.
     """
+    _check_place(objective, full, examples)
+    check_tensor("vectors", vectors, "(P, Q)")
     count = len(objective.data if examples is None else examples)
     result = vectors.new_empty(vectors.shape[-1], count)
     for rows, products in product_chunks(objective, full, vectors, examples, mode=mode):
@@ -367,11 +386,13 @@ def product_chunks(
         UnsupportedModelError: ``mode="forward"`` gives wrong numbers for this model.
     """
     o = objective
+    _check_place(o, full, examples)
+    check_tensor("vectors", vectors, "(P, Q)")
     layers = find_layers(o)
     modes = ("auto", "forward", "gradients", "layers")
     if mode not in modes or (mode == "layers" and layers is None):
         raise ValueError(
-            f"mode={mode!r} must be 'auto', 'forward', 'gradients', "
+            f"mode={shown(mode)} must be 'auto', 'forward', 'gradients', "
             "or 'layers' where `Linear` and `Conv2d` hold all that is trained"
         )
     if vectors.ndim != 2 or vectors.shape[0] != o.size:
@@ -593,6 +614,7 @@ def _forward_over_reverse_agrees(o: Objective) -> bool:
 # How many sets of activations one example costs in `gradient_transpose`.
 TRANSPOSE_FIXED = 4
 TRANSPOSE_PER_QUERY = 5
+LANE_BYTES = 30 * 10**6  # of lanes side by side; on a CPU more of them are slower than one by one
 
 
 def gradient_transpose(
@@ -641,6 +663,53 @@ def gradient_transpose(
         products += by_theta
         scores.append(by_weight / len(batch))
     return products, torch.cat(scores, dim=1)
+
+
+def transpose_lanes(
+    o: Objective,
+    fulls: Tensor,
+    batches: Tensor,
+    cotangents: Tensor,
+    weights: Tensor,
+    every: bool = False,
+    memory: int = 10**9,
+) -> tuple[Tensor, Tensor]:
+    """`gradient_transpose` of R lanes, each with parameters, mini-batch and cotangents of its own.
+
+    Args:
+        fulls, batches, cotangents, weights: ``(R, D)``, ``(R, B)``, ``(R, Q, P)``, ``(R, B)``.
+        o, every, memory: as there; lanes go side by side as far as `LANE_BYTES` allow.
+
+    Returns:
+        ``(R, Q, P or D)`` products and ``(R, Q, B)`` scores.
+    """
+    copies = TRANSPOSE_FIXED + TRANSPOSE_PER_QUERY * cotangents.shape[1]
+    cost = o.bytes_per_example() * copies * batches.shape[1]
+    side = min(memory, LANE_BYTES) // cost
+    if side < 2 or not _transpose_ways(o, every)[0]:
+        lanes = zip(fulls, batches, cotangents, weights, strict=True)
+        pairs = [gradient_transpose(o, *lane, every, memory) for lane in lanes]
+        products, scores = zip(*pairs, strict=True)
+        return torch.stack(products), torch.stack(scores)
+    if every:
+        wide = cotangents.new_zeros(*cotangents.shape[:2], fulls.shape[1])
+        cotangents = o.trained.put(wide, cotangents)
+
+    def one(full, x, y, v, w):
+        def risk(theta, w):
+            return (w * o.losses(theta if every else o.parameters(theta, full), x, y)).sum()
+
+        gradients = grad(risk, argnums=(0, 1))
+        point = full if every else o.trained.take(full)
+        return vmap(lambda v: jvp(lambda t: gradients(t, w), (point,), (v,))[1])(v)
+
+    count = batches.shape[1]
+    parts = [
+        vmap(one)(fulls[i], o.data.x[batches[i]], o.data.y[batches[i]], cotangents[i], w / count)
+        for i, w in zip(torch.arange(len(fulls)).split(side), weights.split(side), strict=True)
+    ]
+    products, scores = (torch.cat(part) for part in zip(*parts, strict=True))
+    return products, scores / count
 
 
 def _transpose_ways(o: Objective, every: bool) -> tuple[bool, bool]:

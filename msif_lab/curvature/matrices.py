@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, jacrev, vmap
 
+from ..arguments import check_instance, check_tensor
 from ..data.examples import Examples
 from ..memory import working_bytes
 from ..objective.objective import Objective
@@ -38,6 +39,7 @@ __all__ = ["GGN", "Hessian"]
 
 
 def _require_length(name: str, tensor: Tensor, size: int) -> None:
+    check_tensor(name, tensor, f"({size},)")
     if tensor.shape != (size,):
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected ({size},)")
 
@@ -65,11 +67,14 @@ class DataCurvature(Operator):
         ridge: bool = True,
         every: bool = False,
     ):
+        check_instance("objective", objective, Objective, "as pipeline.objective(stage) gives it")
         size = objective.layout.size if every else objective.size
-        super().__init__(size, full.dtype, full.device)
         _require_length("full", full, objective.layout.size)
+        super().__init__(size, full.dtype, full.device)
         if weights is not None:
             _require_length("weights", weights, len(objective.data))
+            if not bool(torch.isfinite(weights).all()):
+                raise ValueError("weights hold NaN or inf; 0 leaves an example out")
         self.objective = objective
         self.full = full
         self.every = every

@@ -1,8 +1,11 @@
 """Symmetric matrices known only by their products, with algebra as in ``(A + damping) @ V``."""
 
+import math
+
 import torch
 from torch import Tensor
 
+from ..arguments import check_whole, is_number, shown
 from ..memory import parse_bytes, require_memory
 
 __all__ = ["Operator", "Shifted"]
@@ -16,6 +19,7 @@ class Operator:
     """
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device):
+        check_whole("size", size)
         self.shape = (size, size)
         self.dtype = dtype
         self.device = device
@@ -58,7 +62,10 @@ class Operator:
                 f"cannot add {tuple(other.shape)} to an operator of shape {self.shape}: "
                 "give a number or (P,)"
             )
-        if not isinstance(other, (int, float, Tensor)):
+        plain = is_number(other) and math.isfinite(other)
+        if is_number(other) and not plain:
+            raise ValueError(f"cannot add {other} to an operator: give a finite number")
+        if not plain and not isinstance(other, Tensor):
             raise TypeError(
                 f"cannot add {type(other).__name__} to an operator: "
                 "give a number, a (P,) tensor or an operator"
@@ -69,9 +76,9 @@ class Operator:
 
     def __mul__(self, factor: float) -> "Operator":
         scalar = isinstance(factor, Tensor) and factor.ndim == 0
-        if not scalar and not isinstance(factor, (int, float)):
+        if not scalar and not (is_number(factor) and math.isfinite(factor)):
             raise TypeError(
-                f"an operator can be multiplied by a number, not {type(factor).__name__}; "
+                f"an operator can be multiplied by a finite number, not {shown(factor)}; "
                 "products are A @ v"
             )
         return _Scaled(self, factor)

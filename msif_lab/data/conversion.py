@@ -20,6 +20,8 @@ def to_inputs(x) -> Tensor | Fields:
     if getattr(getattr(x, "dtype", None), "kind", "") == "O":  # of NumPy and pandas
         x = list(x)
     if is_mapping(x):
+        if not len(x):
+            raise TypeError("x is an empty dictionary, with the fields []; name them by strings")
         return Fields(x)
     if isinstance(x, (list, tuple)) and x:
         if is_picture(x[0]):
@@ -106,12 +108,13 @@ def _pictures(images: Sequence) -> Tensor:
     return pixels.contiguous().to(torch.get_default_dtype()) / 255
 
 
-def to_targets(y, classes: tuple | None) -> tuple[Tensor, tuple | None]:
+def to_targets(y, classes: tuple | None, what: str = "y") -> tuple[Tensor, tuple | None]:
     """Targets ``(N,)`` or ``(N, ...)``, and the names of the labels if they have any.
 
     Args:
         y: numbers, or text that names each example's class.
         classes: the names in the order of the labels; default for text: sorted.
+        what: how messages call the targets.
     """
     dtype = getattr(y, "dtype", None)
     if hasattr(dtype, "categories"):  # pandas' categories have an order of their own
@@ -121,7 +124,7 @@ def to_targets(y, classes: tuple | None) -> tuple[Tensor, tuple | None]:
         y = y.tolist()
     named = isinstance(y, (list, tuple)) and any(isinstance(name, str) for name in y)
     if not named and not hasattr(dtype, "categories"):
-        targets = to_tensor(y, "y")
+        targets = to_tensor(y, what)
         return (targets if targets.is_floating_point() else targets.to(torch.int64)), classes
     if classes is None:
         odd = [i for i, name in enumerate(y) if not isinstance(name, str)]
@@ -178,7 +181,8 @@ def to_ids(ids, count: int) -> Tensor:
     if ids.is_floating_point() or ids.dtype == torch.bool:
         raise ValueError(f"ids are {ids.dtype}, but must be integers, one per example")
     if ids.shape != (count,):
-        raise ValueError(f"ids has shape {tuple(ids.shape)}, expected ({count},), one per example")
+        held = f"is {int(ids)}" if ids.ndim == 0 else f"has shape {tuple(ids.shape)}"
+        raise ValueError(f"ids {held}, expected ({count},), one per example")
     ids = ids.to(torch.int64)
     values, counts = torch.unique(ids, return_counts=True)
     if len(values) != count:

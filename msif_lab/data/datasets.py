@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch.nn.functional import avg_pool2d
 
+from ..arguments import check_path, check_seed, check_whole
 from .examples import Examples
 from .formats import BATCHES, DataSet, read_binary, read_idx, read_python, read_sprites
 from .sources import raw_arrays
@@ -201,9 +202,12 @@ def _load(
 ) -> tuple[Examples, Examples]:
     dtype = dtype or torch.get_default_dtype()
     side = data.shape[0]
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"dtype={dtype} must be a floating dtype, e.g. torch.float32")
-    if not hasattr(pool, "__index__") or pool < 1 or side % operator.index(pool):
+    _check_dtype(dtype)
+    check_seed("seed", seed)
+    if root is not None:
+        check_path("root", root)
+    whole = hasattr(pool, "__index__") and not isinstance(pool, bool)
+    if not whole or pool < 1 or side % operator.index(pool):
         ways = [p for p in range(1, side + 1) if side % p == 0]
         raise ValueError(
             f"pool={pool!r} does not divide the side of {data.name}'s images, {side}; "
@@ -211,11 +215,18 @@ def _load(
         )
     # One example of each class: `select` refuses unknown classes before any download.
     labels = torch.arange(len(data.classes))
-    Examples(labels, labels, classes=data.classes).select(classes=classes)
+    wanted = Examples(labels, labels, classes=data.classes).select(classes=classes)
+    if n is not None:
+        check_whole("n", n, len(wanted), why="one or more for each class")
     train_x, train_y, test_x, test_y = raw_arrays(data, root, progress)
     train = _examples(data, train_x, train_y, classes, n, seed, int(pool), dtype)
     test = _examples(data, test_x, test_y, classes, None, seed, int(pool), dtype)
     return train, test
+
+
+def _check_dtype(dtype) -> None:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype={dtype!r} must be a floating dtype, e.g. torch.float32")
 
 
 def _examples(
@@ -259,8 +270,10 @@ def load_digits(dtype: torch.dtype | None = None) -> tuple[Examples, Examples]:
     """
     from sklearn.datasets import load_digits as bundled
 
+    dtype = torch.get_default_dtype() if dtype is None else dtype
+    _check_dtype(dtype)
     raw = bundled()
-    x = torch.as_tensor(raw.images, dtype=dtype or torch.get_default_dtype())[:, None] / 16
+    x = torch.as_tensor(raw.images, dtype=dtype)[:, None] / 16
     digits = Examples(x, torch.as_tensor(raw.target, dtype=torch.int64))
     test = torch.zeros(len(digits), dtype=torch.bool)
     generator = torch.Generator().manual_seed(0)

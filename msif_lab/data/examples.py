@@ -1,13 +1,13 @@
 """`Examples`: data that keep their ids, with inputs in memory or read when needed."""
 
 import html
-import numbers
 import operator
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from ..arguments import check_seed, check_whole, numbers_of, shown
 from ..storage import digest
 from .conversion import (
     MOST_CLASSES,
@@ -17,7 +17,7 @@ from .conversion import (
     to_inputs,
     to_targets,
 )
-from .fields import Fields, move
+from .fields import Fields, check_targets, move
 from .inputs import Inputs, check_dataset, fixed_like, read_many
 from .tensors import require_finite
 
@@ -71,7 +71,10 @@ class Examples:
         self.x = x if isinstance(x, (Fields, Inputs)) else to_inputs(x)
         self.y, self.classes = to_targets(y, to_classes(classes))
         self.named = self.classes is not None  # else labels mean whatever the user says they mean
-        if self.x.ndim == 0 or self.y.ndim == 0 or len(self.x) == 0:
+        for name, given, held in (("x", x, self.x), ("y", y, self.y)):
+            if held.ndim == 0:
+                raise ValueError(f"{name}={shown(given)} is one number; give one row per example")
+        if len(self.x) == 0:
             raise ValueError(
                 f"x {tuple(self.x.shape)} and y {tuple(self.y.shape)} "
                 "must hold at least one example"
@@ -137,6 +140,14 @@ class Examples:
         Examples(5 × (1, 8, 8) float32, classes {0: 2, 1: 3}, read when needed)
         """
         check_dataset(dataset, workers)
+        if targets is not None:
+            given, _ = to_targets(targets, to_classes(classes), "targets")
+            if given.ndim == 0 or len(given) != len(dataset):
+                raise ValueError(
+                    f"targets={shown(targets)} must hold one target for each of the "
+                    f"{len(dataset)} items of dataset"
+                )
+            require_finite("targets", given)
         like = fixed_like(dataset, targets is None)
         if targets is None:
             targets = read_many(dataset, list(range(len(dataset))), like, workers, part=1)
@@ -170,17 +181,19 @@ class Examples:
         # Tensors of one element have __index__ too, whatever their shape.
         if getattr(index, "ndim", 0) == 0 and hasattr(index, "__index__"):
             i = operator.index(index)
+            if not -len(self) <= i < len(self):
+                raise IndexError(f"index {i} is out of range: there are {len(self)} examples")
             x = self.x[i]
             return (dict(x.items()) if isinstance(x, Fields) else x), self.y[i]
         if isinstance(index, slice):
             keep = torch.arange(len(self))[index]
         else:
-            keep = torch.as_tensor(index)
+            keep = numbers_of("index", index, "a position, a slice, or a list of positions")
             if keep.dtype == torch.bool and keep.shape == (len(self),):
                 keep = keep.nonzero().flatten()
         if keep.dtype != torch.int64 or keep.ndim != 1 or len(keep) == 0:
             raise ValueError(
-                f"index selects {tuple(keep.shape)} of {keep.dtype}: "
+                f"index={shown(index)} selects {tuple(keep.shape)} of {keep.dtype}: "
                 "give a non-empty list of positions"
             )
         lowest = int(keep.min())
@@ -215,13 +228,13 @@ class Examples:
             ValueError: an unknown or repeated class, or a class with too few examples.
         """
         wanted = self._checked_classes(classes)
-        if n is not None and not isinstance(n, numbers.Integral):
-            raise TypeError(f"n={n!r} must be a whole number")
+        if n is not None and n != 0:
+            n = check_whole("n", n, 0, why="one or more for each class")
         if n is not None and n < len(wanted):
             raise ValueError(
                 f"n={n} leaves a class empty: at least {len(wanted)}, one per class, are needed"
             )
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(check_seed("seed", seed))
         labels = self.y.cpu()
         kept: list[Tensor] = []
         new_labels: list[Tensor] = []
@@ -266,6 +279,7 @@ class Examples:
 
     def to(self, *targets: torch.device | torch.dtype | str) -> "Examples":
         """A copy on another device and / or in another floating dtype; labels stay integers."""
+        check_targets(targets)
         x = move(self.x, targets) if isinstance(self.x, Tensor) else self.x.to(*targets)
         return self._with(x, move(self.y, targets), self.ids)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import register_pytree_node
 
+from ..arguments import listed, shown
 from .tensors import to_tensor
 
 __all__ = ["Fields"]
@@ -33,9 +34,11 @@ class Fields:
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]):
+        if not hasattr(tensors, "keys"):
+            raise TypeError(f"tensors={shown(tensors)} must be a dictionary: tensors by name")
         names = list(tensors.keys())
         if not names or not all(isinstance(name, str) for name in names):
-            raise TypeError(f"fields need names that are strings, but have {names}")
+            raise TypeError(f"fields need names that are strings, but tensors have {names}")
         values = {name: to_tensor(tensors[name], f"x[{name!r}]") for name in names}
         lengths = {name: len(value) if value.ndim else None for name, value in values.items()}
         if len(set(lengths.values())) != 1 or None in lengths.values():
@@ -67,7 +70,10 @@ class Fields:
         tensor([[7, 8],
                 [9, 0]])
         """
-        rows = [to_tensor(row, f"x[{i}]") for i, row in enumerate(sequences)]
+        given = listed("sequences", sequences, "a list of sequences, (T,) or (T, D) each")
+        if not given:
+            raise ValueError("sequences is empty; give one sequence per example")
+        rows = [to_tensor(row, f"x[{i}]") for i, row in enumerate(given)]
         for i, row in enumerate(rows):
             if row.ndim not in (1, 2) or row.shape[1:] != rows[0].shape[1:] or not len(row):
                 raise ValueError(
@@ -160,6 +166,31 @@ class Fields:
     def to(self, *targets) -> "Fields":
         """Moved to a device and / or converted; integers keep their dtype."""
         return Fields._of({name: move(value, targets) for name, value in self.items()})
+
+
+def check_targets(targets: Iterable) -> None:
+    """Refuse what is neither a device nor a floating dtype.
+
+    Raises:
+        TypeError, ValueError: naming it.
+    """
+    for target in targets:
+        if isinstance(target, torch.dtype) and not target.is_floating_point:
+            raise ValueError(f"targets: {target} is no floating dtype, such as torch.float64")
+        if not isinstance(target, torch.dtype | torch.device | str):
+            raise TypeError(
+                f"targets: {shown(target)} is neither a device, such as 'cpu', nor a dtype, such "
+                "as torch.float64"
+            )
+        if isinstance(target, str):
+            try:
+                torch.device(target)
+            except RuntimeError:
+                raise ValueError(
+                    f"targets: {target!r} is no device that PyTorch knows, such as 'cpu' or 'cuda'"
+                ) from None
+        if str(target).partition(":")[0] == "meta":
+            raise ValueError("targets: on 'meta' tensors have no numbers, so all would be lost")
 
 
 def move(values, targets: Iterable):

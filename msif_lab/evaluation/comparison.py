@@ -9,6 +9,14 @@ import numpy
 import torch
 from torch import Tensor
 
+from ..arguments import (
+    check_choice,
+    check_instance,
+    check_seed,
+    check_whole,
+    listed,
+    shown,
+)
 from ..influence.result import AboutTarget, Influence
 from ..pipeline.origin import difference, share_runs
 from .removals import Effects, EffectsOverSeeds
@@ -108,6 +116,7 @@ class Agreement(AboutTarget):
 
     def mean(self, statistic: str = "r") -> float:
         """Mean over queries of ``"r"``, ``"rho"``, ``"slope"``, ``"sign"`` or ``"magnitude"``."""
+        check_choice("statistic", statistic, STATISTICS)
         return float(numpy.nanmean(getattr(self, statistic)))
 
     def to_frame(self):
@@ -176,6 +185,9 @@ def agreement(
     Warns:
         UserWarning: queries whose predictions or effects do not vary, left out of the means.
     """
+    check_instance("scores", scores, Influence, "as an attributor's score(queries) gives them")
+    check_instance("effects", effects, Effects, "as removal_effects gives them")
+    _check_bootstrap(resamples, seed)
     predicted, actual = _pairs(scores, effects)
     ids = effects.query_ids.numpy()
     report = compare(predicted, actual, ids, resamples=resamples, seed=seed)
@@ -218,6 +230,34 @@ def _noise(r, effects: EffectsOverSeeds, count: int, own, resamples: int, seed: 
         corrected,
         intervals,
     )
+
+
+def _check_bootstrap(resamples: int, seed: int) -> None:
+    check_whole("resamples", resamples)
+    check_seed("seed", seed, least=0)
+
+
+def _runs(name: str, given, kind: type) -> dict[object, list]:
+    """Results by name, a list of one or more for each: one for each seed.
+
+    Raises:
+        TypeError, ValueError: no mapping, an empty one, or something else in it.
+    """
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            f"{name}={shown(given)} must be a dictionary: by name one {kind.__name__}, or a list "
+            "of them, one for each seed"
+        )
+    if not given:
+        raise ValueError(f"{name} is empty; give at least one {kind.__name__} by name")
+    found = {}
+    for key, value in given.items():
+        what = f"one {kind.__name__}, or a list of them, one for each seed"
+        runs = [value] if isinstance(value, kind) else listed(f"{name}[{key!r}]", value, what)
+        if not runs or not all(isinstance(run, kind) for run in runs):
+            raise TypeError(f"{name}[{key!r}]={shown(value)} must be {what}")
+        found[key] = runs
+    return found
 
 
 def _pairs(scores: Influence, effects: Effects) -> tuple[numpy.ndarray, numpy.ndarray]:
@@ -383,14 +423,14 @@ def compare_methods(
     Raises:
         ValueError: as `agreement`; or different numbers of seeds.
     """
+    _check_bootstrap(resamples, seed)
+    by_method, by_removals = _runs("scores", scores, Influence), _runs("effects", effects, Effects)
     rows = []
-    for removals, truth in effects.items():
-        truth = [truth] if isinstance(truth, Effects) else list(truth)
-        for name, given in scores.items():
+    for removals, truth in by_removals.items():
+        for name, given in by_method.items():
             method, only = name if isinstance(name, tuple) else (name, removals)
             if only != removals:
                 continue
-            given = [given] if isinstance(given, Influence) else list(given)
             if len(given) != len(truth):
                 raise ValueError(
                     f"{method!r} has scores of {len(given)} seeds, {removals!r} effects of "
@@ -420,9 +460,10 @@ def noise_ceiling(
     Raises:
         ValueError: fewer than two seeds, or other queries or subsets.
     """
+    _check_bootstrap(resamples, seed)
     rows = []
-    for removals, runs in effects.items():
-        if isinstance(runs, Effects) or len(runs) < 2:
+    for removals, runs in _runs("effects", effects, Effects).items():
+        if len(runs) < 2:
             raise ValueError(
                 f"{removals!r}: effects of at least two seeds are needed to compare them"
             )
@@ -446,14 +487,32 @@ def method_table(table, statistic: str = "r", columns: str = "removals"):
         statistic: which one to show, each cell as ``mean [low, high]``.
         columns: name of the column to spread out, or a list of names.
     """
+    check_table(table)
+    known = isinstance(statistic, str) and statistic in set(table["statistic"])
+    if not known:
+        raise ValueError(
+            f"statistic={shown(statistic)} is none of {sorted(set(table['statistic']))}"
+        )
     some = table[table["statistic"] == statistic]
-    if some.empty:
-        raise ValueError(f"statistic={statistic!r} is none of {sorted(set(table['statistic']))}")
+    for column in [columns] if isinstance(columns, str) else listed("columns", columns, "names"):
+        if column not in table:
+            raise ValueError(f"columns={shown(columns)} must be of {list(table)}")
     numbers = zip(some["mean"], some["low"], some["high"], strict=True)
     # non-breaking spaces keep each cell on one line
     cells = [f"{m:.2f}\u00a0[{low:.2f},\u00a0{high:.2f}]" for m, low, high in numbers]
     cells = some.assign(cell=cells)
     return cells.pivot_table("cell", "method", columns, aggfunc="first", sort=False).fillna("")
+
+
+def check_table(table) -> None:
+    """Refuse what is no table of `compare_methods`.
+
+    Raises:
+        TypeError: it lacks columns, or is no table.
+    """
+    needed = {"removals", "method", "statistic", "mean", "low", "high"}
+    if not needed <= set(getattr(table, "columns", ())):
+        raise TypeError(f"table={shown(table)} must be a table of compare_methods, with {needed}")
 
 
 def _rows(removals: str, method: str, pairs, resamples: int, seed: int) -> list[tuple]:

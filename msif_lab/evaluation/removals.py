@@ -12,6 +12,16 @@ import numpy
 import torch
 from torch import Tensor
 
+from ..arguments import (
+    check_function,
+    check_instance,
+    check_path,
+    check_seed,
+    check_whole,
+    is_number,
+    numbers_of,
+    shown,
+)
 from ..data.examples import Examples
 from ..errors import ConvergenceWarning
 from ..fingerprints import describe
@@ -20,7 +30,7 @@ from ..influence.result import Influence
 from ..objective.checks import ask
 from ..objective.losses import target_name
 from ..objective.questions import Question, require_finite
-from ..parallel import each_result
+from ..parallel import check_jobs, each_result
 from ..pipeline.origin import Origin, averaged, checked, some_runs
 from ..pipeline.pipeline import Pipeline, Retrained
 from ..pipeline.recipes import progress_bar
@@ -113,6 +123,12 @@ class Effects:
         >>> Effects.from_values(before, after, [[3], [17], [5, 9]], stage="pretrain")
         Effects(2 queries × 3 removals from stage 'pretrain', own)
         """
+        if like is not None:
+            check_instance("like", like, Influence, "the scores to compare with")
+        if not isinstance(protocol, str):
+            raise TypeError(f"protocol={shown(protocol)} must be a word, such as 'own'")
+        if not isinstance(target, str):
+            check_function("target", target, "(outputs, targets) -> (B,), or its name")
         before, after = (_finite(n, v) for n, v in (("before", before), ("after", after)))
         groups = _check_subsets(subsets)
         expected = (before.numel(), len(groups))
@@ -120,17 +136,20 @@ class Effects:
             turned = "; turn it: after.T" if tuple(after.shape) == expected[::-1] else ""
             raise ValueError(
                 f"before {tuple(before.shape)} and after {tuple(after.shape)}: expected (Q,) and "
-                f"(Q, R) with R = {len(groups)} groups, a column for each{turned}"
+                f"(Q, R) with R = {len(groups)} groups in subsets, a column for each{turned}"
             )
-        ids = torch.arange(len(before)) if query_ids is None else torch.as_tensor(query_ids)
+        ids = torch.arange(len(before))
+        if query_ids is not None:
+            ids = numbers_of("query_ids", query_ids, "whole numbers, such as queries.ids")
         name, aggregate, origin = target_name(target), "", {}
         if like is not None:
             origin = like.origin
             ids, stage, name, aggregate = like.query_ids, like.stage, like.target, like.aggregate
-        if ids.shape != before.shape or ids.is_floating_point():
+        odd = ids.is_floating_point() or ids.dtype == torch.bool
+        if ids.shape != before.shape or odd:
             raise ValueError(
-                f"query_ids {tuple(ids.shape)} {ids.dtype}: expected one whole number for each of "
-                f"the {len(before)} queries, such as queries.ids"
+                f"query_ids={shown(query_ids)} {tuple(ids.shape)} {ids.dtype}: expected one whole "
+                f"number for each of the {len(before)} queries, such as queries.ids"
             )
         if not isinstance(stage, str):
             raise TypeError(f"stage={stage!r} must be the stage's name; or give like=scores")
@@ -286,12 +305,18 @@ def random_removals(
     >>> [len(group) for group in random_removals(100, 2, fraction=0.03)]
     [3, 3]
     """
-    size = 1 if fraction is None else round(fraction * m)
-    if not 1 <= size < m or count < 1 or (fraction is None and count > m):
+    m, count = check_whole("m", m), check_whole("count", count)
+    generator = torch.Generator().manual_seed(check_seed("seed", seed))
+    size = 1
+    if fraction is not None:
+        known = is_number(fraction) and 0 < fraction < 1
+        size = round(fraction * m) if known else 0
+    if not 1 <= size < m or (fraction is None and count > m):
         raise ValueError(
-            f"{count} groups of {size} among {m} examples (fraction={fraction}) cannot be drawn"
+            f"count={count} groups of {size} among m={m} examples (fraction={shown(fraction)}) "
+            "cannot be drawn: fraction is a share between 0 and 1 that gives groups of one "
+            "example or more, or None for count different groups of one"
         )
-    generator = torch.Generator().manual_seed(seed)
     if fraction is None:
         return [[i] for i in torch.randperm(m, generator=generator)[:count].tolist()]
     return [sorted(torch.randperm(m, generator=generator)[:size].tolist()) for _ in range(count)]
@@ -299,7 +324,7 @@ def random_removals(
 
 def _finite(name: str, values) -> Tensor:
     """Numbers as a float64 tensor on the CPU."""
-    values = torch.as_tensor(values).detach().cpu().double()
+    values = numbers_of(name, values, "numbers").cpu().double()
     if not bool(torch.isfinite(values).all()):
         first = (~torch.isfinite(values)).nonzero()[0].tolist()
         raise ValueError(f"{name} holds NaN or inf, first at {first}; did that training diverge?")
@@ -308,27 +333,46 @@ def _finite(name: str, values) -> Tensor:
 
 def _check_subsets(subsets: Sequence[Sequence[int]], m: int = sys.maxsize) -> list[list[int]]:
     """The groups as lists of positions below m; a bare number is a group of one."""
-    if not isinstance(subsets, Iterable):
-        raise TypeError(f"subsets={subsets!r} must be lists of positions, e.g. [[3], [17], [5, 9]]")
+    if (
+        not isinstance(subsets, Iterable)
+        or isinstance(subsets, str)
+        or getattr(subsets, "ndim", 1) == 0
+    ):
+        raise TypeError(
+            f"subsets={shown(subsets)} must be lists of positions, e.g. [[3], [17], [5, 9]]"
+        )
     groups = []
     for subset in subsets:
         known = isinstance(subset, int | torch.Tensor)
         listed = sorted(subset) if isinstance(subset, set | frozenset) else subset
-        members = torch.as_tensor(subset if known else numpy.asarray(listed)).reshape(-1)
+        what = f"positions, whole numbers {_between(m)}"
+        array = subset if known else _array(listed)
+        if array is None:
+            raise TypeError(f"subset={shown(subset)} must be {what}")
+        members = numbers_of("subset", array, what).reshape(-1)
         whole = not members.is_floating_point() and members.dtype != torch.bool
         if len(members) and not whole:
             raise ValueError(f"subset {subset} must hold positions, whole numbers {_between(m)}")
         ranked = members.sort().values
         repeated = bool((ranked[1:] == ranked[:-1]).any())
         if not len(members) or repeated or int(ranked[0]) < 0 or int(ranked[-1]) >= m:
-            shown = str(members.tolist()[:20])
-            raise ValueError(f"subset {shown} must hold different positions {_between(m)}")
+            first = str(members.tolist()[:20])
+            raise ValueError(f"subset {first} must hold different positions {_between(m)}")
         if len(members) == m:
             raise ValueError(f"subset of all {m} examples leaves nothing to train on")
         groups.append(members.tolist())
     if not groups:
         raise ValueError("subsets is empty; give lists of positions, e.g. [[3], [17], [5, 9]]")
     return groups
+
+
+def _array(listed) -> numpy.ndarray | None:
+    """Positions as an array; None where they are no numbers."""
+    try:
+        array = numpy.asarray(listed)
+    except ValueError:  # lists of different lengths
+        return None
+    return array if array.dtype.kind in "biuf" else None
 
 
 def _between(m: int) -> str:
@@ -411,13 +455,13 @@ def removal_effects(
         asked = {"stage": stage, "target": target, "aggregate": aggregate, "protocol": protocol}
         asked |= {"n_jobs": n_jobs, "lanes": lanes}
         return _of_runs(pipeline, queries, subsets, store, progress, asked)
+    check_instance("pipeline", pipeline, Pipeline)
     k = pipeline.index(stage)
     protocol = default_protocol(pipeline) if protocol is None else protocol
-    if protocol not in PROTOCOLS:
-        raise ValueError(f"protocol={protocol!r} must be one of {PROTOCOLS}")
+    if not isinstance(protocol, str) or protocol not in PROTOCOLS:
+        raise ValueError(f"protocol={shown(protocol)} must be one of {PROTOCOLS}")
     require_start(pipeline, protocol)
-    if not isinstance(lanes, int) or lanes < 1:
-        raise ValueError(f"lanes={lanes!r} must be a positive whole number")
+    n_jobs = _checked_work(lanes, n_jobs, store)
     groups = _check_subsets(subsets, len(pipeline.stages[k].data))
     question = _asked(pipeline, queries, target, aggregate)
     name, asked = pipeline.stages[k].name, (queries, target, aggregate, protocol)
@@ -466,6 +510,7 @@ def _warn_short(found: Results) -> None:
 def _of_runs(runs: SeedRuns, queries, subsets, store, progress, asked: dict) -> EffectsOverSeeds:
     """`removal_effects` of each run."""
     if store is not None:
+        check_path("store", store)
         Path(store).mkdir(parents=True, exist_ok=True)
     effects = []
     with progress_bar(len(runs), "seeds", progress) as bar:
@@ -475,6 +520,15 @@ def _of_runs(runs: SeedRuns, queries, subsets, store, progress, asked: dict) -> 
             effects.append(one)
             bar.update()
     return EffectsOverSeeds.of(effects, runs.seeds)
+
+
+def _checked_work(lanes: int, n_jobs: int, store) -> int:
+    """Refuse settings of how the work is done; returns the number of processes."""
+    if not isinstance(lanes, int) or isinstance(lanes, bool) or lanes < 1:
+        raise ValueError(f"lanes={shown(lanes)} must be a positive whole number")
+    if store is not None:
+        check_path("store", store)
+    return check_jobs(n_jobs)
 
 
 def _asked(pipeline: Pipeline, queries: Examples, target, aggregate) -> Question:

@@ -5,6 +5,7 @@ One module for each lesson. How to get the right answer is written once, folded,
 
 import inspect
 
+from ..arguments import shown
 from . import (
     lesson_00,
     lesson_01,
@@ -65,7 +66,7 @@ def check(exercise: str, answer, /, **given) -> Verdict:
     ✓ 09-3 right: ...
     """
     if not isinstance(exercise, str) or exercise not in EXERCISES:
-        raise ValueError(f"exercise={str(exercise)[:40]!r} is none of {', '.join(EXERCISES)}")
+        raise ValueError(f"exercise={shown(exercise)} is none of {', '.join(EXERCISES)}")
     task = EXERCISES[exercise]
     quantities = inspect.signature(task.expected)
     try:

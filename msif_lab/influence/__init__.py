@@ -20,6 +20,7 @@ from .precision import reduced_precision
 from .result import Influence, Ranking, TopInfluence
 from .run_check import RunCheck
 from .segmented import SegmentedInfluence
+from .subsets import Round, Subset, most_influential
 from .sweep import AlphaSweep
 from .unrolled import UnrolledInfluence
 
@@ -39,15 +40,18 @@ __all__ = [
     "Random",
     "Ranking",
     "RepresentationSimilarity",
+    "Round",
     "RunCheck",
     "SingleStage",
     "StagePlan",
+    "Subset",
     "TopInfluence",
     "TracIn",
     "UnrolledInfluence",
     "SegmentedInfluence",
     "UnrolledPlan",
     "all_baselines",
+    "most_influential",
     "plan",
     "reduced_precision",
 ]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..curvature.derivatives import gradient_transpose, own_products
+from ..curvature.derivatives import gradient_transpose, own_products, transpose_lanes
 from ..pipeline.stages import FunctionalStage
 from .replay import Trajectory
 
@@ -47,7 +47,8 @@ class Backwards:
 
     Args:
         functional: the stage.
-        cotangent: ∂q/∂ all its final parameters ``(Q, D)``.
+        cotangent: ∂q/∂ all its final parameters ``(Q, D)``; ``(R, Q, D)`` for R lanes that differ
+            in weights and batches, and so all that follows.
         onwards: whether the way goes on to a stage before it.
 
     Attributes:
@@ -62,14 +63,15 @@ class Backwards:
         self.objective = o = functional.objective
         self.onwards = onwards
         self.through_frozen = onwards and bool(functional.frozen)
-        self.scores = cotangent.new_zeros(len(cotangent), len(o.data))
+        shape = cotangent.shape[:-1]
+        self.scores = cotangent.new_zeros(*shape, len(o.data))
         self.theta_bar = o.trained.take(cotangent)
         self.frozen_bar = functional.here["frozen"].take(cotangent)
-        self.centre_bar = cotangent.new_zeros(len(cotangent), o.coupled.size)
+        self.centre_bar = cotangent.new_zeros(*shape, o.coupled.size)
 
     def size(self) -> Tensor:
         """``Σ_q ‖θ̄_q‖``."""
-        return self.theta_bar.norm(dim=1).sum()
+        return self.theta_bar.norm(dim=-1).sum()
 
     def require_finite(self) -> None:
         """Raise `ValueError` where the derivatives have overflowed."""
@@ -83,7 +85,7 @@ class Backwards:
     def before(self, size: int) -> Tensor:
         """∂q/∂ the final parameters of the stage before, ``(Q, D')`` with D' = ``size``."""
         there = self.functional.there
-        cotangent = self.theta_bar.new_zeros(len(self.theta_bar), size)
+        cotangent = self.theta_bar.new_zeros(*self.theta_bar.shape[:-1], size)
         # the run starts where the stage before ended
         start_bar = self.objective.coupled.take(self.theta_bar)
         there["coupled"].put(cotangent, start_bar + self.centre_bar)
@@ -96,7 +98,7 @@ class Adjoint(Backwards):
 
     Args:
         functional, cotangent, onwards: as in `Backwards`.
-        run: its replayed run, of one lane.
+        run: its replayed run, of one lane, or of as many as the cotangent has.
         memory: bytes, a quarter of which one mini-batch's derivatives may take.
         probes: for the leave-one-out correction.
 
@@ -116,7 +118,7 @@ class Adjoint(Backwards):
     ):
         super().__init__(functional, cotangent, onwards=onwards)
         self.run, self.probes, self.memory = run, probes, memory
-        self.base = run.lanes.base[0]
+        self.base = run.lanes.base
         self.decay = run.recipe.decay(run.lanes)
         self.ridge = self.objective.ridge - self.decay  # the penalty's curvature as ∇L_B has it
         self.state_bar = run.recipe.start(self.theta_bar)
@@ -133,7 +135,7 @@ class Adjoint(Backwards):
             probed = self.probes.run.segment(segment) if self.probes else []
             for step in reversed(range(*self.run.bounds[segment : segment + 2])):
                 theta, saved = records.pop()
-                g_bar = self._step(step, theta[0], saved)
+                g_bar = self._step(step, theta, saved)
                 if self.probes:
                     self._correct(step, theta[0], probed.pop()[0], g_bar)
                 norms[step] += self.size()
@@ -144,21 +146,24 @@ class Adjoint(Backwards):
         return self.run.steps[step][0].to(self.base.device)
 
     def _step(self, step: int, theta: Tensor, saved: tuple) -> Tensor:
-        """One step backwards, from θ (P,) before it and what the recipe saved: ḡ ``(Q, P)``."""
+        """One step backwards, from θ (R, P) before it and what the recipe saved: ḡ ``(Q, P)``."""
         o, batch, rate = self.objective, self._batch(step), self.run.steps[step][1]
+        several = self.theta_bar.ndim == 3
+        if several:  # a lane's numbers are those of all its queries
+            saved = tuple(part[:, None] for part in saved)
         g_bar, self.theta_bar, self.state_bar = self.run.recipe.pull_back(
             self.theta_bar, self.state_bar, saved, step, rate, self.decay
         )
-        product, own = gradient_transpose(
-            o,
-            o.join(theta, self.base),
-            batch,
-            g_bar,
-            self.run.lanes.weights[0, batch],
-            self.through_frozen,
-            min(self.memory // 4, CHUNK_BYTES),
-        )
-        self.scores[:, batch] += own
+        more = self.through_frozen, min(self.memory // 4, CHUNK_BYTES)
+        weights = self.run.lanes.weights
+        if several:
+            fulls = self.run.lanes.full(theta)
+            product, own = transpose_lanes(o, fulls, batch, g_bar, weights.gather(1, batch), *more)
+            self.scores.scatter_add_(2, batch[:, None].expand(own.shape), own)
+        else:
+            full = o.join(theta[0], self.base[0])
+            product, own = gradient_transpose(o, full, batch, g_bar, weights[0, batch], *more)
+            self.scores[:, batch] += own
         if self.through_frozen:  # frozen parameters enter every step's gradient
             self.frozen_bar = self.frozen_bar + self.functional.here["frozen"].take(product)
             product = o.trained.take(product)
@@ -169,7 +174,7 @@ class Adjoint(Backwards):
     def _correct(self, step: int, theta: Tensor, probed: Tensor, g_bar: Tensor) -> None:
         """Take each example's own curvature out too: ``score_i −= ḡᵀ h_i ∂θ/∂w_i / |B|``."""
         o, batch = self.objective, self._batch(step)
-        full, row = o.join(theta, self.base), theta.numel() * theta.element_size()
+        full, row = o.join(theta, self.base[0]), theta.numel() * theta.element_size()
         for part in batch.split(max(1, self.memory // 4 // (8 * row))):
             responses = self.probes.responses(probed, part)
             bent = own_products("hessian", o, full, o.data.x[part], o.data.y[part], responses)

@@ -14,6 +14,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..arguments import (
+    check_choice,
+    check_damping,
+    check_flag,
+    check_instance,
+    check_seed,
+    check_whole,
+    shown,
+)
 from ..curvature.derivatives import example_products, per_example_gradients, query_gradients
 from ..data.examples import Examples
 from ..objective.checks import ask
@@ -22,7 +31,7 @@ from ..objective.last_layer import find_last_layer
 from ..objective.objective import Objective
 from ..objective.questions import Question
 from ..pipeline.pipeline import Pipeline
-from ..solvers.exact import Exact
+from ..solvers.exact import as_solver
 from .replay import kept_runs
 from .result import Influence
 
@@ -53,14 +62,17 @@ class Baseline:
         settings = ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_"))
         return f"{type(self).__name__}({settings})"
 
-    def fit(self, pipeline: Pipeline) -> "Baseline":
+    def fit(self, pipeline: Pipeline, progress: bool = True) -> "Baseline":
         """Remember the trained pipeline.
+
+        Args:
+            pipeline: trained.
+            progress: for a bar where there is a run to replay (`TracIn`), as for every method.
 
         Raises:
             ValueError: it is not trained, or its models were changed since.
         """
-        if not isinstance(pipeline, Pipeline):
-            raise TypeError(f"pipeline must be a msif_lab.Pipeline, not {type(pipeline).__name__}")
+        check_instance("pipeline", pipeline, Pipeline)
         self._full = [t.clone() for t in pipeline.trained()]
         self._pipeline = pipeline
         return self
@@ -70,10 +82,14 @@ class Baseline:
         queries: Examples,
         stage: int | str = 0,
         target: str | Callable = "loss",
+        progress: bool = True,
         *,
         aggregate: str | Sequence[float] | Tensor | Callable | None = None,
     ) -> Influence:
         """Scores ``(Q, N)`` of one stage's examples; arguments as in `ImplicitInfluence.score`.
+
+        ``progress`` is taken so that one loop can call every method: a baseline passes over the
+        data a few times at most, and shows no bar.
 
         With ``aggregate`` one row. Where scores are linear in the gradient of q it is computed from
         the gradient of the aggregate, at the price of one query. Where they are not (a cosine, a
@@ -201,7 +217,7 @@ class Random(Baseline):
     """
 
     def __init__(self, seed: int = 0):
-        self.seed = seed
+        self.seed = check_seed("seed", seed)
 
     def _values(self, k, question):
         shape = len(question.queries), len(self._pipeline.stages[k].data)
@@ -221,7 +237,7 @@ class GradientDot(Baseline):
     signed = True
 
     def __init__(self, cosine: bool = False):
-        self.cosine = bool(cosine)
+        self.cosine = check_flag("cosine", cosine)
 
     def _values(self, k, question):
         o = self._pipeline.objective(k)
@@ -269,11 +285,9 @@ class TracIn(Baseline):
     signed = True
 
     def __init__(self, checkpoints: int = 5):
-        if not isinstance(checkpoints, int) or checkpoints < 1:
-            raise ValueError(f"checkpoints={checkpoints!r} must be a positive whole number")
-        self.checkpoints = checkpoints
+        self.checkpoints = check_whole("checkpoints", checkpoints)
 
-    def fit(self, pipeline):
+    def fit(self, pipeline: Pipeline, progress: bool = True) -> "TracIn":
         """Replay every stage's training for its checkpoints, or take those that were adopted.
 
         Raises:
@@ -282,7 +296,7 @@ class TracIn(Baseline):
         """
         super().fit(pipeline)
         self._states = []
-        for run in kept_runs(pipeline, self.checkpoints, by_rates=False):
+        for run in kept_runs(pipeline, self.checkpoints, progress, by_rates=False):
             pairs = itertools.pairwise(run.steps)
             rates = [sum(run.rates[a:b]) for a, b in pairs]
             self._states.append(list(zip(run.fulls[1:], rates, strict=True)))
@@ -310,6 +324,8 @@ class RepresentationSimilarity(Baseline):
     """
 
     def __init__(self, layer: str | None = None):
+        if layer is not None and not isinstance(layer, str):
+            raise TypeError(f"layer={shown(layer)} must be the name of a module, such as 'head'")
         self.layer = layer
 
     def _values(self, k, question):
@@ -380,13 +396,9 @@ class SingleStage(Baseline):
     signed = True
 
     def __init__(self, solver=None, *, curvature: str = "ggn", damping: float = 0.0):
-        if curvature not in ("hessian", "ggn") or not 0 <= damping < float("inf"):
-            raise ValueError(
-                f"curvature={curvature!r} must be 'hessian' or 'ggn', damping={damping} zero or "
-                "positive"
-            )
-        self.solver = Exact() if solver is None else solver
-        self.curvature, self.damping = curvature, float(damping)
+        check_choice("curvature", curvature, ("hessian", "ggn"))
+        self.solver = as_solver(solver)
+        self.curvature, self.damping = curvature, check_damping(damping)
 
     def _values(self, k, question):
         o, operator = self._pipeline.objective(k), self._pipeline.curvature(k, self.curvature)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..arguments import check_choice, check_damping, check_instance, check_whole, shown
 from ..curvature.derivatives import TRANSPOSE_FIXED as FIXED
 from ..curvature.derivatives import TRANSPOSE_PER_QUERY as PER_QUERY
 from ..curvature.derivatives import (
@@ -20,6 +21,7 @@ from ..curvature.derivatives import (
     plain_routes,
 )
 from ..curvature.matrices import DataCurvature, curvature
+from ..data.examples import Examples
 from ..errors import ConvergenceWarning, IndefiniteCurvatureError, MemoryBudgetError
 from ..memory import parse_bytes, require_memory, working_bytes
 from ..objective.objective import Objective
@@ -91,7 +93,10 @@ class Plan:
 
     def solver(self, stage: str) -> Exact | ConjugateGradient:
         """The suggested solver of a stage by name."""
-        return {s.stage: s.solver for s in self.stages}[stage]
+        known = {s.stage: s.solver for s in self.stages}
+        if not isinstance(stage, str) or stage not in known:
+            raise ValueError(f"stage={shown(stage)} is none of {list(known)}")
+        return known[stage]
 
     def __str__(self) -> str:
         title = f"{self.queries} queries, {self.memory / 1e6:,.0f} MB; a probe's estimate"
@@ -141,10 +146,9 @@ def plan(
     >>> msif.plan(msif.Pipeline([stage]).fit()).solver("digits")
     Exact(memory=1000000000)
     """
-    if not isinstance(pipeline, Pipeline):
-        raise TypeError(f"pipeline must be a msif_lab.Pipeline, not {type(pipeline).__name__}")
-    if not isinstance(queries, int) or queries < 1:
-        raise ValueError(f"queries={queries!r} must be a whole number of at least 1")
+    check_instance("pipeline", pipeline, Pipeline)
+    queries, damping = check_whole("queries", queries), check_damping(damping)
+    check_choice("kind", kind, ("hessian", "ggn"))
     budget, trained = parse_bytes(memory), pipeline.trained()
     stages = [
         _plan_stage(pipeline, k, full, queries, budget, kind, damping)
@@ -269,6 +273,17 @@ def _dense_seconds(operator: DataCurvature, column: float, examples: int) -> flo
     a = torch.ones(512, 512, dtype=operator.dtype, device=operator.device)
     rate = 512**3 / seconds(lambda: a @ a)
     return min(size * column, operator.dense_multiplications(examples) / rate) + size**3 / 3 / rate
+
+
+def count_queries(queries) -> int:
+    """How many queries are meant by a number, or by examples.
+
+    Raises:
+        ValueError: none, or something else.
+    """
+    if isinstance(queries, Examples):
+        return len(queries)
+    return check_whole("queries", queries, why="or be msif_lab.Examples")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..arguments import check_choice, check_damping, check_flag, check_instance, shown
 from ..curvature.derivatives import (
     cross_products,
     example_products,
@@ -20,8 +21,9 @@ from ..memory import working_bytes
 from ..objective.checks import ask
 from ..objective.questions import Question
 from ..pipeline.pipeline import Pipeline
+from ..pipeline.recipes import progress_bar
 from ..pipeline.stages import Stage, WarmStart
-from ..solvers.exact import Exact
+from ..solvers.exact import as_solver
 from ..solvers.report import SolveReport
 from .cost import Plan, plan
 from .leave_one_out import removal_steps
@@ -83,19 +85,11 @@ class ImplicitInfluence:
         damping: float = 0.0,
         leave_one_out: bool = False,
     ):
-        if curvature not in ("hessian", "ggn"):
-            raise ValueError(f"curvature={curvature!r} must be 'hessian' or 'ggn'")
-        if not 0 <= damping < float("inf"):
-            raise ValueError(f"damping={damping} must be zero or positive")
-        named = solver is None or solver == "auto"
-        if not named and (not hasattr(solver, "prepare") or isinstance(solver, type)):
-            raise TypeError(
-                f"solver={solver!r} must be 'auto' or a solver object: Exact(), ConjugateGradient()"
-            )
-        self.solver = Exact() if solver is None else solver
+        check_choice("curvature", curvature, ("hessian", "ggn"))
+        self.solver = solver if isinstance(solver, str) and solver == "auto" else as_solver(solver)
         self.curvature = curvature
-        self.damping = float(damping)
-        self.leave_one_out = leave_one_out
+        self.damping = check_damping(damping)
+        self.leave_one_out = check_flag("leave_one_out", leave_one_out)
         self.plan_: Plan | None = None
         self.report_: dict[str, SolveReport] = {}
 
@@ -104,8 +98,12 @@ class ImplicitInfluence:
         settings += ", leave_one_out=True" if self.leave_one_out else ""
         return f"ImplicitInfluence({settings})"
 
-    def fit(self, pipeline: Pipeline) -> "ImplicitInfluence":
+    def fit(self, pipeline: Pipeline, progress: bool = True) -> "ImplicitInfluence":
         """Do the query-free work once: the curvature of every stage, prepared for solving.
+
+        Args:
+            pipeline: trained.
+            progress: show a bar over the stages if it takes longer than two seconds.
 
         Raises:
             ValueError: the pipeline is not trained, or has a `WarmStart` link.
@@ -115,8 +113,7 @@ class ImplicitInfluence:
             ConvergenceWarning: a stage is not at a stationary point, with its gradient norm.
             SymmetryWarning: from `Exact`; a stage's minimum is flat along a symmetry.
         """
-        if not isinstance(pipeline, Pipeline):
-            raise TypeError(f"pipeline must be a msif_lab.Pipeline, not {type(pipeline).__name__}")
+        check_instance("pipeline", pipeline, Pipeline)
         self._full = [full.clone() for full in pipeline.trained()]
         self._pipeline = pipeline
         self._steps: dict[int, Tensor] = {}  # by stage, from `removal_steps`
@@ -126,16 +123,18 @@ class ImplicitInfluence:
         if self.solver == "auto":
             self.plan_ = plan(pipeline, kind=self.curvature, damping=self.damping)
             print(self.plan_)
-        for k, stage in enumerate(pipeline.stages):
-            solver = self.plan_.solver(stage.name) if self.plan_ else self.solver
-            operator = pipeline.curvature(k, self.curvature)
-            self._check_stationary(k, operator.gradient_norm)
-            operator = operator + self.damping if self.damping else operator
-            try:
-                self._prepared.append(solver.prepare(operator))
-            except IndefiniteCurvatureError as error:
-                message = f"stage {stage.name!r}: {error}"
-                raise IndefiniteCurvatureError(message, error.smallest) from None
+        with progress_bar(len(pipeline.stages), "curvature", progress) as bar:
+            for k, stage in enumerate(pipeline.stages):
+                solver = self.plan_.solver(stage.name) if self.plan_ else self.solver
+                operator = pipeline.curvature(k, self.curvature)
+                self._check_stationary(k, operator.gradient_norm)
+                operator = operator + self.damping if self.damping else operator
+                try:
+                    self._prepared.append(solver.prepare(operator))
+                except IndefiniteCurvatureError as error:
+                    message = f"stage {stage.name!r}: {error}"
+                    raise IndefiniteCurvatureError(message, error.smallest) from None
+                bar.update()
         return self
 
     def _check_stationary(self, k: int, left: float) -> None:
@@ -159,6 +158,7 @@ class ImplicitInfluence:
         queries: Examples,
         stage: int | str = 0,
         target: str | Callable = "loss",
+        progress: bool = True,
         *,
         aggregate: str | Sequence[float] | Tensor | Callable | None = None,
         top: int | None = None,
@@ -173,6 +173,7 @@ class ImplicitInfluence:
             stage: whose training examples to score, by name or index.
             target: q: ``"loss"``, ``"margin"``, ``"output"``, or a function
                 ``(outputs, targets) -> (B,)``.
+            progress: show a bar over the queries if their solves take longer than two seconds.
             aggregate: None for a row per query; for one row, A is their ``"mean"`` (a validation
                 loss) or ``"sum"``, ``Σ_q w_q q`` for weights ``(Q,)`` of any sign (a fairness
                 gap), or a function of all q ``(Q,)`` that gives one number and need not be a sum
@@ -205,9 +206,10 @@ class ImplicitInfluence:
         >>> influence.score(test, aggregate=gap)
         Influence(weighted sum of 596 queries #... × 1201 examples of 'digits' on weighted loss; ...
         """
-        if top is not None and (not isinstance(top, int) or not top >= 1 or self.leave_one_out):
+        known = isinstance(top, int) and not isinstance(top, bool) and top >= 1
+        if top is not None and (not known or self.leave_one_out):
             raise ValueError(
-                f"top={top!r} must be a whole number of at least 1, and needs "
+                f"top={shown(top)} must be a whole number of at least 1, and needs "
                 "leave_one_out=False: the corrections are kept for all examples anyway, so score "
                 "without top and use .helpful(k)"
             )
@@ -217,9 +219,11 @@ class ImplicitInfluence:
         self._pipeline.require_unchanged(self._full)
         question = ask(self._pipeline.objective(-1), queries, target, aggregate, derivative=True)
         reports: list[dict[str, SolveReport]] = []
-        solved = [
-            self._solve(part, first, reports) for part in question.split(self._side_by_side(first))
-        ]
+        parts, solved = list(question.split(self._side_by_side(first))), []
+        with progress_bar(len(parts), "solves", progress) as bar:
+            for part in parts:
+                solved.append(self._solve(part, first, reports))
+                bar.update()
         cotangent, solution = solved[0]
         if len(solved) > 1:
             cotangent, solution = map(torch.cat, zip(*solved, strict=True))

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
+from ..arguments import check_choice, check_instance
 from ..pipeline.pipeline import Pipeline
 
 __all__ = ["reduced_precision"]
@@ -40,8 +41,9 @@ def reduced_precision(
     ...     scores = pipeline.curvature(0, "ggn") @ torch.ones(650)
     digits: float32 changes a ggn product by 0.0e+00
     """
-    if kind not in MATMUL:
-        raise ValueError(f"kind={kind!r} must be one of {sorted(MATMUL)}")
+    check_choice("kind", kind, sorted(MATMUL))
+    check_choice("curvature", curvature, ("ggn", "hessian"))
+    check_instance("pipeline", pipeline, Pipeline)
     if any(full.dtype != torch.float32 for full in pipeline.trained()):
         raise ValueError(
             "pipeline is not float32, so nothing would be faster; use pipeline.to(torch.float32)"

@@ -26,7 +26,7 @@ class Trajectory:
         bounds: first step of each segment, and T.
         keep: whether a run of a single segment keeps the state of every step, so that nothing is
             recomputed.
-        steps: batch and rate of each of the T steps.
+        steps: batch and rate of each of the T steps; see `MiniBatch.lane_steps`.
         final: all parameters after the run ``(R, D)``.
     """
 
@@ -39,7 +39,7 @@ class Trajectory:
 
     def run(self, bar=None) -> "Trajectory":
         """Run the whole stage once."""
-        self.steps = list(self.recipe.steps(len(self.lanes.objective.data)))
+        self.steps = list(self.recipe.lane_steps(self.lanes))
         theta = self.lanes.objective.trained.take(self.lanes.base)
         state = self.recipe.start(theta)
         self._checkpoints, self._kept, self._means = [], None, []

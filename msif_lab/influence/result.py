@@ -1,7 +1,6 @@
 """What every method returns: scores of examples on queries, and rankings by them."""
 
 import html
-import numbers
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -9,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..arguments import check_tensor, check_whole, listed, numbers_of, shown
 from ..objective.questions import about_all
 from ..pipeline.origin import Origin, all_rows, checked, difference, some_rows
 from ..storage import read_tensors, valid, write_tensors
@@ -96,10 +96,8 @@ class TopInfluence(AboutTarget):
 
     def _first(self, ranking: Ranking, k: int | None) -> Ranking:
         most = ranking.values.shape[1]
-        if k is not None and not 1 <= k <= most:
-            raise ValueError(
-                f"k={k} must be between 1 and the {most} that were kept; score with top={k}"
-            )
+        why = f"the {most} that were kept; score with a larger top="
+        k = check_whole("k", k, most=most, why=why, none="all of them")
         return Ranking(*(part[:, :k] for part in ranking))
 
     def helpful(self, k: int | None = None) -> Ranking:
@@ -180,16 +178,24 @@ class Influence(AboutTarget):
     origin: Origin = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self):
+        check_tensor("values", self.values, "(Q, N)")
+        for name, ids in (("ids", self.ids), ("query_ids", self.query_ids)):
+            check_tensor(name, ids, "of whole numbers, as Examples.ids")
+            if ids.ndim != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
+                raise ValueError(
+                    f"{name} {tuple(ids.shape)} {ids.dtype}: expected one whole number each, as "
+                    "Examples.ids"
+                )
         if self.values.shape != (len(self.query_ids), len(self.ids)):
             raise ValueError(
                 f"values {tuple(self.values.shape)} must be ({len(self.query_ids)} queries, "
-                f"{len(self.ids)} ids)"
+                f"{len(self.ids)} ids), of which query_ids and ids hold one each"
             )
         if not bool(torch.isfinite(self.values).all()):
             bad = (~torch.isfinite(self.values)).nonzero()[0].tolist()
             raise ValueError(
-                f"the score of query {bad[0]} and example {bad[1]} is NaN or inf; check curvature "
-                "and data"
+                f"values: the score of query {bad[0]} and example {bad[1]} is NaN or inf; check "
+                "curvature and data"
             )
 
     def __len__(self) -> int:
@@ -197,7 +203,7 @@ class Influence(AboutTarget):
 
     def __getitem__(self, queries) -> "Influence":
         """Some queries' scores: an index, a slice or a list of positions."""
-        queries = [int(queries)] if isinstance(queries, numbers.Integral) else queries
+        queries = self._places(queries)
         return Influence(
             self.values[queries],
             self.ids,
@@ -209,9 +215,23 @@ class Influence(AboutTarget):
             some_rows(self.origin, queries),
         )
 
+    def _places(self, queries) -> slice | Tensor:
+        """Positions of queries, checked: from one, a slice, a list of them, or a mask."""
+        count, what = len(self), "a position, a slice, a list of positions, or a mask"
+        if isinstance(queries, slice):
+            return queries
+        places = numbers_of("queries", queries, what).cpu()
+        if places.dtype == torch.bool and places.shape == (count,):
+            places = places.nonzero().flatten()
+        if places.ndim > 1 or places.is_floating_point() or places.dtype == torch.bool:
+            raise ValueError(f"queries={shown(queries)} must be {what} ({count},)")
+        places = places.reshape(-1).long()
+        if len(places) and (int(places.min()) < -count or int(places.max()) >= count):
+            raise IndexError(f"queries={shown(queries)} is out of range: there are {count} queries")
+        return places % count
+
     def _ranked(self, k: int, largest: bool) -> Ranking:
-        if not 1 <= k <= len(self.ids):
-            raise ValueError(f"k={k} must be between 1 and the number of examples, {len(self.ids)}")
+        k = check_whole("k", k, most=len(self.ids), why="the number of examples")
         values, positions = self.values.topk(k, dim=1, largest=largest)
         return Ranking(values, positions, self.ids[positions.cpu()])
 
@@ -232,7 +252,8 @@ class Influence(AboutTarget):
         Raises:
             ValueError: no positions, unknown ones, or the same one twice.
         """
-        positions = torch.as_tensor(indices).reshape(-1).to(self.values.device)
+        what = f"positions between 0 and {len(self.ids) - 1}"
+        positions = numbers_of("indices", indices, what).reshape(-1).to(self.values.device)
         whole = not positions.is_floating_point() and positions.dtype != torch.bool
         if (
             len(positions) == 0
@@ -279,9 +300,12 @@ class Influence(AboutTarget):
         >>> msif.Influence.concatenate(parts).values.shape
         torch.Size([5, 100])
         """
-        parts = list(parts)
+        given = parts
+        parts = listed("parts", parts, "a list of Influence, each of some of the queries")
         if not parts or not all(isinstance(part, cls) for part in parts):
-            raise ValueError("parts must be one or more Influence, each of some of the queries")
+            raise ValueError(
+                f"parts={shown(given)} must be one or more Influence, each of some of the queries"
+            )
         first = parts[0]
         for i, part in enumerate(parts):
             names = ("stage", "target", "method")

@@ -1,5 +1,6 @@
 """Whether a derivative of the run predicts removals: scores beside reruns under changed weights."""
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..arguments import check_seed, check_whole, is_number, listed
 from ..data.examples import Examples
 from ..errors import UnsmoothTrainingWarning
 from ..pipeline.pipeline import Pipeline
@@ -94,9 +96,12 @@ def check_run(
         n, queries, steps, seed: as in `UnrolledInfluence.check`.
     """
     m, dtype = len(pipeline.stages[k].data), pipeline.objective(k).dtype
-    if not isinstance(n, int) or not 1 <= n <= m:
-        raise ValueError(f"n={n!r} must be between 1 and the number of examples, {m}")
-    steps = tuple(steps or STEPS.get(dtype, STEPS[torch.float32]))
+    n = check_whole("n", n, most=m, why="the number of examples")
+    check_seed("seed", seed)
+    steps = STEPS.get(dtype, STEPS[torch.float32]) if steps is None else steps
+    steps = tuple(listed("steps", steps, "changes in weight, such as (0.1, 0.01)"))
+    if not steps or not all(is_number(h) and 0 < h < math.inf for h in steps):
+        raise ValueError(f"steps={list(steps)} must be positive numbers, such as (0.1, 0.01)")
     examples = torch.randperm(m, generator=torch.Generator().manual_seed(seed))[:n]
     scores = derivative()[:, examples]
     up, down = _both_ways(pipeline, queries, k, examples, (*steps, 1.0))  # (Q, H + 1, n)

@@ -70,6 +70,14 @@ class Stretch:
     scale: Tensor | None
 
     @property
+    def spread(self) -> float:
+        """How far its steps lie around its middle, as a share of what a stretch of many would.
+
+        Zero for one step, whose curvature is nobody else's.
+        """
+        return math.sqrt(1 - 1 / len(self.steps) ** 2)
+
+    @property
     def path(self) -> Tensor:
         """How far from start to end each step begins, as a share of the learning rates' sum."""
         return _path(self.steps).to(self.start)
@@ -179,15 +187,19 @@ def by_steps(
     return torch.stack(g_bars[::-1]), theta_bar, momentum_bar
 
 
+def time_of(steps: Steps) -> float:
+    """How long gradient flow takes for these steps: one with momentum passes ``η / (1 − μ)``."""
+    return sum(rate * (b * c / (1 - a) + d) for (a, b, c, d), rate, _ in steps)
+
+
 def by_flow(
     values: Tensor, theta_bar: Tensor, momentum_bar: Tensor, steps: Steps
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`by_steps` for gradient flow of the same length: ``θ̄ ← exp(−τH) θ̄``, and no momentum.
 
-    A step with momentum passes a time ``η / (1 − μ)``. ``Σ ḡ = −H⁻¹ (1 − exp(−τH)) θ̄`` is spread
-    evenly over the steps.
+    ``Σ ḡ = −H⁻¹ (1 − exp(−τH)) θ̄`` is spread evenly over the steps.
     """
-    time = sum(rate * (b * c / (1 - a) + d) for (a, b, c, d), rate, _ in steps)
+    time = time_of(steps)
     shrink = sum(rate * decay for _, rate, decay in steps)
     exponent = (time * values + shrink).clamp(min=-50.0)
     ratio = torch.where(exponent == 0, 1.0, -torch.expm1(-exponent) / exponent)
@@ -277,6 +289,8 @@ class SegmentAdjoint(Backwards):
     Attributes:
         momentum_bar: ∂q/∂ the optimiser's momentum ``(Q, P)``.
         sizes: ``Σ_q ‖θ̄_q‖`` at each checkpoint from the one reached to the end.
+        changes: at each checkpoint between two stretches, ``τ ‖(H − H') θ̄‖ / ‖θ̄‖`` of each query
+            ``(Q,)``: what their curvatures H and H' differ by, over the mean time τ of the two.
     """
 
     def __init__(
@@ -292,15 +306,22 @@ class SegmentAdjoint(Backwards):
         self.recipe, self.reading = recipe, reading
         self.decay = self.objective.weight_decay if recipe.decoupled else 0.0
         self.momentum_bar = torch.zeros_like(self.theta_bar)
-        self.sizes = [self.size()]
+        self.sizes, self.changes = [self.size()], []
 
     def sweep(self, stretches: Sequence[Stretch], bar=None) -> None:
         """Backwards through all stretches of the stage."""
         o = self.objective
         later: Pull | None = None
+        before: tuple[Tensor, float] | None = None
         for stretch in reversed(stretches):
             data, weights = self._seen(stretch)
-            pull = self._through(stretch, self._curvature(stretch, data, weights))
+            size = self.theta_bar.norm(dim=1)
+            pull, images = self._through(stretch, self._curvature(stretch, data, weights))
+            time = stretch.spread * time_of(self._linear_steps(stretch))
+            if before is not None:
+                change = (images[0] - before[0]).norm(dim=1) * (time + before[1]) / 2
+                self.changes.insert(0, torch.where(size > 0, change / _nonzero(size), 0.0))
+            before = images[1], time
             self._add(stretch.end, pull, later)
             later = pull
             if self.through_frozen:
@@ -359,8 +380,16 @@ class SegmentAdjoint(Backwards):
             for (pull, late), some in zip(ends, products.split(sizes), strict=True):
                 self.scores[:, rows[part]] += pull.scores(late, some, rows[part], count)
 
-    def _through(self, stretch: Stretch, operator: Operator) -> Pull:
-        """One stretch backwards."""
+    def _linear_steps(self, stretch: Stretch) -> list[tuple[LinearStep, float, float]]:
+        decay = 0.0 if isinstance(self.decay, Tensor) else self.decay
+        return [(self.recipe.linear_step(t), rate, decay) for t, rate in stretch.steps]
+
+    def _through(self, stretch: Stretch, operator: Operator) -> tuple[Pull, list[Tensor]]:
+        """One stretch backwards.
+
+        Returns:
+            what it asks of the examples, and ``H θ̄`` at its end and at its start ``(Q, P)``.
+        """
         scale = stretch.scale
         theta_bar, momentum_bar = self.theta_bar, self.momentum_bar
         # Decay that differs between parameters has no eigenvectors in common with H: half of it
@@ -376,17 +405,18 @@ class SegmentAdjoint(Backwards):
             images = operator @ columns - (self.decay * columns.T).T
             return images if scale is None else scale[:, None] * images
 
-        basis, g_bars, theta_bar, momentum_bar = self._in_krylov_space(
+        basis, g_bars, theta_bar, momentum_bar, *images = self._in_krylov_space(
             stretch, product, theta_bar, momentum_bar
         )
         if scale is not None:
+            images = [image / _nonzero(scale) for image in images]
             basis = scale[:, None] * basis
             momentum_bar = momentum_bar * scale
             kept = self.theta_bar * (half if by_name else half**2)
             theta_bar = torch.where(scale > 0, theta_bar / _nonzero(scale), kept)
         self.theta_bar = theta_bar * half if by_name else theta_bar
         self.momentum_bar = momentum_bar
-        return Pull(stretch, basis, g_bars)
+        return Pull(stretch, basis, g_bars), images
 
     def _in_krylov_space(
         self,
@@ -394,21 +424,20 @@ class SegmentAdjoint(Backwards):
         product: Callable[[Tensor], Tensor],
         theta_bar: Tensor,
         momentum_bar: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """Backwards over a stretch's steps in a Krylov space, grown until the answer settles.
 
         Returns:
-            the basis ``(P, K)``, ḡ of each step in it ``(T, Q, K)``, and θ̄ and the momentum's at
-            the start ``(Q, P)``.
+            the basis ``(P, K)``, ḡ of each step in it ``(T, Q, K)``, θ̄ and the momentum's at the
+            start ``(Q, P)``, and H times θ̄ at the end and at the start, as the space has it.
         """
-        decay = 0.0 if isinstance(self.decay, Tensor) else self.decay
-        steps = [(self.recipe.linear_step(t), rate, decay) for t, rate in stretch.steps]
+        steps = self._linear_steps(stretch)
         reverse = by_flow if self.reading.dynamics == "flow" else by_steps
         pair = [theta_bar, momentum_bar] if bool(momentum_bar.any()) else [theta_bar]
         size = len(theta_bar) * self.reading.dimension(len(steps))
         before = None
         for basis, values, rotation in krylov(product, torch.cat(pair).T, size):
-            turned = (v @ basis @ rotation for v in (theta_bar, momentum_bar))
+            turned = [v @ basis @ rotation for v in (theta_bar, momentum_bar)]
             g_bars, *ended = (c @ rotation.T for c in reverse(values, *turned, steps))
             now = torch.cat([g_bars.sum(0), *ended])
             if before is not None and self.reading.krylov is None:
@@ -416,7 +445,9 @@ class SegmentAdjoint(Backwards):
                 if bool((change.norm(dim=1) <= SETTLED * now.norm(dim=1)).all()):
                     break
             before = now
-        return basis, g_bars, *(c @ basis.T for c in ended)
+        images = [values * turned[0], values * (ended[0] @ rotation)]
+        held = *ended, *(image @ rotation.T for image in images)
+        return basis, g_bars, *(c @ basis.T for c in held)
 
 
 def _nonzero(scale: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..arguments import check_flag, check_instance, check_number, check_whole
 from ..curvature.derivatives import query_gradients
 from ..data.examples import Examples
 from ..errors import UnsmoothTrainingWarning
@@ -22,7 +23,7 @@ from ..objective.questions import Question
 from ..pipeline.pipeline import Pipeline
 from ..pipeline.recipes import progress_bar
 from .adjoint import Adjoint, Probes
-from .cost import UnrolledPlan, make_plan, timed
+from .cost import UnrolledPlan, count_queries, make_plan, timed
 from .replay import (
     Trajectory,
     even_bounds,
@@ -118,16 +119,12 @@ class UnrolledInfluence:
         probes: int = 32,
     ):
         self.memory = parse_bytes(memory)
-        if segments is not None and (not isinstance(segments, int) or segments < 1):
-            raise ValueError(f"segments={segments!r} must be a whole number of at least 1, or None")
-        if not isinstance(group_fraction, (int, float)) or not 0 <= group_fraction < 1:
-            raise ValueError(
-                f"group_fraction={group_fraction!r} must be a fraction of the examples, in [0, 1)"
-            )
-        if not isinstance(probes, int) or probes < 1:
-            raise ValueError(f"probes={probes!r} must be a whole number of at least 1")
-        self.segments, self.group_fraction = segments, float(group_fraction)
-        self.leave_one_out, self.probes = bool(leave_one_out), probes
+        self.segments = check_whole("segments", segments, none="as many as fit the memory")
+        share = "a fraction of the examples, in [0, 1)"
+        fraction = check_number("group_fraction", group_fraction, lambda p: 0 <= p < 1, share)
+        self.group_fraction = float(fraction)
+        self.leave_one_out = check_flag("leave_one_out", leave_one_out)
+        self.probes = check_whole("probes", probes)
         self.plan_: UnrolledPlan | None = None
         self.adjoint_norms_: dict[str, Tensor] = {}
 
@@ -145,8 +142,9 @@ class UnrolledInfluence:
             MemoryBudgetError: not even the smallest plan fits the budget.
             ValueError: the pipeline cannot be unrolled (see `fit`).
         """
+        check_instance("pipeline", pipeline, Pipeline)
         require_run(pipeline)
-        plan = self._plan(pipeline, queries if isinstance(queries, int) else len(queries))
+        plan = self._plan(pipeline, count_queries(queries))
         return timed(plan, pipeline, self.memory, fits=1 + (self.group_fraction > 0))
 
     @property
@@ -166,6 +164,7 @@ class UnrolledInfluence:
                 not end at the trained weights.
             MemoryBudgetError: not even √T checkpoints fit their half of the budget.
         """
+        check_instance("pipeline", pipeline, Pipeline)
         require_run(pipeline)
         trained = pipeline.trained()
         self._pipeline, self._at = pipeline, {}
@@ -177,9 +176,9 @@ class UnrolledInfluence:
         return self
 
     def _replay(
-        self, plan: UnrolledPlan, weights: dict[int, float], progress: bool
+        self, plan: UnrolledPlan, weights: dict[int, float | Tensor], progress: bool
     ) -> list[Trajectory]:
-        """Every stage's run; ``weights``: of all examples of a stage, by stage, where not one."""
+        """Every stage's run; ``weights``: of a stage's examples, all or ``(m,)``, where not one."""
         runs, previous = [], None
         with progress_bar(sum(plan.steps.values()), "replay", progress) as bar:
             for k, stage in enumerate(self._pipeline.stages):

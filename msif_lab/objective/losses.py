@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..arguments import check_tensor, shown
+
 __all__ = ["cross_entropy", "mean_squared_error", "next_token_loss"]
 
 
@@ -27,6 +29,13 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     >>> cross_entropy(torch.zeros(1, 2), torch.tensor([0]))
     tensor([0.6931])
     """
+    check_tensor("outputs", outputs, "(B, C)")
+    check_tensor("targets", targets, "(B,)")
+    if outputs.ndim < 2 or targets.shape != outputs.shape[:-1]:
+        raise ValueError(
+            f"outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)} must be (B, C) "
+            "and (B,), a label for each row of logits"
+        )
     return _negative_log_likelihood(outputs, targets)
 
 
@@ -39,6 +48,13 @@ def mean_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
     >>> mean_squared_error(torch.tensor([[1.0, 3.0]]), torch.tensor([[1.0, 1.0]]))
     tensor([2.])
     """
+    check_tensor("outputs", outputs, "(B, ...)")
+    check_tensor("targets", targets, "(B, ...)")
+    if outputs.ndim == 0 or targets.ndim == 0:
+        raise ValueError(
+            f"outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)} must have a row "
+            "per example"
+        )
     if outputs.shape != targets.shape and outputs.shape[0] == outputs.numel() == targets.numel():
         outputs = outputs.reshape(targets.shape)
     if outputs.shape != targets.shape:
@@ -57,6 +73,14 @@ def next_token_loss(outputs: Tensor, tokens: Tensor) -> Tensor:
     >>> next_token_loss(torch.zeros(1, 3, 2), torch.tensor([[0, 1, 0]]))
     tensor([0.6931])
     """
+    check_tensor("outputs", outputs, "(B, T, V)")
+    check_tensor("tokens", tokens, "(B, T)")
+    fits = outputs.ndim == 3 and tokens.shape == outputs.shape[:2] and outputs.shape[1] > 1
+    if not fits:
+        raise ValueError(
+            f"outputs {tuple(outputs.shape)} and tokens {tuple(tokens.shape)} must be "
+            "(B, T, V) and (B, T), T of 2 or more"
+        )
     return _negative_log_likelihood(outputs[:, :-1], tokens[:, 1:]).mean(1)
 
 
@@ -91,9 +115,9 @@ def target_function(target: str | Callable, loss: Callable) -> Callable[[Tensor,
             "queries, subsets, aggregate='mean', "
             f"target=lambda z, y: (z.argmax(-1) {hit} y).to(z.dtype))"
         )
-    if target not in named:
+    if not isinstance(target, str) or target not in named:
         raise ValueError(
-            f"target={target!r} must be one of {sorted(named)} "
+            f"target={shown(target)} must be one of {sorted(named)} "
             "or a function (outputs, targets) -> (B,)"
         )
     return named[target]

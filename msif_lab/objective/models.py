@@ -3,11 +3,23 @@
 The library takes any ``nn.Module``; these are the ones of the lessons.
 """
 
+import contextlib
 import itertools
+import numbers
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
+
+from ..arguments import (
+    check_flag,
+    check_instance,
+    check_seed,
+    check_whole,
+    is_number,
+    listed,
+    shown,
+)
 
 __all__ = ["EmbeddingHead", "convnet", "mlp", "softmax_regression"]
 
@@ -22,6 +34,8 @@ class EmbeddingHead(nn.Module):
 
     def __init__(self, embedding: nn.Module, head: nn.Module):
         super().__init__()
+        for name, part in (("embedding", embedding), ("head", head)):
+            check_instance(name, part, nn.Module, "give a module, such as torch.nn.Linear(4, 2)")
         self.embedding = embedding
         self.head = head
 
@@ -41,8 +55,32 @@ def _build(make: Callable[[], EmbeddingHead], seed: int, zero_head: bool) -> Emb
 
 def _positive(**sizes: int) -> None:
     for name, size in sizes.items():
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name}={size!r} must be a positive whole number")
+        try:
+            check_whole(name, size)
+        except ValueError:
+            raise ValueError(f"{name}={shown(size)} must be a positive whole number") from None
+
+
+def _checked(activation, zero_head, seed) -> None:
+    """Refuse what does not make activation modules, and what is no switch or seed."""
+    check_flag("zero_head", zero_head)
+    check_seed("seed", seed)
+    made = None
+    if callable(activation) and not isinstance(activation, nn.Module):
+        with contextlib.suppress(TypeError):
+            made = activation()
+    if not isinstance(made, nn.Module):
+        raise TypeError(
+            f"activation={shown(activation)} must make a module when it is called without "
+            "arguments, such as torch.nn.Tanh, the class itself"
+        )
+
+
+def _widths(name: str, given) -> list:
+    """Sizes of layers as a list."""
+    if is_number(given):
+        raise TypeError(f"{name}={given} must be a sequence of widths, e.g. ({given},)")
+    return listed(name, given, "a sequence of widths, e.g. (16,)")
 
 
 def mlp(
@@ -67,8 +105,8 @@ def mlp(
     >>> [name for name, _ in mlp(64, hidden=(16,), classes=4).named_parameters()]
     ['embedding.1.weight', 'embedding.1.bias', 'head.weight', 'head.bias']
     """
-    if isinstance(hidden, int):
-        raise TypeError(f"hidden={hidden} must be a sequence of widths, e.g. ({hidden},)")
+    hidden = _widths("hidden", hidden)
+    _checked(activation, zero_head, seed)
     widths = [in_features, *hidden]
     named = {f"hidden[{i}]": width for i, width in enumerate(hidden)}
     _positive(in_features=in_features, classes=classes, **named)
@@ -123,14 +161,20 @@ def convnet(
     >>> sum(p.numel() for p in convnet((1, 14, 14), classes=4).parameters())
     6020
     """
-    if len(in_shape) != 3 or in_shape[0] < 1 or min(in_shape[1:]) < 2 ** len(channels):
+    channels = _widths("channels", channels)
+    _checked(activation, zero_head, seed)
+    sides = listed("in_shape", in_shape, "(channels, height, width) of one input")
+    whole = all(isinstance(side, numbers.Integral) and side is not True for side in sides)
+    fine = len(sides) == 3 and whole and sides[0] >= 1
+    if not fine or min(sides[1:]) < 2 ** len(channels):
         raise ValueError(
-            f"in_shape={tuple(in_shape)} must be (channels, height, width) with sides of at least "
-            f"{2 ** len(channels)} for {len(channels)} poolings"
+            f"in_shape={tuple(sides)} must be whole numbers (channels, height, width) with "
+            f"sides of at least {2 ** len(channels)} for {len(channels)} poolings"
         )
     named = {f"channels[{i}]": maps for i, maps in enumerate(channels)}
     _positive(width=width, classes=classes, **named)
-    if norm_groups is not None and (norm_groups < 1 or any(c % norm_groups for c in channels)):
+    norm_groups = check_whole("norm_groups", norm_groups, none="no normalisation")
+    if norm_groups is not None and any(c % norm_groups for c in channels):
         raise ValueError(
             f"norm_groups={norm_groups} must divide each of channels={tuple(channels)}"
         )

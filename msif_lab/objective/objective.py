@@ -244,16 +244,17 @@ class Objective:
         Args:
             examples: default the stage's own data.
             copies: how many sets of activations one example costs (lanes, tangents).
-            rows: only these positions, in this order (a mini-batch).
+            rows: only these positions, in this order (a mini-batch); ``(R, B)`` for a mini-batch
+                of each lane, whose x and y then have a lane axis first.
             memory: bytes that all copies of a chunk may take, default `working_bytes`.
         """
         examples = self.data if examples is None else examples
-        count = len(examples) if rows is None else len(rows)
+        count = len(examples) if rows is None else rows.shape[-1]
         cost = self.bytes_per_example() * copies
         step = max(1, (memory or working_bytes(self.device, cost)) // cost)
         for start in range(0, count, step):
             stop = min(start + step, count)
-            part = slice(start, stop) if rows is None else rows[start:stop]
+            part = slice(start, stop) if rows is None else rows[..., start:stop]
             yield part, examples.x[part], examples.y[part]
 
 
@@ -266,12 +267,14 @@ class Lanes:
         base: ``(R, D)`` all parameters; the trained places are overwritten by θ.
         centre: ``(R, S)`` the previous stage's values c of the coupled parameters, or None.
         weights: ``(R, m)`` example weights; the 1/m does not depend on them.
+        seeds: of each lane's own batch order; None where all lanes have the recipe's.
     """
 
     objective: Objective
     base: Tensor
     centre: Tensor | None
     weights: Tensor
+    seeds: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.base)
@@ -279,35 +282,49 @@ class Lanes:
     def select(self, lanes: Tensor) -> "Lanes":
         """Only these lanes."""
         centre = None if self.centre is None else self.centre[lanes]
-        return replace(self, base=self.base[lanes], centre=centre, weights=self.weights[lanes])
+        seeds = None if self.seeds is None else tuple(self.seeds[i] for i in lanes.tolist())
+        parts = {"base": self.base[lanes], "weights": self.weights[lanes]}
+        return replace(self, centre=centre, seeds=seeds, **parts)
 
     def full(self, theta: Tensor) -> Tensor:
         """All parameters of each lane, ``(R, D)``."""
         return self.objective.trained.put(self.base.clone(), theta)
 
     def value_and_grad(self, theta: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """F ``(R,)`` and ∇F ``(R, P)`` at ``theta`` (R, P), on all data or a batch ``rows``."""
+        """F ``(R,)`` and ∇F ``(R, P)`` at ``theta`` (R, P), on all data or a batch ``rows``.
+
+        ``rows`` holds positions ``(B,)``, or ``(R, B)`` where each lane has a batch of its own.
+        """
         o = self.objective
-        count = len(o.data) if rows is None else len(rows)
+        count = len(o.data) if rows is None else rows.shape[-1]
+        own = rows is not None and rows.ndim == 2
         value, gradient = self._penalty(theta)
         for part, x, y in o.chunks(copies=len(self), rows=rows):
             with torch.enable_grad():
                 leaf = theta.detach().requires_grad_()
-                risk = (self.weights[:, part] * self._losses(leaf, x, y)).sum(1) / count  # (R,)
+                weights = self.weights.gather(1, part) if own else self.weights[:, part]
+                risk = (weights * self._losses(leaf, x, y, own)).sum(1) / count  # (R,)
                 (gradient_part,) = torch.autograd.grad(risk.sum(), leaf)
             value = value + risk.detach()
             gradient = gradient.add_(gradient_part)
         return value, gradient
 
-    def _losses(self, theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        """Per-example losses of each lane, ``(R, B)``."""
+    def _losses(self, theta: Tensor, x: Tensor, y: Tensor, own: bool = False) -> Tensor:
+        """Per-example losses of each lane, ``(R, B)``; ``own``: of x and y with a lane axis."""
         o = self.objective
+
+        def losses(theta, base, x, y):
+            return o.losses(o.parameters(theta, base), x, y)
+
         if len(self) == 1:  # vmap over a single lane is pure overhead
-            return o.losses(o.parameters(theta[0], self.base[0]), x, y)[None]
+            x, y = (x[0], y[0]) if own else (x, y)
+            return losses(theta[0], self.base[0], x, y)[None]
         if o.known("lanes", True):  # `gate.lanes_agree`, which a pipeline asks for first
-            return vmap(lambda t, b: o.losses(o.parameters(t, b), x, y))(theta, self.base)
-        pairs = zip(theta, self.base, strict=True)
-        return torch.stack([o.losses(o.parameters(t, b), x, y) for t, b in pairs])
+            axis = 0 if own else None
+            return vmap(losses, in_dims=(0, 0, axis, axis))(theta, self.base, x, y)
+        pairs = enumerate(zip(theta, self.base, strict=True))
+        rows = [losses(t, b, *((x[i], y[i]) if own else (x, y))) for i, (t, b) in pairs]
+        return torch.stack(rows)
 
     def _penalty(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """Weight decay and proximal term of each lane ``(R,)``, and their gradient ``(R, P)``."""

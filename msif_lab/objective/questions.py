@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..arguments import shown
 from ..data.examples import Examples
 from ..data.randomness import draws_from
 from ..fingerprints import describe
@@ -195,16 +196,19 @@ def make_question(
 def _weights(given, count: int) -> Tensor:
     """One finite weight per query ``(Q,)``, some of them not zero."""
     try:
+        if isinstance(given, bool):
+            raise TypeError("a switch")
         weights = torch.as_tensor(given, dtype=torch.float64).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
-            f"aggregate={given!r} holds no numbers; give 'mean', 'sum', one weight per query "
+            f"aggregate={shown(given)} holds no numbers; give 'mean', 'sum', one weight per query "
             f"({count},), or a function of the values of all queries"
         ) from error
     if weights.shape != (count,):
         raise ValueError(
-            f"aggregate has shape {tuple(weights.shape)}, expected one weight per query, "
-            f"({count},); or give 'mean', 'sum' or a function of the values of all queries"
+            f"aggregate={shown(given)} has shape {tuple(weights.shape)}, expected one weight "
+            f"per query, ({count},); or give 'mean', 'sum' or a function of the values of all "
+            "queries"
         )
     if not bool(torch.isfinite(weights).all()):
         at = int((~torch.isfinite(weights)).nonzero()[0])

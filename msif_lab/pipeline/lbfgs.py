@@ -13,8 +13,8 @@ from ..objective.objective import Lanes
 from .recipes import (
     FitReport,
     check_finite,
-    check_number,
-    check_whole,
+    keep_number,
+    keep_whole,
     noise_floor,
     progress_bar,
 )
@@ -48,8 +48,8 @@ class LBFGS:
 
     def __post_init__(self):
         if self.tol is not None:
-            check_number(self, "tol", lambda tol: 0 < tol < math.inf, "positive, or None")
-        check_whole(self, max_iter=1, history=1, polish_up_to=0)
+            keep_number(self, "tol", lambda tol: 0 < tol < math.inf, "positive, or None")
+        keep_whole(self, max_iter=1, history=1, polish_up_to=0)
 
     def run(self, lanes: Lanes, theta: Tensor, progress: bool = True) -> tuple[Tensor, FitReport]:
         """Minimise F from ``theta`` (R, P); returns the minimisers and their report."""

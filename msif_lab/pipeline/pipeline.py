@@ -3,13 +3,14 @@
 import copy
 import functools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
+from ..arguments import check_choice, check_flag, check_whole, numbers_of, shown
 from ..curvature.gate import fingerprint, lanes_agree
 from ..curvature.matrices import DataCurvature, curvature
 from ..curvature.soundness import (
@@ -20,6 +21,7 @@ from ..curvature.soundness import (
     require_second_derivative,
 )
 from ..data.examples import Examples
+from ..data.fields import check_targets
 from ..errors import NotConvergedError, UnsupportedModelWarning
 from ..objective.checks import ask, check_examples, check_layers, require_derivatives
 from ..objective.exclusive import exclusive
@@ -50,11 +52,12 @@ class Pipeline:
 
     @exclusive
     def __init__(self, stages: Sequence[Stage]):
-        self.stages = [] if isinstance(stages, Stage) else list(stages)
+        known = isinstance(stages, Iterable) and not isinstance(stages, str)
+        self.stages = list(stages) if known else []
         if not self.stages or not all(isinstance(s, Stage) for s in self.stages):
-            raise TypeError("stages must be a non-empty list of msif_lab.Stage")
+            raise TypeError(f"stages={shown(stages)} must be a non-empty list of msif_lab.Stage")
         problems = [p for k, s in enumerate(self.stages) for p in s.problems(first=k == 0)]
-        names = [s.name for s in self.stages]
+        names = [s.name for s in self.stages if isinstance(s.name, str)]
         if len(set(names)) != len(names):
             problems.append(f"stage names {names} must differ")
         if problems:
@@ -122,10 +125,14 @@ class Pipeline:
         names = [s.name for s in self.stages]
         if isinstance(stage, str) and stage in names:
             return names.index(stage)
-        if isinstance(stage, int) and -len(names) <= stage < len(names):
+        if (
+            isinstance(stage, int)
+            and not isinstance(stage, bool)
+            and -len(names) <= stage < len(names)
+        ):
             return stage % len(names)
         raise ValueError(
-            f"stage={stage!r} is neither one of {names} nor an index below {len(names)}"
+            f"stage={shown(stage)} is neither one of {names} nor an index below {len(names)}"
         )
 
     # --- training ---------------------------------------------------------------------------------
@@ -137,6 +144,7 @@ class Pipeline:
         the same result. Nothing is written until every stage is done: an interrupt leaves the
         models as they were.
         """
+        check_flag("progress", progress)
         self._prepare()
         check_buffers(self._functional)
         for stage, functional in zip(self.stages, self._functional, strict=True):
@@ -148,11 +156,29 @@ class Pipeline:
         self.reports = reports
         return self
 
+    def fit_lanes(self, starts: Sequence[Tensor], seeds: Sequence) -> list[tuple[list, list]]:
+        """What `fit` would give from other initial weights and batch orders, all at once.
+
+        Args:
+            starts: by stage, the initial parameters of each lane ``(R, D)``.
+            seeds: by stage, of each lane's batches; None for a recipe without.
+
+        Returns:
+            for each lane all parameters and reports, as `take_fit` takes them.
+        """
+        fulls, reports = self._run([None] * len(self.stages), starts, False, False, seeds)
+        one = [torch.tensor([lane]) for lane in range(len(starts[0]))]
+        return [
+            ([full[i] for full in fulls], [report.lane(at) for report in reports])
+            for i, at in enumerate(one)
+        ]
+
     def take_fit(self, fulls: Sequence[Tensor], reports: Sequence[FitReport]) -> None:
         """Take what `fit` of an equal pipeline gave elsewhere: all parameters and reports."""
         self._prepare()
         self._write(fulls)
-        self.reports = list(reports)
+        pairs = zip(reports, self.stages, strict=True)
+        self.reports = [replace(report, recipe=str(s.recipe)) for report, s in pairs]
 
     @exclusive
     def adopt(self, checkpoints: Sequence[Run | None] | None = None) -> "Pipeline":
@@ -194,11 +220,12 @@ class Pipeline:
         """What is known of each stage's run, checked to lead to the present weights."""
         if given is None:
             return [None] * len(self.stages)
-        given = [given] if isinstance(given, Run) else list(given)
+        listing = isinstance(given, Sequence) and not isinstance(given, str)
+        what, given = shown(given), [given] if not listing else list(given)
         if len(given) != len(self.stages) or not all(isinstance(r, Run | None) for r in given):
             raise ValueError(
-                f"checkpoints must be one msif.Run for each of the {len(self.stages)} stages, or "
-                "None where there are none"
+                f"checkpoints={what} must be one msif.Run for each of the {len(self.stages)} "
+                "stages, or None where there are none"
             )
         runs: list[KeptRun | None] = []
         for k, (stage, p, run) in enumerate(zip(self.stages, self._functional, given, strict=True)):
@@ -226,11 +253,12 @@ class Pipeline:
         return self._trained is not None and self.reports is None
 
     def _run(
-        self, weights, starts, warm: bool, progress: bool
+        self, weights, starts, warm: bool, progress: bool, seeds: Sequence | None = None
     ) -> tuple[list[Tensor], list[FitReport]]:
         """Train every stage of every lane, from ``starts`` (R, D) each.
 
         Shared parts that are trained start at the W* of their own lane, unless ``warm``.
+        ``seeds``: by stage, of each lane's own batches.
         """
         done, reports, previous = [], [], None
         for k, stage in enumerate(self.stages):
@@ -238,6 +266,8 @@ class Pipeline:
             lanes = p.lanes(starts[k], previous, weights[k])
             if not warm:
                 lanes = p.start(lanes)
+            if seeds is not None:
+                lanes = replace(lanes, seeds=seeds[k])
             theta = p.objective.trained.take(lanes.base)
             theta, report = stage.recipe.run(lanes, theta, progress=progress)
             if not bool(torch.isfinite(theta).all() & torch.isfinite(report.value).all()):
@@ -409,6 +439,7 @@ class Pipeline:
 
         It is kept until they change.
         """
+        check_choice("kind", kind, ("hessian", "ggn"))
         k, trained = self.index(stage), self.trained()
         require_precision(self._functional[k].objective, f"curvature={kind!r}")
         if kind == "hessian":
@@ -459,6 +490,7 @@ class Pipeline:
         Raises:
             ValueError: wrong shapes, NaN, unknown stage, or a same-seed rerun of adopted weights.
         """
+        check_flag("warm_start", warm_start)
         for functional in self._functional:
             require_precision(functional.objective, "retraining")
         if not warm_start:
@@ -478,8 +510,8 @@ class Pipeline:
         """The weights of `retrain` by stage, ``(R, N)`` each, checked; None where left out."""
         if not given:
             raise ValueError(
-                "weights are empty: give (R, N) weights of a stage, or a mapping from stages to "
-                "weights"
+                f"weights={given} are empty: give (R, N) weights of a stage, or a mapping from "
+                "stages to weights"
             )
         by_stage: list[Tensor | None] = [None] * len(self.stages)
         for key, value in given.items():
@@ -488,7 +520,8 @@ class Pipeline:
             if by_stage[k] is not None:
                 raise ValueError(f"{which} are given twice, by name and by index")
             initial = self._initial[k]
-            value = torch.as_tensor(value, dtype=initial.dtype, device=initial.device)
+            what = f"numbers, (R, {m}) or ({m},)"
+            value = numbers_of(which, value, what, initial.dtype).to(initial.device)
             value = value[None] if value.ndim == 1 else value
             if not bool(torch.isfinite(value).all()):
                 raise ValueError(f"{which} hold NaN or inf")
@@ -510,8 +543,7 @@ class Pipeline:
         Raises:
             ValueError: the device ``"meta"``, where tensors have no numbers.
         """
-        if any(str(target).partition(":")[0] == "meta" for target in targets):
-            raise ValueError("to('meta') would lose all weights: tensors have no numbers there")
+        check_targets(targets)
         data = [stage.data.to(*targets) for stage in self.stages]
         before, held = dict(vars(self)), [stage.data for stage in self.stages]
         tensors = [_Tensors(stage.model) for stage in self.stages]
@@ -637,6 +669,8 @@ class Retrained:
     def state(self, stage: int | str, lane: int) -> dict[str, Tensor]:
         """Named parameters of one stage in one lane, for ``load_state_dict(..., strict=False)``."""
         k = self.pipeline.index(stage)
+        lanes = len(self.parameters[k])
+        lane = check_whole("lane", lane, -lanes, lanes - 1, why="the weightings")
         values = self.pipeline.objective(k).layout.named(self.parameters[k][lane])
         model = self.pipeline.stages[k].model
         known = {id(p): name for name, p in model.named_parameters()}  # as a wrapper calls them

@@ -5,19 +5,18 @@ differentiates the whole run by the reverse of each step.
 """
 
 import math
-import numbers
 import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..arguments import check_number, check_seed, check_whole, is_number
 from ..errors import NotConvergedError
 from ..objective.objective import Lanes
 
@@ -43,6 +42,11 @@ class FitReport:
     gradient_norm: Tensor
     converged: Tensor
     seconds: float = field(compare=False)
+
+    def lane(self, at: Tensor) -> "FitReport":
+        """The report of some lanes."""
+        parts = {name: getattr(self, name)[at] for name in ("value", "gradient_norm", "converged")}
+        return replace(self, **parts)
 
     def __str__(self) -> str:
         state = "converged" if bool(self.converged.all()) else "stopped short of an optimum"
@@ -79,36 +83,24 @@ Schedule = str | Callable[[int, int], float]
 State = tuple[Tensor, ...]
 
 
-def check_whole(settings, **least: int) -> None:
+def keep_whole(settings, **least: int) -> None:
     """Refuse settings that are no whole numbers of at least this size; NumPy's become Python's.
 
     Raises:
         ValueError: naming the setting and its value.
     """
     for name, lowest in least.items():
-        value = getattr(settings, name)
-        whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-        if not whole or value < lowest:
-            raise ValueError(f"{name}={value!r} must be a whole number of at least {lowest}")
-        object.__setattr__(settings, name, int(value))
+        value = check_whole(name, getattr(settings, name), lowest)
+        object.__setattr__(settings, name, value)
 
 
-def is_number(value) -> bool:
-    """Whether it is one real number of Python or NumPy."""
-    return isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))
-
-
-def check_number(settings, name: str, holds: Callable[[float], bool], text: str) -> None:
+def keep_number(settings, name: str, holds: Callable[[float], bool], text: str) -> None:
     """Refuse a setting that is not one number for which ``holds``; NumPy's become Python's.
 
     Raises:
         ValueError: naming the setting and its value; ``text`` says what is allowed.
     """
-    value = getattr(settings, name)
-    if not is_number(value) or not holds(value):
-        raise ValueError(f"{name}={value!r}: {name} must be {text}")
-    if type(value) not in (int, float):
-        object.__setattr__(settings, name, float(value))
+    object.__setattr__(settings, name, check_number(name, getattr(settings, name), holds, text))
 
 
 class LinearStep(NamedTuple):
@@ -137,18 +129,14 @@ class MiniBatch(ABC):
     decoupled: ClassVar[bool] = False  # weight decay acts on θ directly, not through the gradient
 
     def _check(self) -> None:
-        check_number(
+        keep_number(
             self,
             "lr",
             lambda lr: 0 < lr < math.inf,
             "positive and finite, one number for all parameters; schedule= lets it change",
         )
-        check_whole(self, epochs=1, batch_size=1, warmup=0)
-        # what torch.Generator takes
-        whole = isinstance(self.seed, numbers.Integral) and not isinstance(self.seed, bool)
-        if not whole or not -(2**63) <= self.seed < 2**64:
-            raise ValueError(f"seed={self.seed!r} must be a whole number below 2**64, such as 0")
-        object.__setattr__(self, "seed", int(self.seed))
+        keep_whole(self, epochs=1, batch_size=1, warmup=0)
+        object.__setattr__(self, "seed", check_seed("seed", self.seed))
         known = ("constant", "linear", "cosine")
         if isinstance(self.schedule, type) or not (
             callable(self.schedule) or (isinstance(self.schedule, str) and self.schedule in known)
@@ -244,6 +232,17 @@ class MiniBatch(ABC):
                 yield batch, self.lr * self._factor(step, total)
                 step += 1
 
+    def lane_steps(self, lanes: Lanes) -> Iterator[tuple[Tensor, float]]:
+        """`steps` of these lanes: batches ``(R, B)`` where each has a batch order of its own."""
+        m = len(lanes.objective.data)
+        if lanes.seeds is None:
+            yield from self.steps(m)
+            return
+        orders = [replace(self, seed=seed).steps(m) for seed in lanes.seeds]
+        for each in zip(*orders, strict=True):
+            batches, rates = zip(*each, strict=True)
+            yield torch.stack(batches), rates[0]
+
     def _factor(self, step: int, total: int) -> float:
         rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
         if callable(self.schedule):
@@ -281,7 +280,7 @@ class MiniBatch(ABC):
         theta, state = theta.clone(), self.start(theta)
         total = self.epochs * -(-m // self.batch_size)
         with progress_bar(total, type(self).__name__, progress) as bar:
-            for step, (batch, rate) in enumerate(self.steps(m)):
+            for step, (batch, rate) in enumerate(self.lane_steps(lanes)):
                 theta, state, _ = self.advance(lanes, theta, state, step, batch, rate)
                 bar.update()
         value, gradient = lanes.value_and_grad(theta)
@@ -327,7 +326,7 @@ class SGD(MiniBatch):
 
     def __post_init__(self):
         self._check()
-        check_number(self, "momentum", lambda m: 0 <= m < 1, "in [0, 1)")
+        keep_number(self, "momentum", lambda m: 0 <= m < 1, "in [0, 1)")
         if not isinstance(self.nesterov, bool):
             raise ValueError(f"nesterov={self.nesterov!r} must be True or False")
 
@@ -361,6 +360,7 @@ class SGD(MiniBatch):
         >>> round(SGD(lr=0.1, momentum=0.0, epochs=10, batch_size=5).equivalent_alpha(m=10), 6)
         0.25
         """
+        check_whole("m", m)
         return (1 - self.momentum) / (2 * sum(rate for _, rate in self.steps(m)))
 
 
@@ -394,7 +394,7 @@ class Adam(MiniBatch):
             raise ValueError(
                 f"betas={self.betas!r}: betas must be two numbers in [0, 1), such as (0.9, 0.999)"
             )
-        check_number(self, "eps", lambda eps: 0 < eps < math.inf, "positive and finite")
+        keep_number(self, "eps", lambda eps: 0 < eps < math.inf, "positive and finite")
 
     def start(self, theta):
         return torch.zeros_like(theta), torch.zeros_like(theta)

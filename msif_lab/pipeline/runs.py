@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..arguments import is_number, listed, numbers_of, shown
 from ..objective.wrapping import plain_module, seen_through
-from .recipes import SGD, Adam, AdamW, MiniBatch, State, is_number
+from .recipes import SGD, Adam, AdamW, MiniBatch, State
 from .stages import FunctionalStage, Stage
 
 __all__ = ["KeptRun", "Run"]
@@ -129,15 +130,21 @@ class Run:
         where = functional.objective.where
         recipe = _recipe(self.optimizer, stage, functional)
         steps, weights, memories = _unpacked(self.checkpoints, where)
-        rates = [float(self.rates)] * steps[-1] if is_number(self.rates) else list(self.rates)
+        rates = [self.rates] * steps[-1] if is_number(self.rates) else self.rates
+        rates = listed("rates", rates, "a learning rate for each step, or one number for all")
+        if isinstance(self.rates, torch.Tensor):
+            rates = self.rates.tolist()
+        if not all(map(is_number, rates)):
+            raise TypeError(f"{where}: rates={shown(self.rates)} must be numbers, one per step")
         rates = [float(rate) for rate in rates]
         if len(rates) != steps[-1] or not all(0 <= rate < math.inf for rate in rates):
             raise ValueError(
-                f"{where}: rates hold {len(rates)} numbers, expected a learning rate for each of "
-                f"the {steps[-1]} steps up to the last checkpoint, zero or positive"
+                f"{where}: rates={shown(self.rates)} hold {len(rates)} numbers, expected a "
+                f"learning rate for each of the {steps[-1]} steps up to the last checkpoint, zero "
+                "or positive"
             )
         fulls = [
-            _flat(w, functional, f"the checkpoint at step {step}")
+            _flat(w, functional, f"the state dict in checkpoints at step {step}")
             for step, w in zip(steps, weights, strict=True)
         ]
         states: list[State | None] = [None] * len(steps)
@@ -152,20 +159,25 @@ class Run:
     def _means(self, functional: FunctionalStage, steps: list[int]) -> list[Tensor] | None:
         if self.means is None:
             return None
+        listed("means", self.means, "a list of state dicts, one between two checkpoints each")
         if len(self.means) != len(steps) - 1:
             raise ValueError(
                 f"{functional.objective.where}: means hold {len(self.means)} state dicts, expected "
                 f"one for each of the {len(steps) - 1} stretches between checkpoints"
             )
         after = zip(self.means, steps, strict=False)
-        return [_flat(w, functional, f"the mean after step {step}") for w, step in after]
+        return [_flat(w, functional, f"the mean in means after step {step}") for w, step in after]
 
 
 def _batches(batches, count: int, examples: int, where: str) -> list[Tensor] | None:
     """The positions of each step's examples, checked."""
     if batches is None:
         return None
-    found = [torch.as_tensor(batch).cpu() for batch in batches]
+    what = "the positions of each step's examples, whole numbers"
+    found = [
+        numbers_of(f"{where}: batches[{step}]", batch, what).cpu()
+        for step, batch in enumerate(listed("batches", batches, what))
+    ]
     if len(found) != count:
         raise ValueError(
             f"{where}: batches hold {len(found)} entries, expected the positions of the examples "
@@ -183,14 +195,18 @@ def _batches(batches, count: int, examples: int, where: str) -> list[Tensor] | N
 
 def _unpacked(checkpoints, where: str) -> tuple[list[int], list, list]:
     """Steps, weights and optimisers' memories of all checkpoints."""
-    entries = [tuple(c) for c in checkpoints] if isinstance(checkpoints, Sequence) else []
-    if len(entries) < 2 or any(len(entry) not in (2, 3) for entry in entries):
+    known = isinstance(checkpoints, Sequence) and not isinstance(checkpoints, str)
+    entries = [c for c in checkpoints if isinstance(c, tuple | list)] if known else []
+    odd = not known or len(entries) < len(checkpoints)
+    if odd or len(entries) < 2 or any(len(entry) not in (2, 3) for entry in entries):
         raise ValueError(
-            f"{where}: checkpoints must be a list of two or more (step, state_dict) pairs, the "
-            "first before the first step and the last after the last one"
+            f"{where}: checkpoints={shown(checkpoints)} must be a list of two or more (step, "
+            "state_dict) pairs, the first before the first step and the last after the last one"
         )
     steps = [entry[0] for entry in entries]
-    rising = all(isinstance(s, int) for s in steps) and sorted(set(steps)) == steps
+    rising = (
+        all(isinstance(s, int) and s is not True for s in steps) and sorted(set(steps)) == steps
+    )
     if not rising or steps[0] != 0:
         raise ValueError(
             f"{where}: checkpoints are at the steps {steps[:8]}; they must be whole numbers that "
@@ -219,6 +235,13 @@ def _flat(weights, functional: FunctionalStage, what: str) -> Tensor:
     return full
 
 
+def _kind(optimizer) -> str:
+    """What an optimiser is, in words."""
+    if isinstance(optimizer, type):
+        return f"the class {optimizer.__name__}"
+    return type(optimizer).__name__
+
+
 def _recipe(optimizer, stage: Stage, functional: FunctionalStage) -> MiniBatch:
     """What one step of an optimiser does, as a recipe."""
     where = functional.objective.where
@@ -228,7 +251,7 @@ def _recipe(optimizer, stage: Stage, functional: FunctionalStage) -> MiniBatch:
     kind = next((ours for theirs, ours in kinds.items() if type(optimizer) is theirs), None)
     if kind is None:
         raise TypeError(
-            f"{where}: optimizer={type(optimizer).__name__} is not known; give torch.optim.SGD, "
+            f"{where}: optimizer={_kind(optimizer)} is not known; give torch.optim.SGD, "
             "Adam or AdamW, or a recipe of this library that does the same step"
         )
     groups = optimizer.param_groups

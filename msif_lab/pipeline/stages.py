@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from ..arguments import is_number, shown
 from ..data.examples import Examples
 from ..objective.layout import Layout, same_numbers
 from ..objective.losses import cross_entropy
 from ..objective.objective import Lanes, Objective
 from ..objective.wrapping import plain_module
 from .lbfgs import LBFGS
-from .recipes import is_number
 from .sharing import Shared, buffer_pairs, left_out, shared_parameters, summary
 
 __all__ = ["Frozen", "Proximal", "Stage", "WarmStart"]
@@ -218,6 +218,8 @@ class Stage:
     def problems(self, first: bool) -> list[str]:
         """Everything wrong with the settings; ``first``: whether no stage comes before."""
         problems = []
+        if not isinstance(self.name, str) or not self.name:
+            problems.append(f"name={shown(self.name)} must be text, such as 'pretrain'")
         own = (_model_problem(self.model), _loss_problem(self.loss))
         problems += filter(None, (*own, _decay_problem(self.weight_decay)))
         if not isinstance(self.data, Examples):

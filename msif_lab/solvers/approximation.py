@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..curvature.matrices import DataCurvature
 from ..curvature.operators import Operator
-from .report import Settings, SolveReport, check_columns, relative_residuals
+from .report import Settings, SolveReport, check_columns, check_operator, relative_residuals
 
 
 class Parts(NamedTuple):
@@ -32,6 +32,7 @@ class Parts(NamedTuple):
 
 def parts(operator: Operator) -> Parts:
     """Split an operator into what comes from the examples and its known diagonal."""
+    check_operator(operator)
     base, shift = operator.unshifted()
     ridge = base.ridge if isinstance(base, DataCurvature) else None
     diagonal = torch.zeros(base.shape[0], dtype=base.dtype, device=base.device)

@@ -8,11 +8,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..arguments import check_whole, shown
 from ..curvature.operators import Operator
 from ..errors import IndefiniteCurvatureError
 from .nested import KEPT, basis, check_shares, levels, split
 from .null import null_range
-from .report import WAYS_OUT, Settings, Solved, SolveReport, check_columns, verified
+from .report import (
+    WAYS_OUT,
+    Settings,
+    Solved,
+    SolveReport,
+    check_columns,
+    check_operator,
+    verified,
+)
 
 __all__ = ["ConjugateGradient"]
 
@@ -89,12 +98,13 @@ class ConjugateGradient(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.block < 1:
-            raise ValueError(f"block={self.block} must be at least 1")
+        check_whole("block", self.block)
         check_shares(self.shares)
-        if self.preconditioner is not None and not hasattr(self.preconditioner, "prepare"):
+        made = hasattr(self.preconditioner, "prepare") and not isinstance(self.preconditioner, type)
+        if self.preconditioner is not None and not made:
             raise TypeError(
-                f"preconditioner={self.preconditioner!r} must be LowRank(), EKFAC() or Jacobi()"
+                f"preconditioner={shown(self.preconditioner)} must be LowRank(), EKFAC() or "
+                "Jacobi()"
             )
 
     @property
@@ -105,6 +115,7 @@ class ConjugateGradient(Settings):
 
     def prepare(self, operator: Operator) -> "Preconditioned":
         """Make the preconditioner, once for all solves."""
+        check_operator(operator)
         made = None if self.preconditioner is None else self.preconditioner.prepare(operator)
         return Preconditioned(self, operator, made)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_whole
 from ..curvature.matrices import DataCurvature
 from ..curvature.operators import Operator
 from ..data.fields import as_model_input
@@ -70,12 +71,8 @@ class EKFAC(Settings):
     seed: int = 0
 
     def __post_init__(self):
-        few = min(self.max_iter, self.batch_size, 1 if self.samples is None else self.samples)
-        if not self.tol > 0 or few < 1:
-            raise ValueError(
-                f"tol={self.tol} must be positive, max_iter={self.max_iter}, "
-                f"samples={self.samples} and batch_size={self.batch_size} at least 1"
-            )
+        self._check(lambda tol: tol > 0, "positive", batch_size=1)
+        check_whole("samples", self.samples, none="the exact expectation")
 
     def prepare(self, operator: Operator) -> "Kronecker":
         """Two passes over the data: covariances, then eigenvalues.

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..arguments import check_tensor, numbers_of, shown
 from ..curvature.operators import Operator
 from ..errors import ConvergenceWarning, IndefiniteCurvatureError
 from ..memory import parse_bytes
 from .null import NullDirections, find_null, null_range
-from .report import WAYS_OUT, SolveReport, check_columns, ratio
+from .report import WAYS_OUT, SolveReport, check_columns, check_operator, ratio
 
 __all__ = ["Exact", "Spectrum", "schur_complement"]
 
@@ -30,6 +31,12 @@ class Spectrum:
 
     def apply(self, function: Callable[[Tensor], Tensor], columns: Tensor) -> Tensor:
         """``f(A) B`` for ``B`` (P, K), f acting on the eigenvalues."""
+        check_tensor("columns", columns, "(P, K)")
+        if columns.ndim != 2 or len(columns) != len(self.values):
+            raise ValueError(
+                f"columns have shape {tuple(columns.shape)}, expected (P, K) with "
+                f"P = {len(self.values)}"
+            )
         return self.vectors @ (function(self.values)[:, None] * (self.vectors.T @ columns))
 
 
@@ -43,6 +50,12 @@ def schur_complement(matrix: Tensor, keep: Tensor) -> Tensor:
     Raises:
         IndefiniteCurvatureError: the rest block is not positive definite.
     """
+    check_tensor("matrix", matrix, "(P, P)")
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise ValueError(f"matrix has shape {tuple(matrix.shape)}, expected (P, P)")
+    if not bool(torch.isfinite(matrix).all()):
+        raise ValueError("matrix holds NaN or inf")
+    keep = _positions(keep, len(matrix)).to(matrix.device)
     rest = torch.ones(len(matrix), dtype=torch.bool, device=matrix.device)
     rest[keep] = False
     if not bool(rest.any()):
@@ -50,6 +63,21 @@ def schur_complement(matrix: Tensor, keep: Tensor) -> Tensor:
     factor = _cholesky(matrix[rest][:, rest], "the block that adapts")
     response = torch.cholesky_solve(matrix[rest][:, keep], factor)
     return matrix[keep][:, keep] - matrix[keep][:, rest] @ response
+
+
+def _positions(keep, size: int) -> Tensor:
+    """Different positions below ``size``, from a list of them or from a mask."""
+    what = f"different positions from 0 to {size - 1}, or a mask ({size},)"
+    places = numbers_of("keep", keep, what)
+    if places.dtype == torch.bool and places.shape == (size,):
+        places = places.nonzero().flatten()
+    whole = places.ndim == 1 and len(places) and not places.is_floating_point()
+    if not whole or places.dtype == torch.bool:
+        raise ValueError(f"keep={shown(keep)} must be {what}")
+    inside = -size <= int(places.min()) and int(places.max()) < size
+    if not inside or len((places % size).unique()) != len(places):
+        raise ValueError(f"keep={shown(keep)} must be {what}")
+    return places.long()
 
 
 def _cholesky(matrix: Tensor, what: str) -> Tensor:
@@ -119,7 +147,24 @@ class Exact:
         Warns:
             SymmetryWarning: it has null directions, in which no example's gradient has a part.
         """
+        check_operator(operator)
         return Factorised(self, operator)
+
+
+def as_solver(solver):
+    """A solver as attributors take it; `Exact` for None.
+
+    Raises:
+        TypeError: it is none, or a class of them.
+    """
+    if solver is None:
+        return Exact()
+    if not hasattr(solver, "prepare") or isinstance(solver, type):
+        raise TypeError(
+            f"solver={shown(solver)} must be a solver object, such as Exact() or "
+            "ConjugateGradient(); ImplicitInfluence also takes 'auto'"
+        )
+    return solver
 
 
 class Factorised:

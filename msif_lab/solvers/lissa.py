@@ -1,11 +1,13 @@
 """LiSSA: the Neumann series of the inverse, its scale estimated and divergence caught."""
 
+import math
 import time
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..arguments import check_number, check_whole
 from ..curvature.matrices import DataCurvature
 from ..curvature.operators import Operator
 from ..errors import IndefiniteCurvatureError, NotConvergedError
@@ -72,12 +74,10 @@ class LiSSA(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        bad_scale = self.scale is not None and not self.scale > 0
-        bad_batch = self.batch_size is not None and self.batch_size < 1
-        if bad_scale or bad_batch:
-            raise ValueError(
-                f"scale={self.scale} must be positive and batch_size={self.batch_size} at least 1"
-            )
+        if self.scale is not None:
+            text = "positive and finite, or None for an estimate"
+            check_number("scale", self.scale, lambda scale: 0 < scale < math.inf, text)
+        check_whole("batch_size", self.batch_size, none="all")
 
     def prepare(self, operator: Operator) -> Prepared:
         """Nothing to prepare: each solve estimates the scale and starts from zero."""

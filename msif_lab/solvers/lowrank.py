@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..arguments import check_choice
 from ..curvature.derivatives import per_example_gradients
 from ..curvature.matrices import DataCurvature
 from ..curvature.operators import Operator
@@ -98,13 +99,8 @@ class LowRank(Settings):
     memory: str | int = "1GB"
 
     def __post_init__(self):
-        if not self.tol > 0 or self.max_iter < 1 or self.rank < 1:
-            raise ValueError(
-                f"tol={self.tol} must be positive, "
-                f"max_iter={self.max_iter} and rank={self.rank} at least 1"
-            )
-        if self.method not in ("jacobians", "nystrom"):
-            raise ValueError(f"method={self.method!r} must be 'jacobians' or 'nystrom'")
+        self._check(lambda tol: tol > 0, "positive", rank=1)
+        check_choice("method", self.method, ("jacobians", "nystrom"))
         parse_bytes(self.memory)
 
     def prepare(self, operator: Operator) -> "Woodbury":
@@ -113,8 +109,8 @@ class LowRank(Settings):
         Raises:
             MemoryBudgetError: before any work, if the rows exceed the budget.
         """
-        size = operator.shape[0]
         p = parts(operator)
+        size = operator.shape[0]
         rank = min(self.rank, size)
         if self.method == "jacobians":
             if not isinstance(p.base, DataCurvature):
@@ -196,11 +192,7 @@ class Jacobi(Settings):
     seed: int = 0
 
     def __post_init__(self):
-        if not self.tol > 0 or self.max_iter < 1 or self.samples < 1:
-            raise ValueError(
-                f"tol={self.tol} must be positive, max_iter={self.max_iter} and "
-                f"samples={self.samples} at least 1"
-            )
+        self._check(lambda tol: tol > 0, "positive", samples=1)
 
     def prepare(self, operator: Operator) -> "Diagonal":
         """Estimate the diagonal, once."""

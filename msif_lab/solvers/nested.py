@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from ..arguments import is_number, shown
 from ..curvature.matrices import DataCurvature
 from ..curvature.operators import Operator
 from .null import null_range
@@ -26,8 +27,10 @@ KEPT = 8  # directions kept for each right-hand side
 
 def check_shares(shares: tuple[float, ...]) -> None:
     """Refuse shares that do not rise between 0 and 1."""
-    if not all(0 < a < b for a, b in itertools.pairwise([*shares, 1.0])):
-        raise ValueError(f"shares={shares!r} must rise between 0 and 1, as (0.08, 0.3)")
+    found = shares if isinstance(shares, tuple | list) else (None,)
+    pairs = itertools.pairwise([*found, 1.0])
+    if not all(map(is_number, found)) or not all(0 < a < b for a, b in pairs):
+        raise ValueError(f"shares={shown(shares)} must rise between 0 and 1, as (0.08, 0.3)")
 
 
 def basis(columns: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..arguments import (
+    check_flag,
+    check_function,
+    check_instance,
+    check_number,
+    check_seed,
+    check_tensor,
+    check_whole,
+)
 from ..curvature.operators import Operator
 from ..errors import ConvergenceWarning, NotConvergedError
 
@@ -65,11 +74,24 @@ class Settings:
     callback: Callable[[int, Tensor], None] | None = None
 
     def __post_init__(self):
-        if not 0 < self.tol < 1 or self.max_iter < 1:
-            raise ValueError(
-                f"tol={self.tol} must lie between 0 and 1, "
-                f"max_iter={self.max_iter} must be at least 1"
-            )
+        self._check(lambda tol: 0 < tol < 1, "a number between 0 and 1")
+
+    def _check(self, holds: Callable[[float], bool], text: str, **least: int) -> None:
+        """Check what all solvers have, and whole numbers of at least this size.
+
+        Args:
+            holds: which tolerances there are.
+            text: the same in words.
+            least: of settings besides ``max_iter``.
+        """
+        check_number("tol", self.tol, holds, text)
+        check_flag("strict", self.strict)
+        if self.callback is not None:
+            check_function("callback", self.callback, "(iteration, relative residuals)")
+        for name, lowest in {"max_iter": 1, **least}.items():
+            check_whole(name, getattr(self, name), lowest)
+        if hasattr(self, "seed"):
+            check_seed("seed", self.seed)
 
     def __repr__(self) -> str:
         values = [(f.name, getattr(self, f.name), f.default) for f in fields(self)]
@@ -104,6 +126,7 @@ class Prepared:
     """An operator waiting for right-hand sides, for solvers with nothing to prepare."""
 
     def __init__(self, solver, operator: Operator):
+        check_operator(operator)
         self.solver = solver
         self.operator = operator
 
@@ -144,14 +167,28 @@ def verified(
 
 def check_columns(operator: Operator, b: Tensor) -> None:
     """Refuse right-hand sides that are not finite or do not fit the operator."""
+    check_tensor("right-hand sides", b, "(P, K)")
     if b.ndim != 2 or not bool(torch.isfinite(b).all()):
         raise ValueError(
             f"right-hand sides of shape {tuple(b.shape)} must be a finite (P, K) tensor"
         )
     if b.shape[0] != operator.shape[0]:
         raise ValueError(
-            f"operator of shape {operator.shape} times {tuple(b.shape)}: give a (P, K) tensor"
+            f"operator of shape {operator.shape} times {tuple(b.shape)}: give right-hand sides "
+            "that are a (P, K) tensor"
         )
+    if b.dtype != operator.dtype or b.device != operator.device:
+        raise ValueError(
+            f"right-hand sides are {b.dtype} on {b.device}, the operator is {operator.dtype} on "
+            f"{operator.device}: convert one"
+        )
+
+
+def check_operator(operator) -> None:
+    """Refuse what is no operator, such as a dense matrix."""
+    check_instance(
+        "operator", operator, Operator, "as pipeline.curvature(stage) gives it, plus a damping"
+    )
 
 
 class Solved(NamedTuple):

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from .. import plots
+from ..arguments import check_whole, numbers_of, shown
 from ..data.examples import Examples
 from ..evaluation.comparison import detection
 from ..evaluation.removals import default_protocol, removal_base, require_start
@@ -67,7 +68,7 @@ class CleaningExplorer(Explorer):
         self.pipeline = one_pipeline(pipeline, queries)
         self.queries = queries
         self.judges = queries if judges is None else judges
-        one_pipeline(pipeline, self.judges)
+        one_pipeline(pipeline, self.judges, "judges")
         self._given = scores
         self._truth_given = corrupted
         self.table = dict(scores) if isinstance(scores, Mapping) else {"": scores}
@@ -89,12 +90,7 @@ class CleaningExplorer(Explorer):
         self.count = len(self.examples.examples)
         self.orders = {name: self._order(one, names[name]) for name, one in self.table.items()}
         self.corrupted = None if corrupted is None else self._mask(corrupted)
-        if not isinstance(k, int) or not 1 <= k < self.count:
-            raise ValueError(
-                f"k={k!r} must be a whole number between 1 and {self.count - 1}, fewer than the "
-                "examples"
-            )
-        self.k = k
+        self.k = k = check_whole("k", k, most=self.count - 1, why="fewer than the examples")
         self.ranking = next(iter(self.table))
         first = k if self.corrupted is None else int(self.corrupted.sum())
         self.flagged = min(first, self.count - 1)
@@ -107,7 +103,8 @@ class CleaningExplorer(Explorer):
         if isinstance(given, Influence):
             values = given.harm_sign * given.mean().values[0].detach().cpu()
         else:
-            values = torch.as_tensor(given).detach().cpu()
+            what = "an Influence, or one number for each example"
+            values = numbers_of(name, given, what).cpu()
             if values.shape != (self.count,):
                 raise ValueError(
                     f"{name} has shape {tuple(values.shape)}: a suspicion must be "
@@ -122,23 +119,27 @@ class CleaningExplorer(Explorer):
 
     def _mask(self, given) -> torch.Tensor:
         """Which examples are corrupted, ``(N,)``, from a mask or from positions."""
-        values = torch.as_tensor(given).detach().cpu()
+        what = f"a mask ({self.count},) of bool, or positions"
+        values = numbers_of("corrupted", given, what).cpu()
         whole = values.dtype != torch.bool and not values.is_floating_point()
         if values.dtype == torch.bool and values.shape == (self.count,):
             mask = values
         elif whole and values.ndim == 1 and len(values):
             if int(values.min()) < 0 or int(values.max()) >= self.count:
-                raise ValueError(f"corrupted must hold positions between 0 and {self.count - 1}")
+                raise ValueError(
+                    f"corrupted={shown(given)} must hold positions between 0 and {self.count - 1}"
+                )
             mask = torch.zeros(self.count, dtype=torch.bool)
             mask[values] = True
         else:
             raise ValueError(
-                f"corrupted is {values.dtype} of shape {tuple(values.shape)}: give a mask "
-                f"({self.count},) of bool, or positions"
+                f"corrupted is {values.dtype} of shape {tuple(values.shape)}: give "
+                f"a mask ({self.count},) of bool, or positions"
             )
         if not bool(mask.any()):
             raise ValueError(
-                "corrupted marks no example; leave it out where the truth is not known"
+                f"corrupted={shown(given)} marks no example; leave it out where the truth is not "
+                "known"
             )
         return mask
 

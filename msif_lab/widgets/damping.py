@@ -6,6 +6,7 @@ import numpy
 import torch
 
 from .. import plots
+from ..arguments import check_choice, check_instance, check_whole
 from ..data.examples import Examples
 from ..evaluation.comparison import agreement, row_correlations, row_ranks
 from ..evaluation.removals import Effects
@@ -72,11 +73,10 @@ class AlphaDampingExplorer(Explorer):
         data = pipeline.stages[0].data
         self.gallery = Gallery(queries, "queries")
         self.examples = Gallery(data, "the data of the first stage")
-        if not isinstance(k, int) or not 1 <= k <= len(data):
-            raise ValueError(
-                f"k={k!r} must be a whole number between 1 and {len(data)}, the examples"
-            )
-        self.k = k
+        self.k = check_whole("k", k, most=len(data), why="the examples")
+        check_choice("curvature", curvature, ("hessian", "ggn"))
+        if effects is not None:
+            check_instance("effects", effects, Effects, "as removal_effects gives them")
         self.sweep = AlphaSweep(pipeline, queries, curvature=curvature)
         own = self.sweep.alpha
         floor = 1.05 * self.sweep.floor

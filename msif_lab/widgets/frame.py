@@ -239,5 +239,5 @@ class Explorer:
 
 def need_choice(name: str, value, options: Sequence) -> None:
     """Raise `ValueError` unless ``value`` is one of ``options``."""
-    if value not in options:
+    if value not in list(options):
         raise ValueError(f"{name}={value!r} is none of {list(options)}")

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..arguments import check_instance
 from ..data.examples import Examples
 from ..influence.result import Influence
 from ..objective.checks import ask
@@ -31,13 +32,14 @@ class Given(NamedTuple):
 
 
 def pipelines(
-    pipeline: Pipeline | Mapping[str, Pipeline], queries: Examples
+    pipeline: Pipeline | Mapping[str, Pipeline], queries: Examples, name: str = "queries"
 ) -> dict[str, Pipeline]:
     """The pipelines by case, trained and able to answer the queries; a single one has case ``""``.
 
     Raises:
         TypeError, ValueError: no pipeline, not trained, queries of another shape or task.
     """
+    check_instance(name, queries, Examples, "wrap them: Examples(x, y)")
     named = dict(pipeline) if isinstance(pipeline, Mapping) else {"": pipeline}
     if not named:
         raise ValueError(
@@ -52,13 +54,13 @@ def pipelines(
     return named
 
 
-def one_pipeline(pipeline: Pipeline, queries: Examples) -> Pipeline:
-    """The pipeline, trained and able to answer the queries."""
+def one_pipeline(pipeline: Pipeline, queries: Examples, name: str = "queries") -> Pipeline:
+    """The pipeline, trained and able to answer the queries, which messages call ``name``."""
     if isinstance(pipeline, Mapping):
         raise TypeError(
             f"pipeline holds the cases {list(pipeline)}; this explorer takes one: pipeline[...]"
         )
-    return pipelines(pipeline, queries)[""]
+    return pipelines(pipeline, queries, name)[""]
 
 
 def check_scores(scores, pipeline: Pipeline, queries: Examples, name: str = "scores") -> int:
@@ -130,7 +132,9 @@ def score_table(
             raise ValueError(f"scores{path} is empty; give at least one Influence")
         for method, given in by_method.items():
             where = f"{path}[{quoted(method)}]" if isinstance(of_case, Mapping) else path
-            listed = isinstance(given, Sequence)
+            listed = isinstance(given, Sequence) and not isinstance(given, str)
+            if listed and not given:
+                raise ValueError(f"scores{where} is empty; give at least one Influence")
             for i, one in enumerate(given if listed else [given]):
                 here = f"{where}[{i}]" if listed else where
                 stage = check_scores(one, pipeline, queries, f"scores{here}")

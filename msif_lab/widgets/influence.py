@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from .. import plots
+from ..arguments import check_function, check_whole
 from ..data.examples import Examples
 from ..evaluation.removals import removal_effects
 from ..figures import img, plain
@@ -75,10 +76,9 @@ class InfluenceExplorer(Explorer):
         self.target = target
         self._given = pipeline, scores
         smallest = min(len(given.scores.ids) for given in self.table.values())
-        if not isinstance(k, int) or not 1 <= k <= smallest:
-            raise ValueError(
-                f"k={k!r} must be a whole number between 1 and {smallest}, the examples of a stage"
-            )
+        self.k = check_whole("k", k, most=smallest, why="the examples of a stage")
+        if target is not None:
+            check_function("target", target, "(outputs, targets) -> (B,)")
         for given in self.table.values():
             known = ("loss", "margin", "output")
             if target is None and given.scores.target not in known:
@@ -86,7 +86,6 @@ class InfluenceExplorer(Explorer):
                     f"scores{given.path} are of the target {given.scores.target!r}, which is none "
                     f"of {known}; give the function itself: target=..."
                 )
-        self.k = k
         self.gallery = Gallery(queries, "queries")
         self._galleries: dict[tuple[str, int], Gallery] = {}
         self.case, self.method, self.stage = next(iter(self.table))
@@ -168,9 +167,8 @@ class InfluenceExplorer(Explorer):
             ("example", example, len(self.scores.ids)),
         ):
             if value is not None:
-                if not 0 <= value < count:
-                    raise ValueError(f"{name}={value} must be a position between 0 and {count - 1}")
-                setattr(self, name, int(value))
+                value = check_whole(name, value, 0, count - 1, why="its position")
+                setattr(self, name, value)
         if query is not None:
             self.shown = EVERY
         if "widget" in vars(self):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 
 from .. import plots
+from ..arguments import check_whole, shown
 from ..data.examples import Examples
 from ..evaluation.comparison import row_correlations, row_ranks
 from ..figures import img, plain
@@ -54,7 +55,8 @@ class MethodComparison(Explorer):
         self.queries = queries
         if not isinstance(scores, Mapping) or len(scores) < 2:
             raise ValueError(
-                "scores must hold two or more methods by name: {'implicit': ..., 'loss': ...}"
+                f"scores={shown(scores)} must hold two or more methods by name: "
+                "{'implicit': ..., 'loss': ...}"
             )
         stages = {
             name: check_scores(one, pipeline, queries, f"scores[{name!r}]")
@@ -66,14 +68,9 @@ class MethodComparison(Explorer):
         self.table = dict(scores)
         self.stage = next(iter(stages.values()))
         data = pipeline.stages[self.stage].data
-        if not isinstance(k, int) or not 1 <= k <= len(data):
-            raise ValueError(
-                f"k={k!r} must be a whole number between 1 and {len(data)}, the examples of the "
-                "stage"
-            )
+        self.k = check_whole("k", k, most=len(data), why="the examples of the stage")
         self.gallery = Gallery(queries, "queries")
         self.examples = Gallery(data, "the stage's data")
-        self.k = k
         self.query = 0
         self.a, self.b = list(self.table)[:2]
         self.example = int(self._ranks()[0].argmin())

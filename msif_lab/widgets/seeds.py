@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from .. import plots
+from ..arguments import check_whole
 from ..data.examples import Examples
 from ..figures import img, plain
 from ..influence.averaged import InfluenceOverSeeds
@@ -77,12 +78,8 @@ class SeedExplorer(Explorer):
         first = one_pipeline(self.runs[0], queries)
         self.stage = check_scores(scores, first, queries)
         data = first.stages[self.stage].data
-        if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= len(data) // 2:
-            raise ValueError(
-                f"k={k!r} must be a whole number between 1 and {len(data) // 2}, half of the "
-                "examples of the stage"
-            )
-        self.scores, self.queries, self.k = scores, queries, k
+        self.k = check_whole("k", k, most=len(data) // 2, why="half of the stage's examples")
+        self.scores, self.queries = scores, queries
         self._given = runs
         self.gallery = Gallery(queries, "queries")
         self.examples = Gallery(data, f"the data of stage {first.stages[self.stage].name!r}")
@@ -93,10 +90,7 @@ class SeedExplorer(Explorer):
     def average(self, seeds: int | None = None) -> InfluenceOverSeeds:
         """The average of the first ``seeds`` seeds; default those in view."""
         seeds = self.seeds if seeds is None else seeds
-        if not isinstance(seeds, int) or not 1 <= seeds <= len(self.scores.seeds):
-            raise ValueError(
-                f"seeds={seeds!r} must be a whole number between 1 and {len(self.scores.seeds)}"
-            )
+        seeds = check_whole("seeds", seeds, most=len(self.scores.seeds), why="the runs")
         if seeds not in self._averages:
             self._averages[seeds] = self.scores.some(range(seeds))
         return self._averages[seeds]
@@ -117,14 +111,9 @@ class SeedExplorer(Explorer):
             ValueError: there is no such query, or not so many seeds.
         """
         if query is not None:
-            if not isinstance(query, int) or not 0 <= query < len(self.queries):
-                raise ValueError(
-                    f"query={query!r} must be a position between 0 and {len(self.queries) - 1}"
-                )
-            self.query = query
+            self.query = check_whole("query", query, 0, len(self.queries) - 1, why="its position")
         if seeds is not None:
-            self.average(seeds)
-            self.seeds = seeds
+            self.seeds = len(self.average(seeds).seeds)
         if "widget" in vars(self):
             self._guarded(self._show)()
         return self
@@ -274,6 +263,7 @@ class SeedExplorer(Explorer):
         import matplotlib.pyplot as plt
 
         query = self.query if query is None else query
+        query = check_whole("query", query, 0, len(self.queries) - 1, why="its position")
         figures = []
         for count in [self.seeds] if seeds is None else seeds:
             figure, ax = plt.subplots(figsize=(0.62 * 2 * self.k + 1.4, 3.4))

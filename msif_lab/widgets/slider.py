@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+from ..arguments import check_function, listed, shown
 from ..figures import figure_png, img
 from .frame import Explorer
 from .given import quoted
@@ -38,8 +39,13 @@ class FigureSlider(Explorer):
         alt: Callable | None = None,
         precompute: bool = True,
     ):
+        check_function("draw", draw, "draw(value) that returns a matplotlib figure")
+        if alt is not None:
+            check_function("alt", alt, "alt(value) that returns words")
+        if not isinstance(description, str):
+            raise TypeError(f"description={shown(description)} must be text, the slider's label")
         self.draw = draw
-        self.values = list(values)
+        self.values = listed("values", values, "a list of the slider's settings")
         self.description = description
         if not self.values:
             raise ValueError("values is empty; give the settings of the slider")

@@ -4,6 +4,7 @@
     python tests/benchmarks/bench_segmented.py settings [--seeds 3]
     python tests/benchmarks/bench_segmented.py losses [--seeds 3]
     python tests/benchmarks/bench_segmented.py own [--seeds 3]
+    python tests/benchmarks/bench_segmented.py warning [--seeds 2]
     python tests/benchmarks/bench_segmented.py large [--data DIR] [--device cpu]
 
 `cost`: CPU seconds of fit and score in trainings of T steps by a plain PyTorch loop, for runs of T,
@@ -12,8 +13,9 @@ figure in a process of its own. Of adopted checkpoints fit takes nothing; of a p
 is one replay, shown apart. `settings`: r with 40 real removals of single examples and with unrolled
 scores, by the dimension of Krylov spaces and by the share of examples that the curvature is taken
 from. `losses`: what each simplification costs. `own`: a plain loop's 12 checkpoints a stage, and r
-with 40 real removals by that loop. `large`: 11 million parameters, from a plain loop's checkpoints,
-timed. The r tables are the same on any machine; run `cost` and `large` on an idle one.
+with 40 real removals by that loop. `warning`: what `score` and `check` say of runs from smooth to
+rough, beside r with unrolled scores. `large`: 11 million parameters, from a plain loop's
+checkpoints, timed. The r tables are the same on any machine; run `cost` and `large` on an idle one.
 """
 
 import argparse
@@ -25,6 +27,7 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import replace
 
 import torch
 
@@ -268,6 +271,48 @@ def own(seeds: int) -> None:
         print(f"{name}: r = {', '.join(f'{r:.3f}' for r in found)} (seeds 10 to {9 + seeds})")
 
 
+# ---- What it says of itself ----
+
+
+def rough(seed: int, lr: float, schedule: str, batch_size: int, link):
+    """Two stages on digits at this learning rate, and six queries."""
+    train, test = msif.load_digits(dtype=torch.float64)
+    stages = []
+    for k, (classes, n) in enumerate(((range(4), 240), (range(4, 10), 120))):
+        at = {"epochs": 8, "batch_size": batch_size, "warmup": 10, "seed": 2 * seed + k}
+        recipe = msif.SGD(lr, schedule=schedule, **at)
+        net = msif.mlp(64, (8,), classes=len(classes), seed=seed + k).double()
+        data = train.select(classes=classes, n=n, seed=seed)
+        stage = msif.Stage("pf"[k], net, data, weight_decay=1e-3, recipe=recipe)
+        stages.append(replace(stage, link=link if k else None))
+    queries = test.select(classes=range(4, 10), n=6, seed=seed)
+    return msif.Pipeline(stages).fit(False), queries
+
+
+def warning(seeds: int) -> None:
+    """A row for each rate, schedule and number of stretches; batches and links take turns."""
+    about = "seed rate schedule batch link"
+    print(f"{about:<36} {'segments':>8} {'r':>6}  changes_  check: r, change")
+    kinds = list(itertools.product((0.05, 0.1, 0.2, 0.4), ("constant", "linear", "cosine")))
+    for seed, (i, (lr, schedule)) in itertools.product(range(10, 10 + seeds), enumerate(kinds, 1)):
+        batch_size = (20, 50)[(i + seed) % 2]
+        link = ("frozen", "warm start")[(i // 2 + seed) % 2]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            pipeline, queries = rough(seed, lr, schedule, batch_size, LINKS[link])
+            unrolled = msif.UnrolledInfluence().fit(pipeline, False)
+            truth = unrolled.score(queries, progress=False).values
+            for segments in (3, 6, 12, 24):
+                method = msif.SegmentedInfluence(segments).fit(pipeline, False)
+                values = method.score(queries, progress=False).values
+                changes = float(method.changes_.median())
+                told = method.check(queries, progress=False)
+                row = f"{seed:>4} {lr:<4} {schedule:<8} {batch_size:>5} {link}"
+                told = f"{float(told.r.median()):.3f}, {float(told.change.median()):.2f}"
+                r = correlation(values, truth)
+                print(f"{row:<36} {segments:>8} {r:>6.3f}  {changes:>8.2f}  {told}", flush=True)
+
+
 # ---- 11 million parameters ----
 
 
@@ -316,7 +361,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("cost", "settings", "losses", "own", "large", "one"))
+    parser.add_argument(
+        "what", choices=("cost", "settings", "losses", "own", "warning", "large", "one")
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--data", type=pathlib.Path, help="folder with CIFAR-10, for `large`")
@@ -334,4 +381,5 @@ if __name__ == "__main__":
     elif given.what == "large":
         large(given.data, given.device)
     else:
-        {"settings": settings, "losses": losses, "own": own}[given.what](given.seeds)
+        tables = {"settings": settings, "losses": losses, "own": own, "warning": warning}
+        tables[given.what](given.seeds)
