@@ -402,7 +402,7 @@ def test_seeds_show_the_average_of_the_first(by_seeds, seed_runs):
     assert by_seeds.plot.value != before and "Average of 3 of 5 seeds" in by_seeds.answer.value
     some = scores.some(range(3))
     first = int(some.values[2].argmin())
-    ids = re.findall(r"<div>id (\d+), label", by_seeds.pictures.value)
+    ids = re.findall(r"<div>id (\d+)<br>label", by_seeds.pictures.value)
     helpful, harmful = (one(3).ids[2].tolist() for one in (some.helpful, some.harmful))
     assert [int(i) for i in ids] == helpful + harmful
     assert signed(1e3 * some.values[2, first], "2f") in by_seeds.pictures.value

@@ -205,7 +205,8 @@ class SeedExplorer(Explorer):
             value = float(values[place])
             kind = self.scores.kind(value)
             mark = "✓ sure" if sure[place] else "not sure"
-            caption = f"id {self.examples.number(place)}, {html.escape(self.examples.label(place))}"
+            label = html.escape(self.examples.label(place))
+            caption = f"id {self.examples.number(place)}<br>{label}"
             caption += f"<br>{signed(1e3 * value, 2)}, {mark}"
             cards.append(
                 self.examples.show(
@@ -213,7 +214,7 @@ class SeedExplorer(Explorer):
                     f"{kind.capitalize()} example, {mark}",
                     caption=caption,
                     border=f"3px solid {plots.COLOURS[kind]}",
-                    column=116,
+                    column=104,
                 )
             )
         return f'<div style="white-space:nowrap;overflow:auto hidden">{"".join(cards)}</div>'
