@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Mapping
 
 import torch
 
@@ -9,6 +10,7 @@ from .arguments import check_instance, check_whole, is_number, listed, numbers_o
 from .data.examples import Examples
 from .evaluation.comparison import CEILING, STATISTICS, Agreement, check_table
 from .figures import describe_figures, plain
+from .influence.averaged import InfluenceOverSeeds, spearman_brown
 from .influence.result import Influence
 from .pipeline.pipeline import Pipeline
 from .pipeline.stages import Frozen, WarmStart
@@ -19,6 +21,8 @@ __all__ = [
     "influence_grid",
     "method_intervals",
     "pipeline_diagram",
+    "reliability_curve",
+    "score_bars",
     "use_style",
     "v_curve",
 ]
@@ -212,6 +216,187 @@ def influence_grid(
     below = f"change in query {plain(scores.target)} per unit of weight, {unit}"
     figure.supxlabel(f"score below each image: {below}", fontsize=8)
     return figure
+
+
+def extremes(scores: Influence, query: int, k: int) -> list[int]:
+    """Positions of one query's k most helpful examples, then of its k most harmful ones.
+
+    Both from the largest size on; no example twice where 2k are more than there are.
+    """
+    helpful = scores.helpful(k).positions[query].tolist()
+    harmful = scores.harmful(k).positions[query].tolist()
+    return helpful + [place for place in harmful if place not in helpful]
+
+
+def score_bars(
+    scores: InfluenceOverSeeds,
+    query: int = 0,
+    k: int = 5,
+    ax=None,
+    *,
+    examples: Examples | None = None,
+    level: float = 0.95,
+):
+    """One query's k most helpful and k most harmful examples, and how sure their scores are.
+
+    Bars are the averages over seeds with Student's interval, dots the scores under each seed; a
+    tick says which signs are sure (`InfluenceOverSeeds.trusted`). The axis has room for all dots; a
+    longer interval leaves the picture.
+
+    Args:
+        scores: of two or more seeds; of a single one the bars are bare.
+        query: position of the query.
+        k: examples at either end.
+        ax: matplotlib axes; default new ones.
+        examples: images of the scored stage, drawn below their bars.
+        level: of the intervals and of the signs.
+
+    Returns:
+        the matplotlib axes.
+
+    Raises:
+        TypeError, ValueError: scores of one run, no such query, or images of other examples.
+    """
+    import matplotlib.pyplot as plt
+
+    if not isinstance(scores, InfluenceOverSeeds):
+        raise TypeError(
+            f"scores is {type(scores).__name__}: bars with errors need several seeds, as "
+            "AveragedInfluence(method).fit(runs).score(queries) gives them"
+        )
+    query = check_whole("query", query, 0, len(scores) - 1, why="its position")
+    k = check_whole("k", k, most=len(scores.ids), why="the examples")
+    if examples is not None and len(examples) != len(scores.ids):
+        raise ValueError(f"examples are {len(examples)}, the scores are of {len(scores.ids)}")
+    places = extremes(scores, query, k)
+    if ax is None:
+        _, ax = plt.subplots(figsize=(0.62 * len(places) + 0.8, 3.4))
+    values, singles = scores.values[query, places], scores.per_seed[:, query, places]
+    sure = [False] * len(places)
+    low = high = values
+    if len(scores.seeds) > 1:
+        low, high = (end[query, places] for end in scores.interval(level))
+        sure = scores.trusted(level)[query, places].tolist()
+    thousandths = [1e3 * t.detach().cpu().double() for t in (values, low, high, singles)]
+    for fill in bar_artists(ax, len(places)):
+        fill(*thousandths, [COLOURS[scores.kind(float(v))] for v in values])
+    names = [f"{int(scores.ids[i])}" + "\n✓" * yes for i, yes in zip(places, sure, strict=True)]
+    if examples is None:
+        ax.set_xticks(range(len(places)), names)
+    else:
+        _pictures_below(ax, examples, places, names)
+    unit = "thousandths of a nat" if scores.unit == "nats" else f"{scores.unit} × 1000"
+    ax.set_ylabel(f"score (change in {plain(scores.target)}),\n{unit}", fontsize=9)
+    signs = scores.signs
+    ax.set_xlabel(
+        f"id of the example; left most helpful ({signs['helpful']}), right most harmful "
+        f"({signs['harmful']}); ✓ sign is sure",
+        fontsize=8,
+    )
+    return ax
+
+
+def bar_artists(ax, count: int) -> list:
+    """Bars, error bars and dots of ``count`` examples, empty; a function each that fills them.
+
+    Each takes ``values, low, high`` (count,), ``singles`` (seeds, count) and the bars' colours.
+    """
+    ax.axhline(0, color="black", lw=0.8)
+    bars = ax.bar(range(count), [0.0] * count, width=0.7, alpha=0.45, lw=1.5)
+    lines = ax.vlines(range(count), 0, 0, color="black", lw=1.5)
+    (dots,) = ax.plot([], [], "o", ms=3.5, mfc="white", mec=NEUTRAL, mew=0.8, zorder=3)
+    ax.set_xlim(-0.7, count - 0.3)
+
+    def fill_bars(values, low, high, singles, colours):
+        for bar, value, colour in zip(bars, values.tolist(), colours, strict=True):
+            bar.set_height(value)
+            bar.set(facecolor=colour, edgecolor=colour)
+
+    def fill_lines(values, low, high, singles, colours):
+        ends = zip(low.tolist(), high.tolist(), strict=True)
+        lines.set_segments([[(i, a), (i, b)] for i, (a, b) in enumerate(ends)])
+
+    def fill_dots(values, low, high, singles, colours):
+        beside = torch.linspace(-0.22, 0.22, len(singles)) if len(singles) > 1 else torch.zeros(1)
+        across = torch.arange(count)[None, :] + beside[:, None]
+        dots.set_data(across.reshape(-1).numpy(), singles.reshape(-1).numpy())
+        limit = 1.1 * float(singles.abs().max()) or 1.0
+        ax.set_ylim(-limit, limit)
+
+    return [fill_bars, fill_lines, fill_dots]
+
+
+def _pictures_below(ax, examples: Examples, places: list[int], names: list[str]) -> None:
+    from matplotlib.offsetbox import AnnotationBbox, OffsetImage
+
+    if examples.x.ndim != 4:
+        raise ValueError(f"examples are {examples}: images (N, C, H, W) are needed below the bars")
+    ax.set_xticks(range(len(places)), names)
+    ax.tick_params(axis="x", length=0, pad=34)
+    for i, place in enumerate(places):
+        image = picture(examples.x[place])
+        zoom = 28 / image.shape[0] * 72 / ax.figure.dpi
+        inside = OffsetImage(image, zoom=zoom, cmap="gray_r", interpolation="nearest")
+        box = AnnotationBbox(
+            inside,
+            (i, 0),
+            xycoords=("data", "axes fraction"),
+            xybox=(0, -4),
+            boxcoords="offset points",
+            box_alignment=(0.5, 1.0),
+            pad=0.1,
+            bboxprops={"edgecolor": NEUTRAL},
+        )
+        ax.add_artist(box)
+
+
+def reliability_curve(
+    reliability,
+    measured: Mapping[str, Mapping[int, float]] | None = None,
+    *,
+    held_out: int | None = None,
+    seeds: int = 16,
+    ax=None,
+):
+    """What averaging over seeds is worth: r of the mean of S seeds, predicted and measured.
+
+    Args:
+        reliability: ρ, correlation of one seed with another; or that of each query ``(Q,)``, whose
+            curves are then averaged. What is below 0 by chance counts as 0.
+        measured: by name, r by the number S of seeds, with the mean of ``held_out`` other seeds.
+        held_out: F, of the means that were measured against: a second curve.
+        seeds: where the curves end.
+        ax: matplotlib axes; default new ones.
+
+    Returns:
+        the matplotlib axes: ``√(Sρ/(1+(S−1)ρ))``, against infinitely many seeds, and that times
+        ``√(Fρ/(1+(F−1)ρ))``.
+    """
+    import matplotlib.pyplot as plt
+
+    what = "a correlation, or one for each query"
+    rho = numbers_of("reliability", reliability, what, torch.float64).cpu().reshape(-1)
+    if not bool((rho <= 1).all()) or not bool((rho > 0).any()):
+        raise ValueError(f"reliability={shown(reliability)} must be {what}, some above 0")
+    held_out = check_whole("held_out", held_out, none="no such curve")
+    seeds = check_whole("seeds", seeds)
+    rho = rho.clamp(min=0)
+    if ax is None:
+        _, ax = plt.subplots(figsize=(5.6, 3.4))
+    counts = torch.arange(1, seeds + 1)
+    ideal = spearman_brown(rho, counts[:, None]).sqrt()  # (S, Q)
+    ax.plot(counts, ideal.mean(1), "-", color="C0", label="predicted, against all seeds")
+    if held_out is not None:
+        limited = ideal * spearman_brown(rho, held_out).sqrt()
+        name = f"predicted, against {held_out} other seeds"
+        ax.plot(counts, limited.mean(1), "--", color="C1", label=name)
+    markers = itertools.cycle(("o", "s", "^", "D"))
+    for (name, found), marker in zip((measured or {}).items(), markers, strict=False):
+        style = {"marker": marker, "ls": "", "ms": 7, "mfc": "none", "mew": 1.5}
+        ax.plot(*zip(*sorted(found.items()), strict=True), label=name, **style)
+    ax.set(ylim=(0, 1.02), xlabel="S, how many seeds are averaged", ylabel="r, mean over queries")
+    ax.legend(frameon=False, fontsize=8, loc="lower right")
+    return ax
 
 
 def agreement_scatter(report: Agreement, ax=None, title: str = ""):

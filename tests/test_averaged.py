@@ -48,6 +48,16 @@ def effects(runs, queries):
     return msif.removal_effects(runs, queries, list(range(12)), progress=False)
 
 
+def test_some_of_the_seeds_are_their_own_average(scores, effects):
+    some = scores.some([3, 1])
+    assert some.seeds == [3, 1] and torch.equal(some.per_seed, scores.per_seed[[3, 1]])
+    assert torch.allclose(some.values, scores.per_seed[[1, 3]].mean(0))
+    assert some.average == scores.average and len(some.standard_error) == len(scores)
+    others = effects.some([0, 2, 4])  # which share no run with them, so that their noise is known
+    assert msif.agreement(some, others).noise is not None
+    assert msif.agreement(scores.some([0]), others).noise is None
+
+
 # ---- Runs ----
 
 

@@ -261,6 +261,10 @@ scores = {case: influence.fit(pipeline).score(queries) for case, pipeline in pip
 corrupted = range(12)
 full, full_scores = pipelines["full"], scores["full"]
 methods = {"loss": msif.Loss().fit(full).score(queries), "implicit": full_scores}
+short = trained(msif.WarmStart(), recipe=msif.SGD(lr=0.1, epochs=2))
+runs = msif.over_seeds(short, 6, progress=False)
+averaged = msif.AveragedInfluence(msif.UnrolledInfluence()).fit(runs)
+averaged = averaged.score(queries, progress=False)
 slow = trained(msif.Frozen(), recipe=msif.SGD(lr=0.1, epochs=1500))
 slow_scores = influence.fit(slow).score(queries)
 """
@@ -280,6 +284,7 @@ LIVE = {
     "damping": "widgets.AlphaDampingExplorer(full, queries)",
     "methods": "widgets.MethodComparison(full, methods, queries)",
     "cleaning": "widgets.CleaningExplorer(full, full_scores, queries, corrupted=range(12))",
+    "seeds": "widgets.SeedExplorer(runs, averaged, queries).pick(seeds=2)",
     "failing": 'widgets.FigureSlider(draw, [6, 7], "Value", precompute=False)',
     "slow": "widgets.InfluenceExplorer(slow, slow_scores, queries)",
 }
@@ -313,6 +318,7 @@ SLIDERS = {
     "damping": ["alpha", "damping", "query"],
     "methods": ["query", "rank"],
     "cleaning": ["flagged"],
+    "seeds": ["seeds", "query"],
 }
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+from dataclasses import replace
 
 import pytest
 from oracles import random_pipeline, random_queries
@@ -58,10 +59,15 @@ def test_explorers_print_public_names_only():
     effects = msif.removal_effects(pipeline, queries, [[0], [1], [2]], progress=False)
     scores = msif.GradientDot().fit(pipeline).score(queries)
     table = {"a": scores, "b": scores}
+    recipe = msif.SGD(0.1, epochs=1)
+    stages = [replace(stage, recipe=recipe) for stage in pipeline.stages]
+    runs = msif.over_seeds(msif.Pipeline(stages), 2, redraw=("batches",), progress=False)
+    averaged = msif.AveragedInfluence(msif.GradientDot()).fit(runs).score(queries, progress=False)
     explorers = (
         widgets.InfluenceExplorer(pipeline, scores, queries).pick(example=3),
         widgets.AlphaDampingExplorer(pipeline, queries, effects=effects),
         widgets.MethodComparison(pipeline, table, queries),
+        widgets.SeedExplorer(runs, averaged, queries),
         widgets.CleaningExplorer(pipeline, scores, queries, corrupted=[1, 2]),
         widgets.FigureSlider(lambda value: None, [1, 2], "n"),
     )

@@ -104,6 +104,14 @@ def lesson_09(seed):
     yield {"rates": draw(9, seed=seed).exp().tolist(), "momentum": 0.9}
 
 
+def lesson_10(seed):
+    yield {"rho": 0.2 + 0.1 * seed, "r": 0.9}
+    yield {"per_seed": draw(6, 9, seed=seed), "t": 2.57}
+    spread = torch.rand(60, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    small = 1e-5 * spread[:5], 2e-3 + 1e-3 * spread[:6], 0.04 + 0.01 * spread[:4]
+    yield {"p": torch.cat([spread, *small]), "wrong": 0.05}
+
+
 def lesson_11(seed):
     yield {"scores": draw(4, 30, seed=seed), "group": [3, 7, 8, 20]}
     yield {"s": draw(1, seed=seed).exp()[0]}
@@ -118,7 +126,7 @@ LESSONS = {
     make.__name__.removeprefix("lesson_"): make
     for make in (
         *(lesson_00, lesson_01, lesson_02, lesson_03, lesson_04),
-        *(lesson_05, lesson_06, lesson_07, lesson_09, lesson_11),
+        *(lesson_05, lesson_06, lesson_07, lesson_09, lesson_10, lesson_11),
     )
 }
 
@@ -272,6 +280,14 @@ HINTS = {
     "09-1": {"no mean": "1/|B|", "divided by m": "divided by m", "sign": "sign is flipped"},
     "09-2": {"old v_bar": "later steps", "no Hessian": "unchanged", "minus": "wrong sign"},
     "09-3": {"no 2": "without a ½", "no momentum": "repeats each gradient"},
+    "10-1": {"r for r²": "square both sides", "upside down": "does the opposite"},
+    "10-2": {
+        "single seeds": "spread of single seeds",
+        "no t": "hence t",
+        "population": "divided by S − 1",
+        "divided by S": "divided by √S",
+    },
+    "10-3": {"each alone": "each pair alone", "Bonferroni": "Bonferroni's bound"},
     "11-1": {
         "one image": "mean over the images",
         "all queries": "summed over the queries",

@@ -229,6 +229,107 @@ def test_grid_says_sign_and_kind_in_words(scored):
             assert axes[row + column].get_title() == f"label {int(label)}"
 
 
+@pytest.fixture(scope="module")
+def averaged():
+    """Scores of 3 queries and 12 examples under 6 seeds; example i of query 0 is worth i − 5.5."""
+    noise = torch.randn(6, 3, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    common = torch.arange(12) - 5.5
+    ids = torch.arange(12) + 100
+    about = ids, torch.arange(3), "pretrain", "loss", "by hand", ""
+    per_seed = 1e-3 * (common + 2 * noise)
+    return msif.InfluenceOverSeeds.of(per_seed, range(6), "mean", *about, origin={})
+
+
+def test_bars_show_averages_intervals_and_single_seeds(averaged):
+    ax = plots.score_bars(averaged, query=1, k=2)
+    places = [
+        *averaged.helpful(2).positions[1].tolist(),
+        *averaged.harmful(2).positions[1].tolist(),
+    ]
+    assert set(places) & {0, 11}
+    heights = torch.tensor([bar.get_height() for bar in ax.patches], dtype=torch.float64)
+    assert torch.allclose(heights, 1e3 * averaged.values[1, places])
+    low, high = (1e3 * end[1, places] for end in averaged.interval(0.95))
+    ends = torch.stack([torch.tensor(part)[:, 1] for part in ax.collections[0].get_segments()])
+    assert torch.allclose(ends.double(), torch.stack([low, high], 1))
+    dots = torch.tensor(ax.lines[-1].get_ydata()).reshape(6, 4)
+    assert torch.allclose(dots, 1e3 * averaged.per_seed[:, 1, places])
+    colours = [
+        matplotlib.colors.to_hex(bar.get_edgecolor(), keep_alpha=False) for bar in ax.patches
+    ]
+    assert colours == [plots.HELPFUL] * 2 + [plots.HARMFUL] * 2
+    assert "helpful (−)" in ax.get_xlabel() and "thousandths of a nat" in ax.get_ylabel()
+
+
+def test_bars_mark_the_signs_that_are_sure(averaged):
+    sure = averaged.trusted()[0]
+    assert bool(sure.any()) and not bool(sure.all())
+    ax = plots.score_bars(averaged, k=6)
+    named = {int(t.get_text()[:3]) - 100: "✓" in t.get_text() for t in ax.get_xticklabels()}
+    assert len(named) == 12 and all(bool(sure[i]) == mark for i, mark in named.items())
+    assert sorted(plots.extremes(averaged, 0, 12)) == list(range(12)), "none of them twice"
+    bare = plots.score_bars(averaged.some([2]), k=6)  # one seed is sure of nothing
+    assert not any("✓" in t.get_text() for t in bare.get_xticklabels())
+    assert all(len({*part[:, 1]}) == 1 for part in bare.collections[0].get_segments())
+
+
+def test_bars_have_pictures_below(averaged):
+    data = msif.Examples(torch.rand(12, 1, 8, 8), torch.arange(12) % 2)
+    ax = plots.score_bars(averaged, k=3, examples=data)
+    ax.figure.canvas.draw()
+    assert sum(isinstance(a, matplotlib.offsetbox.AnnotationBbox) for a in ax.artists) == 6
+    names = [t.get_window_extent() for t in ax.get_xticklabels()]
+    boxes = [a.get_window_extent() for a in ax.artists]
+    assert not any(box.overlaps(name) for box in boxes for name in names)
+
+
+def test_bars_say_what_is_wrong(averaged, scored):
+    pipeline, _, one = scored
+    with pytest.raises(TypeError, match=r"scores is Influence: .*AveragedInfluence"):
+        plots.score_bars(one)
+    for given, says in (
+        ({"query": 3}, "query=3 must be a whole number between 0 and 2"),
+        ({"k": 13}, "k=13"),
+        ({"examples": pipeline.stages[0].data}, "examples are 24, the scores are of 12"),
+        ({"examples": msif.Examples(torch.rand(12, 4), torch.zeros(12))}, "images"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            plots.score_bars(averaged, **given)
+
+
+def test_reliability_curve_is_spearman_browns():
+    found = {"scores": {1: 0.3, 4: 0.5}, "retraining": {2: 0.4}}
+    ax = plots.reliability_curve(0.25, found, held_out=8, seeds=9)
+    ideal, limited, scores, retraining = ax.lines
+    count = torch.arange(1, 10, dtype=torch.float64)
+    expected = (count * 0.25 / (1 + (count - 1) * 0.25)).sqrt()
+    assert torch.allclose(torch.tensor(ideal.get_ydata()), expected)
+    assert torch.allclose(torch.tensor(limited.get_ydata()), expected * expected[7])
+    assert scores.get_xydata().tolist() == [[1, 0.3], [4, 0.5]]
+    assert retraining.get_marker() != scores.get_marker() and ideal.get_linestyle() == "-"
+    assert limited.get_linestyle() == "--"
+    words = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert words == [
+        "predicted, against all seeds",
+        "predicted, against 8 other seeds",
+        "scores",
+        "retraining",
+    ]
+    assert len(plots.reliability_curve(1.0).lines) == 1
+    (mean,) = plots.reliability_curve(torch.tensor([0.25, 1.0, -0.1]), seeds=9).lines
+    assert torch.allclose(torch.tensor(mean.get_ydata()), (expected + 1) / 3)
+    for given, says in (
+        (0.0, "=0.0"),
+        (float("nan"), "=nan"),
+        ([0.1, 2.0], r"=\[0.1, 2.0\]"),
+        ("high", "='high'"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=f"reliability{says}"):
+            plots.reliability_curve(given)
+    with pytest.raises(ValueError, match="held_out=0"):
+        plots.reliability_curve(0.5, held_out=0)
+
+
 def test_scatter_says_r_and_slope(scored):
     pipeline, queries, scores = scored
     effects = msif.removal_effects(pipeline, queries, [[i] for i in range(8)], progress=False)

@@ -10,7 +10,7 @@ import torch
 from oracles import random_pipeline, random_queries
 
 import msif_lab as msif
-from msif_lab import widgets
+from msif_lab import experiments, widgets
 from msif_lab.widgets import background
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -371,6 +371,96 @@ def test_methods_says_what_is_wrong(cases, queries, scores):
             make(cases["full"], table, queries)
 
 
+# ---- SeedExplorer ----
+
+
+@pytest.fixture(scope="module")
+def seed_runs():
+    small = {"pretraining": 40, "finetuning": 40, "queries": 6, "epochs": (2, 2)}
+
+    def build(seed):
+        return experiments.digits(msif.WarmStart(), seed=seed, **small).pipeline
+
+    runs = msif.over_seeds(build, 5, progress=False)
+    queries = experiments.digits(msif.WarmStart(), **small).queries
+    averaged = msif.AveragedInfluence(msif.UnrolledInfluence()).fit(runs)
+    return runs, averaged.score(queries, progress=False), queries
+
+
+@pytest.fixture
+def by_seeds(seed_runs):
+    made = widgets.SeedExplorer(*seed_runs, k=3)
+    assert made.widget is made.widget and complaint(made) == ""
+    return made
+
+
+def test_seeds_show_the_average_of_the_first(by_seeds, seed_runs):
+    scores = seed_runs[1]
+    assert by_seeds.seeds_control.value == by_seeds.seeds_control.max == 5
+    before = by_seeds.plot.value
+    by_seeds.query_control.value, by_seeds.seeds_control.value = 2, 3
+    assert by_seeds.plot.value != before and "Average of 3 of 5 seeds" in by_seeds.answer.value
+    some = scores.some(range(3))
+    first = int(some.values[2].argmin())
+    ids = re.findall(r"<div>id (\d+)<br>label", by_seeds.pictures.value)
+    helpful, harmful = (one(3).ids[2].tolist() for one in (some.helpful, some.harmful))
+    assert [int(i) for i in ids] == helpful + harmful
+    assert signed(1e3 * some.values[2, first], "2f") in by_seeds.pictures.value
+    assert f"{int(some.trusted()[2].sum())} of 40" in by_seeds.answer.value
+    assert f"{scores.expected_r(3):.2f}" in by_seeds.answer.value
+    assert f">{scores.seeds_needed(0.9)}<" in by_seeds.answer.value
+    assert all_images_have_alt(by_seeds.widget) == 1 + 1 + 6
+
+
+def test_seeds_one_run_is_sure_of_nothing(by_seeds):
+    by_seeds.pick(query=1, seeds=1)
+    assert (by_seeds.query_control.value, by_seeds.seeds_control.value) == (1, 1)
+    assert "One seed" in by_seeds.answer.value and "0 of 40" in by_seeds.answer.value
+    assert "✓" not in by_seeds.pictures.value and complaint(by_seeds) == ""
+
+
+def test_seeds_as_code_and_static(by_seeds, seed_runs):
+    runs, scores, _ = seed_runs
+    by_seeds.pick(query=4, seeds=4)
+    space = run_code(by_seeds, runs=runs, scores=scores)
+    assert torch.equal(space["average"].values, scores.per_seed[:4].mean(0))
+    assert torch.equal(space["sure"], by_seeds.sure()) and len(space["ax"].patches) == 6
+    by_seeds.pick(seeds=1)
+    assert "sure" not in run_code(by_seeds, runs=runs, scores=scores)
+    figures = by_seeds.static([1, 2, 5], query=0)
+    titles = [figure.axes[0].get_title() for figure in figures]
+    assert [title.rpartition(", ")[2] for title in titles] == [
+        "one seed",
+        "average of 2 seeds",
+        "average of 5 seeds",
+    ]
+    assert {WIDGET, "image/png", "text/plain"} <= set(by_seeds._repr_mimebundle_())
+
+
+def test_seeds_say_what_is_wrong(seed_runs):
+    runs, scores, queries = seed_runs
+    make = widgets.SeedExplorer
+    one = msif.Influence(scores.values, scores.ids, scores.query_ids, scores.stage)
+    flat = msif.Examples(queries.x.flatten(1), queries.y, queries.ids)
+    for given, error, says in (
+        ((runs[0], scores, queries), TypeError, "runs is one Pipeline"),
+        ((runs, one, queries), TypeError, "scores is Influence, not of several seeds"),
+        ((runs[:3], scores, queries), ValueError, r"scores are of seeds \[0, 1, 2, 3, 4\], runs"),
+        ((runs[:1], scores.some([0]), queries), ValueError, "two or more runs"),
+        ((runs, scores, queries[:5]), ValueError, r"scores is \(6, 40\), expected \(5, 40\)"),
+        ((runs, scores, flat), ValueError, "reshape"),
+    ):
+        with pytest.raises(error, match=says):
+            make(*given)
+    for k in (0, 21, 2.0):
+        with pytest.raises(ValueError, match=f"k={k} must be a whole number between 1 and 20"):
+            make(runs, scores, queries, k=k)
+    made = make(runs, scores, queries)
+    for wrong in ({"seeds": 6}, {"seeds": 0}, {"query": 6}):
+        with pytest.raises(ValueError, match="=".join(map(str, *wrong.items()))):
+            made.pick(**wrong)
+
+
 # ---- CleaningExplorer ----
 
 
@@ -658,7 +748,7 @@ def test_bad_input_is_named(cases, scores, queries):
         make(pipeline, one, queries, k=25)
 
 
-def test_every_step_of_every_control_redraws(explorer, damping, methods, cleaning):
+def test_every_step_of_every_control_redraws(explorer, damping, methods, by_seeds, cleaning):
     explorer.rows[0].buttons[0].click()
     for made, control, values in (
         (explorer, explorer.query_control, range(12)),
@@ -666,6 +756,8 @@ def test_every_step_of_every_control_redraws(explorer, damping, methods, cleanin
         (damping, damping.damping_control, damping.dampings),
         (methods, methods.query_control, range(12)),
         (methods, methods.rank_control, range(2, 20)),
+        (by_seeds, by_seeds.query_control, range(6)),
+        (by_seeds, by_seeds.seeds_control, range(1, 6)),
         (cleaning, cleaning.flagged_control, range(1, 20)),
     ):
         for value in values:

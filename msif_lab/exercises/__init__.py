@@ -16,6 +16,7 @@ from . import (
     lesson_06,
     lesson_07,
     lesson_09,
+    lesson_10,
     lesson_11,
 )
 from .marking import Verdict
@@ -32,6 +33,7 @@ LESSONS = (
     lesson_06,
     lesson_07,
     lesson_09,
+    lesson_10,
     lesson_11,
 )
 EXERCISES = {name: task for lesson in LESSONS for name, task in lesson.EXERCISES.items()}

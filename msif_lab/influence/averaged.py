@@ -13,7 +13,7 @@ from ..arguments import check_choice, check_whole
 from ..data.examples import Examples
 from ..objective.questions import about_all
 from ..parallel import check_jobs, each_result
-from ..pipeline.origin import Origin, all_rows, averaged, checked
+from ..pipeline.origin import Origin, all_rows, averaged, checked, some_runs
 from ..pipeline.pipeline import Pipeline
 from ..pipeline.recipes import progress_bar
 from ..pipeline.seeds import SeedRuns
@@ -79,6 +79,14 @@ class InfluenceOverSeeds(Influence):
         ids = self.query_ids.new_full((1,), -1)
         about = self.ids, ids, *self._about(), about_all("mean", self.query_ids)
         return self.of(row, self.seeds, self.average, *about, origin=all_rows(self.origin))
+
+    def some(self, places: Sequence[int]) -> "InfluenceOverSeeds":
+        """The average over some of the seeds, by their places among them."""
+        places = list(places)
+        seeds = [self.seeds[i] for i in places]
+        about = self.ids, self.query_ids, *self._about(), self.aggregate
+        origin = some_runs(self.origin, places)
+        return self.of(self.per_seed[places], seeds, self.average, *about, origin=origin)
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
         """Lower and upper ends ``(Q, N)`` of Student's interval for the average of all seeds.
@@ -370,7 +378,7 @@ def reliability(per_seed: Tensor) -> Tensor:
     return torch.stack(pairs).nanmean(0)
 
 
-def spearman_brown(rho: float, seeds: int) -> float:
+def spearman_brown(rho, seeds):
     """Share of an average's variance that is no noise: ``Sρ / (1 + (S − 1)ρ)``."""
     return seeds * rho / (1 + (seeds - 1) * rho)
 

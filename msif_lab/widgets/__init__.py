@@ -4,6 +4,7 @@ from .cleaning import CleaningExplorer
 from .damping import AlphaDampingExplorer
 from .influence import InfluenceExplorer
 from .methods import MethodComparison
+from .seeds import SeedExplorer
 from .slider import FigureSlider
 
 __all__ = [
@@ -12,4 +13,5 @@ __all__ = [
     "FigureSlider",
     "InfluenceExplorer",
     "MethodComparison",
+    "SeedExplorer",
 ]
