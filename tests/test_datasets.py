@@ -496,7 +496,7 @@ def test_the_default_dtype_is_that_of_torch(place):
             ValueError,
             [
                 ({"dtype": torch.uint8}, "dtype=torch.uint8 | torch.float32"),
-                ({"dtype": "float32"}, "dtype=float32"),
+                ({"dtype": "float32"}, "dtype='float32'"),
             ],
         ),
     ],
