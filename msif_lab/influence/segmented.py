@@ -1,6 +1,7 @@
 """Segmented influence: a run read as a few stretches of constant curvature (`stretches`)."""
 
 import functools
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ from .cost import SegmentedPlan, segmented_plan
 from .replay import kept_runs, step_counts
 from .result import Influence
 from .stretches import MOST_DIMENSIONS, Reading, SegmentAdjoint, Stretch, stretches_of
-from .unrolled import warn_of_growth
+from .trust import Reruns, Trust, check_count, measured_trust
+from .unrolled import growth_if_rough, warn_of_growth
 
 __all__ = ["SegmentedInfluence"]
 
@@ -85,6 +87,8 @@ class SegmentedInfluence:
         memory: for the queries' Krylov spaces, as ``"1GB"``.
         n_jobs: processes through joblib, which share the queries; ``joblib.parallel_config`` moves
             them to a cluster.
+        trust: how many runs to make for ``scores.trust_``, as for `UnrolledInfluence`, where the
+            pipeline has its own run to repeat.
 
     Attributes:
         adjoint_norms_: after `score`, by stage the mean ‖θ̄‖ at each checkpoint.
@@ -112,7 +116,9 @@ class SegmentedInfluence:
         details: bool = True,
         memory: str | int = "1GB",
         n_jobs: int = 1,
+        trust: int | None = None,
     ):
+        self.trust = check_count(trust)
         for name, value in (("segments", segments), ("krylov", krylov)):
             if name == "krylov" and value is None:
                 continue
@@ -159,7 +165,7 @@ class SegmentedInfluence:
             else:
                 require_loss_curvature(pipeline.objective(k))
         self._runs = kept_runs(pipeline, self.segments, progress)
-        self._pipeline = pipeline
+        self._pipeline, self._reruns = pipeline, {}
         return self
 
     def score(
@@ -177,7 +183,8 @@ class SegmentedInfluence:
             ValueError, TypeError: queries or target do not fit; the pipeline changed since fit.
 
         Warns:
-            UnsmoothTrainingWarning: the run amplifies changes, as for `UnrolledInfluence`.
+            UnsmoothTrainingWarning: removals will be predicted badly, as for `UnrolledInfluence`;
+                of adopted checkpoints the growth alone tells.
         """
         if not hasattr(self, "_runs"):
             raise ValueError("call fit(pipeline) before score(queries)")
@@ -185,12 +192,25 @@ class SegmentedInfluence:
         pipeline.require_unchanged(self._full)
         o = pipeline.objective(-1)
         question = ask(o, queries, target, aggregate, derivative=True)
+        start = time.perf_counter()
         gradients = query_gradients(o, self._full[-1], question)
         values, self.adjoint_norms_ = self._sweep(self._runs, gradients, first, progress)
-        warn_of_growth(self.adjoint_norms_)
+        spent = time.perf_counter() - start
+        trust = None
+        if self.trust == 0 or pipeline.adopted:
+            warn_of_growth(self.adjoint_norms_)
+        else:
+            trust = self._measure(values, first, question, (queries, target, aggregate), spent)
         about = pipeline.stages[first].name, question.target, repr(self), question.aggregate
         ids, origin = pipeline.stages[first].data.ids, pipeline.origin(question)
-        return Influence(values, ids, question.ids, *about, origin)
+        return Influence(values, ids, question.ids, *about, origin, trust)
+
+    def _measure(self, values, first, question, asked, spent) -> Trust | None:
+        """As `UnrolledInfluence` measures it."""
+        reruns = self._reruns.setdefault(first, Reruns(self._pipeline, first))
+        growth = growth_if_rough(self.adjoint_norms_)
+        full = self._full[-1]
+        return measured_trust(reruns, self.trust, values, question, full, asked, spent, growth)
 
     def _sweep(
         self, runs: Sequence[KeptRun], gradients: Tensor, first: int, progress: bool

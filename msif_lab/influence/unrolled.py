@@ -6,6 +6,7 @@ however early training stopped. Its derivative goes backwards through the last s
 """
 
 import math
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -31,6 +32,7 @@ from .replay import (
 )
 from .result import Influence
 from .run_check import RunCheck, check_run
+from .trust import Reruns, Trust, check_count, measured_trust
 
 __all__ = ["UnrolledInfluence"]
 
@@ -41,19 +43,30 @@ ROUGH = 5.0
 CHAOTIC = 100.0
 
 
-def warn_of_growth(norms: dict[str, Tensor], stacklevel: int = 3) -> None:
-    """Warn where adjoints of these sizes along each stage's run have grown on their way back."""
+def growth_in_words(norms: dict[str, Tensor]) -> tuple[float, str]:
+    """How far adjoints of these sizes along each stage's run have grown on their way back."""
     growth = {n: float(norm.max() / norm[-1].clamp(min=1e-30)) for n, norm in norms.items()}
     whole = math.prod(growth.values())  # a change in one stage goes on through the next
+    each = ", ".join(f"{name!r} {factor:.0f}-fold" for name, factor in growth.items())
+    return whole, f"the run amplifies small changes {whole:.0f}-fold ({each})"
+
+
+def growth_if_rough(norms: dict[str, Tensor]) -> str:
+    """`growth_in_words` where it is beyond the first limit, else nothing."""
+    whole, words = growth_in_words(norms)
+    return words if whole > ROUGH else ""
+
+
+def warn_of_growth(norms: dict[str, Tensor], stacklevel: int = 3) -> None:
+    """Warn where adjoints of these sizes along each stage's run have grown on their way back."""
+    whole, words = growth_in_words(norms)
     if whole <= ROUGH:
         return
-    each = ", ".join(f"{name!r} {factor:.0f}-fold" for name, factor in growth.items())
     verdict = "so rough that its derivatives predict removals poorly"
     if whole > CHAOTIC:
         verdict = "too chaotic for its derivatives to predict removals"
     warnings.warn(
-        f"the run amplifies small changes {whole:.0f}-fold ({each}), {verdict}; lower the "
-        "learning rate, warm it up or let it decay, and see check()",
+        f"{words}, {verdict}; lower the learning rate, warm it up or let it decay, and see check()",
         UnsmoothTrainingWarning,
         stacklevel=stacklevel,
     )
@@ -90,6 +103,10 @@ class UnrolledInfluence:
             runs of the stage with all weights changed a little at random.
         probes: pairs of such runs, all at once; more for longer training, whose estimate is
             noisier.
+        trust: how many runs to make under other example weights to say how far the scores will
+            predict removals, as ``scores.trust_`` (see `Trust`), at about the price of a training
+            each. Default: one for every 5 queries, 2 to 8. They serve later calls too; 0 makes
+            none, and then only the growth of the adjoint warns.
 
     Attributes:
         plan_: after `score`, the `UnrolledPlan` that was followed.
@@ -116,7 +133,9 @@ class UnrolledInfluence:
         group_fraction: float = 0.0,
         leave_one_out: bool = False,
         probes: int = 32,
+        trust: int | None = None,
     ):
+        self.trust = check_count(trust)
         self.memory = parse_bytes(memory)
         if segments is not None and (not isinstance(segments, int) or segments < 1):
             raise ValueError(f"segments={segments!r} must be a whole number of at least 1, or None")
@@ -168,7 +187,7 @@ class UnrolledInfluence:
         """
         require_run(pipeline)
         trained = pipeline.trained()
-        self._pipeline, self._at = pipeline, {}
+        self._pipeline, self._at, self._reruns = pipeline, {}, {}
         plan = self._plan(pipeline, 1)
         runs = self._replay(plan, {}, progress)
         for stage, run, end in zip(pipeline.stages, runs, trained, strict=True):
@@ -233,8 +252,10 @@ class UnrolledInfluence:
             MemoryBudgetError: a single query's sweep exceeds the budget.
 
         Warns:
-            UnsmoothTrainingWarning: the run amplifies changes so much that derivatives predict
-                removals poorly (more than 5-fold over all stages) or not at all (100-fold).
+            UnsmoothTrainingWarning: removals will be predicted badly, as a few real runs show
+                (``scores.trust_``). With ``trust=0``: the run amplifies changes so much that
+                derivatives predict removals poorly (more than 5-fold over all stages) or not at all
+                (100-fold).
         """
         if not hasattr(self, "_runs"):
             raise ValueError("call fit(pipeline) before score(queries)")
@@ -246,15 +267,31 @@ class UnrolledInfluence:
         if asked not in self._at:
             self._at = {asked: self._differentiated_at(first, progress)}
         runs, probes = self._at[asked]
+        start = time.perf_counter()
         values, self.adjoint_norms_ = self._sweep(
             runs, first, question, self.plan_, probes, progress
         )
-        warn_of_growth(self.adjoint_norms_)
         if self.group_fraction:
             values = values + self._level(runs, values, question)
+        spent = time.perf_counter() - start
+        trust = self._measure(values, first, question, (queries, target, aggregate), spent)
         about = pipeline.stages[first].name, question.target, repr(self), question.aggregate
         ids, origin = pipeline.stages[first].data.ids, pipeline.origin(question)
-        return Influence(values, ids, question.ids, *about, origin)
+        return Influence(values, ids, question.ids, *about, origin, trust)
+
+    def _measure(
+        self, values: Tensor, first: int, question: Question, asked: tuple, spent: float
+    ) -> Trust | None:
+        """How far these scores predict removals, with a warning where that, or growth, is bad."""
+        if self.trust == 0:
+            warn_of_growth(self.adjoint_norms_, stacklevel=4)
+            return None
+        how = first, self.group_fraction, self.leave_one_out
+        if how not in self._reruns:
+            self._reruns[how] = Reruns(self._pipeline, *how)
+        reruns, growth = self._reruns[how], growth_if_rough(self.adjoint_norms_)
+        full = self._full[-1]
+        return measured_trust(reruns, self.trust, values, question, full, asked, spent, growth)
 
     def _level(self, runs: Sequence[Trajectory], values: Tensor, question: Question) -> Tensor:
         """What to add to every score so that −Σ over a group of pN is right on average, ``(Q, 1)``.

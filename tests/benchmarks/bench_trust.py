@@ -220,8 +220,7 @@ def measure(one: dict, run: int = 0) -> dict:
         "values": values,
         "predicted": values @ (weights - 1).T,
         "actual": again.evaluate(queries) - base,
-        "parameters": again.parameters[-1][rows["meta1"].start :]
-        - pipeline.trained()[-1],
+        "parameters": again.parameters[-1][rows["meta1"].start :] - pipeline.trained()[-1],
         "rows": rows,
         "growth": growth,
         "sweep": sweep,

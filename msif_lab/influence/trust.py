@@ -1,0 +1,249 @@
+"""How far scores will predict removals: measured on a few more runs of the training itself.
+
+A derivative of a run may be exact and still say little about removing an example, where training
+amplifies small changes or crosses kinks. So some runs are made under other example weights w, and
+what they do to the queries is held against what the scores s say, ``(w − 1)·s``. Where the scores
+are plain derivatives, every run changes all weights at once, each up or down by ``1/√m``: together
+that moves q about as far as a removal does, and tells of all m examples instead of one.
+"""
+
+import math
+import time
+import warnings
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..errors import NotConvergedError, UnsmoothTrainingWarning
+from ..objective.questions import Question
+from ..pipeline.pipeline import Pipeline, Retrained
+
+__all__ = ["Trust"]
+
+FEWEST, MOST = 2, 8  # runs where their number is left to the number of queries
+QUERIES_A_RUN = 5  # so many queries' sweep pays for one run with a third of its time
+LOW = 0.88  # where `Trust.r` warns
+REMEDIES = ""
+# Half the width of a 90 % interval on the scale of log(noise / signal), from one run and more.
+WIDTH = 1.0
+
+
+@dataclass(frozen=True)
+class Trust:
+    """How well scores will predict real removals, estimated from a few real runs.
+
+    Attributes:
+        r: Pearson's r of predicted and real same-seed effects over random removals, mean over
+            queries: of single examples, or of groups as ``group_fraction`` asked.
+        low, high: where r is expected in nine of ten settings like those it was calibrated on.
+        runs: how many runs it comes from.
+        kind: what they changed: ``"weights"`` (all of them a little), ``"removals"`` or
+            ``"groups"``.
+        seconds: what the runs took in this call; 0 where those of a former one served again.
+        share: that, over what the scores themselves took.
+    """
+
+    r: float
+    low: float
+    high: float
+    runs: int
+    kind: str = "weights"
+    seconds: float = 0.0
+    share: float = 0.0
+
+    def __post_init__(self):
+        fine = -1 <= self.low <= self.r <= self.high <= 1
+        if not (fine and isinstance(self.runs, int) and self.runs > 0):
+            raise ValueError(
+                f"r={self.r} between low={self.low} and high={self.high} from runs={self.runs} is "
+                "no correlation with its interval"
+            )
+
+    @property
+    def warns(self) -> bool:
+        """Whether r is so low that `score` warns."""
+        return self.r < LOW
+
+    @staticmethod
+    def together(parts: list[tuple["Trust | None", int]]) -> "Trust | None":
+        """Of all queries, from those of some each with their number; None where one is missing."""
+        if any(trust is None for trust, _ in parts):
+            return None
+        trusts, counts = zip(*parts, strict=True)
+        mean = {
+            name: sum(getattr(t, name) * n for t, n in parts) / sum(counts)
+            for name in ("low", "r", "high", "share")
+        }
+        seconds = sum(t.seconds for t in trusts)
+        return replace(trusts[0], **mean, runs=min(t.runs for t in trusts), seconds=seconds)
+
+    def brief(self) -> str:
+        """r and its interval in a few words."""
+        return f"r ≈ {self.r:.2f} ({self.low:.2f} to {self.high:.2f})"
+
+    def __str__(self) -> str:
+        what = {
+            "weights": "with all weights changed a little",
+            "removals": "without one example",
+            "groups": "without a random group",
+        }[self.kind]
+        runs = f"{self.runs} run{'s' * (self.runs > 1)} {what}"
+        cost = f", at {self.share:.0%} of the scores' time" if self.seconds else ", made before"
+        return f"{self.brief()}, from {runs}{cost}"
+
+
+def run_count(asked: int | None, queries: int) -> int:
+    """How many runs to make, where it is left to the number of queries at most a third's worth."""
+    return min(MOST, max(FEWEST, queries // QUERIES_A_RUN)) if asked is None else asked
+
+
+def check_count(trust: int | None) -> int | None:
+    """Refuse a ``trust`` that is no number of runs."""
+    if trust is not None and (
+        not isinstance(trust, int) or isinstance(trust, bool) or not 0 <= trust <= 1000
+    ):
+        raise ValueError(
+            f"trust={trust!r} must be a whole number of runs, 0 for none, or None to leave it to "
+            "the number of queries"
+        )
+    return trust
+
+
+class Reruns:
+    """Runs of a pipeline under other weights of one stage's examples, made once and kept.
+
+    Args:
+        pipeline: trained, and repeatable.
+        stage: whose weights are changed.
+        fraction: > 0 removes random groups of this fraction.
+        single: removes single examples; else all weights are changed by ``± 1/√m``.
+    """
+
+    def __init__(self, pipeline: Pipeline, stage: int, fraction: float = 0.0, single: bool = False):
+        self.pipeline, self.stage, self.m = pipeline, stage, len(pipeline.stages[stage].data)
+        self.kind = "groups" if fraction else "removals" if single else "weights"
+        size = max(1, round(fraction * self.m))
+        # predicted effects of one run: so many times the variance of the scores
+        self.variance = {"groups": size * (1 - size / self.m)}.get(self.kind, 1.0)
+        self._size = size
+        self.weights = torch.zeros(0, self.m)
+        self._ends: Tensor | None = None  # (R, D): the last stage's parameters
+        self.diverged = False
+
+    def _row(self, i: int) -> Tensor:
+        draw, w = torch.Generator().manual_seed(i), torch.ones(self.m, dtype=torch.float64)
+        if self.kind == "weights":
+            signs = 2 * torch.randint(0, 2, (self.m,), generator=draw) - 1
+            return w + signs / math.sqrt(self.m)
+        w[torch.randperm(self.m, generator=draw)[: self._size]] = 0
+        return w
+
+    def grow(self, count: int, progress: bool = False) -> float:
+        """Make what is missing to this many runs; returns the seconds that took."""
+        have, start = len(self.weights), time.perf_counter()
+        if count <= have or self.diverged:
+            return 0.0
+        rows = torch.stack([self._row(i) for i in range(have, count)])
+        try:
+            again = self.pipeline.retrain({self.stage: rows}, progress=progress)
+        except NotConvergedError:  # a change this small makes training overflow
+            self.diverged = True
+            return time.perf_counter() - start
+        new = again.parameters[-1]
+        self._ends = new if self._ends is None else torch.cat([self._ends, new])
+        self.weights = torch.cat([self.weights.to(rows), rows])
+        return time.perf_counter() - start
+
+    def changes(self, question: Question, full: Tensor, asked: tuple) -> Tensor:
+        """``(Q, R)``: q after each run minus q at the trained parameters ``full``.
+
+        Args:
+            question: what is asked.
+            full: of the last stage.
+            asked: the same as queries, target and aggregate.
+        """
+        queries, target, aggregate = asked
+        after = Retrained(self.pipeline, [self._ends], []).evaluate(
+            queries, target, aggregate=aggregate
+        )
+        with torch.no_grad():
+            before = question.answer(question.values(self.pipeline.objective(-1), full))
+        return after - before[:, None]
+
+    def trust(
+        self, values: Tensor, question: Question, full: Tensor, asked: tuple, spent: tuple
+    ) -> Trust | None:
+        """The figure for scores ``(Q, m)``; None where they are all zero.
+
+        Args:
+            values: the scores.
+            question, full, asked: as in `changes`.
+            spent: seconds of the runs, and of the scores.
+        """
+        share = spent[0] / max(spent[1], 1e-9)
+        runs = max(1, len(self.weights))
+        about = runs, self.kind, spent[0], share
+        if self.diverged:
+            return Trust(0.0, 0.0, 0.0, *about)
+        spread = (self.variance * values.var(1, correction=0)).sqrt()
+        some = spread > 0
+        if not bool(some.any()):
+            return None
+        predicted = values @ (self.weights.to(values) - 1).T
+        actual = self.changes(question, full, asked)
+        if not bool(torch.isfinite(actual).all()):
+            return Trust(0.0, 0.0, 0.0, *about)
+        return Trust(*estimate(predicted[some], actual[some], spread[some]), *about)
+
+
+def estimate(predicted: Tensor, actual: Tensor, spread: Tensor) -> tuple[float, float, float]:
+    """r over random removals from a few runs, and where it begins and ends.
+
+    With effects ``a = p + e`` and noise e that p does not know of, ``r = 1 / √(1 + ρ²)`` with
+    ``ρ² = Var e / Var p`` of each query. Var p is known from all scores; ``e = a − p`` of the few
+    runs, in units of it, is pooled over queries, since n runs alone would say little of each.
+
+    Args:
+        predicted, actual: changes of each query in each run, ``(Q, n)``.
+        spread: standard deviation of the predicted effects of each query ``(Q,)``.
+
+    Returns:
+        r, low, high.
+    """
+    noise = ((actual - predicted) / spread[:, None]).square().mean(1)  # ρ² of each query
+    rho = noise.mean().sqrt()
+    factor = math.exp(WIDTH / math.sqrt(predicted.shape[1]))
+    low, r, high = (float((1 + (x * rho) ** 2) ** -0.5) for x in (factor, 1.0, 1 / factor))
+    return r, low, high
+
+
+def measured_trust(
+    reruns: Reruns,
+    asked_runs: int | None,
+    values: Tensor,
+    question: Question,
+    full: Tensor,
+    asked: tuple,
+    spent: float,
+    growth: str = "",
+) -> Trust | None:
+    """`Reruns.trust` of scores with as many runs as asked for, and a warning where it is low.
+
+    Args:
+        reruns: those so far.
+        asked_runs: how many there should be; None: by the number of queries.
+        values, question, full, asked: as in `Reruns.trust`.
+        spent: seconds that the scores took.
+        growth: what else is known to be wrong with the run, in words.
+    """
+    seconds = reruns.grow(run_count(asked_runs, len(values)))
+    trust = reruns.trust(values, question, full, asked, (seconds, spent))
+    if trust is not None and trust.warns:
+        also = f" ({growth})" if growth else ""
+        warnings.warn(
+            f"these scores will predict removals badly: {trust}{also}. {REMEDIES}",
+            UnsmoothTrainingWarning,
+            stacklevel=4,
+        )
+    return trust
