@@ -24,7 +24,7 @@ __all__ = ["Trust"]
 FEWEST, MOST = 2, 8  # runs where their number is left to the number of queries
 QUERIES_A_RUN = 5  # so many queries' sweep pays for one run with a third of its time
 LOW = 0.88  # where `Trust.r` warns
-REMEDIES = ""
+REMEDIES = "Let the rate decay, warm it up or lower it"
 # Half the width of a 90 % interval on the scale of log(noise / signal), from one run and more.
 WIDTH = 1.0
 

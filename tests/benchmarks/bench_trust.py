@@ -257,7 +257,7 @@ if __name__ == "__main__":
         torch.save(found, path)
         t = found["rows"]["truth"]
         p, a = found["predicted"][:, t], found["actual"][:, t]
-        r = torch.stack([torch.corrcoef(torch.stack(x))[0, 1] for x in zip(p, a)]).mean()
+        r = torch.stack([torch.corrcoef(torch.stack(x))[0, 1] for x in zip(p, a, strict=True)]).mean()
         print(
             f"{one['setting']:3d} r {float(r):5.2f} growth {found['growth']:8.1f} "
             f"sweep {found['sweep']:.2f} lanes {found['lanes 2']:.2f} {found['lanes 8']:.2f} "
