@@ -8,7 +8,7 @@ import torch
 from oracles import digits_pipeline, random_pipeline, random_queries, same, states
 
 import msif_lab as msif
-from msif_lab.influence.trust import Reruns, Trust, estimate
+from msif_lab.influence.trust import Reruns, Trust, estimate, unevenness
 from msif_lab.objective.checks import ask
 from msif_lab.pipeline.pipeline import Pipeline
 
@@ -110,14 +110,21 @@ def test_shuffled_scores_are_not_trusted(calm):
     assert reruns.trust(0 * scores.values, question, *asked) is None
 
 
-def test_the_estimate_on_effects_with_known_noise():
+def test_the_estimate_falls_with_noise_from_one_to_nothing():
     draw = torch.Generator().manual_seed(0)
-    predicted = torch.randn(20, 400, generator=draw, dtype=torch.float64)
-    for noise in (0.0, 0.3, 1.0, 3.0):
-        actual = predicted + noise * torch.randn(20, 400, generator=draw, dtype=torch.float64)
-        spread = torch.ones(20, dtype=torch.float64)
-        r, low, high = estimate(predicted, actual, spread)
-        assert abs(r - (1 + noise**2) ** -0.5) < 0.03 and low <= r <= high, noise
+    predicted, other = torch.randn(2, 20, 400, generator=draw, dtype=torch.float64)
+    found = []
+    for noise in (0.0, 0.3, 1.0, 3.0, 10.0):
+        r, low, high = estimate(predicted, predicted + noise * other)
+        assert low <= r <= high
+        found.append(r)
+    assert found == sorted(found, reverse=True) and found[0] > 0.99 and found[-1] < 0.3
+    assert estimate(predicted, -predicted)[0] < 0.3, "the wrong sign"
+    assert estimate(predicted, 0.01 * other)[0] < 0.5, "predicted to move, and does not"
+    up, down = torch.randn(2, 50, 3, generator=draw)
+    for other, expected in ((-up, 0.0), (down, 1.0)):
+        pairs = torch.stack([up, other], 2).flatten(1)
+        assert unevenness(pairs) == pytest.approx(expected, abs=0.2)
 
 
 # ---- Runs that serve again ----

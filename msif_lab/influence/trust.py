@@ -25,6 +25,8 @@ FEWEST, MOST = 2, 8  # runs where their number is left to the number of queries
 QUERIES_A_RUN = 5  # so many queries' sweep pays for one run with a third of its time
 LOW = 0.88  # where `Trust.r` warns
 REMEDIES = "Let the rate decay, warm it up or lower it"
+# Level and exponents of the three ratios in `estimate`, and of the first two alone.
+EXPONENTS = {3: (0.0, 0.33, 0.33, 0.33), 2: (0.0, 0.5, 0.5)}
 # Half the width of a 90 % interval on the scale of log(noise / signal), from one run and more.
 WIDTH = 1.0
 
@@ -133,15 +135,17 @@ class Reruns:
 
     def _row(self, i: int) -> Tensor:
         draw, w = torch.Generator().manual_seed(i), torch.ones(self.m, dtype=torch.float64)
-        if self.kind == "weights":
+        if self.kind == "weights":  # in pairs: up or down at random, and the reverse
+            draw.manual_seed(i // 2)
             signs = 2 * torch.randint(0, 2, (self.m,), generator=draw) - 1
-            return w + signs / math.sqrt(self.m)
+            return w + (-1) ** i * signs / math.sqrt(self.m)
         w[torch.randperm(self.m, generator=draw)[: self._size]] = 0
         return w
 
     def grow(self, count: int, progress: bool = False) -> float:
         """Make what is missing to this many runs; returns the seconds that took."""
         have, start = len(self.weights), time.perf_counter()
+        count += count % 2 if self.kind == "weights" else 0
         if count <= have or self.diverged:
             return 0.0
         rows = torch.stack([self._row(i) for i in range(have, count)])
@@ -194,27 +198,53 @@ class Reruns:
         actual = self.changes(question, full, asked)
         if not bool(torch.isfinite(actual).all()):
             return Trust(0.0, 0.0, 0.0, *about)
-        return Trust(*estimate(predicted[some], actual[some], spread[some]), *about)
+        bend = None if self.kind != "weights" else unevenness((self._ends - full).T)
+        scale = spread[some, None]
+        return Trust(*estimate(predicted[some] / scale, actual[some] / scale, bend), *about)
 
 
-def estimate(predicted: Tensor, actual: Tensor, spread: Tensor) -> tuple[float, float, float]:
-    """r over random removals from a few runs, and where it begins and ends.
+def unevenness(changes: Tensor) -> float:
+    """``‖Δ₊ + Δ₋‖ / ‖Δ₊ − Δ₋‖`` of changes ``(D, R)`` under weights ``1 ± h``, in turns.
 
-    With effects ``a = p + e`` and noise e that p does not know of, ``r = 1 / √(1 + ρ²)`` with
-    ``ρ² = Var e / Var p`` of each query. Var p is known from all scores; ``e = a − p`` of the few
-    runs, in units of it, is pooled over queries, since n runs alone would say little of each.
+    0 for a linear response, 1 where the two have nothing to do with each other.
+    """
+    up, down = changes[:, ::2], changes[:, 1::2]
+    return float((up + down).norm() / (up - down).norm().clamp(min=1e-30))
+
+
+def estimate(
+    predicted: Tensor, actual: Tensor, bend: float | None = None
+) -> tuple[float, float, float]:
+    """r over random removals from a few runs, and the interval around it.
+
+    With effects ``a = p + e``, where e has nothing to do with p, ``r = 1 / √(1 + ρ²)`` with
+    ``ρ² = Var e / Var p``. A few runs give ρ in three ways: by the size of ``a − p``, by the cosine
+    of a and p, and by how unlike each other the responses to opposite changes are. The estimate is
+    their geometric mean with exponents fitted in ``bench_trust.py``. Few runs would say little of
+    each query, so they are pooled.
 
     Args:
-        predicted, actual: changes of each query in each run, ``(Q, n)``.
-        spread: standard deviation of the predicted effects of each query ``(Q,)``.
+        predicted, actual: changes of each query in each run, ``(Q, R)``, in units of the standard
+            deviation of its predicted effects.
+        bend: `unevenness` of the runs, where they come in pairs.
 
     Returns:
         r, low, high.
     """
-    noise = ((actual - predicted) / spread[:, None]).square().mean(1)  # ρ² of each query
-    rho = noise.mean().sqrt()
-    factor = math.exp(WIDTH / math.sqrt(predicted.shape[1]))
-    low, r, high = (float((1 + (x * rho) ** 2) ** -0.5) for x in (factor, 1.0, 1 / factor))
+    p, a = predicted.double(), actual.double()
+    ratios = [float((a - p).square().mean().sqrt())]
+    cosine = float((a * p).sum() / (a.norm() * p.norm()).clamp(min=1e-30))
+    ratios.append(math.sqrt(max(cosine, 0.1) ** -2 - 1) if cosine < 1 else 0.0)
+    if bend is not None:
+        k = min(bend, 0.995)
+        ratios.append(math.sqrt(2 * k**2 / (1 - k**2)))
+    level, *exponents = EXPONENTS[len(ratios)]
+    log_rho = level + sum(
+        e * math.log(max(x, 1e-3)) for e, x in zip(exponents, ratios, strict=True)
+    )
+    width = WIDTH / math.sqrt(p.shape[1])
+    rhos = (math.exp(log_rho + w) for w in (0.0, width, -width))
+    r, low, high = ((1 + rho**2) ** -0.5 for rho in rhos)
     return r, low, high
 
 

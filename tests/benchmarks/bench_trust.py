@@ -33,9 +33,8 @@ LINKS = {
 }
 QUERIES = 10
 TRUTH = 40  # removals that give the real r
-PROBES = 12  # other removals, of examples drawn at random
-SPREAD = 8  # others again, spread evenly over the sizes of their predicted effects
-SIGNS = 8  # runs with all weights changed a little
+PROBES = 8  # other removals, of examples drawn at random
+PAIRS = 4  # of runs with all weights changed a little, up or down at random, and the reverse
 
 
 def settings(count: int) -> list[dict]:
@@ -174,17 +173,12 @@ def weightings(values: torch.Tensor) -> tuple[torch.Tensor, dict]:
     truth = order[: min(TRUTH, n // 2)]
     others = order[len(truth) :]
     probes = others[:PROBES]
-    by_size = others[values[:, others].norm(dim=0).argsort()]
-    at = ((torch.arange(SPREAD) + 0.5) / SPREAD * len(by_size)).long()
-    at = at[torch.randperm(SPREAD, generator=draw)]
-    spread = by_size[at]
-    signs = 2.0 * torch.randint(0, 2, (SIGNS, n), generator=draw) - 1
+    signs = 2.0 * torch.randint(0, 2, (PAIRS, n), generator=draw) - 1
     kinds = {
         "truth": 1 - nn.functional.one_hot(truth, n).double(),
         "probes": 1 - nn.functional.one_hot(probes, n).double(),
-        "spread": 1 - nn.functional.one_hot(spread, n).double(),
         "doubled": 1 + nn.functional.one_hot(probes[:4], n).double(),
-        "signs": 1 + signs / n**0.5,
+        "pairs": 1 + torch.stack([signs, -signs], 1).flatten(0, 1) / n**0.5,
         "meta1": 1 + 0.1 * signs[:2],
         "meta2": 1 + 0.2 * signs[:2],
     }
@@ -220,12 +214,12 @@ def measure(one: dict, run: int = 0) -> dict:
         "values": values,
         "predicted": values @ (weights - 1).T,
         "actual": again.evaluate(queries) - base,
-        "parameters": again.parameters[-1][rows["meta1"].start :] - pipeline.trained()[-1],
+        "parameters": again.parameters[-1][rows["pairs"].start :] - pipeline.trained()[-1],
         "rows": rows,
         "growth": growth,
         "sweep": sweep,
     }
-    for lanes in (1, 2, 4, 8):
+    for lanes in (2, 4):
         w = {0: weights[rows["probes"]][:lanes]}
         found[f"lanes {lanes}"] = cpu_seconds(lambda w=w: pipeline.retrain(w, progress=False))
     return {"one": one, **found}
@@ -257,10 +251,12 @@ if __name__ == "__main__":
         torch.save(found, path)
         t = found["rows"]["truth"]
         p, a = found["predicted"][:, t], found["actual"][:, t]
-        r = torch.stack([torch.corrcoef(torch.stack(x))[0, 1] for x in zip(p, a, strict=True)]).mean()
+        r = torch.stack(
+            [torch.corrcoef(torch.stack(x))[0, 1] for x in zip(p, a, strict=True)]
+        ).mean()
         print(
             f"{one['setting']:3d} r {float(r):5.2f} growth {found['growth']:8.1f} "
-            f"sweep {found['sweep']:.2f} lanes {found['lanes 2']:.2f} {found['lanes 8']:.2f} "
+            f"sweep {found['sweep']:.2f} lanes {found['lanes 2']:.2f} {found['lanes 4']:.2f} "
             f"all {time.time() - start:.1f} s  {list(one.values())[1:]}",
             flush=True,
         )
