@@ -12,18 +12,26 @@ shows how it does on the fourth (every fourth by number, fixed before the first 
 """
 
 import argparse
+import contextlib
+import csv
 import itertools
+import math
 import random
 import time
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 from bench_chaos import sentences
+from scipy.optimize import least_squares
 from torch import nn
 
 import msif_lab as msif
+from msif_lab.influence.trust import unevenness
 
+RESULTS = Path(__file__).parents[2] / "notebooks/results"
+TABLE, REMEDIES = RESULTS / "trust.csv", RESULTS / "trust_remedies.csv"
 ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU}
 LINKS = {
     "none": None,
@@ -225,38 +233,262 @@ def measure(one: dict, run: int = 0) -> dict:
     return {"one": one, **found}
 
 
+def pearson(p: torch.Tensor, a: torch.Tensor) -> float:
+    """Mean over queries."""
+    pairs = zip(p.double(), a.double(), strict=True)
+    return float(torch.stack([torch.corrcoef(torch.stack(x))[0, 1] for x in pairs]).mean())
+
+
+def sign_agreement(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Metasmoothness: how far successive differences along a line agree in sign, by their size.
+
+    Definition 2 of Engstrom et al. 2025 (arXiv 2503.13751); first, second: after steps h and 2h.
+    """
+    share = first.abs() / first.abs().sum()
+    return float((first.sign() * share * (second - first).sign()).sum())
+
+
+def figures(found: dict) -> dict:
+    """What each candidate says of a setting, from what `measure` found: a line of the table."""
+    rows, growth = found["rows"], found["growth"]
+    p, a = found["predicted"].double(), found["actual"].double()
+    ends = found["parameters"].double()
+    start = rows["pairs"].start
+    spread = found["values"].double().var(1, correction=0).sqrt()[:, None]
+    one = dict(found["one"])
+    one |= {"r": pearson(p[:, rows["truth"]], a[:, rows["truth"]]), "growth": growth}
+    removed, doubled = a[:, rows["probes"]][:, :4], a[:, rows["doubled"]]
+    bent = (removed + doubled).norm(dim=0) / (doubled - removed).norm(dim=0).clamp(min=1e-30)
+    one["nonlinearity"] = float(bent.median())
+    steps = [slice(rows[n].start - start, rows[n].stop - start) for n in ("meta1", "meta2")]
+    one["metasmoothness"] = sign_agreement(*(ends[s][0] for s in steps))
+    one["metasmoothness of q"] = sign_agreement(*(a[:, rows[n]][:, 0] for n in ("meta1", "meta2")))
+    for kind, counts in (("probes", (2, 4, 8)), ("pairs", (2, 4, 8))):
+        for n in counts:
+            some_p, some_a = (x[:, rows[kind]][:, :n] / spread for x in (p, a))
+            name = f"{kind} {n}"
+            one[f"{name} residual"] = float((some_a - some_p).square().mean().sqrt())
+            cosine = (some_a * some_p).sum() / (some_a.norm() * some_p.norm()).clamp(min=1e-30)
+            one[f"{name} cosine"] = float(cosine)
+            if kind == "pairs":
+                one[f"{name} bend"] = unevenness(ends[:n].T)
+            elif n > 2:
+                one[f"{name} r"] = pearson(some_p, some_a)
+    times = {name: found[name] for name in ("sweep", "lanes 2", "lanes 4")}
+    return one | {f"{name} s": round(t, 3) for name, t in times.items()}
+
+
+def write(path: Path, lines: list[dict]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, lines[0], lineterminator="\n")
+        table.writeheader()
+        for line in lines:
+            table.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in line.items()})
+
+
+def read(path: Path) -> list[dict]:
+    with path.open(encoding="utf-8") as file:
+        return [{k: _number(v) for k, v in line.items()} for line in csv.DictReader(file)]
+
+
+def _number(text: str):
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def measure_all(numbers: range, raw: Path) -> None:
+    """Measure the settings that ``raw`` lacks, and write the table of all that it holds."""
+    raw.mkdir(exist_ok=True)
+    for one in settings(numbers.stop)[numbers.start :]:
+        path = raw / f"{one['setting']:03d}.pt"
+        if not path.exists():
+            try:
+                found = measure(one)
+            except (msif.NotConvergedError, ValueError) as error:  # diverged, or its adjoint did
+                found = {"one": one, "error": str(error)}
+            torch.save(found, path)
+            print(*one.values(), found.get("error", "")[:80], flush=True)
+    kept = [torch.load(path, weights_only=False) for path in sorted(raw.glob("*.pt"))]
+    whole = [f for f in kept if "error" not in f and bool(torch.isfinite(f["actual"]).all())]
+    print(f"{len(whole)} of {len(kept)} settings; the others diverged")
+    write(TABLE, [figures(found) for found in whole])
+
+
+# ---- What each candidate is worth ----
+
+
+def log_ratio(cosine: float) -> float:
+    """The logarithm of noise / signal, ``√(1 / r² − 1)``."""
+    return 0.5 * math.log(max(max(cosine, 0.1) ** -2 - 1, 1e-6))
+
+
+def bend_ratio(bend: float) -> float:
+    k = min(bend, 0.995)
+    return math.log(max(math.sqrt(2 * k**2 / (1 - k**2)), 1e-3))
+
+
+def ratios(line: dict, name: str, parts: str) -> list[float]:
+    """The logarithms of noise / signal that `Trust` is made of."""
+    ways = {
+        "residual": lambda x: math.log(max(x, 1e-3)),
+        "cosine": log_ratio,
+        "bend": bend_ratio,
+    }
+    return [ways[part](line[f"{name} {part}"]) for part in parts.split()]
+
+
+CANDIDATES = {  # name: (further runs, figures from a line of the table)
+    "adjoint growth": (0, lambda x: [math.log(max(x["growth"], 1.0) - 0.99)]),
+    "nonlinearity of removal, 4 examples": (8, lambda x: [math.log(x["nonlinearity"] + 1e-3)]),
+    "metasmoothness of the weights": (2, lambda x: [x["metasmoothness"]]),
+    "metasmoothness of the queries": (2, lambda x: [x["metasmoothness of q"]]),
+    "removals, mean r": (8, lambda x: [log_ratio(x["probes 8 r"])]),
+    "2 removals": (2, lambda x: ratios(x, "probes 2", "residual cosine")),
+    "4 removals": (4, lambda x: ratios(x, "probes 4", "residual cosine")),
+    "8 removals": (8, lambda x: ratios(x, "probes 8", "residual cosine")),
+    "2 runs, all weights": (2, lambda x: ratios(x, "pairs 2", "residual cosine bend")),
+    "4 runs, all weights": (4, lambda x: ratios(x, "pairs 4", "residual cosine bend")),
+    "8 runs, all weights": (8, lambda x: ratios(x, "pairs 8", "residual cosine bend")),
+}
+
+
+def area(bad: np.ndarray, good: np.ndarray) -> float:
+    """Chance that a good setting has the higher figure."""
+    return float(np.mean((good[:, None] > bad) + 0.5 * (good[:, None] == bad)))
+
+
+def held_out(line: dict) -> bool:
+    return int(line["setting"]) % 4 == 3
+
+
+def fitted(lines: list[dict], figure) -> tuple[np.ndarray, float]:
+    """Coefficients for log(noise / signal), and the limit on r between good and bad."""
+    x = np.array([[1.0, *figure(line)] for line in lines])
+    r = np.array([line["r"] for line in lines])
+    start = np.linalg.lstsq(x, [log_ratio(min(each, 0.9995)) for each in r], rcond=None)[0]
+    # a slight pull to the start, where several figures say nearly the same
+    b = least_squares(
+        lambda b: np.r_[(1 + np.exp(2 * x @ b)) ** -0.5 - r, 0.1 * (b - start)], start
+    ).x
+    e = estimates(b, lines, figure)
+    return b, float(np.mean([np.quantile(e[r < 0.8], 0.98), np.quantile(e[r > 0.95], 0.02)]))
+
+
+def estimates(b: np.ndarray, lines: list[dict], figure) -> np.ndarray:
+    x = np.array([[1.0, *figure(line)] for line in lines])
+    return (1 + np.exp(2 * x @ b)) ** -0.5
+
+
+def table() -> None:
+    """Every candidate: chosen on three quarters, judged on the fourth."""
+    lines = read(TABLE)
+    parts = [[x for x in lines if held_out(x) == out] for out in (False, True)]
+    r = [np.array([x["r"] for x in part]) for part in parts]
+    for name, each in zip(("chosen on", "held out"), r, strict=True):
+        print(f"{name}: {len(each)} settings, {(each < 0.8).sum()} bad, {(each > 0.95).sum()} good")
+    print(
+        "candidate | runs | limit | AUC | warned of bad | of good | within 0.15 || held out: same"
+    )
+    for name, (runs, figure) in CANDIDATES.items():
+        b, limit = fitted(parts[0], figure)
+        cells = [f"{name} | {runs} | {limit:.2f}"]
+        for part, real in zip(parts, r, strict=True):
+            e = estimates(b, part, figure)
+            bad, good, near = e[real < 0.8], e[real > 0.95], np.abs(e - real) <= 0.15
+            cells.append(
+                f"{area(bad, good):.3f} | {np.mean(bad < limit):.0%} | {np.mean(good < limit):.0%}"
+                f" | {near.mean():.0%} ({near[real < 0.95].mean():.0%} of r < 0.95)"
+            )
+        print(" || ".join(cells), f"|| {b.round(2)}")
+    share = {n: np.array([x[f"lanes {n} s"] / x["sweep s"] for x in lines]) for n in (2, 4)}
+    for n, each in share.items():
+        print(f"{n} runs: {np.median(each):.0%} of a sweep of {QUERIES} queries, median")
+
+
+# ---- Remedies ----
+
+
+def remedies(one: dict) -> dict[str, dict]:
+    """What is changed in a setting, of what is not so already."""
+    changes = {
+        "half the rate": {"lr": one["lr"] / 2},
+        "a quarter of the rate": {"lr": one["lr"] / 4},
+    }
+    if one["schedule"] == "constant":
+        changes["linear decay"] = {"schedule": "linear"}
+    if not one["warmup"]:
+        changes["warm-up"] = {"warmup": 20}
+    if one["activation"] == "relu":
+        smooth = "gelu" if one["net"] == "transformer" else "tanh"
+        changes["smooth activation"] = {"activation": smooth}
+    if one["pooling"] == "max":
+        changes["mean pooling"] = {"pooling": "mean"}
+    return {name: one | change for name, change in changes.items()}
+
+
+def predicted_and_real(one: dict, run: int = 0) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Effects of removing 30 examples, and the queries' mean loss."""
+    pipeline, queries = build(one, run)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        method = msif.UnrolledInfluence(trust=0).fit(pipeline, progress=False)
+        scores = method.score(queries, progress=False)
+    groups = msif.random_removals(len(scores.ids), 30)
+    effects = msif.removal_effects(pipeline, queries, groups, progress=False)
+    predicted = -scores.values[:, [i for (i,) in groups]].double()
+    return predicted, effects.values.double(), float(effects.base.mean())
+
+
+def try_remedies(most: int, runs: int = 4) -> None:
+    """The first rough settings of the table again, with one thing changed, or averaged."""
+    rough = [int(x["setting"]) for x in read(TABLE) if x["r"] < 0.8][:most]
+    lines: list[dict] = []
+    for one in settings(max(rough) + 1):
+        if one["setting"] not in rough:
+            continue
+        p, a, loss = predicted_and_real(one)
+        before = {"setting": one["setting"], "r before": pearson(p, a), "loss before": loss}
+        for name, changed in remedies(one).items():
+            with contextlib.suppress(msif.NotConvergedError, ValueError):
+                *both, after = predicted_and_real(changed)
+                lines.append(before | {"remedy": name, "r": pearson(*both), "loss": after})
+        with contextlib.suppress(msif.NotConvergedError, ValueError):
+            each = [predicted_and_real(one, run) for run in range(1, runs + 1)]
+            p, a = (torch.stack([x[i] for x in each]).mean(0) for i in (0, 1))
+            mean = {"r": pearson(p, a), "loss": float(np.mean([x[2] for x in each]))}
+            lines.append(before | {"remedy": f"mean of {runs} runs"} | mean)
+        print(one["setting"], f"{before['r before']:.2f}", flush=True)
+        write(REMEDIES, lines)
+
+
+def remedies_table() -> None:
+    lines = read(REMEDIES)
+    print("remedy | settings | median r before | after | now r > 0.8 | > 0.95 | loss, times")
+    for name in dict.fromkeys(x["remedy"] for x in lines):
+        some = [x for x in lines if x["remedy"] == name]
+        before, r = (np.array([x[n] for x in some]) for n in ("r before", "r"))
+        loss = np.median([x["loss"] / x["loss before"] for x in some])
+        print(
+            f"{name} | {len(some)} | {np.median(before):.2f} | {np.median(r):.2f} | "
+            f"{np.mean(r > 0.8):.0%} | {np.mean(r > 0.95):.0%} | {loss:.2f}"
+        )
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=["measure", "table", "remedies"])
-    parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--count", type=int, default=160)
     parser.add_argument("--raw", type=Path, default=Path("/tmp/trust_raw"))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    args.raw.mkdir(exist_ok=True)
-    for one in settings(args.count)[args.first :]:
-        path = args.raw / f"{one['setting']:03d}.pt"
-        if path.exists():
-            continue
-        start = time.time()
-        try:
-            found = measure(one)
-        except (msif.NotConvergedError, ValueError) as error:
-            found = {"one": one, "error": str(error)}
-            print(one, str(error)[:100], flush=True)
-            torch.save(found, path)
-            continue
-        torch.save(found, path)
-        t = found["rows"]["truth"]
-        p, a = found["predicted"][:, t], found["actual"][:, t]
-        r = torch.stack(
-            [torch.corrcoef(torch.stack(x))[0, 1] for x in zip(p, a, strict=True)]
-        ).mean()
-        print(
-            f"{one['setting']:3d} r {float(r):5.2f} growth {found['growth']:8.1f} "
-            f"sweep {found['sweep']:.2f} lanes {found['lanes 2']:.2f} {found['lanes 4']:.2f} "
-            f"all {time.time() - start:.1f} s  {list(one.values())[1:]}",
-            flush=True,
-        )
+    if args.what == "measure":
+        measure_all(range(args.count), args.raw)
+    elif args.what == "remedies":
+        try_remedies(args.count)
+    else:
+        table()
+        remedies_table()
