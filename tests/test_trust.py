@@ -115,12 +115,12 @@ def test_the_estimate_falls_with_noise_from_one_to_nothing():
     predicted, other = torch.randn(2, 20, 400, generator=draw, dtype=torch.float64)
     found = []
     for noise in (0.0, 0.3, 1.0, 3.0, 10.0):
-        r, low, high = estimate(predicted, predicted + noise * other)
+        r, low, high = estimate(predicted, predicted + noise * other, False)
         assert low <= r <= high
         found.append(r)
     assert found == sorted(found, reverse=True) and found[0] > 0.99 and found[-1] < 0.3
-    assert estimate(predicted, -predicted)[0] < 0.3, "the wrong sign"
-    assert estimate(predicted, 0.01 * other)[0] < 0.5, "predicted to move, and does not"
+    assert estimate(predicted, -predicted, False)[0] < 0.3, "the wrong sign"
+    assert estimate(predicted, 0.01 * other, False)[0] < 0.5, "predicted to move, and does not"
     up, down = torch.randn(2, 50, 3, generator=draw)
     for other, expected in ((-up, 0.0), (down, 1.0)):
         pairs = torch.stack([up, other], 2).flatten(1)

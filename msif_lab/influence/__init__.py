@@ -20,6 +20,7 @@ from .result import Influence, Ranking, TopInfluence
 from .run_check import RunCheck
 from .segmented import SegmentedInfluence
 from .sweep import AlphaSweep
+from .trust import Trust
 from .unrolled import UnrolledInfluence
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "StagePlan",
     "TopInfluence",
     "TracIn",
+    "Trust",
     "UnrolledInfluence",
     "SegmentedInfluence",
     "UnrolledPlan",

@@ -1,5 +1,6 @@
 """Segmented influence: a run read as a few stretches of constant curvature (`stretches`)."""
 
+import copy
 import functools
 import time
 import warnings
@@ -296,7 +297,10 @@ class SegmentedInfluence:
             raise ValueError("call fit(pipeline) before check()")
         first = self._pipeline.index(stage)
         queries = self._pipeline.stages[-1].data[:5] if queries is None else queries
-        whole = self.score(queries, stage, progress=progress).values
+        scorer = copy.copy(self)
+        scorer.trust = 0  # nothing is retrained here
+        whole = scorer.score(queries, stage, progress=progress).values
+        self.adjoint_norms_ = scorer.adjoint_norms_
         question = ask(self._pipeline.objective(-1), queries, "loss", derivative=True)
         gradients = query_gradients(self._pipeline.objective(-1), self._full[-1], question)
         coarse = [run.thinned(max(1, (len(run.steps) - 1) // 2)) for run in self._runs]

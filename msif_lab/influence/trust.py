@@ -21,12 +21,13 @@ from ..pipeline.pipeline import Pipeline, Retrained
 
 __all__ = ["Trust"]
 
-FEWEST, MOST = 2, 8  # runs where their number is left to the number of queries
-QUERIES_A_RUN = 5  # so many queries' sweep pays for one run with a third of its time
+# Runs where their number is left open: 4 take less than a third of the time that the sweep of 10
+# queries takes (bench_trust.py); for fewer queries 2, which say less.
+USUAL, FEWER, ENOUGH = 4, 2, 10
 LOW = 0.88  # where `Trust.r` warns
 REMEDIES = "Let the rate decay, warm it up or lower it"
-# Level and exponents of the three ratios in `estimate`, and of the first two alone.
-EXPONENTS = {3: (0.0, 0.33, 0.33, 0.33), 2: (0.0, 0.5, 0.5)}
+# Level and powers in `estimate`, with pairs of opposite changes and without.
+POWERS = {True: (0.36, 0.68, 0.38), False: (0.3, 1.0)}
 # Half the width of a 90 % interval on the scale of log(noise / signal), from one run and more.
 WIDTH = 1.0
 
@@ -96,8 +97,8 @@ class Trust:
 
 
 def run_count(asked: int | None, queries: int) -> int:
-    """How many runs to make, where it is left to the number of queries at most a third's worth."""
-    return min(MOST, max(FEWEST, queries // QUERIES_A_RUN)) if asked is None else asked
+    """How many runs to make for so many queries, where it is not ``asked`` for."""
+    return asked or (USUAL if queries >= ENOUGH else FEWER)
 
 
 def check_count(trust: int | None) -> int | None:
@@ -198,13 +199,12 @@ class Reruns:
         actual = self.changes(question, full, asked)
         if not bool(torch.isfinite(actual).all()):
             return Trust(0.0, 0.0, 0.0, *about)
-        bend = None if self.kind != "weights" else unevenness((self._ends - full).T)
-        scale = spread[some, None]
-        return Trust(*estimate(predicted[some] / scale, actual[some] / scale, bend), *about)
+        scale, pairs = spread[some, None], self.kind == "weights"
+        return Trust(*estimate(predicted[some] / scale, actual[some] / scale, pairs), *about)
 
 
 def unevenness(changes: Tensor) -> float:
-    """``‖Δ₊ + Δ₋‖ / ‖Δ₊ − Δ₋‖`` of changes ``(D, R)`` under weights ``1 ± h``, in turns.
+    """``‖Δ₊ + Δ₋‖ / ‖Δ₊ − Δ₋‖`` of changes ``(Q, R)`` under weights 1 + h and 1 − h in turn.
 
     0 for a linear response, 1 where the two have nothing to do with each other.
     """
@@ -212,36 +212,34 @@ def unevenness(changes: Tensor) -> float:
     return float((up + down).norm() / (up - down).norm().clamp(min=1e-30))
 
 
-def estimate(
-    predicted: Tensor, actual: Tensor, bend: float | None = None
-) -> tuple[float, float, float]:
+def estimate(predicted: Tensor, actual: Tensor, pairs: bool) -> tuple[float, float, float]:
     """r over random removals from a few runs, and the interval around it.
 
     With effects ``a = p + e``, where e has nothing to do with p, ``r = 1 / √(1 + ρ²)`` with
-    ``ρ² = Var e / Var p``. A few runs give ρ in three ways: by the size of ``a − p``, by the cosine
-    of a and p, and by how unlike each other the responses to opposite changes are. The estimate is
-    their geometric mean with exponents fitted in ``bench_trust.py``. Few runs would say little of
+    ``ρ² = Var e / Var p``. The runs give ρ in two ways: by the cosine of a and p, and, in pairs of
+    opposite changes, by how unlike each other the responses are (`unevenness` κ: two e that have
+    nothing to do with each other make ``ρ² = 2κ² / (1 − κ²)``). The estimate is a product of
+    powers of the two, fitted to real removals in ``bench_trust.py``. Few runs would say little of
     each query, so they are pooled.
 
     Args:
         predicted, actual: changes of each query in each run, ``(Q, R)``, in units of the standard
             deviation of its predicted effects.
-        bend: `unevenness` of the runs, where they come in pairs.
+        pairs: whether runs 2i and 2i + 1 have opposite changes of weight.
 
     Returns:
         r, low, high.
     """
     p, a = predicted.double(), actual.double()
-    ratios = [float((a - p).square().mean().sqrt())]
     cosine = float((a * p).sum() / (a.norm() * p.norm()).clamp(min=1e-30))
-    ratios.append(math.sqrt(max(cosine, 0.1) ** -2 - 1) if cosine < 1 else 0.0)
-    if bend is not None:
-        k = min(bend, 0.995)
+    ratios = [math.sqrt(max(max(cosine, 0.1) ** -2 - 1, 0.0))]
+    if pairs:
+        k = min(unevenness(a), 0.995)
         ratios.append(math.sqrt(2 * k**2 / (1 - k**2)))
-    level, *exponents = EXPONENTS[len(ratios)]
-    log_rho = level + sum(
-        e * math.log(max(x, 1e-3)) for e, x in zip(exponents, ratios, strict=True)
-    )
+    level, *powers = POWERS[pairs]
+    log_rho = level
+    for power, ratio in zip(powers, ratios, strict=True):
+        log_rho += power * math.log(max(ratio, 1e-3))
     width = WIDTH / math.sqrt(p.shape[1])
     rhos = (math.exp(log_rho + w) for w in (0.0, width, -width))
     r, low, high = ((1 + rho**2) ** -0.5 for rho in rhos)

@@ -105,8 +105,8 @@ class UnrolledInfluence:
             noisier.
         trust: how many runs to make under other example weights to say how far the scores will
             predict removals, as ``scores.trust_`` (see `Trust`), at about the price of a training
-            each. Default: one for every 5 queries, 2 to 8. They serve later calls too; 0 makes
-            none, and then only the growth of the adjoint warns.
+            each. Default 4, for fewer than 10 queries 2. They serve later calls too; 0 makes none,
+            and then only the growth of the adjoint warns.
 
     Attributes:
         plan_: after `score`, the `UnrolledPlan` that was followed.
