@@ -2,9 +2,10 @@
 
 A derivative of a run may be exact and still say little about removing an example, where training
 amplifies small changes or crosses kinks. So some runs are made under other example weights w, and
-what they do to the queries is held against what the scores s say, ``(w − 1)·s``. Where the scores
-are plain derivatives, every run changes all weights at once, each up or down by ``1/√m``: together
-that moves q about as far as a removal does, and tells of all m examples instead of one.
+what they do to the queries is held against what the scores s say, ``(w − 1)·s``. Half of them
+remove one example. The others, where the scores are plain derivatives, change all weights at once,
+each up or down by ``1/√m``: together that moves q about as far as a removal does, and tells of all
+m examples instead of one.
 """
 
 import math
@@ -21,15 +22,15 @@ from ..pipeline.pipeline import Pipeline, Retrained
 
 __all__ = ["Trust"]
 
-# Runs where their number is left open: 4 take less than a third of the time that the sweep of 10
-# queries takes (bench_trust.py); for fewer queries 2, which say less.
-USUAL, FEWER, ENOUGH = 4, 2, 10
-LOW = 0.88  # where `Trust.r` warns
+# Runs where their number is left open: these take about a third of the time that the sweep of so
+# many queries takes (bench_trust.py).
+MANY, USUAL, FEW = (20, 8), (10, 4), (1, 2)
+# All constants from the three quarters of its settings that are not held out.
+LOW = 0.9  # warns below
+# From so many runs on: level and power of noise / signal in `estimate`.
+CORRECTION = {1: (0.30, 0.86), 4: (0.00, 1.04), 8: (-0.17, 1.14)}
+WIDTH = 1.0  # of the interval, from four runs on
 REMEDIES = "Let the rate decay, warm it up or lower it"
-# Level and powers in `estimate`, with pairs of opposite changes and without.
-POWERS = {True: (0.36, 0.68, 0.38), False: (0.3, 1.0)}
-# Half the width of a 90 % interval on the scale of log(noise / signal), from one run and more.
-WIDTH = 1.0
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class Trust:
             queries: of single examples, or of groups as ``group_fraction`` asked.
         low, high: where r is expected in nine of ten settings like those it was calibrated on.
         runs: how many runs it comes from.
-        kind: what they changed: ``"weights"`` (all of them a little), ``"removals"`` or
-            ``"groups"``.
+        kind: what they did: ``"removals"`` of single examples, ``"groups"``, or ``"mixed"``:
+            removals, and changes of all weights in turn.
         seconds: what the runs took in this call; 0 where those of a former one served again.
         share: that, over what the scores themselves took.
     """
@@ -51,7 +52,7 @@ class Trust:
     low: float
     high: float
     runs: int
-    kind: str = "weights"
+    kind: str = "mixed"
     seconds: float = 0.0
     share: float = 0.0
 
@@ -87,9 +88,9 @@ class Trust:
 
     def __str__(self) -> str:
         what = {
-            "weights": "with all weights changed a little",
-            "removals": "without one example",
-            "groups": "without a random group",
+            "mixed": "without one example, or with all weights changed a little",
+            "removals": "without one example each",
+            "groups": "without a random group each",
         }[self.kind]
         runs = f"{self.runs} run{'s' * (self.runs > 1)} {what}"
         cost = f", at {self.share:.0%} of the scores' time" if self.seconds else ", made before"
@@ -98,7 +99,7 @@ class Trust:
 
 def run_count(asked: int | None, queries: int) -> int:
     """How many runs to make for so many queries, where it is not ``asked`` for."""
-    return asked or (USUAL if queries >= ENOUGH else FEWER)
+    return asked or next(runs for least, runs in (MANY, USUAL, FEW) if queries >= least)
 
 
 def check_count(trust: int | None) -> int | None:
@@ -120,12 +121,13 @@ class Reruns:
         pipeline: trained, and repeatable.
         stage: whose weights are changed.
         fraction: > 0 removes random groups of this fraction.
-        single: removes single examples; else all weights are changed by ``± 1/√m``.
+        single: removes single examples only; else every other run changes all weights by ``± 1/√m``
+            instead, which is for derivatives only.
     """
 
     def __init__(self, pipeline: Pipeline, stage: int, fraction: float = 0.0, single: bool = False):
         self.pipeline, self.stage, self.m = pipeline, stage, len(pipeline.stages[stage].data)
-        self.kind = "groups" if fraction else "removals" if single else "weights"
+        self.kind = "groups" if fraction else "removals" if single else "mixed"
         size = max(1, round(fraction * self.m))
         # predicted effects of one run: so many times the variance of the scores
         self.variance = {"groups": size * (1 - size / self.m)}.get(self.kind, 1.0)
@@ -136,17 +138,15 @@ class Reruns:
 
     def _row(self, i: int) -> Tensor:
         draw, w = torch.Generator().manual_seed(i), torch.ones(self.m, dtype=torch.float64)
-        if self.kind == "weights":  # in pairs: up or down at random, and the reverse
-            draw.manual_seed(i // 2)
+        if self.kind == "mixed" and i % 2:
             signs = 2 * torch.randint(0, 2, (self.m,), generator=draw) - 1
-            return w + (-1) ** i * signs / math.sqrt(self.m)
+            return w + signs / math.sqrt(self.m)
         w[torch.randperm(self.m, generator=draw)[: self._size]] = 0
         return w
 
     def grow(self, count: int, progress: bool = False) -> float:
         """Make what is missing to this many runs; returns the seconds that took."""
         have, start = len(self.weights), time.perf_counter()
-        count += count % 2 if self.kind == "weights" else 0
         if count <= have or self.diverged:
             return 0.0
         rows = torch.stack([self._row(i) for i in range(have, count)])
@@ -199,50 +199,39 @@ class Reruns:
         actual = self.changes(question, full, asked)
         if not bool(torch.isfinite(actual).all()):
             return Trust(0.0, 0.0, 0.0, *about)
-        scale, pairs = spread[some, None], self.kind == "weights"
-        return Trust(*estimate(predicted[some] / scale, actual[some] / scale, pairs), *about)
+        scale = spread[some, None]
+        return Trust(*estimate(predicted[some] / scale, actual[some] / scale), *about)
 
 
-def unevenness(changes: Tensor) -> float:
-    """``‖Δ₊ + Δ₋‖ / ‖Δ₊ − Δ₋‖`` of changes ``(Q, R)`` under weights 1 + h and 1 − h in turn.
-
-    0 for a linear response, 1 where the two have nothing to do with each other.
-    """
-    up, down = changes[:, ::2], changes[:, 1::2]
-    return float((up + down).norm() / (up - down).norm().clamp(min=1e-30))
+def width(runs: int) -> float:
+    """Half the width of a 90 % interval on the scale of ``log(noise / signal)``."""
+    return WIDTH * math.sqrt(max(1.0, 4 / runs))
 
 
-def estimate(predicted: Tensor, actual: Tensor, pairs: bool) -> tuple[float, float, float]:
+def estimate(predicted: Tensor, actual: Tensor) -> tuple[float, float, float]:
     """r over random removals from a few runs, and the interval around it.
 
     With effects ``a = p + e``, where e has nothing to do with p, ``r = 1 / √(1 + ρ²)`` with
-    ``ρ² = Var e / Var p``. The runs give ρ in two ways: by the cosine of a and p, and, in pairs of
-    opposite changes, by how unlike each other the responses are (`unevenness` κ: two e that have
-    nothing to do with each other make ``ρ² = 2κ² / (1 − κ²)``). The estimate is a product of
-    powers of the two, fitted to real removals in ``bench_trust.py``. Few runs would say little of
-    each query, so they are pooled.
+    ``ρ² = Var e / Var p``. A few runs would say little of each query, so ρ comes from the cosine of
+    a and p over all queries and runs, and log ρ is put right by what real removals in
+    ``bench_trust.py`` made of it.
 
     Args:
         predicted, actual: changes of each query in each run, ``(Q, R)``, in units of the standard
             deviation of its predicted effects.
-        pairs: whether runs 2i and 2i + 1 have opposite changes of weight.
 
     Returns:
         r, low, high.
     """
     p, a = predicted.double(), actual.double()
     cosine = float((a * p).sum() / (a.norm() * p.norm()).clamp(min=1e-30))
-    ratios = [math.sqrt(max(max(cosine, 0.1) ** -2 - 1, 0.0))]
-    if pairs:
-        k = min(unevenness(a), 0.995)
-        ratios.append(math.sqrt(2 * k**2 / (1 - k**2)))
-    level, *powers = POWERS[pairs]
-    log_rho = level
-    for power, ratio in zip(powers, ratios, strict=True):
-        log_rho += power * math.log(max(ratio, 1e-3))
-    width = WIDTH / math.sqrt(p.shape[1])
-    rhos = (math.exp(log_rho + w) for w in (0.0, width, -width))
-    r, low, high = ((1 + rho**2) ** -0.5 for rho in rhos)
+    ratio = math.sqrt(max(max(cosine, 0.1) ** -2 - 1, 1e-6))
+    runs = p.shape[1]
+    level, power = CORRECTION[max(n for n in CORRECTION if n <= runs)]
+    log_rho, wide = level + power * math.log(ratio), width(runs)
+    r, low, high = (
+        (1 + math.exp(2 * log)) ** -0.5 for log in (log_rho, log_rho + wide, log_rho - wide)
+    )
     return r, low, high
 
 

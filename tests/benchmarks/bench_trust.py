@@ -28,7 +28,7 @@ from scipy.optimize import least_squares
 from torch import nn
 
 import msif_lab as msif
-from msif_lab.influence.trust import unevenness
+from msif_lab.influence.trust import width
 
 RESULTS = Path(__file__).parents[2] / "notebooks/results"
 TABLE, REMEDIES = RESULTS / "trust.csv", RESULTS / "trust_remedies.csv"
@@ -249,6 +249,12 @@ def sign_agreement(first: torch.Tensor, second: torch.Tensor) -> float:
     return float((first.sign() * share * (second - first).sign()).sum())
 
 
+def unevenness(changes: torch.Tensor) -> float:
+    """``‖Δ₊ + Δ₋‖ / ‖Δ₊ − Δ₋‖`` of changes ``(Q, R)`` under weights 1 + h and 1 − h in turn."""
+    up, down = changes[:, ::2], changes[:, 1::2]
+    return float((up + down).norm() / (up - down).norm().clamp(min=1e-30))
+
+
 def figures(found: dict) -> dict:
     """What each candidate says of a setting, from what `measure` found: a line of the table."""
     rows, growth = found["rows"], found["growth"]
@@ -268,18 +274,19 @@ def figures(found: dict) -> dict:
     steps = [slice(rows[n].start - start, rows[n].stop - start) for n in ("meta1", "meta2")]
     one["metasmoothness"] = sign_agreement(*(ends[s][0] for s in steps))
     one["metasmoothness of q"] = sign_agreement(*(a[:, rows[n]][:, 0] for n in ("meta1", "meta2")))
-    for kind, counts in (("probes", (2, 4, 8)), ("pairs", (2, 4, 8))):
-        for n in counts:
-            some_p, some_a = (x[:, rows[kind]][:, :n] / spread for x in (p, a))
-            name = f"{kind} {n}"
-            one[f"{name} residual"] = float((some_a - some_p).square().mean().sqrt())
+    predicted, actual = p / spread, a / spread
+    first, weights = rows["probes"].start, rows["pairs"].start
+    for n in (2, 4, 8):
+        removals, pairs = list(range(first, first + n)), list(range(weights, weights + n))
+        mixed = removals[: n // 2] + list(range(weights, weights + n, 2))
+        for name, runs in (("removals", removals), ("weights", pairs), ("mixed", mixed)):
+            some_p, some_a = predicted[:, runs], actual[:, runs]
             cosine = (some_a * some_p).sum() / (some_a.norm() * some_p.norm()).clamp(min=1e-30)
-            one[f"{name} cosine"] = float(cosine)
-            if kind == "pairs":
-                one[f"{name} bend"] = unevenness(some_a)
-                one[f"{name} bend of weights"] = unevenness(ends[:n].T)
-            elif n > 2:
-                one[f"{name} r"] = pearson(some_p, some_a)
+            one[f"{name} {n}"] = float(cosine)
+            if name == "weights":
+                one[f"unevenness {n}"] = unevenness(some_a)
+            elif name == "removals" and n > 2:
+                one[f"mean r {n}"] = pearson(some_p, some_a)
     times = {name: found[name] for name in ("sweep", "lanes 2", "lanes 4")}
     return one | {f"{name} s": round(t, 3) for name, t in times.items()}
 
@@ -337,6 +344,7 @@ def measure_all(numbers: range, raw: Path) -> None:
         if "error" not in found and "more" not in found:
             add_truth(found)
             torch.save(found, path)
+            print(path.name, flush=True)
     kept = [torch.load(path, weights_only=False) for path in sorted(raw.glob("*.pt"))]
     whole = [f for f in kept if "error" not in f and bool(torch.isfinite(f["actual"]).all())]
     print(f"{len(whole)} of {len(kept)} settings; the others diverged")
@@ -351,19 +359,20 @@ def log_ratio(cosine: float) -> float:
     return 0.5 * math.log(max(max(cosine, 0.1) ** -2 - 1, 1e-6))
 
 
-def bend_ratio(bend: float) -> float:
-    k = min(bend, 0.995)
-    return math.log(max(math.sqrt(2 * k**2 / (1 - k**2)), 1e-3))
+def of(*columns: str):
+    """The logarithms of noise / signal from these columns, which hold cosines or unevenness."""
 
+    def figure(line: dict) -> list[float]:
+        found = []
+        for name in columns:
+            if name.startswith("unevenness"):
+                k = min(line[name], 0.995)
+                found.append(math.log(max(math.sqrt(2 * k**2 / (1 - k**2)), 1e-3)))
+            else:
+                found.append(log_ratio(line[name]))
+        return found
 
-def ratios(line: dict, name: str, parts: str) -> list[float]:
-    """The logarithms of noise / signal that `Trust` is made of."""
-    ways = {
-        "residual": lambda x: math.log(max(x, 1e-3)),
-        "cosine": log_ratio,
-        "bend": bend_ratio,
-    }
-    return [ways[part](line[f"{name} {part}"]) for part in parts.split()]
+    return figure
 
 
 CANDIDATES = {  # name: (further runs, figures from a line of the table)
@@ -371,15 +380,11 @@ CANDIDATES = {  # name: (further runs, figures from a line of the table)
     "nonlinearity of removal, 4 examples": (8, lambda x: [math.log(x["nonlinearity"] + 1e-3)]),
     "metasmoothness of the weights": (2, lambda x: [x["metasmoothness"]]),
     "metasmoothness of the queries": (2, lambda x: [x["metasmoothness of q"]]),
-    "removals, mean r": (8, lambda x: [log_ratio(x["probes 8 r"])]),
-    "2 removals": (2, lambda x: ratios(x, "probes 2", "cosine")),
-    "4 removals": (4, lambda x: ratios(x, "probes 4", "cosine")),
-    "8 removals": (8, lambda x: ratios(x, "probes 8", "cosine")),
-    "2 runs, all weights": (2, lambda x: ratios(x, "pairs 2", "cosine bend")),
-    "4 runs, all weights": (4, lambda x: ratios(x, "pairs 4", "cosine bend")),
-    "4 runs, their cosine alone": (4, lambda x: ratios(x, "pairs 4", "cosine")),
-    "4 runs, their unevenness alone": (4, lambda x: ratios(x, "pairs 4", "bend")),
-    "8 runs, all weights": (8, lambda x: ratios(x, "pairs 8", "cosine bend")),
+    "unevenness under opposite changes": (4, of("unevenness 4")),
+    "removals, mean r": (8, of("mean r 8")),
+    **{f"{n} removals, cosine": (n, of(f"removals {n}")) for n in (2, 4, 8)},
+    **{f"{n} changes of all weights, cosine": (n, of(f"weights {n}")) for n in (2, 4, 8)},
+    **{f"{n} runs, half of each, cosine": (n, of(f"mixed {n}")) for n in (2, 4, 8)},
 }
 
 
@@ -410,6 +415,12 @@ def estimates(b: np.ndarray, lines: list[dict], figure) -> np.ndarray:
     return (1 + np.exp(2 * x @ b)) ** -0.5
 
 
+def interval(e: np.ndarray, runs: int) -> tuple[np.ndarray, np.ndarray]:
+    """The interval that `Trust` gives around estimates from so many runs."""
+    log_rho, wide = 0.5 * np.log(np.maximum(e**-2 - 1, 1e-6)), width(max(runs, 1))
+    return tuple((1 + np.exp(2 * (log_rho + s * wide))) ** -0.5 for s in (1, -1))
+
+
 def table() -> None:
     """Every candidate: chosen on three quarters, judged on the fourth."""
     lines = read(TABLE)
@@ -418,7 +429,8 @@ def table() -> None:
     for name, each in zip(("chosen on", "held out"), r, strict=True):
         print(f"{name}: {len(each)} settings, {(each < 0.8).sum()} bad, {(each > 0.95).sum()} good")
     print(
-        "candidate | runs | limit | AUC | warned of bad | of good | within 0.15 || held out: same"
+        "candidate | runs | limit | AUC | warned of bad | of good | within 0.15 | in interval || "
+        "held out: the same"
     )
     for name, (runs, figure) in CANDIDATES.items():
         b, limit = fitted(parts[0], figure)
@@ -426,9 +438,12 @@ def table() -> None:
         for part, real in zip(parts, r, strict=True):
             e = estimates(b, part, figure)
             bad, good, near = e[real < 0.8], e[real > 0.95], np.abs(e - real) <= 0.15
+            low, high = interval(e, runs)
+            inside = (low - 0.01 <= real) & (real <= high + 0.01)
             cells.append(
                 f"{area(bad, good):.3f} | {np.mean(bad < limit):.0%} | {np.mean(good < limit):.0%}"
                 f" | {near.mean():.0%} ({near[real < 0.95].mean():.0%} of r < 0.95)"
+                f" | {inside.mean():.0%}"
             )
         print(" || ".join(cells), f"|| {b.round(2)}")
     share = {n: np.array([x[f"lanes {n} s"] / x["sweep s"] for x in lines]) for n in (2, 4)}
@@ -510,7 +525,7 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=["measure", "table", "remedies"])
-    parser.add_argument("--count", type=int, default=160)
+    parser.add_argument("--count", type=int, default=140)
     parser.add_argument("--raw", type=Path, default=Path("/tmp/trust_raw"))
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -520,4 +535,5 @@ if __name__ == "__main__":
         try_remedies(args.count)
     else:
         table()
-        remedies_table()
+        if REMEDIES.exists():
+            remedies_table()
