@@ -102,7 +102,7 @@ def test_shuffled_scores_are_not_trusted(calm):
     reruns = Reruns(pipeline, 0)
     reruns.grow(8)
     question = ask(pipeline.objective(-1), queries, "loss")
-    asked = pipeline.trained()[-1], (queries, "loss", None), (1.0, 1.0)
+    asked = (queries, "loss", None), (1.0, 1.0)
     order = torch.randperm(len(scores.ids), generator=torch.Generator().manual_seed(0))
     for values, low in ((scores.values), (scores.values[:, order], True)):
         assert reruns.trust(values, question, *asked).warns == low

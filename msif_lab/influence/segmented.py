@@ -201,17 +201,18 @@ class SegmentedInfluence:
         if self.trust == 0 or pipeline.adopted:
             warn_of_growth(self.adjoint_norms_)
         else:
-            trust = self._measure(values, first, question, (queries, target, aggregate), spent)
+            whole = queries, target, aggregate
+            trust = self._measure(first, values, question, whole, spent, progress=progress)
         about = pipeline.stages[first].name, question.target, repr(self), question.aggregate
         ids, origin = pipeline.stages[first].data.ids, pipeline.origin(question)
         return Influence(values, ids, question.ids, *about, origin, trust)
 
-    def _measure(self, values, first, question, asked, spent) -> Trust | None:
+    def _measure(self, first: int, *known, progress: bool) -> Trust | None:
         """As `UnrolledInfluence` measures it."""
-        reruns = self._reruns.setdefault(first, Reruns(self._pipeline, first))
+        if first not in self._reruns:
+            self._reruns[first] = Reruns(self._pipeline, first, memory=self.memory)
         growth = growth_if_rough(self.adjoint_norms_)
-        full = self._full[-1]
-        return measured_trust(reruns, self.trust, values, question, full, asked, spent, growth)
+        return measured_trust(self._reruns[first], self.trust, *known, growth, progress)
 
     def _sweep(
         self, runs: Sequence[KeptRun], gradients: Tensor, first: int, progress: bool

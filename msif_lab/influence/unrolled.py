@@ -158,7 +158,8 @@ class UnrolledInfluence:
     def plan(self, pipeline: Pipeline, queries: Examples | int) -> UnrolledPlan:
         """Segments, bytes and estimated seconds for this many queries, before any long work.
 
-        All queries together, as with ``aggregate``, count as one.
+        All queries together, as with ``aggregate``, count as one. The runs for ``trust_`` come on
+        top of the seconds.
 
         Raises:
             MemoryBudgetError: not even the smallest plan fits the budget.
@@ -274,24 +275,22 @@ class UnrolledInfluence:
         if self.group_fraction:
             values = values + self._level(runs, values, question)
         spent = time.perf_counter() - start
-        trust = self._measure(values, first, question, (queries, target, aggregate), spent)
+        whole = queries, target, aggregate
+        trust = self._measure(first, values, question, whole, spent, progress=progress)
         about = pipeline.stages[first].name, question.target, repr(self), question.aggregate
         ids, origin = pipeline.stages[first].data.ids, pipeline.origin(question)
         return Influence(values, ids, question.ids, *about, origin, trust)
 
-    def _measure(
-        self, values: Tensor, first: int, question: Question, asked: tuple, spent: float
-    ) -> Trust | None:
+    def _measure(self, first: int, *known, progress: bool) -> Trust | None:
         """How far these scores predict removals, with a warning where that, or growth, is bad."""
         if self.trust == 0:
             warn_of_growth(self.adjoint_norms_, stacklevel=4)
             return None
         how = first, self.group_fraction, self.leave_one_out
         if how not in self._reruns:
-            self._reruns[how] = Reruns(self._pipeline, *how)
-        reruns, growth = self._reruns[how], growth_if_rough(self.adjoint_norms_)
-        full = self._full[-1]
-        return measured_trust(reruns, self.trust, values, question, full, asked, spent, growth)
+            self._reruns[how] = Reruns(self._pipeline, *how, memory=self.memory)
+        growth = growth_if_rough(self.adjoint_norms_)
+        return measured_trust(self._reruns[how], self.trust, *known, growth, progress)
 
     def _level(self, runs: Sequence[Trajectory], values: Tensor, question: Question) -> Tensor:
         """What to add to every score so that −Σ over a group of pN is right on average, ``(Q, 1)``.
