@@ -104,7 +104,7 @@ def test_shuffled_scores_are_not_trusted(calm):
     question = ask(pipeline.objective(-1), queries, "loss")
     asked = (queries, "loss", None), (1.0, 1.0)
     order = torch.randperm(len(scores.ids), generator=torch.Generator().manual_seed(0))
-    for values, low in ((scores.values), (scores.values[:, order], True)):
+    for values, low in ((scores.values, False), (scores.values[:, order], True)):
         assert reruns.trust(values, question, *asked).warns == low
     assert reruns.trust(-scores.values, question, *asked).r < 0.5
     assert reruns.trust(0 * scores.values, question, *asked) is None
