@@ -90,7 +90,8 @@ def scorers(
         return method.fit(pipeline, progress).score(queries, progress=progress)
 
     def unrolled(group_fraction: float = 0.0) -> Influence:
-        return scored(UnrolledInfluence(group_fraction=group_fraction))
+        # Agreement is measured for real, so no runs for trust.
+        return scored(UnrolledInfluence(group_fraction=group_fraction, trust=0))
 
     def at_optimum(settings: dict) -> Influence:
         return scored(ImplicitInfluence(solver, **settings))
@@ -130,13 +131,15 @@ def checkpoint_scorers(
     known = scorers(experiment, (), progress)
     ways = {name: known[name] for name in ("unrolled", "implicit, GGN")}
     for count in SEGMENTS:
-        of = SegmentedInfluence(count)
+        of = SegmentedInfluence(count, trust=0)
         ways[f"{count} segments, details"] = partial(scored, of)
-        plain = SegmentedInfluence(count, details=False)
+        plain = SegmentedInfluence(count, details=False, trust=0)
         ways[f"{count} segments"] = partial(scored, plain)
     source = {"curvature": "ggn", "details": False}
-    ways["GGN, 12 segments"] = partial(scored, SegmentedInfluence(12, **source))
-    ways["SOURCE, 12 segments"] = partial(scored, SegmentedInfluence(12, dynamics="flow", **source))
+    ways["GGN, 12 segments"] = partial(scored, SegmentedInfluence(12, trust=0, **source))
+    ways["SOURCE, 12 segments"] = partial(
+        scored, SegmentedInfluence(12, dynamics="flow", trust=0, **source)
+    )
     ways["TracIn, 12 checkpoints"] = partial(scored, TracIn(12))
     return ways
 

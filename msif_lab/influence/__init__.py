@@ -22,6 +22,7 @@ from .run_check import RunCheck
 from .segmented import SegmentedInfluence
 from .subsets import Round, Subset, most_influential
 from .sweep import AlphaSweep
+from .trust import Trust
 from .unrolled import UnrolledInfluence
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "Subset",
     "TopInfluence",
     "TracIn",
+    "Trust",
     "UnrolledInfluence",
     "SegmentedInfluence",
     "UnrolledPlan",

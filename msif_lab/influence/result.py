@@ -2,7 +2,7 @@
 
 import html
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from ..arguments import check_tensor, check_whole, listed, numbers_of, shown
 from ..objective.questions import about_all
 from ..pipeline.origin import Origin, all_rows, checked, difference, some_rows
 from ..storage import read_tensors, valid, write_tensors
+from .trust import Trust
 
 __all__ = ["Influence", "Ranking", "TopInfluence", "rank_stream"]
 
@@ -166,6 +167,8 @@ class Influence(AboutTarget):
         aggregate: empty for a row per query; else what the only row, of query id −1, is made of:
             "mean of 50 queries" and a fingerprint of these queries.
         origin: of which pipeline, queries and target, to tell whether effects belong to it.
+        trust_: how far the scores will predict removals, where their method has measured it; of
+            some of the queries it stays that of all.
     """
 
     values: Tensor
@@ -176,6 +179,7 @@ class Influence(AboutTarget):
     method: str = ""
     aggregate: str = ""
     origin: Origin = field(default_factory=dict, repr=False, compare=False)
+    trust_: Trust | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self):
         check_tensor("values", self.values, "(Q, N)")
@@ -213,6 +217,7 @@ class Influence(AboutTarget):
             self.method,
             self.aggregate,
             some_rows(self.origin, queries),
+            self.trust_,
         )
 
     def _places(self, queries) -> slice | Tensor:
@@ -324,7 +329,8 @@ class Influence(AboutTarget):
             rows = [q for part in parts for q in part.origin["queries"]]
             origin = first.origin | {"queries": rows if len(rows) == len(values) else []}
         about = first.stage, first.target, first.method, "", origin
-        return cls(values, first.ids, query_ids, *about)
+        trust = Trust.together([(part.trust_, len(part)) for part in parts])
+        return cls(values, first.ids, query_ids, *about, trust)
 
     def to_frame(self):
         """A tidy pandas table: one row for each query and example."""
@@ -344,6 +350,8 @@ class Influence(AboutTarget):
         tensors = {"values": self.values, "ids": self.ids, "query_ids": self.query_ids}
         names = ("stage", "target", "method", "aggregate", "origin")
         facts = {name: getattr(self, name) for name in names}
+        if self.trust_ is not None:
+            facts["trust_"] = asdict(self.trust_)
         write_tensors(path, "influence", tensors, facts)
 
     @classmethod
@@ -352,14 +360,17 @@ class Influence(AboutTarget):
         tensors, facts = read_tensors(path, "influence")
         with valid(path):
             facts["origin"] = checked(facts.get("origin", {}))
+            if "trust_" in facts:
+                facts["trust_"] = Trust(**facts["trust_"])
             return cls(tensors["values"], tensors["ids"], tensors["query_ids"], **facts)
 
     def __repr__(self) -> str:
         queries, examples = self.values.shape
         positive = float((self.values > 0).double().mean())
+        trust = f"; removals: {self.trust_.brief()}" if self.trust_ else ""
         return (
             f"Influence({self._rows(queries)} × {examples} examples of {self.stage!r} on "
-            f"{self.target}; {self.method}; {positive:.0%} positive)"
+            f"{self.target}; {self.method}; {positive:.0%} positive{trust})"
         )
 
     def _repr_html_(self) -> str:
@@ -378,4 +389,7 @@ class Influence(AboutTarget):
         )
         caption = f"<caption style='white-space: nowrap'>{title}</caption>"
         head = "<tr><th></th><th>id</th><th>score</th></tr>"
+        if self.trust_ is not None:
+            text = f"{'badly ' * self.trust_.warns}predicts removals: {self.trust_.brief()}"
+            rows.append(f"<tr><td colspan='3'>{text}</td></tr>")
         return f"<table>{caption}{head}{''.join(rows)}</table>"

@@ -1,6 +1,8 @@
 """Segmented influence: a run read as a few stretches of constant curvature (`stretches`)."""
 
+import copy
 import functools
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,7 +27,8 @@ from .cost import SegmentedPlan, count_queries, segmented_plan
 from .replay import kept_runs, step_counts
 from .result import Influence
 from .stretches import MOST_DIMENSIONS, Reading, SegmentAdjoint, Stretch, stretches_of
-from .unrolled import warn_of_growth
+from .trust import Reruns, Trust, check_count, measured_trust
+from .unrolled import growth_if_rough, warn_of_growth
 
 __all__ = ["SegmentedInfluence"]
 
@@ -90,6 +93,8 @@ class SegmentedInfluence:
         memory: for the queries' Krylov spaces, as ``"1GB"``.
         n_jobs: processes through joblib, which share the queries; ``joblib.parallel_config`` moves
             them to a cluster.
+        trust: how many runs to make for ``scores.trust_``, as for `UnrolledInfluence`, where the
+            pipeline has its own run to repeat.
 
     Attributes:
         adjoint_norms_: after `score`, by stage the mean ‖θ̄‖ at each checkpoint.
@@ -122,7 +127,9 @@ class SegmentedInfluence:
         details: bool = True,
         memory: str | int = "1GB",
         n_jobs: int = 1,
+        trust: int | None = None,
     ):
+        self.trust = check_count(trust)
         check_choice("curvature", curvature, ("hessian", "ggn"))
         check_choice("dynamics", dynamics, ("optimizer", "flow"))
         self.segments = check_whole("segments", segments)
@@ -156,7 +163,7 @@ class SegmentedInfluence:
             else:
                 require_loss_curvature(pipeline.objective(k))
         self._runs = kept_runs(pipeline, self.segments, progress)
-        self._pipeline = pipeline
+        self._pipeline, self._reruns = pipeline, {}
         return self
 
     def score(
@@ -174,8 +181,9 @@ class SegmentedInfluence:
             ValueError, TypeError: queries or target do not fit; the pipeline changed since fit.
 
         Warns:
-            UnsmoothTrainingWarning: the run amplifies changes, as for `UnrolledInfluence`; or
-                curvature changes much from stretch to stretch, median `changes_` above 2.
+            UnsmoothTrainingWarning: removals will be predicted badly, as for `UnrolledInfluence`.
+                Of adopted checkpoints, and with ``trust=0``: the run amplifies changes, or curvature
+                changes much from stretch to stretch, median `changes_` above 2.
         """
         if not hasattr(self, "_runs"):
             raise ValueError("call fit(pipeline) before score(queries)")
@@ -183,15 +191,29 @@ class SegmentedInfluence:
         pipeline.require_unchanged(self._full)
         o = pipeline.objective(-1)
         question = ask(o, queries, target, aggregate, derivative=True)
+        start = time.perf_counter()
         gradients = query_gradients(o, self._full[-1], question)
         values, self.adjoint_norms_, self.changes_ = self._sweep(
             self._runs, gradients, first, progress
         )
-        warn_of_growth(self.adjoint_norms_)
-        _warn_of_changes(float(self.changes_.median()))
+        spent = time.perf_counter() - start
+        trust = None
+        if self.trust == 0 or pipeline.adopted:
+            warn_of_growth(self.adjoint_norms_)
+            _warn_of_changes(float(self.changes_.median()))
+        else:
+            whole = queries, target, aggregate
+            trust = self._measure(first, values, question, whole, spent, progress=progress)
         about = pipeline.stages[first].name, question.target, repr(self), question.aggregate
         ids, origin = pipeline.stages[first].data.ids, pipeline.origin(question)
-        return Influence(values, ids, question.ids, *about, origin)
+        return Influence(values, ids, question.ids, *about, origin, trust)
+
+    def _measure(self, first: int, *known, progress: bool) -> Trust | None:
+        """As `UnrolledInfluence` measures it."""
+        if first not in self._reruns:
+            self._reruns[first] = Reruns(self._pipeline, first, memory=self.memory)
+        growth = growth_if_rough(self.adjoint_norms_)
+        return measured_trust(self._reruns[first], self.trust, *known, growth, progress)
 
     def _sweep(
         self, runs: Sequence[KeptRun], gradients: Tensor, first: int, progress: bool
@@ -283,7 +305,10 @@ class SegmentedInfluence:
             raise ValueError("call fit(pipeline) before check()")
         first = self._pipeline.index(stage)
         queries = self._pipeline.stages[-1].data[:5] if queries is None else queries
-        whole = self.score(queries, stage, progress=progress).values
+        scorer = copy.copy(self)
+        scorer.trust = 0  # nothing is retrained here
+        whole = scorer.score(queries, stage, progress=progress).values
+        self.adjoint_norms_ = scorer.adjoint_norms_
         question = ask(self._pipeline.objective(-1), queries, "loss", derivative=True)
         gradients = query_gradients(self._pipeline.objective(-1), self._full[-1], question)
         coarse = [run.thinned(max(1, (len(run.steps) - 1) // 2)) for run in self._runs]

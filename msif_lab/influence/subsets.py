@@ -239,7 +239,7 @@ def _checked(
                 "there is no run to differentiate without the chosen examples; train it with "
                 "recipe=SGD(...) or Adam(...), or rank by ImplicitInfluence(leave_one_out=True)"
             )
-    fresh = RunUnderWeights(memory=method.memory, segments=method.segments)
+    fresh = RunUnderWeights(memory=method.memory, segments=method.segments, trust=0)
     return fresh, first, int(min(rounds, k))
 
 

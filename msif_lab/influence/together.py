@@ -109,4 +109,9 @@ def scored_each(method, pipelines: Sequence[Pipeline], queries: Examples, asked:
     """The method's scores of each run; ``asked``: the other arguments of ``score``."""
     if suits(method, pipelines):
         return scores_together(method, pipelines, queries, **asked)
-    return [copy.copy(method).fit(p, progress=False).score(queries, **asked) for p in pipelines]
+    methods = [copy.copy(method) for _ in pipelines]
+    for one in methods:
+        if hasattr(one, "trust"):
+            one.trust = 0  # an average is judged by its seeds, not by more runs of each
+    pairs = zip(methods, pipelines, strict=True)
+    return [m.fit(p, progress=False).score(queries, **asked) for m, p in pairs]

@@ -6,6 +6,7 @@ however early training stopped. Its derivative goes backwards through the last s
 """
 
 import math
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -32,6 +33,7 @@ from .replay import (
 )
 from .result import Influence
 from .run_check import RunCheck, check_run
+from .trust import Reruns, Trust, check_count, measured_trust
 
 __all__ = ["UnrolledInfluence"]
 
@@ -42,19 +44,30 @@ ROUGH = 5.0
 CHAOTIC = 100.0
 
 
-def warn_of_growth(norms: dict[str, Tensor], stacklevel: int = 3) -> None:
-    """Warn where adjoints of these sizes along each stage's run have grown on their way back."""
+def growth_in_words(norms: dict[str, Tensor]) -> tuple[float, str]:
+    """How far adjoints of these sizes along each stage's run have grown on their way back."""
     growth = {n: float(norm.max() / norm[-1].clamp(min=1e-30)) for n, norm in norms.items()}
     whole = math.prod(growth.values())  # a change in one stage goes on through the next
+    each = ", ".join(f"{name!r} {factor:.0f}-fold" for name, factor in growth.items())
+    return whole, f"the run amplifies small changes {whole:.0f}-fold ({each})"
+
+
+def growth_if_rough(norms: dict[str, Tensor]) -> str:
+    """`growth_in_words` where it is beyond the first limit, else nothing."""
+    whole, words = growth_in_words(norms)
+    return words if whole > ROUGH else ""
+
+
+def warn_of_growth(norms: dict[str, Tensor], stacklevel: int = 3) -> None:
+    """Warn where adjoints of these sizes along each stage's run have grown on their way back."""
+    whole, words = growth_in_words(norms)
     if whole <= ROUGH:
         return
-    each = ", ".join(f"{name!r} {factor:.0f}-fold" for name, factor in growth.items())
     verdict = "so rough that its derivatives predict removals poorly"
     if whole > CHAOTIC:
         verdict = "too chaotic for its derivatives to predict removals"
     warnings.warn(
-        f"the run amplifies small changes {whole:.0f}-fold ({each}), {verdict}; lower the "
-        "learning rate, warm it up or let it decay, and see check()",
+        f"{words}, {verdict}; lower the learning rate, warm it up or let it decay, and see check()",
         UnsmoothTrainingWarning,
         stacklevel=stacklevel,
     )
@@ -91,6 +104,10 @@ class UnrolledInfluence:
             runs of the stage with all weights changed a little at random.
         probes: pairs of such runs, all at once; more for longer training, whose estimate is
             noisier.
+        trust: how many runs to make under other example weights to say how far the scores will
+            predict removals, as ``scores.trust_`` (see `Trust`), at about the price of a training
+            each. Default 4, for fewer than 10 queries 2. They serve later calls too; 0 makes none,
+            and then only the growth of the adjoint warns.
 
     Attributes:
         plan_: after `score`, the `UnrolledPlan` that was followed.
@@ -117,7 +134,9 @@ class UnrolledInfluence:
         group_fraction: float = 0.0,
         leave_one_out: bool = False,
         probes: int = 32,
+        trust: int | None = None,
     ):
+        self.trust = check_count(trust)
         self.memory = parse_bytes(memory)
         self.segments = check_whole("segments", segments, none="as many as fit the memory")
         share = "a fraction of the examples, in [0, 1)"
@@ -136,7 +155,8 @@ class UnrolledInfluence:
     def plan(self, pipeline: Pipeline, queries: Examples | int) -> UnrolledPlan:
         """Segments, bytes and estimated seconds for this many queries, before any long work.
 
-        All queries together, as with ``aggregate``, count as one.
+        All queries together, as with ``aggregate``, count as one. The runs for ``trust_`` come on
+        top of the seconds.
 
         Raises:
             MemoryBudgetError: not even the smallest plan fits the budget.
@@ -167,7 +187,7 @@ class UnrolledInfluence:
         check_instance("pipeline", pipeline, Pipeline)
         require_run(pipeline)
         trained = pipeline.trained()
-        self._pipeline, self._at = pipeline, {}
+        self._pipeline, self._at, self._reruns = pipeline, {}, {}
         plan = self._plan(pipeline, 1)
         runs = self._replay(plan, {}, progress)
         for stage, run, end in zip(pipeline.stages, runs, trained, strict=True):
@@ -232,8 +252,10 @@ class UnrolledInfluence:
             MemoryBudgetError: a single query's sweep exceeds the budget.
 
         Warns:
-            UnsmoothTrainingWarning: the run amplifies changes so much that derivatives predict
-                removals poorly (more than 5-fold over all stages) or not at all (100-fold).
+            UnsmoothTrainingWarning: removals will be predicted badly, as a few real runs show
+                (``scores.trust_``). With ``trust=0``: the run amplifies changes so much that
+                derivatives predict removals poorly (more than 5-fold over all stages) or not at all
+                (100-fold).
         """
         if not hasattr(self, "_runs"):
             raise ValueError("call fit(pipeline) before score(queries)")
@@ -245,15 +267,29 @@ class UnrolledInfluence:
         if asked not in self._at:
             self._at = {asked: self._differentiated_at(first, progress)}
         runs, probes = self._at[asked]
+        start = time.perf_counter()
         values, self.adjoint_norms_ = self._sweep(
             runs, first, question, self.plan_, probes, progress
         )
-        warn_of_growth(self.adjoint_norms_)
         if self.group_fraction:
             values = values + self._level(runs, values, question)
+        spent = time.perf_counter() - start
+        whole = queries, target, aggregate
+        trust = self._measure(first, values, question, whole, spent, progress=progress)
         about = pipeline.stages[first].name, question.target, repr(self), question.aggregate
         ids, origin = pipeline.stages[first].data.ids, pipeline.origin(question)
-        return Influence(values, ids, question.ids, *about, origin)
+        return Influence(values, ids, question.ids, *about, origin, trust)
+
+    def _measure(self, first: int, *known, progress: bool) -> Trust | None:
+        """How far these scores predict removals, with a warning where that, or growth, is bad."""
+        if self.trust == 0:
+            warn_of_growth(self.adjoint_norms_, stacklevel=4)
+            return None
+        how = first, self.group_fraction, self.leave_one_out
+        if how not in self._reruns:
+            self._reruns[how] = Reruns(self._pipeline, *how, memory=self.memory)
+        growth = growth_if_rough(self.adjoint_norms_)
+        return measured_trust(self._reruns[how], self.trust, *known, growth, progress)
 
     def _level(self, runs: Sequence[Trajectory], values: Tensor, question: Question) -> Tensor:
         """What to add to every score so that −Σ over a group of pN is right on average, ``(Q, 1)``.
