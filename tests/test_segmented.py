@@ -385,17 +385,17 @@ def test_stretches_of_changing_curvature_are_named():
     """Where the scores are poor; not where they are good, nor where each step is a stretch."""
     pipeline, queries = rough(0.2, "constant")
     truth = unrolled(pipeline, queries)
-    method = msif.SegmentedInfluence(4).fit(pipeline)
+    method = msif.SegmentedInfluence(4, trust=0).fit(pipeline)
     with pytest.warns(msif.UnsmoothTrainingWarning, match=r"curvature changes.*segments="):
         poor = method.score(queries, progress=False).values
     assert correlation(poor, truth) < 0.8
-    method = msif.SegmentedInfluence(10**6).fit(pipeline)
+    method = msif.SegmentedInfluence(10**6, trust=0).fit(pipeline)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "curvature changes")
         assert relative_error(method.score(queries, progress=False).values, truth) < 1e-2
         assert float(method.changes_.max()) == 0
         pipeline, queries = rough(0.02, "linear")
-        method = msif.SegmentedInfluence(12).fit(pipeline)
+        method = msif.SegmentedInfluence(12, trust=0).fit(pipeline)
         good = method.score(queries, progress=False).values
     assert correlation(good, unrolled(pipeline, queries)) > 0.95
 
@@ -682,7 +682,7 @@ def changed(run, **settings):
 WRONG = {
     "checkpoints | list of two or more": lambda r: changed(r, checkpoints=r.checkpoints[:1]),
     "at the steps [5 | rise from 0": lambda r: changed(r, checkpoints=r.checkpoints[1:]),
-    "rates hold 3 numbers | each of the 48": lambda r: changed(r, rates=[0.1] * 3),
+    "hold 3 numbers | each of the 48": lambda r: changed(r, rates=[0.1] * 3),
     "rates | zero or positive": lambda r: changed(r, rates=-1.0),
     "optimizer=RMSprop | torch.optim.SGD": lambda r: changed(
         r, optimizer=torch.optim.RMSprop([nn.Parameter(torch.ones(1))])
@@ -697,7 +697,7 @@ WRONG = {
     "batches hold 2 entries | each of the 48 steps": lambda r: changed(r, batches=[[0], [1]]),
     "batches[0] must be whole numbers from 0 to": lambda r: changed(r, batches=[[9999]] * 48),
     "means hold 1 state dicts | each of the": lambda r: changed(r, means=[{}]),
-    "the mean after step 0: | is missing": lambda r: changed(
+    "the mean in means after step 0: | is missing": lambda r: changed(
         r, means=[{}] * (len(r.checkpoints) - 1)
     ),
     "does not hold the parameters | requires_grad_(False) | msif.SGD(": lambda r: changed(

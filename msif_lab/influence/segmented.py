@@ -182,8 +182,8 @@ class SegmentedInfluence:
 
         Warns:
             UnsmoothTrainingWarning: removals will be predicted badly, as for `UnrolledInfluence`.
-                Of adopted checkpoints, and with ``trust=0``: the run amplifies changes, or curvature
-                changes much from stretch to stretch, median `changes_` above 2.
+                Of adopted checkpoints, and with ``trust=0``: the run amplifies changes, or its
+                curvature changes much from stretch to stretch, median `changes_` above 2.
         """
         if not hasattr(self, "_runs"):
             raise ValueError("call fit(pipeline) before score(queries)")
