@@ -104,8 +104,8 @@ class UnrolledInfluence:
         probes: pairs of such runs, all at once; more for longer training, whose estimate is
             noisier.
         trust: how many runs to make under other example weights to say how far the scores will
-            predict removals, as ``scores.trust_`` (see `Trust`). Default 8 from 20 queries on, 4
-            from 10 on, else 2: side by side they take from 1.5 trainings in small nets to one each
+            predict removals, as ``scores.trust_`` (see `Trust`). Default 2, from 20 queries
+            on 4, from 50 on 8: side by side they take from 1.5 trainings in small nets to one each
             in large ones. They serve later calls too; 0 makes none, and then only the growth of the
             adjoint warns.
 
