@@ -4,13 +4,14 @@
     python tests/benchmarks/bench_trust.py table
     python tests/benchmarks/bench_trust.py remedies
     python tests/benchmarks/bench_trust.py own
+    python tests/benchmarks/bench_trust.py cost
 
 `measure` trains small nets at rates from calm to chaotic, one line of `trust.csv` for each: r of
 unrolled scores with real same-seed removals of 40 random examples (100 where r is below 0.95), and
 what each candidate says of it from a few other runs. `table` chooses every threshold on three
 quarters of the settings and shows how it does on the fourth (every fourth by number, fixed before
 the first was run). `remedies` trains the first rough ones again with one thing changed. `own` tries
-`scores.trust_` itself on half of the held-out settings, by every method that has it.
+`scores.trust_` itself on a quarter of the held-out settings, by every method that has it.
 """
 
 import argparse
@@ -198,22 +199,19 @@ def weightings(values: torch.Tensor) -> tuple[torch.Tensor, dict]:
     return torch.cat(list(kinds.values())), rows
 
 
-def cpu_seconds(call, repeats: int = 1) -> float:
+def cpu_seconds(call, *given, **settings) -> float:
     start = time.process_time()
-    for _ in range(repeats):
-        call()
-    return (time.process_time() - start) / repeats
+    call(*given, **settings, progress=False)
+    return time.process_time() - start
 
 
 def measure(one: dict, run: int = 0) -> dict:
     """Everything about one setting: predicted and actual changes of q, growth, and seconds."""
     pipeline, queries = build(one, run)
-    attributor = msif.UnrolledInfluence().fit(pipeline, progress=False)
+    attributor = msif.UnrolledInfluence(trust=0).fit(pipeline, progress=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        start = time.process_time()
         values = attributor.score(queries, progress=False).values
-        sweep = time.process_time() - start
     growth = 1.0
     for norms in attributor.adjoint_norms_.values():
         growth *= float(norms.max() / norms[-1])
@@ -228,11 +226,7 @@ def measure(one: dict, run: int = 0) -> dict:
         "parameters": again.parameters[-1][rows["pairs"].start :] - pipeline.trained()[-1],
         "rows": rows,
         "growth": growth,
-        "sweep": sweep,
     }
-    for lanes in (2, 4):
-        w = {0: weights[rows["probes"]][:lanes]}
-        found[f"lanes {lanes}"] = cpu_seconds(lambda w=w: pipeline.retrain(w, progress=False))
     return {"one": one, **found}
 
 
@@ -289,8 +283,7 @@ def figures(found: dict) -> dict:
                 one[f"unevenness {n}"] = unevenness(some_a)
             elif name == "removals" and n > 2:
                 one[f"mean r {n}"] = pearson(some_p, some_a)
-    times = {name: found[name] for name in ("sweep", "lanes 2", "lanes 4")}
-    return one | {f"{name} s": round(t, 3) for name, t in times.items()}
+    return one
 
 
 def write(path: Path, lines: list[dict]) -> None:
@@ -448,9 +441,6 @@ def table() -> None:
                 f" | {inside.mean():.0%}"
             )
         print(" || ".join(cells), f"|| {b.round(2)}")
-    share = {n: np.array([x[f"lanes {n} s"] / x["sweep s"] for x in lines]) for n in (2, 4)}
-    for n, each in share.items():
-        print(f"{n} runs: {np.median(each):.0%} of a sweep of {QUERIES} queries, median")
 
 
 # ---- Remedies ----
@@ -573,11 +563,31 @@ def own(numbers: list[int]) -> None:
         )
 
 
+def cost() -> None:
+    """What runs take beside a sweep, in processor time, on one setting in eight."""
+    shares: dict[tuple[int, int], list[float]] = {}
+    for one in settings(140)[1::8]:
+        pipeline, _ = build(one)
+        with warnings.catch_warnings(), contextlib.suppress(ValueError, msif.NotConvergedError):
+            warnings.simplefilter("ignore")
+            method = msif.UnrolledInfluence(trust=0).fit(pipeline, progress=False)
+            m, lanes = len(pipeline.stages[0].data), {}
+            for n in (1, 2, 4, 8):
+                lanes[n] = cpu_seconds(pipeline.retrain, {0: torch.ones(n, m)})
+            for count in (QUERIES, 2 * QUERIES, 5 * QUERIES):
+                sweep = cpu_seconds(method.score, pipeline.stages[-1].data[:count])
+                for n, seconds in lanes.items():
+                    shares.setdefault((n, count), []).append(seconds / sweep)
+    for (n, count), each in sorted(shares.items()):
+        low, middle, high = np.quantile(each, [0.1, 0.5, 0.9])
+        print(f"{n} runs beside a sweep of {count} queries: {middle:.0%} ({low:.0%} to {high:.0%})")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["measure", "table", "remedies", "own"])
+    parser.add_argument("what", choices=["measure", "table", "remedies", "own", "cost"])
     parser.add_argument("--count", type=int, default=140)
     parser.add_argument("--raw", type=Path, default=Path("/tmp/trust_raw"))
     args = parser.parse_args()
@@ -586,8 +596,10 @@ if __name__ == "__main__":
         measure_all(range(args.count), args.raw)
     elif args.what == "remedies":
         try_remedies(args.count)
+    elif args.what == "cost":
+        cost()
     elif args.what == "own":
-        own([i for i in range(args.count) if i % 8 == 3])
+        own([i for i in range(args.count) if i % 16 == 3])
     else:
         table()
         if REMEDIES.exists():
