@@ -235,8 +235,9 @@ class AveragedInfluence:
             scores differ in size by orders, count as much as calm ones; ``"median"``.
         n_jobs: processes through joblib; ``joblib.parallel_config`` moves them to a cluster.
         lanes: how many runs a process scores at once, vectorised over models, by
-            `UnrolledInfluence` on its own; they share its memory budget. With small MLPs
-            eight take about 0.7 of the time, with conv nets hardly less. Other methods score one run after the other.
+            `UnrolledInfluence` on its own; they share its memory budget. With small MLPs eight take
+            about 0.7 of the time, with conv nets hardly less. Other methods score one run after the
+            other.
 
     >>> import msif_lab as msif
     >>> train, test = msif.load_digits()
