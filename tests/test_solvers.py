@@ -279,3 +279,11 @@ def test_exact_and_cg_give_the_same_scores(link, curvature):
     for exact, tight, loose in zip(found["exact"], found["tight"], found["loose"], strict=True):
         assert relative_error(tight, exact) <= 1e-8
         assert relative_error(loose, exact) > 1e-3  # negative control
+
+
+@pytest.mark.parametrize("kind", [msif.ConjugateGradient, msif.MINRES, msif.LiSSA])
+def test_solvers_by_products_take_a_matrix(kind):
+    matrix = 2 * torch.eye(3, dtype=torch.float64) + 0.1
+    columns = torch.tensor([[1.0], [2.0], [3.0]], dtype=torch.float64)
+    found, _ = kind().prepare(matrix).solve(columns)
+    assert torch.allclose(found, torch.linalg.solve(matrix, columns), atol=1e-2)

@@ -115,7 +115,7 @@ class ConjugateGradient(Settings):
 
     def prepare(self, operator: Operator) -> "Preconditioned":
         """Make the preconditioner, once for all solves."""
-        check_operator(operator)
+        check_operator(operator, dense=True)
         made = None if self.preconditioner is None else self.preconditioner.prepare(operator)
         return Preconditioned(self, operator, made)
 

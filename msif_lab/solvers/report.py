@@ -126,7 +126,7 @@ class Prepared:
     """An operator waiting for right-hand sides, for solvers with nothing to prepare."""
 
     def __init__(self, solver, operator: Operator):
-        check_operator(operator)
+        check_operator(operator, dense=True)
         self.solver = solver
         self.operator = operator
 
@@ -184,8 +184,16 @@ def check_columns(operator: Operator, b: Tensor) -> None:
         )
 
 
-def check_operator(operator) -> None:
-    """Refuse what is no operator, such as a dense matrix."""
+def check_operator(operator, dense: bool = False) -> None:
+    """Refuse what is no operator.
+
+    Args:
+        operator: as given.
+        dense: whether a matrix ``(P, P)`` will do, as for solvers that need only ``A @ V``.
+    """
+    square = isinstance(operator, Tensor) and operator.ndim == 2 and len({*operator.shape}) == 1
+    if dense and square:
+        return
     check_instance(
         "operator", operator, Operator, "as pipeline.curvature(stage) gives it, plus a damping"
     )
