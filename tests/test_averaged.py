@@ -88,6 +88,12 @@ def test_kept_runs_are_not_trained_again(tmp_path, runs, monkeypatch):
     )
 
 
+def test_a_seed_that_changes_nothing_is_refused_before_any_training(monkeypatch):
+    monkeypatch.setattr(msif.Pipeline, "fit", lambda *a, **k: pytest.fail("trained"))
+    with pytest.raises(ValueError, match=r"seeds 0 and 1 .* the seed changes nothing"):
+        msif.over_seeds(lambda seed: build(0), 2, progress=False)
+
+
 def test_a_store_of_other_stages_is_refused(tmp_path):
     msif.over_seeds(build, 1, store=tmp_path, progress=False)
     with pytest.raises(msif.SavedFileError, match="data"):
@@ -179,7 +185,10 @@ def test_pytorch_layers_are_drawn_as_when_they_are_made(model):
         (lambda: msif.over_seeds(build, [1, 1]), ValueError, "different whole numbers"),
         (lambda: msif.over_seeds(build, [0.5]), ValueError, "seeds="),
         (lambda: msif.over_seeds(build, "01"), TypeError, "seeds='01'"),
-        (lambda: msif.over_seeds(build, 2, redraw="weights"), ValueError, "redraw="),
+        (lambda: msif.over_seeds(build, 2, redraw="weights"), TypeError, "redraw="),
+        (lambda: msif.over_seeds(build, 2, redraw=3), TypeError, "redraw=3"),
+        (lambda: msif.over_seeds(build, 2, redraw=[["weights"]]), ValueError, "redraw="),
+        (lambda: msif.over_seeds(build, True), ValueError, "seeds=True"),
         (lambda: msif.SeedRuns([]), TypeError, "pipelines must be"),
         (lambda: msif.SeedRuns([build(0)]), ValueError, "not trained"),
         (lambda: msif.AveragedInfluence("unrolled"), TypeError, "method is str"),
@@ -279,6 +288,15 @@ def test_reliability_predicts_what_more_seeds_bring():
     ]
     assert reached[0] == pytest.approx(0.9, abs=0.03) and reached[1] < 0.86
     assert few.expected_r(need) == pytest.approx(0.9, abs=0.02)
+
+
+def test_a_single_example_has_no_reliability():
+    one = made_up(torch.tensor([[[1.0]], [[1.5]], [[0.5]]], dtype=torch.float64))
+    assert one.standard_error.shape == (1, 1) and one.trusted().shape == (1, 1)
+    assert "seed with another" not in repr(one)
+    for call in (one.seeds_needed, one.expected_r):
+        with pytest.raises(ValueError, match="do not vary over the examples"):
+            call()
 
 
 def test_rows_means_files_and_parts(tmp_path, runs, queries, scores):
@@ -381,12 +399,13 @@ def test_lanes_share_a_budget(runs, queries, scores):
 
 def test_what_cannot_go_side_by_side_goes_one_by_one(runs, queries):
     from msif_lab.influence.together import suits
+    from msif_lab.pipeline.seeds import one_function
 
     unlike = [runs[0], build(7).fit(progress=False)]
     unlike[1].stages[0].weight_decay = 0.5
     unlike[1].fit(progress=False)
     assert suits(msif.UnrolledInfluence(), runs.pipelines)
-    assert not suits(msif.UnrolledInfluence(), unlike)
+    assert one_function(runs.pipelines) is not None and one_function(unlike) is None
     assert not suits(msif.UnrolledInfluence(leave_one_out=True), runs.pipelines)
     assert not suits(msif.GradientDot(), runs.pipelines)
     for method in (msif.UnrolledInfluence(group_fraction=0.5), msif.GradientDot()):

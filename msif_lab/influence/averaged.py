@@ -126,7 +126,6 @@ class InfluenceOverSeeds(Influence):
 
         ``√(Sρ / (1 + (S − 1)ρ))`` (Spearman and Brown), ρ the mean `reliability` of the queries.
         """
-        self._require_several("a reliability")
         count = check_whole("seeds", seeds, none="their number") or len(self.seeds)
         return math.sqrt(spearman_brown(self._rho(), count))
 
@@ -140,13 +139,17 @@ class InfluenceOverSeeds(Influence):
         """
         if not isinstance(r, (int, float)) or not 0 < r < 1:
             raise ValueError(f"r={r!r} must be a correlation between 0 and 1")
-        self._require_several("a reliability")
         rho = self._rho()
         if rho <= 0:
             return math.inf
         return max(1, math.ceil(r * r * (1 - rho) / (rho * (1 - r * r)) - 1e-9))
 
     def _rho(self) -> float:
+        self._require_several("a reliability")
+        if bool(self.reliability.isnan().all()):
+            raise ValueError(
+                "the scores do not vary over the examples, so their reliability is not known"
+            )
         return float(self.reliability.nanmean().clamp(0.0, 1.0))
 
     def _require_several(self, what: str) -> None:
@@ -200,8 +203,9 @@ class InfluenceOverSeeds(Influence):
         )
 
     def _sure(self) -> str:
-        share, rho = float(self.trusted().double().mean()), self._rho()
-        return f"{share:.0%} of signs sure, one seed with another r {rho:.2f}"
+        sure = f"{float(self.trusted().double().mean()):.0%} of signs sure"
+        known = not bool(self.reliability.isnan().all())
+        return sure + (f", one seed with another r {self._rho():.2f}" if known else "")
 
     def _repr_html_(self) -> str:
         one = self.mean()

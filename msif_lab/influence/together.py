@@ -22,18 +22,17 @@ __all__ = ["scored_each", "scores_together"]
 
 
 def suits(method, pipelines: Sequence[Pipeline]) -> bool:
-    """Whether `scores_together` gives what the method gives of each run."""
+    """Whether `scores_together` gives what the method gives of each run, if they are alike."""
     if type(method) is not UnrolledInfluence or method.leave_one_out or method.group_fraction:
         return False
     recipes = [stage.recipe for stage in pipelines[0].stages]
-    if len(pipelines) < 2 or not all(isinstance(recipe, MiniBatch) for recipe in recipes):
-        return False
-    return one_function(pipelines) is not None
+    return len(pipelines) > 1 and all(isinstance(recipe, MiniBatch) for recipe in recipes)
 
 
 def scores_together(
     method: UnrolledInfluence,
     pipelines: Sequence[Pipeline],
+    alike: tuple[list, list],
     queries: Examples,
     *,
     stage: int | str = 0,
@@ -46,6 +45,7 @@ def scores_together(
     Args:
         method: without `group_fraction` and `leave_one_out`.
         pipelines: S of them, which `suits` the method.
+        alike: what `one_function` says of them.
         queries, stage, target, aggregate, progress: as in `UnrolledInfluence.score`.
 
     Raises:
@@ -62,7 +62,7 @@ def scores_together(
     ]
     asked = len(questions[0])
     plan = make_plan(lead, asked * len(pipelines), method.memory, method.segments, len(pipelines))
-    runs = _replay(pipelines, plan)
+    runs = _replay(pipelines, alike, plan)
     ends = zip(pipelines, runs[-1].final, questions, strict=True)
     # (S, Q, D), and Q of them in parts that fit for all seeds
     gradients = torch.stack([query_gradients(p.objective(-1), end, q) for p, end, q in ends])
@@ -89,10 +89,9 @@ def scores_together(
     return found
 
 
-def _replay(pipelines: Sequence[Pipeline], plan) -> list[Trajectory]:
+def _replay(pipelines: Sequence[Pipeline], alike: tuple, plan) -> list[Trajectory]:
     """Every stage's runs from the initial weights, a lane for each pipeline."""
-    lead = pipelines[0]
-    starts, seeds = one_function(pipelines)
+    lead, (starts, seeds) = pipelines[0], alike
     runs, previous = [], None
     for k, stage in enumerate(lead.stages):
         p = lead.functional(k)
@@ -107,8 +106,8 @@ def _replay(pipelines: Sequence[Pipeline], plan) -> list[Trajectory]:
 
 def scored_each(method, pipelines: Sequence[Pipeline], queries: Examples, asked: dict) -> list:
     """The method's scores of each run; ``asked``: the other arguments of ``score``."""
-    if suits(method, pipelines):
-        return scores_together(method, pipelines, queries, **asked)
+    if suits(method, pipelines) and (alike := one_function(pipelines)):
+        return scores_together(method, pipelines, alike, queries, **asked)
     methods = [copy.copy(method) for _ in pipelines]
     for one in methods:
         if hasattr(one, "trust"):

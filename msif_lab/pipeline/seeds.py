@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_path, check_whole
+from ..arguments import check_path, check_whole, listed
 from ..fingerprints import describe, same_by_name
 from ..objective.exclusive import exclusive
 from ..objective.layout import Layout
 from ..objective.wrapping import plain_module
 from ..parallel import check_jobs, each_result
-from ..storage import check_writable
+from ..storage import check_writable, digest
 from .pipeline import Pipeline
 from .recipes import FitReport, progress_bar
 
@@ -25,6 +25,10 @@ PARTS = ("weights", "batches")
 # By how much the spread of redrawn weights may differ from that of the given ones, besides the
 # noise of a small tensor; PyTorch's own ways of drawing a linear layer are 1.7-fold apart.
 SPREAD = 1.25
+NO_CHANGE = (
+    "so the seed changes nothing: build(seed) must pass it on to the models (initial weights) and "
+    "recipes (batches)"
+)
 
 
 class SeedRuns(Sequence):
@@ -56,8 +60,7 @@ class SeedRuns(Sequence):
                 if torch.equal(ends[j], end):
                     raise ValueError(
                         f"the runs of seeds {self.seeds[j]} and {self.seeds[i]} end at the same "
-                        "weights, so the seed changes nothing: build(seed) must pass it on to the "
-                        "models (initial weights) and recipes (batches)"
+                        f"weights, {NO_CHANGE}"
                     )
 
     def __len__(self) -> int:
@@ -123,18 +126,20 @@ def over_seeds(
     >>> msif.over_seeds(msif.Pipeline([stage]), seeds=3)
     SeedRuns(3 seeds 0, 1, 2 of stages ['digits'])
     """
-    seeds = _seeds(range(seeds) if isinstance(seeds, int) else seeds)
+    given = isinstance(seeds, Iterable)
+    seeds = _seeds(seeds if given else range(check_whole("seeds", seeds, why="or several")))
     lanes, n_jobs = check_whole("lanes", lanes), check_jobs(n_jobs)
     if store is not None:
         check_path("store", store)
-    unknown = isinstance(redraw, str) or not redraw or not set(redraw) <= set(PARTS)
-    if unknown:
+    redraw = listed("redraw", redraw, f"one or more of {PARTS}")
+    if not redraw or any(part not in PARTS for part in redraw):
         raise ValueError(f"redraw={redraw!r} must hold one or more of {PARTS}")
     pipelines = [_made(build, seed, redraw) for seed in seeds]
     for seed, pipeline in zip(seeds, pipelines, strict=True):
         _require_alike(pipelines[0], pipeline, f"build({seed})")
         for ours, first in zip(pipeline.stages, pipelines[0].stages, strict=True):
             ours.data = first.data  # the same numbers, kept once
+    _require_different(pipelines, seeds)
     paths = _paths(store, seeds)
     left = [i for i, path in enumerate(paths) if path is None or not path.exists()]
     for i in set(range(len(seeds))) - set(left):
@@ -240,6 +245,17 @@ def _require_alike(first: Pipeline, pipeline: Pipeline, name: str) -> None:
             differ.append("link")
         if differ:
             raise ValueError(f"{name}: stage {ours.name!r} has another {differ[0]}")
+
+
+def _require_different(pipelines: Sequence[Pipeline], seeds: Sequence[int]) -> None:
+    """Refuse seeds that give the same initial weights and recipes, before any training."""
+    found: dict[tuple, int] = {}
+    for seed, pipeline in zip(seeds, pipelines, strict=True):
+        weights = digest(*(pipeline.initial(k) for k in range(len(pipeline.stages))))
+        recipes = tuple(describe(stage.recipe) for stage in pipeline.stages)
+        other = found.setdefault((weights, recipes), seed)
+        if other != seed:
+            raise ValueError(f"seeds {other} and {seed} give the same run, {NO_CHANGE}")
 
 
 def _made(build, seed: int, redraw: Sequence[str]) -> Pipeline:
