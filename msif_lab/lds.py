@@ -104,7 +104,7 @@ def datamodel(runs: SeedRuns, queries: Examples, count: int, folder=None) -> Ten
 
 
 def scored(build, runs: SeedRuns, queries: Examples, folder, costs: dict) -> dict[str, object]:
-    """Scores by method, or ``(method, kind)`` where they are for one kind of removal.
+    """Scores by method, averaged over the runs.
 
     Args:
         build: the experiment of a seed.
@@ -127,8 +127,7 @@ def scored(build, runs: SeedRuns, queries: Examples, folder, costs: dict) -> dic
         return _of_rows(torch.stack([e.values for e in each]), template)
 
     found: dict = {}
-    whole = average(UnrolledInfluence(), runs)
-    template = whole
+    template = average(UnrolledInfluence(), runs)
     ways = {
         "unrolled, for 10 %": lambda: average(UnrolledInfluence(group_fraction=0.1)),
         "unrolled, for 50 %": lambda: average(UnrolledInfluence(group_fraction=0.5)),
@@ -143,8 +142,7 @@ def scored(build, runs: SeedRuns, queries: Examples, folder, costs: dict) -> dic
     }
     for count in COUNTS:
         if count <= len(runs):
-            rows = whole.per_seed[:count]
-            found[f"unrolled, {count} seeds"] = _of_rows(rows, template)
+            found[f"unrolled, {count} seeds"] = template.some(range(count))
     for name, way in ways.items():
         start = time.perf_counter()
         found[name] = way()

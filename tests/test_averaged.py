@@ -171,7 +171,16 @@ def test_pytorch_layers_are_drawn_as_when_they_are_made(model):
         expected = {n: p.detach().clone() for n, p in model().named_parameters()}
     _draw(layers, 3, "layers")
     for name, p in layers.named_parameters():
-        assert float(p.std()) == pytest.approx(float(expected[name].std()), rel=0.6, abs=0.15), name
+        if isinstance(layers, nn.TransformerEncoderLayer):  # whose layers are drawn in other order
+            assert (p == p.flatten()[0]).all() == (
+                expected[name] == expected[name].flatten()[0]
+            ).all()
+            wide = p.numel() > 100
+            assert not wide or float(p.detach().std() / expected[name].std()) == pytest.approx(
+                1, 0.2
+            )
+        else:
+            assert torch.equal(p.detach(), expected[name]), name
 
 
 @pytest.mark.parametrize(
@@ -388,6 +397,72 @@ def test_lanes_give_each_seeds_own_run_and_scores(link, recipe):
         if stage != 1:  # frozen, nothing that the second stage trains is taken over
             # A control: each seed's scores are its own.
             assert not torch.allclose(ours.per_seed[0], theirs.per_seed[1], rtol=1e-2)
+
+
+class Recurrent(nn.Module):
+    def __init__(self, classes: int):
+        super().__init__()
+        self.body = nn.LSTM(8, 6, batch_first=True)
+        self.head = nn.Linear(6, classes)
+
+    def forward(self, x):
+        return self.head(self.body(x.reshape(-1, 8, 8))[0][:, -1])
+
+
+class Masked(nn.Module):
+    """A transformer that does not see the pixel rows without ink."""
+
+    def __init__(self, classes: int):
+        super().__init__()
+        self.body = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(8, classes)
+
+    def forward(self, x):
+        rows = x.reshape(-1, 8, 8)
+        seen = self.body(rows, src_key_padding_mask=rows.abs().sum(-1) < 0.2)
+        return self.head(seen.mean(1))
+
+
+class Normed(nn.Module):
+    def __init__(self, classes: int):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4))
+        self.head = nn.Linear(256, classes)
+
+    def forward(self, x):
+        return self.head(self.body(x).tanh().flatten(1))
+
+
+@pytest.mark.parametrize("net", [Recurrent, Masked, Normed])
+def test_lanes_of_other_nets_in_float32(net):
+    """Side by side where `vmap` can, else one by one, and the same numbers either way."""
+    train, test = msif.load_digits(dtype=torch.float32)
+    data = train.select(range(3), n=45), train.select(range(3, 6), n=30)
+
+    def build(seed):
+        stages = []
+        for k, examples in enumerate(data):
+            recipe = msif.SGD(0.05, epochs=2, batch_size=15, seed=2 * seed + k)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(2 * seed + k)
+                model = net(3).eval()
+            link = msif.WarmStart() if k else None
+            stages.append(msif.Stage(f"s{k}", model, examples, recipe=recipe, link=link))
+        return msif.Pipeline(stages)
+
+    alone, runs = (msif.over_seeds(build, 2, lanes=lanes, progress=False) for lanes in (1, 2))
+    for ours, theirs in zip(runs, alone, strict=True):
+        assert torch.allclose(ours.trained()[-1], theirs.trained()[-1], atol=1e-5)
+    queries = test.select(range(3, 6), n=3)
+    each, together = (
+        msif.AveragedInfluence(msif.UnrolledInfluence(), lanes=lanes)
+        .fit(runs)
+        .score(queries, progress=False)
+        .per_seed
+        for lanes in (1, 2)
+    )
+    assert torch.allclose(each, together, rtol=1e-3, atol=1e-4 * float(each.abs().max()))
+    assert not torch.allclose(each[0], together[1], rtol=1e-1)
 
 
 def test_lanes_share_a_budget(runs, queries, scores):

@@ -383,3 +383,22 @@ TITLES = {
 def test_readme_shows_what_averaged_scores_reach(setting, link):
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert average_row(TITLES[setting], setting, link) in lines
+
+
+def test_readme_says_the_efficiency_of_averaged_scores():
+    import pandas
+
+    settings = [("mnist", "frozen"), ("mnist", "warm start"), ("cifar", "warm start")]
+    methods = {
+        "one": ("unrolled, 8 seeds", "for single examples"),
+        "10 %": ("unrolled, for 10 %", "for 10 %"),
+        "50 %": ("unrolled, for 50 %", "for halves"),
+    }
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    for kind, (method, words) in methods.items():
+        found = []
+        for setting, link in settings:
+            table = pandas.read_csv(ROOT / f"notebooks/results/{setting}_average.csv")
+            chosen = table[(table.link == link) & (table.removals == kind)]
+            found.append(f"{chosen.set_index('method').efficiency[method]:.2f}")
+        assert f"{found[0]}, {found[1]} and {found[2]} {words}" in text
