@@ -570,3 +570,11 @@ def test_noise_is_taken_out_of_r():
     noise = torch.randn(4, 20, 400, generator=draw, dtype=torch.float64)
     worse = msif.agreement(made_up(-own.per_seed + 3 * noise), effects, retrained=own).noise
     assert worse.intervals["efficiency"][1] < 0.9
+
+
+def test_without_reliability_nothing_is_promised():
+    draw = torch.Generator().manual_seed(4)
+    truth = torch.randn(6, 20, generator=draw, dtype=torch.float64)
+    effects = noisy(4, 1e-3, draw, truth)
+    found = msif.agreement(made_up(-truth[None].expand(2, -1, -1)), effects).noise
+    assert all(math.isnan(end) for ends in found.intervals.values() for end in ends)

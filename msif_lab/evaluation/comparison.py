@@ -58,7 +58,8 @@ class Noise:
         measured: whether it was.
         efficiency: score efficiency, r of the scores ÷ ``ceiling``.
         corrected: r with the mean of infinitely many seeds, from the r with the mean of F.
-        intervals: bootstrap 95 % intervals of ``efficiency`` and ``corrected``, over queries.
+        intervals: bootstrap 95 % intervals of ``efficiency`` and ``corrected``, over queries; NaN
+            where the reliability is too low to know them.
     """
 
     reliability: float
@@ -73,7 +74,10 @@ class Noise:
         """As the rows of `Agreement`: name, value, interval, and nothing pooled."""
         ours, truth = self.seeds
         means = f"{ours} retraining{'s' if ours > 1 else ''}"
-        spans = {name: f"{low:.3f} – {high:.3f}" for name, (low, high) in self.intervals.items()}
+        spans = {
+            name: "not known" if numpy.isnan(low) else f"{low:.3f} – {high:.3f}"
+            for name, (low, high) in self.intervals.items()
+        }
         return [
             (f"r of {means}", f"{self.ceiling:.3f}", "measured" if self.measured else "est.", ""),
             ("score efficiency", f"{self.efficiency:.3f}", spans["efficiency"], ""),
@@ -210,13 +214,16 @@ def _noise(r, effects: EffectsOverSeeds, count: int, own, resamples: int, seed: 
         raise ValueError("no query's effects vary under each seed, so their noise is not known")
 
     def found(means):  # mean r, reliability and r of retraining → ceiling, efficiency, corrected
-        share = numpy.clip(means[1], 1e-12, 1.0)
+        # without reliability nobody knows what retraining would reach
+        share = numpy.where(means[1] > 0, numpy.minimum(means[1], 1.0), numpy.nan)
         others = [n * share / (1 + (n - 1) * share) for n in (count, truth)]
         ceiling = means[2] if own is not None else numpy.sqrt(others[0] * others[1])
         return numpy.array([ceiling, means[0] / ceiling, means[0] / numpy.sqrt(others[1])])
 
     draws = numpy.random.default_rng(seed).integers(rows.shape[1], size=(resamples, rows.shape[1]))
-    spread = numpy.percentile(found(rows[:, draws].mean(2)), [2.5, 97.5], axis=1).T
+    drawn = found(rows[:, draws].mean(2))
+    ends = numpy.nanpercentile if numpy.isnan(drawn).mean() <= 0.01 else numpy.percentile
+    spread = ends(drawn, [2.5, 97.5], axis=1).T
     ceiling, efficiency, corrected = found(rows.mean(1)).tolist()
     intervals = {
         name: tuple(spread[i].tolist()) for i, name in ((1, "efficiency"), (2, "corrected"))
