@@ -14,8 +14,9 @@ from torch import nn
 import msif_lab as msif
 from msif_lab.curvature.matrices import Hessian
 from msif_lab.influence import segmented as segmented_module
+from msif_lab.influence.path import RunPath
 from msif_lab.influence.replay import kept_runs as kept_runs_of
-from msif_lab.influence.stretches import by_flow, krylov
+from msif_lab.influence.stretches import by_flow, krylov, spread
 
 README = Path(__file__).parents[1] / "README.md"
 N = 10
@@ -112,6 +113,22 @@ MINI = {
     "adam": SteadyAdam(0.02, epochs=2, batch_size=4),
     "adamw": Steady(0.02, epochs=2, batch_size=4, schedule="linear"),
 }
+
+
+@pytest.mark.parametrize("recipe", [*RECIPES, *MINI, "true adam", "true adamw"])
+@pytest.mark.parametrize("links", [(), ("frozen",), ("proximal",), ("warm", "frozen")])
+def test_step_by_step_with_a_stretch_for_each_it_is_the_unrolled_derivative(recipe, links):
+    """Of Adam with all that its squared gradients pass on; longer stretches come close."""
+    true = {"true adam": msif.Adam, "true adamw": msif.AdamW}
+    known = RECIPES | MINI
+    recipe = known[recipe] if recipe in known else true[recipe](0.02, epochs=3, batch_size=4)
+    pipeline = chain(recipe, *(LINKS[link] for link in links))
+    queries = examples(9, n=3)
+    for stage in range(len(links) + 1):
+        truth = unrolled(pipeline, queries, stage)
+        assert relative_error(segmented(pipeline, queries, 99, stage), truth) < 1e-9, stage
+    near = [relative_error(segmented(pipeline, queries, n, stage), truth) for n in (1, 3)]
+    assert near[1] < near[0] and near[0] > 1e-7
 
 
 @pytest.mark.parametrize("recipe", MINI)
@@ -320,6 +337,47 @@ def test_krylov_spaces_that_end_early_are_exact():
     assert basis.shape == (20, 0) and values.shape == (0,) and rotation.shape == (0, 0)
 
 
+# ---- Weights between checkpoints ----
+
+
+def path_of(recipe, segments, links=()):
+    """A path beside the weights that it stands for, of each stretch of the first stage."""
+    pipeline = chain(recipe, *links)
+    run = kept_runs_of(pipeline, segments)[0]
+    path = RunPath(run, pipeline.fresh_lanes(0, None))
+    every = kept_runs_of(pipeline, 10**6)[0]
+    truth = [path._trained(full) for full in every.fulls]
+    for index, (a, b) in enumerate(zip(run.steps, run.steps[1:], strict=False)):
+        ours = torch.cat([theta for theta, _ in path.segment(index)])
+        yield run, index, ours, torch.stack(truth[a:b])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "exact"),
+    [
+        (msif.SGD(0.05, epochs=4, batch_size=4, schedule="linear", warmup=2), 3),
+        (msif.SGD(0.05, momentum=0.0, epochs=4, batch_size=4), 2),
+        (msif.SGD(0.05, epochs=4, batch_size=4, nesterov=True), 2),
+        (msif.Adam(0.01, epochs=4, batch_size=4), 3),
+        (msif.AdamW(0.01, epochs=4, batch_size=4), 3),
+    ],
+    ids=["momentum", "plain", "nesterov", "adam", "adamw"],
+)
+def test_short_stretches_of_a_path_are_the_run_itself(recipe, exact):
+    """Both ends and the mean fix two steps, and the momentum at the end a third one."""
+    steps = 4 * -(-N // 4)
+    for segments in (steps, -(-steps // 2), -(-steps // 3), 2):
+        for run, index, ours, truth in path_of(recipe, segments):
+            length = run.lengths[index]
+            error = relative_error(ours, truth)
+            assert relative_error(ours.mean(0), truth.mean(0)) < 1e-12
+            assert relative_error(ours[0], truth[0]) < 1e-12
+            if length <= exact:
+                assert error < 1e-9, (length, index)
+            else:
+                assert 1e-6 < error < 0.1, (length, index)
+
+
 # ---- Beside the unrolled derivative ----
 
 
@@ -421,7 +479,7 @@ def test_changes_are_those_of_two_curvatures():
             v = v - rate * theta
             theta, v = theta + matrices[1] @ v, 0.9 * v
         change = (matrices[0] - matrices[1]) @ theta
-        time = sum(0.5 * s.spread * sum(r for _, r in s.steps) / 0.1 for s in coarse)
+        time = sum(0.5 * spread(len(s.steps)) * sum(r for _, r in s.steps) / 0.1 for s in coarse)
         found.append(time * change.norm() / theta.norm())
     assert relative_error(method.changes_, torch.stack(found)) < 1e-9
 
@@ -438,14 +496,17 @@ def test_a_run_that_amplifies_is_named():
 def test_settings_change_what_they_say(runs):
     pipelines, queries = runs
     pipeline = pipelines["warm"]
-    whole = segmented(pipeline, queries, 6)
-    assert correlation(segmented(pipeline, queries, 6, krylov=20), whole) > 0.999
-    assert 0.8 < correlation(segmented(pipeline, queries, 6, curvature_examples=60), whole) < 0.9999
+    whole = segmented(pipeline, queries, 6, details=False)
+    larger = segmented(pipeline, queries, 6, details=False, krylov=20)
+    assert correlation(larger, whole) > 0.999
+    few = segmented(pipeline, queries, 6, curvature_examples=60, details=False)
+    assert 0.8 < correlation(few, whole) < 0.9999
     for settings in ({"memory": "1MB"}, {"n_jobs": 2}):  # parts with Krylov spaces of their own
-        assert 0 < relative_error(segmented(pipeline, queries, 6, **settings), whole) < 5e-3
-    flow = segmented(pipeline, queries, 6, dynamics="flow")
+        parts = segmented(pipeline, queries, 6, details=False, **settings)
+        assert 0 < relative_error(parts, whole) < 5e-3
+    flow = segmented(pipeline, queries, 6, dynamics="flow", details=False)
     assert correlation(flow, whole) < 0.99
-    attributor = msif.SegmentedInfluence(6).fit(pipeline)
+    attributor = msif.SegmentedInfluence(6, details=False).fit(pipeline)
     mean = attributor.score(queries, progress=False, aggregate="mean").values
     # A Krylov space of its own: equal up to what both leave out.
     assert relative_error(mean, whole.mean(0, keepdim=True)) < 1e-2
@@ -471,13 +532,17 @@ def test_the_plan_counts_what_will_be_done(runs, monkeypatch):
     pipelines, queries = runs
     for link, pipeline in pipelines.items():
         for krylov_size, least in ((4, 1.0), (None, 0.3)):
-            method = msif.SegmentedInfluence(6, krylov_size)
+            method = msif.SegmentedInfluence(6, krylov_size, details=krylov_size is not None)
             plan = method.plan(pipeline, queries)
             assert plan.stretches == {"p": 6, "f": 6}, link
             assert all(seconds > 0 for seconds in plan.seconds)
             most = sum(plan.products.values()) * len(queries)
             done = columns_multiplied(method, pipeline, queries, monkeypatch)
             assert least * most <= done <= most
+        steps = {stage.name: 6 * -(-len(stage.data) // 50) for stage in pipeline.stages}
+        plan = msif.SegmentedInfluence(6).plan(pipeline, queries)
+        assert plan.products == steps
+        assert all(seconds > 0 for seconds in plan.seconds)
     with pytest.raises(msif.MemoryBudgetError, match="single query"):
         msif.SegmentedInfluence(6, memory="10kB").plan(pipeline, 1)
     with pytest.raises(ValueError, match="queries=0"):
@@ -504,10 +569,10 @@ def test_krylov_spaces_grow_until_the_scores_settle(runs, monkeypatch):
         for stage in pipelines["frozen"].stages
     ]
     pipeline = msif.Pipeline(stages).fit(progress=False)
-    full = segmented(pipeline, queries, 6, krylov=40)
-    assert relative_error(segmented(pipeline, queries, 6), full) < 5e-3
-    assert relative_error(segmented(pipeline, queries, 6, krylov=2), full) > 0.1
-    method = msif.SegmentedInfluence(6)
+    full = segmented(pipeline, queries, 6, krylov=40, details=False)
+    assert relative_error(segmented(pipeline, queries, 6, details=False), full) < 5e-3
+    assert relative_error(segmented(pipeline, queries, 6, krylov=2, details=False), full) > 0.1
+    method = msif.SegmentedInfluence(6, details=False)
     alone, together = (
         columns_multiplied(method, pipeline, queries[:n], monkeypatch) / n for n in (1, 8)
     )
@@ -606,15 +671,24 @@ def test_checkpoints_of_a_plain_loop_predict_its_own_removals(kind, least):
     assert correlation(-traced.values[:, [g[0] for g in removed]], effects.values) < ours - 0.2
 
 
-def as_runs(pipeline, runs):
+def as_runs(stages, runs):
     """What is kept of our own runs, as somebody else would hand it over."""
     found = []
-    for stage, run in zip(pipeline.stages, runs, strict=True):
+    for stage, run in zip(stages, runs, strict=True):
         names = [name for name, _ in stage.model.named_parameters()]
         dicts = [dict(zip(names, _parts(stage.model, full), strict=True)) for full in run.fulls]
-        pairs = list(zip(run.steps, dicts, strict=True))
+        memories = [
+            {
+                "state": {
+                    i: {"momentum_buffer": v} for i, v in enumerate(_parts(stage.model, s[0][0]))
+                }
+            }
+            for s in run.states
+        ]
+        saved = list(zip(run.steps, dicts, memories, strict=True))
         means = [dict(zip(names, _parts(stage.model, m), strict=True)) for m in run.means]
-        run_ = msif.Run(pairs, run.rates, stage.recipe, [b.tolist() for b in run.batches], means)
+        optimizer = torch.optim.SGD(stage.model.parameters(), 0.05, 0.9, weight_decay=1e-3)
+        run_ = msif.Run(saved, run.rates, optimizer, [b.tolist() for b in run.batches], means)
         found.append(run_)
     return found
 
@@ -624,8 +698,8 @@ def test_adopted_checkpoints_of_our_own_run_give_the_same_scores(runs):
     fitted = pipelines["warm"]
     attributor = msif.SegmentedInfluence(6).fit(fitted)
     ours = attributor.score(queries, progress=False).values
-    kept_runs = as_runs(fitted, attributor._runs)
     stages = [replace(stage, model=copy.deepcopy(stage.model)) for stage in fitted.stages]
+    kept_runs = as_runs(stages, attributor._runs)
     adopted = msif.Pipeline(stages).adopt(checkpoints=kept_runs)
     again = msif.SegmentedInfluence(6).fit(adopted).score(queries, progress=False).values
     assert relative_error(again, ours) < 1e-12
@@ -643,7 +717,7 @@ def test_adopted_checkpoints_of_our_own_run_give_the_same_scores(runs):
     plain = segmented(fitted, queries, 6, details=False)
     assert relative_error(blind, plain) < 1e-12
     assert relative_error(blind, ours) > 1e-3
-    adopted.adopt(checkpoints=as_runs(fitted, kept_runs_of(fitted, 6, by_rates=False)))
+    adopted.adopt(checkpoints=as_runs(stages, kept_runs_of(fitted, 6, by_rates=False)))
     traced = msif.TracIn(6).fit(adopted).score(queries).values
     assert relative_error(traced, msif.TracIn(6).fit(fitted).score(queries).values) < 1e-12
 
@@ -734,10 +808,10 @@ def test_runs_of_other_settings_or_other_stages_are_refused():
         msif.SegmentedInfluence().fit(pipeline)
 
 
-def test_adam_without_its_squared_gradients_is_refused():
+def test_adam_without_its_moments_is_refused():
     pipeline, runs = Loops("adam").adopted()
     short = [changed(run, checkpoints=[c[:2] for c in run.checkpoints]) for run in runs]
-    with pytest.raises(ValueError, match=r"lacks Adam's squared gradients; keep \(step"):
+    with pytest.raises(ValueError, match=r"lacks Adam's moments; keep \(step"):
         pipeline.adopt(checkpoints=short)
 
 

@@ -123,7 +123,7 @@ class Adjoint(Backwards):
         self.ridge = self.objective.ridge - self.decay  # the penalty's curvature as ∇L_B has it
         self.state_bar = run.recipe.start(self.theta_bar)
 
-    def sweep(self, norms: Tensor, bar) -> None:
+    def sweep(self, norms: Tensor, bar=None) -> None:
         """Backwards through all T steps; adds `size` at every state to ``norms`` (T + 1,).
 
         Raises:
@@ -139,8 +139,13 @@ class Adjoint(Backwards):
                 if self.probes:
                     self._correct(step, theta[0], probed.pop()[0], g_bar)
                 norms[step] += self.size()
-                bar.update()
+                if bar is not None:
+                    bar.update()
+            self.reached(segment)
         self.require_finite()
+
+    def reached(self, segment: int) -> None:
+        """Called where the way back has reached the start of a segment."""
 
     def _batch(self, step: int) -> Tensor:
         return self.run.steps[step][0].to(self.base.device)

@@ -410,21 +410,24 @@ def timed(plan: UnrolledPlan, pipeline: Pipeline, memory: int, fits: int) -> Unr
     """The plan with seconds for ``fits`` replayed runs, from one step of each stage, both ways."""
     fit = sweep = 0.0
     for k, stage in enumerate(pipeline.stages):
-        o, recipe = pipeline.objective(k), stage.recipe
-        lanes = pipeline.fresh_lanes(k, pipeline.initial(k - 1)[None] if k else None)
-        theta = o.trained.take(lanes.base)
-        batch, _ = next(iter(recipe.steps(len(stage.data))))
-        cotangents = torch.ones_like(theta).expand(plan.part, -1)
-        every, room = bool(k and pipeline.functional(k).frozen), min(memory // 4, CHUNK_BYTES)
-
-        def backward(o=o, full=lanes.base[0], batch=batch, bars=cotangents, every=every, room=room):
-            gradient_transpose(o, full, batch, bars, every=every, memory=room)
-
-        there, back = _step_seconds(pipeline, k), seconds(backward)
+        there = _step_seconds(pipeline, k)
+        batch, _ = next(iter(stage.recipe.steps(len(stage.data))))
+        back = _backward_seconds(pipeline, k, batch, plan.part, memory)
         replay = there * (plan.segments[stage.name] > 1)
         fit += there * plan.steps[stage.name]
         sweep += (back + replay) * plan.steps[stage.name]
     return replace(plan, seconds=(fit, sweep * plan.sweeps + fit * (fits - 1)))
+
+
+def _backward_seconds(
+    pipeline: Pipeline, k: int, batch: Tensor, queries: int, memory: int
+) -> float:
+    """Time of one step of a stage backwards, for some queries side by side."""
+    o = pipeline.objective(k)
+    full = pipeline.fresh_lanes(k, pipeline.initial(k - 1)[None] if k else None).base[0]
+    cotangents = o.trained.take(torch.ones_like(full)).expand(queries, -1)
+    every, room = bool(k and pipeline.functional(k).frozen), min(memory // 4, CHUNK_BYTES)
+    return seconds(lambda: gradient_transpose(o, full, batch, cotangents, every=every, memory=room))
 
 
 @dataclass(frozen=True)
@@ -434,7 +437,7 @@ class SegmentedPlan:
     Attributes:
         stretches: per stage, how many its run is cut into.
         products: per stage, curvature products of each query, with all of the stage's examples or
-            some of them.
+            some of them, or with a batch for each step.
         queries, part: Q, and how many of them are taken side by side.
         bytes: of the Krylov spaces of these, and of the working chunks.
         budget: bytes allowed for Krylov spaces.
@@ -470,6 +473,7 @@ def segmented_plan(
     spaces: int,
     lengths: list[list[int]],
     dimensions: list[list[int]],
+    sizes: list[list[int] | None],
     kind: str,
     few: int | None,
     details: bool,
@@ -479,12 +483,20 @@ def segmented_plan(
 
     Args:
         lengths, dimensions: of each stage's stretches, steps and dimension of the Krylov spaces.
+        sizes: of each stage's batches, where every step is taken with its own instead.
         spaces: bytes of the Krylov spaces of ``part`` queries.
         details: whether the examples of each step are known, so that a stretch takes only those.
         few: examples for the curvature, or None for all.
     """
     fit = score = 0.0
     for k, stage in enumerate(pipeline.stages):
+        if not pipeline.adopted:
+            fit += _step_seconds(pipeline, k) * sum(lengths[k])
+        if sizes[k] is not None:
+            first = torch.arange(max(sizes[k]))
+            back = _backward_seconds(pipeline, k, first, part, budget)
+            score += back * (len(sizes[k]) + 2 * len(lengths[k]))
+            continue
         o, full, m = pipeline.objective(k), pipeline.trained()[k], len(stage.data)
         probe, operator = _probe(o, full, kind)
         share = len(probe.data)
@@ -501,15 +513,15 @@ def segmented_plan(
             seen = min(m, steps * size)
             score += dimension * product * min(seen, few or m)
             score += (passing * (1 + details) + mixed) / share * seen
-        if not pipeline.adopted:
-            fit += _step_seconds(pipeline, k) * sum(lengths[k])
     names = [stage.name for stage in pipeline.stages]
+    pairs = zip(sizes, dimensions, strict=True)
+    products = [sum(each) if batches is None else len(batches) for batches, each in pairs]
     return SegmentedPlan(
         dict(zip(names, map(len, lengths), strict=True)),
-        dict(zip(names, map(sum, dimensions), strict=True)),
+        dict(zip(names, products, strict=True)),
         queries,
         part,
-        spaces + working_bytes(full.device),
+        spaces + working_bytes(pipeline.objective(0).device),
         budget,
         (fit, score * -(-queries // part)),
     )

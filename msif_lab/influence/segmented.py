@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -24,9 +25,10 @@ from ..pipeline.pipeline import Pipeline
 from ..pipeline.recipes import progress_bar
 from ..pipeline.runs import KeptRun
 from .cost import SegmentedPlan, count_queries, segmented_plan
+from .path import PathAdjoint, RunPath, known_sizes
 from .replay import kept_runs, step_counts
 from .result import Influence
-from .stretches import MOST_DIMENSIONS, Reading, SegmentAdjoint, Stretch, stretches_of
+from .stretches import MOST_DIMENSIONS, Reading, SegmentAdjoint, stretches_of
 from .trust import Reruns, Trust, check_count, measured_trust
 from .unrolled import growth_if_rough, warn_of_growth
 
@@ -79,8 +81,9 @@ class SegmentedInfluence:
     Args:
         segments: how many stretches a stage's run is cut into, at most. 24 come closer than 12 at
             little more cost where each step's examples are known: a shorter stretch takes fewer.
-        krylov: dimension of each stretch's Krylov space, for each query; default as many as it
-            takes until a block more changes what comes of it by less than a thousandth, at most 20.
+        krylov: dimension of each stretch's Krylov space, for each query; default step by step where
+            the batches are known, and else as many as it takes until a block more changes what
+            comes of it by less than a thousandth, at most 20.
         curvature: ``"hessian"``, or ``"ggn"`` where there are no second derivatives.
         curvature_examples: take the curvature from this many of a stage's examples, drawn at
             random; default all. A rough guide only: its noise adds up over long runs
@@ -89,8 +92,9 @@ class SegmentedInfluence:
             the same length. With ``curvature="ggn"`` and ``details=False`` that is how SOURCE reads
             a run.
         details: use what is known beyond checkpoints: which examples each step had, and the mean
-            weights between two checkpoints. Of a pipeline's own run both are.
-        memory: for the queries' Krylov spaces, as ``"1GB"``.
+            weights between two checkpoints. Of a pipeline's own run both are. In Krylov spaces each
+            example then counts in its own steps.
+        memory: for the queries' Krylov spaces and derivatives, as ``"1GB"``.
         n_jobs: processes through joblib, which share the queries; ``joblib.parallel_config`` moves
             them to a cluster.
         trust: how many runs to make for ``scores.trust_``, as for `UnrolledInfluence`, where the
@@ -100,9 +104,10 @@ class SegmentedInfluence:
         adjoint_norms_: after `score`, by stage the mean ‖θ̄‖ at each checkpoint.
         changes_: after `score`, how much curvature changed from stretch to stretch, where each
             query ``(Q,)`` felt it: the root of the sum, over all checkpoints between two stretches,
-            of ``(τ ‖(H − H') θ̄‖ / ‖θ̄‖)²``, with τ their mean time, ``Σ η / (1 − μ)`` for SGD. It
-            costs no products. Steps that are a stretch each count for nothing, and a stage that is
-            one stretch cannot tell.
+            of ``(τ ‖(H − H') θ̄‖ / ‖θ̄‖)²``, with τ their mean time, ``Σ η / (1 − μ)`` for SGD. Step
+            by step: how much it differs from what it would be at the checkpoint if that had not
+            been known. Steps that are a stretch each count for nothing, and a stage that is one
+            stretch cannot tell.
 
     >>> import msif_lab as msif
     >>> train, test = msif.load_digits(dtype=torch.float64)
@@ -224,16 +229,15 @@ class SegmentedInfluence:
             the scores of its examples ``(Q, m)``, by stage the mean ‖θ̄‖ at each checkpoint, and the
             changes of curvature ``(Q,)``.
         """
-        stretches = [stretches_of(run, self.details) for run in runs]
         jobs = joblib.effective_n_jobs(self.n_jobs)
         few = min(self._side_by_side(self._pipeline, first), -(-len(gradients) // jobs))
         parts = gradients.split(few)
-        each = sum(len(some) for some in stretches[first:])
-        with progress_bar(each * len(parts), "stretches", progress) as bar:
+        each = sum(len(run.rates) for run in runs[first:])
+        with progress_bar(each * len(parts), "sweep", progress) as bar:
             if jobs == 1 or len(parts) == 1:
-                done = [self._swept(stretches, part, first, bar) for part in parts]
+                done = [self._swept(runs, part, first, bar) for part in parts]
             else:
-                done, calls = [], [(stretches, part, first) for part in parts]
+                done, calls = [], [(runs, part, first) for part in parts]
                 for _, result in each_result(self._swept, calls, self.n_jobs):
                     done.append(result)
                     bar.update(each)
@@ -243,21 +247,58 @@ class SegmentedInfluence:
         return torch.cat(values), dict(zip(names, norms, strict=True)), torch.cat(changes).cpu()
 
     def _swept(
-        self, stretches: list[list[Stretch]], cotangent: Tensor, first: int, bar=None
+        self, runs: Sequence[KeptRun], cotangent: Tensor, first: int, bar=None
     ) -> tuple[Tensor, list[Tensor], Tensor]:
         """`_sweep` for some of the queries: scores, ``Σ_q ‖θ̄_q‖`` of each stage, and changes."""
         pipeline, sizes = self._pipeline, []
         changes = [cotangent.new_zeros(len(cotangent))]
-        reading = Reading(self.krylov, self.curvature, self.curvature_examples, self.dynamics)
-        for k in range(len(stretches) - 1, first - 1, -1):
-            functional, recipe = pipeline.functional(k), self._runs[k].recipe
-            adjoint = SegmentAdjoint(functional, recipe, cotangent, reading, onwards=k > first)
-            adjoint.sweep(stretches[k], bar)
-            sizes.insert(0, torch.stack(adjoint.sizes))
+        for k in range(len(runs) - 1, first - 1, -1):
+            adjoint, norms = self._backwards(runs, k, cotangent, k > first, bar)
+            sizes.insert(0, norms)
             changes += adjoint.changes
             if k > first:
                 cotangent = adjoint.before(pipeline.objective(k - 1).layout.size)
         return adjoint.scores, sizes, torch.stack(changes).norm(dim=0)
+
+    def _backwards(
+        self, runs: Sequence[KeptRun], k: int, cotangent: Tensor, onwards: bool, bar
+    ) -> tuple[PathAdjoint | SegmentAdjoint, Tensor]:
+        """Through one stage, and ``Σ_q ‖θ̄_q‖`` at its checkpoints."""
+        pipeline, run = self._pipeline, runs[k]
+        functional = pipeline.functional(k)
+        if self._step_by_step(known_sizes(run), run.lengths, len(functional.objective.data)):
+            lanes = pipeline.fresh_lanes(k, runs[k - 1].fulls[-1][None] if k else None)
+            settings = {"onwards": onwards, "memory": self.memory}
+            adjoint = PathAdjoint(functional, RunPath(run, lanes), cotangent, **settings)
+            norms = cotangent.new_zeros(len(run.rates) + 1)
+            adjoint.sweep(norms, bar)
+            return adjoint, norms[run.steps]
+        adjoint = SegmentAdjoint(functional, run.recipe, cotangent, self._reading, onwards=onwards)
+        adjoint.sweep(stretches_of(run, self.details), bar)
+        return adjoint, torch.stack(adjoint.sizes)
+
+    @property
+    def _reading(self) -> Reading:
+        return Reading(self.krylov, self.curvature, self.curvature_examples, self.dynamics)
+
+    def _step_by_step(self, sizes: list[int] | None, lengths: list[int], m: int) -> bool:
+        """Whether to take each step's own Hessian, of its batch, instead of its stretch's.
+
+        If nothing else was asked for, the batches are known, and they hold together no more
+        examples than the products in Krylov spaces would take.
+
+        Args:
+            sizes: how many examples each step had; None where the path cannot be followed.
+            lengths: how many steps each stretch had.
+            m: how many examples there are.
+        """
+        if not self.details or self._reading != Reading() or sizes is None:
+            return False
+        left, spaces = iter(sizes), 0
+        for length in lengths:
+            seen = min(m, sum(itertools.islice(left, length)))
+            spaces += self._reading.dimension(length) * seen
+        return sum(sizes) <= spaces
 
     def plan(self, pipeline: Pipeline, queries: Examples | int) -> SegmentedPlan:
         """Products and bytes at most, and estimated seconds, for this many queries.
@@ -271,15 +312,22 @@ class SegmentedInfluence:
         """
         check_instance("pipeline", pipeline, Pipeline)
         count = count_queries(queries)
-        reading = Reading(self.krylov, self.curvature, self.curvature_examples, self.dynamics)
         part = min(count, self._side_by_side(pipeline, 0))
         lengths = step_counts(pipeline, self.segments)
-        dimensions = [[reading.dimension(n) for n in each] for each in lengths]
+        sizes = []
+        for k, stage in enumerate(pipeline.stages):
+            m = len(stage.data)
+            if pipeline.adopted:
+                batches = known_sizes(pipeline.runs[k])
+            else:
+                batches = [len(batch) for batch, _ in stage.recipe.steps(m)]
+            sizes.append(batches if self._step_by_step(batches, lengths[k], m) else None)
+        dimensions = [[self._reading.dimension(n) for n in each] for each in lengths]
         details = self.details and (not pipeline.adopted)
         few = self.curvature_examples
         asked = self.curvature, few, details, self.memory
         spaces = self._bytes(pipeline, 0, part)
-        return segmented_plan(pipeline, count, part, spaces, lengths, dimensions, *asked)
+        return segmented_plan(pipeline, count, part, spaces, lengths, dimensions, sizes, *asked)
 
     def check(
         self, queries: Examples | None = None, stage: int | str = 0, progress: bool = True

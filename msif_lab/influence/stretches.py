@@ -70,14 +70,6 @@ class Stretch:
     scale: Tensor | None
 
     @property
-    def spread(self) -> float:
-        """How far its steps lie around its middle, as a share of what a stretch of many would.
-
-        Zero for one step, whose curvature is nobody else's.
-        """
-        return math.sqrt(1 - 1 / len(self.steps) ** 2)
-
-    @property
     def path(self) -> Tensor:
         """How far from start to end each step begins, as a share of the learning rates' sum."""
         return _path(self.steps).to(self.start)
@@ -97,6 +89,14 @@ class Stretch:
         table = table.to(self.start.device)
         table = table if rows is None else table.index_select(0, rows)
         return table.coalesce()
+
+
+def spread(steps: int) -> float:
+    """How far so many steps lie around their middle, as a share of what a stretch of many would.
+
+    Zero for one step, whose curvature is nobody else's.
+    """
+    return math.sqrt(1 - 1 / steps**2)
 
 
 def _path(steps: Sequence[tuple[int, float]]) -> Tensor:
@@ -317,7 +317,7 @@ class SegmentAdjoint(Backwards):
             data, weights = self._seen(stretch)
             size = self.theta_bar.norm(dim=1)
             pull, images = self._through(stretch, self._curvature(stretch, data, weights))
-            time = stretch.spread * time_of(self._linear_steps(stretch))
+            time = spread(len(stretch.steps)) * time_of(self._linear_steps(stretch))
             if before is not None:
                 change = (images[0] - before[0]).norm(dim=1) * (time + before[1]) / 2
                 self.changes.insert(0, torch.where(size > 0, change / _nonzero(size), 0.0))
@@ -332,7 +332,7 @@ class SegmentAdjoint(Backwards):
             self.centre_bar -= 2 * o.alpha * o.coupled.take(pull.total)
             self.sizes.insert(0, self.size())
             if bar is not None:
-                bar.update()
+                bar.update(len(stretch.steps))
         self.require_finite()
         self._add(stretches[0].start, None, later)
 

@@ -39,6 +39,11 @@ class KeptRun:
     batches: list[Tensor] | None = None
     means: list[Tensor] | None = None
 
+    @property
+    def lengths(self) -> list[int]:
+        """How many steps there are from each checkpoint to the next ``(K − 1,)``."""
+        return [b - a for a, b in itertools.pairwise(self.steps)]
+
     def thinned(self, most: int) -> "KeptRun":
         """The same run with at most this many stretches, of similar sums of learning rates."""
         if len(self.steps) - 1 <= most:
@@ -48,11 +53,11 @@ class KeptRun:
         parts = ([part[i] for i in kept] for part in (self.steps, self.fulls, self.states))
         means = None
         if self.means is not None:
-            means = [self._mean(a, b) for a, b in itertools.pairwise(kept)]
+            means = [self.mean(a, b) for a, b in itertools.pairwise(kept)]
         return KeptRun(self.recipe, *parts, self.rates, self.batches, means)
 
-    def _mean(self, first: int, last: int) -> Tensor:
-        """The mean weights between two checkpoints that are not next to each other."""
+    def mean(self, first: int, last: int) -> Tensor:
+        """The mean weights from one checkpoint to another that need not be the next."""
         counts = [self.steps[i + 1] - self.steps[i] for i in range(first, last)]
         parts = zip(counts, self.means[first:last], strict=True)
         return sum(count * mean for count, mean in parts) / sum(counts)
@@ -102,16 +107,17 @@ class Run:
     torch.Size([2, 1201])
 
     Args:
-        checkpoints: ``(steps taken before, state dict)`` of each, from step 0 to the end. For Adam
-            and AdamW with a third entry, the optimiser's ``state_dict()``; not needed at step 0.
+        checkpoints: ``(steps taken before, state dict)`` of each, from step 0 to the end, and the
+            optimiser's ``state_dict()`` as third entry; not needed at step 0, nor for SGD, whose
+            momentum tells more of the way from one checkpoint to the next.
         rates: the learning rate of each step, or one number for all.
         optimizer: the `torch.optim.SGD`, `Adam` or `AdamW` that made the steps, or a recipe such as
             ``msif.SGD(lr=0.1, momentum=0.9)``, of which only what a step does is read.
         batches: positions in the stage's data of the examples of each step, where known: each
-            example then counts in the steps that it was in. Give ``means`` too: where the weights
-            move far within a stretch, batches alone can make scores worse.
+            step is then taken with its own examples. Give ``means`` and the optimiser's state too:
+            they tell where the weights were in between.
         means: state dicts with the mean of the weights before each step from one checkpoint to the
-            next, where known: curvature is then taken there.
+            next, where known.
     """
 
     checkpoints: Sequence[tuple]
@@ -147,12 +153,10 @@ class Run:
             _flat(w, functional, f"the state dict in checkpoints at step {step}")
             for step, w in zip(steps, weights, strict=True)
         ]
-        states: list[State | None] = [None] * len(steps)
-        if isinstance(recipe, Adam):
-            states = [
-                _moments(memory, self.optimizer, stage, functional, step)
-                for step, memory in zip(steps, memories, strict=True)
-            ]
+        states = [
+            _memory(memory, self.optimizer, recipe, stage, functional, step)
+            for step, memory in zip(steps, memories, strict=True)
+        ]
         batches = _batches(self.batches, steps[-1], len(stage.data), where)
         return KeptRun(recipe, steps, fulls, states, rates, batches, self._means(functional, steps))
 
@@ -299,19 +303,33 @@ def _require_same_training(optimizer, stage: Stage, functional: FunctionalStage)
             )
 
 
-def _moments(memory, optimizer, stage: Stage, functional: FunctionalStage, step: int):
-    """Adam's moments ``(1, P)`` from a state dict of the optimiser; None at the first step."""
-    o = functional.objective
-    if step == 0:
+def _memory(
+    memory, optimizer, recipe: MiniBatch, stage: Stage, functional: FunctionalStage, step: int
+) -> State | None:
+    """The optimiser's memory as the recipe has it, ``(1, P)`` each, from its state dict.
+
+    None at the first step, and where none was kept.
+    """
+    o, adam = functional.objective, isinstance(recipe, Adam)
+    if step == 0 or (memory is None and not adam):
         return None
     if memory is None or isinstance(optimizer, MiniBatch):
+        kept = "Adam's moments" if adam else "the optimiser's state in a form that is known here"
         raise ValueError(
-            f"{o.where}: the checkpoint at step {step} lacks Adam's squared gradients; keep (step, "
-            "net.state_dict(), optimizer.state_dict()) with deep copies, and give the optimizer "
-            "itself, of this very model"
+            f"{o.where}: the checkpoint at step {step} lacks {kept}; keep (step, net.state_dict(), "
+            "optimizer.state_dict()) with deep copies, and give the optimizer itself, of this very "
+            "model"
         )
-    known = _trained_by(optimizer, stage)
-    state = memory["state"]
-    parts = [state[known[name][0]]["exp_avg_sq"].reshape(-1) for name in o.trained_names]
-    second = torch.cat(parts).to(o.device, o.dtype)[None]
-    return torch.zeros_like(second), second
+    known, state = _trained_by(optimizer, stage), memory["state"]
+    moments = []
+    for kind in ("exp_avg", "exp_avg_sq") if adam else ("momentum_buffer",):
+        parts = [state.get(known[name][0], {}).get(kind) for name in o.trained_names]
+        if any(part is None for part in parts):
+            if adam:
+                raise ValueError(
+                    f"{o.where}: the optimizer's state at step {step} lacks {kind!r} of "
+                    f"{o.trained_names[:5]}; keep optimizer.state_dict() as it is after a step"
+                )
+            return None  # plain gradient descent has no momentum
+        moments.append(torch.cat([part.reshape(-1) for part in parts]).to(o.device, o.dtype)[None])
+    return tuple(moments)
