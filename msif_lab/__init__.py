@@ -24,8 +24,10 @@ from .evaluation import (
     Agreement,
     Effects,
     EffectsOverSeeds,
+    Guidance,
     agreement,
     compare_methods,
+    guided,
     method_table,
     noise_ceiling,
     random_removals,
@@ -182,6 +184,9 @@ __all__ = [
     "compare_methods",
     "method_table",
     "noise_ceiling",
+    # acting on scores
+    "guided",
+    "Guidance",
     # lessons
     "check",
     # errors

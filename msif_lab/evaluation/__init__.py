@@ -11,16 +11,19 @@ from .comparison import (
     row_correlations,
     row_ranks,
 )
+from .guided import Guidance, guided
 from .removals import Effects, EffectsOverSeeds, random_removals, removal_effects
 
 __all__ = [
     "Agreement",
     "Effects",
     "EffectsOverSeeds",
+    "Guidance",
     "agreement",
     "compare",
     "compare_methods",
     "detection",
+    "guided",
     "method_table",
     "noise_ceiling",
     "random_removals",

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..arguments import check_flag, check_instance, check_number, check_whole
+from ..arguments import check_flag, check_instance, check_number, check_whole, numbers_of
 from ..curvature.derivatives import query_gradients
 from ..data.examples import Examples
 from ..errors import UnsmoothTrainingWarning
@@ -219,6 +219,22 @@ class UnrolledInfluence:
             runs = self._replay(self.plan_, {first: 1 - self.group_fraction}, progress)
         return runs, self._probe(runs[first]) if self._corrected else None
 
+    def _replayed_with(self, weights: Tensor, first: int, progress: bool) -> list[Trajectory]:
+        """The runs under given weights of one stage's examples, checked."""
+        if self.group_fraction or self.leave_one_out:
+            raise ValueError(
+                "weights= says where the run is differentiated, and so do group_fraction and "
+                f"leave_one_out: {self!r}; use UnrolledInfluence() for it"
+            )
+        lanes, m = self._runs[first].lanes, len(self._pipeline.stages[first].data)
+        at = numbers_of("weights", weights, f"numbers, one for each of the {m} examples")
+        if at.shape != (m,) or not bool(torch.isfinite(at).all()):
+            raise ValueError(
+                f"weights of shape {tuple(at.shape)} must be {m} finite numbers, one for each "
+                f"example of stage {self._pipeline.stages[first].name!r}"
+            )
+        return self._replay(self.plan_, {first: at.to(lanes.weights)}, progress)
+
     def _probe(self, run: Trajectory) -> Probes:
         """A stage's run once more, under ``2 · probes`` weightings close to its own."""
         o = run.lanes.objective
@@ -240,12 +256,17 @@ class UnrolledInfluence:
         progress: bool = True,
         *,
         aggregate: str | Sequence[float] | Tensor | Callable | None = None,
+        weights: Tensor | None = None,
     ) -> Influence:
         """Influence of one stage's examples on each query, as `ImplicitInfluence.score`.
 
         With ``aggregate`` one row, on one number of all queries, at the price of one query's sweep.
         The weights ``c_q = ∂A/∂q`` of a function of all queries are those at the end of the run
         that is differentiated, at w̄ with `group_fraction`.
+
+        With ``weights`` ``(m,)`` the derivatives ``∂q/∂w_i`` at these weights of the stage's
+        examples instead of at one: the run is replayed with them, as `guided` asks for. ``trust_``
+        is not measured there.
 
         Raises:
             ValueError, TypeError: queries, target or aggregate do not fit; the pipeline changed
@@ -264,10 +285,13 @@ class UnrolledInfluence:
         pipeline.require_unchanged(self._full)
         question = ask(pipeline.objective(-1), queries, target, aggregate, derivative=True)
         self.plan_ = self._plan(pipeline, len(question))
-        asked = first, self.group_fraction, self.leave_one_out, self.probes
-        if asked not in self._at:
-            self._at = {asked: self._differentiated_at(first, progress)}
-        runs, probes = self._at[asked]
+        if weights is not None:
+            runs, probes = self._replayed_with(weights, first, progress), None
+        else:
+            asked = first, self.group_fraction, self.leave_one_out, self.probes
+            if asked not in self._at:
+                self._at = {asked: self._differentiated_at(first, progress)}
+            runs, probes = self._at[asked]
         start = time.perf_counter()
         values, self.adjoint_norms_ = self._sweep(
             runs, first, question, self.plan_, probes, progress
@@ -275,8 +299,11 @@ class UnrolledInfluence:
         if self.group_fraction:
             values = values + self._level(runs, values, question)
         spent = time.perf_counter() - start
-        whole = queries, target, aggregate
-        trust = self._measure(first, values, question, whole, spent, progress=progress)
+        if weights is not None:
+            trust = warn_of_growth(self.adjoint_norms_)
+        else:
+            whole = queries, target, aggregate
+            trust = self._measure(first, values, question, whole, spent, progress=progress)
         about = pipeline.stages[first].name, question.target, repr(self), question.aggregate
         ids, origin = pipeline.stages[first].data.ids, pipeline.origin(question)
         return Influence(values, ids, question.ids, *about, origin, trust)

@@ -9,13 +9,16 @@
 
 `cost`: CPU seconds of fit and score in trainings of T steps by a plain PyTorch loop, for runs of T,
 4T and 16T steps, 1 and 20 queries, with what each adds to the process's peak memory (Linux); each
-figure in a process of its own. Of adopted checkpoints fit takes nothing; of a pipeline's own run it
-is one replay, shown apart. `settings`: r with 40 real removals of single examples and with unrolled
-scores, by the dimension of Krylov spaces and by the share of examples that the curvature is taken
-from. `losses`: what each simplification costs. `own`: a plain loop's 12 checkpoints a stage, and r
-with 40 real removals by that loop. `warning`: what `score` and `check` say of runs from smooth to
-rough, beside r with unrolled scores. `large`: 11 million parameters, from a plain loop's
-checkpoints, timed. The r tables are the same on any machine; run `cost` and `large` on an idle one.
+figure in a process of its own. T is 48 epochs a stage, so that a stretch has more steps than a
+Krylov space dimensions: shorter runs take less. "Segmented" knows the batches of all steps, and
+takes step by step or Krylov spaces, what costs less. Of adopted checkpoints fit takes nothing; of a
+pipeline's own run it is one replay, shown apart. `settings`: r with 40 real removals of single
+examples and with unrolled scores, by the dimension of Krylov spaces and by the share of examples
+that the curvature is taken from. `losses`: what each simplification costs. `own`: a plain loop's 12
+checkpoints a stage, and r with 40 real removals by that loop, without and with what else it knows:
+batches and mean weights. `warning`: what `score` and `check` say of runs from smooth to rough,
+beside r with unrolled scores. `large`: 11 million parameters, from a plain loop's checkpoints,
+timed. The r tables are the same on any machine; run `cost` and `large` on an idle one.
 """
 
 import argparse
@@ -35,7 +38,8 @@ import msif_lab as msif
 from msif_lab.experiments import LINKS, digits
 
 FACTORS = (1, 4, 16)
-EPOCHS = 12  # T is so many
+EPOCHS = 12  # of a stage; where stretches of that are longer than Krylov spaces, four times as many
+LONG = 48
 FLAT, CHEAPER = 1.2, 5.0
 
 
@@ -78,13 +82,13 @@ def peak(reset: bool = False) -> float:
 def one_cost(method: str, factor: int, count: int) -> dict:
     """CPU seconds of training T and so many T, of fit and score, and MB that these added."""
     warnings.simplefilter("ignore")
-    short = setting("warm start").pipeline
-    experiment = setting("warm start", factor)
+    short = setting("warm start", LONG // EPOCHS).pipeline
+    experiment = setting("warm start", factor * LONG // EPOCHS)
     pipeline, queries = experiment.pipeline.fit(False), experiment.queries[:count]
     make = {
-        "unrolled": msif.UnrolledInfluence,
-        "segmented": msif.SegmentedInfluence,
-        "segmented, krylov=20": lambda: msif.SegmentedInfluence(krylov=20),
+        "unrolled": lambda: msif.UnrolledInfluence(trust=0),
+        "segmented": lambda: msif.SegmentedInfluence(trust=0),
+        "checkpoints alone": lambda: msif.SegmentedInfluence(details=False, trust=0),
     }[method]
     make().fit(pipeline, False).score(queries[:1], progress=False)  # what is done once
     training = sorted(plain_training(short) for _ in range(5))[2]
@@ -98,11 +102,11 @@ def one_cost(method: str, factor: int, count: int) -> dict:
 
 
 def cost(threads: int) -> None:
-    print(f"CPU time in plain-loop trainings of T = {EPOCHS} epochs; {threads} thread(s), float64")
+    print(f"CPU time in plain-loop trainings of T = {LONG} epochs; {threads} thread(s), float64")
     head = f"{'method':<21} {'queries':>7} {'steps':>6} {'training':>9}"
     print(f"{head} {'fit':>6} {'score':>7} {'MB':>6}")
     found = {}
-    for method in ("segmented", "segmented, krylov=20", "unrolled"):
+    for method in ("segmented", "checkpoints alone", "unrolled"):
         for count, factor in itertools.product((1, 20), FACTORS):
             command = [sys.executable, __file__, "one", "--ask", method, str(factor), str(count)]
             command += ["--threads", str(threads)]
@@ -113,13 +117,14 @@ def cost(threads: int) -> None:
             row = f"{method:<21} {count:>7} {f'{factor}T':>6} {whole:>9.1f}"
             print(f"{row} {fit:>6.1f} {score:>7.1f} {facts['MB']:>6.0f}", flush=True)
     for count in (1, 20):
-        steady = [found["segmented, krylov=20", count, factor][0] for factor in FACTORS]
+        steady = [found["checkpoints alone", count, factor][0] for factor in FACTORS]
         whole = found["unrolled", count, 16][1]
-        alone, both = (whole / seconds for seconds in found["segmented", count, 16])
+        alone = whole / steady[-1]
+        both = whole / found["segmented", count, 16][1]
         print(
-            f"{count} queries: krylov=20 takes {steady[-1] / steady[0]:.2f} × at 16T what it takes "
-            f"at T (aim {FLAT}); at 16T unrolled takes {both:.1f} × fit and score, {alone:.1f} × "
-            f"score alone, which is all for adopted checkpoints (aim {CHEAPER})"
+            f"{count} queries: from checkpoints alone {steady[-1] / steady[0]:.2f} × at 16T what "
+            f"it takes at T (aim {FLAT}); at 16T unrolled takes {alone:.1f} × as long (aim "
+            f"{CHEAPER}), {both:.1f} × where our own run is replayed first"
         )
 
 
@@ -164,11 +169,14 @@ def table(choices: dict, factors, seeds: int) -> None:
 
 
 def settings(seeds: int) -> None:
-    choices = {f"krylov={k or 'None: grown'}": {"krylov": k} for k in (4, 6, 10, 20, None)}
+    choices = {f"krylov={k}": {"krylov": k} for k in (4, 6, 10, 20)}
+    choices["None: step by step"] = {}
+    for k in (4, 6, 10, 20, None):
+        choices[f"krylov={k}, checkpoints alone"] = {"krylov": k, "details": False}
     for count in (40, 133):
         part = f"curvature from {count} of 400 + {count} of 200"
         choices[part] = {"curvature_examples": count}
-    table(choices, (1, 4), seeds)
+    table(choices, FACTORS, seeds)
 
 
 def losses(seeds: int) -> None:
@@ -176,9 +184,10 @@ def losses(seeds: int) -> None:
     choices = {
         "a stretch a step, details": everything,  # the unrolled derivative itself
         "a stretch a step, checkpoints alone": everything | {"details": False},
-        "24, details": {"segments": 24},
+        "24, step by step": {"segments": 24},
         "24, checkpoints alone": {"segments": 24, "details": False},
-        "12, details": {},
+        "12, step by step": {},
+        "12, details, one Hessian": {"krylov": 20},
         "12, checkpoints alone": {"details": False},
         "12, GGN": {"curvature": "ggn"},
         "12, gradient flow, details": {"dynamics": "flow"},
@@ -195,7 +204,8 @@ def losses(seeds: int) -> None:
 
 
 def loop(net, data, epochs: int, every: int, seed: int, lr=0.01, make=None, removed=()):
-    """A plain loop with its own shuffling; its checkpoints, rates and optimiser.
+    """A plain loop with its own shuffling; its checkpoints, rates and optimiser, and what else it
+    knows of its steps.
 
     A removed example keeps its place in its batches and counts for nothing.
     """
@@ -206,14 +216,18 @@ def loop(net, data, epochs: int, every: int, seed: int, lr=0.01, make=None, remo
     weights = torch.ones(len(data), dtype=data.x.dtype, device=data.x.device)
     weights[list(removed)] = 0
     order, saved, rates, step = torch.Generator().manual_seed(seed), [], [], 0
+    batches, means = [], []
 
     def keep():
         saved.append((step, *map(copy.deepcopy, (net.state_dict(), optimizer.state_dict()))))
+        means.append([])
 
     for _ in range(epochs):
         for batch in torch.randperm(len(data), generator=order).split(50):
             if step % every == 0:
                 keep()
+            means[-1].append(copy.deepcopy(net.state_dict()))
+            batches.append(batch)
             optimizer.zero_grad()
             losses = msif.cross_entropy(net(data.x[batch]), data.y[batch])
             (weights[batch] * losses).mean().backward()
@@ -222,7 +236,10 @@ def loop(net, data, epochs: int, every: int, seed: int, lr=0.01, make=None, remo
             schedule.step()
             step += 1
     keep()
-    return msif.Run(saved, rates, optimizer)
+    mean = [
+        {name: sum(s[name] for s in some) / len(some) for name in some[0]} for some in means[:-1]
+    ]
+    return msif.Run(saved, rates, optimizer), {"batches": batches, "means": mean}
 
 
 def two_loops(make, data, seed: int, removed=()):
@@ -246,7 +263,7 @@ def own(seeds: int) -> None:
     }
     train, test = msif.load_digits(dtype=torch.float64)
     for name, make in makers.items():
-        found = []
+        found = {}
         for seed in range(10, 10 + seeds):
             pre = train.select(classes=range(4), n=300, seed=seed)
             fine = train.select(classes=range(4, 10), n=150, seed=seed)
@@ -264,11 +281,17 @@ def own(seeds: int) -> None:
                 msif.Stage("pre", first, pre),
                 msif.Stage("fine", second, fine, link=msif.WarmStart()),
             ]
-            pipeline = msif.Pipeline(stages).adopt(checkpoints=runs)
-            scores = msif.SegmentedInfluence().fit(pipeline).score(queries, progress=False)
             effects = torch.stack([row - rows[0] for row in rows[1:]], 1)
-            found.append(correlation(-scores.values[:, [g[0] for g in groups]], effects))
-        print(f"{name}: r = {', '.join(f'{r:.3f}' for r in found)} (seeds 10 to {9 + seeds})")
+            for known in (False, True):
+                given = [replace(run, **also) if known else run for run, also in runs]
+                pipeline = msif.Pipeline(stages).adopt(checkpoints=given)
+                scores = msif.SegmentedInfluence().fit(pipeline).score(queries, progress=False)
+                r = correlation(-scores.values[:, [g[0] for g in groups]], effects)
+                found.setdefault(known, []).append(r)
+        for known, all_r in found.items():
+            which = "and all it knows" if known else "alone"
+            all_r = ", ".join(f"{r:.3f}" for r in all_r)
+            print(f"{name}, checkpoints {which}: r = {all_r} (seeds 10 to {9 + seeds})", flush=True)
 
 
 # ---- What it says of itself ----
@@ -329,10 +352,10 @@ def large(folder, device: str) -> None:
     ]
     data, queries = [d.to(device) for d in data], queries.to(device)
     start = time.perf_counter()
-    runs = [loop(nets[0], data[0], 3, 10, 0)]
+    runs = [loop(nets[0], data[0], 3, 10, 0)[0]]
     shared = {k: v for k, v in nets[0].state_dict().items() if not k.startswith("fc.")}
     nets[1].load_state_dict(shared, strict=False)
-    runs.append(loop(nets[1], data[1], 3, 5, 1))
+    runs.append(loop(nets[1], data[1], 3, 5, 1)[0])
     training = time.perf_counter() - start
     stages = [
         msif.Stage(name, net, d, link=link)
