@@ -55,9 +55,14 @@ def test_derivatives_at_given_weights_are_those_of_the_whole_run(link, recipe, h
 
 def test_guided_weights_lower_the_loss_of_runs_that_they_have_not_seen(held_out):
     validation, test = held_out
-    runs = msif.over_seeds(build, range(3), progress=False)
+    recipe = msif.SGD(0.05, epochs=8, batch_size=16, schedule="linear")
+
+    def longer(seed):
+        return build(seed, recipe=recipe, n=(120, 60))
+
+    runs = msif.over_seeds(longer, range(4), lanes=4, progress=False)
     found = msif.guided(runs, validation, rounds=2, steps=(0.05, 0.5, 1), progress=False)
-    assert found.weights.shape == (60,) and found.seeds == [0, 1, 2]
+    assert found.weights.shape == (120,) and found.seeds == [0, 1, 2, 3]
     assert float(found.weights.min()) >= 0 and float(found.weights.max()) <= 4
     rounds = found.rounds
     assert list(rounds["round"]) == [0, 1, 1, 1, 2, 2, 2]
@@ -71,7 +76,7 @@ def test_guided_weights_lower_the_loss_of_runs_that_they_have_not_seen(held_out)
     ends = [p.retrain({0: found.weights}).evaluate(validation).mean() for p in runs.pipelines]
     assert float(torch.stack(ends).mean()) == pytest.approx(taken.loss.iloc[-1], rel=1e-9)
 
-    fresh = msif.over_seeds(build, range(50, 54), progress=False)
+    fresh = msif.over_seeds(longer, range(50, 54), lanes=4, progress=False)
 
     def change(weights):
         ends = [p.retrain({0: weights}).evaluate(test).mean() for p in fresh.pipelines]
@@ -80,7 +85,7 @@ def test_guided_weights_lower_the_loss_of_runs_that_they_have_not_seen(held_out)
 
     ours = change(found.weights)
     turned = change(found.weights.roll(1))  # the same weights of other examples
-    assert ours < -0.05 and ours < turned - 0.05
+    assert ours < -0.1 and turned > 0
 
 
 def test_a_round_without_a_better_step_ends_the_search(held_out):
