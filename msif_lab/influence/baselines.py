@@ -1,9 +1,9 @@
 """Baselines: what one would try first, with the interface of `ImplicitInfluence`.
 
 From the pretrained model alone, the same row for every query: `Loss`, `Entropy`, `Margin`,
-`GradientNorm`, `Random`. For each query: `GradientDot`, `TracIn`, `RepresentationSimilarity`,
-`SingleStage`. A *signed* baseline says whether an example helps or harms, like influence: positive
-harms. An unsigned one says how much an example matters, not how.
+`GradientNorm`, `SelfInfluence`, `Random`. For each query: `GradientDot`, `TracIn`,
+`RepresentationSimilarity`, `SingleStage`. A *signed* baseline says whether an example helps or
+harms, like influence: positive harms. An unsigned one says how much an example matters, not how.
 """
 
 import itertools
@@ -43,6 +43,7 @@ __all__ = [
     "Margin",
     "Random",
     "RepresentationSimilarity",
+    "SelfInfluence",
     "SingleStage",
     "TracIn",
     "all_baselines",
@@ -311,6 +312,28 @@ class TracIn(Baseline):
                 v = query_gradients(o, full, question, every=False)
             total = total - rate * example_products(o, full, v.T) / len(o.data)
         return total
+
+
+class SelfInfluence(TracIn):
+    """``(1/m) Σ_c η_c ‖∇f_i(θ_c)‖²`` over checkpoints of the stage's own run. Unsigned.
+
+    How much an example's own steps have lowered its own loss: large where it had to be learned by
+    heart, as a wrong label is. No query enters, so every query has the same row.
+
+    Args:
+        checkpoints: how many, as in `TracIn`.
+
+    Reference: Pruthi et al. (2020), section 3.3 (self-influence).
+    """
+
+    signed = False
+
+    def _values(self, k, question):
+        o, total = self._pipeline.objective(k), 0.0
+        for full, rate in self._states[k]:
+            squares = [g.square().sum(1) for _, g in per_example_gradients(o, full)]
+            total = total + rate * torch.cat(squares) / len(o.data)
+        return self._combined(total[None], question)
 
 
 class RepresentationSimilarity(Baseline):
