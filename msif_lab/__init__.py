@@ -22,16 +22,25 @@ from .errors import (
 )
 from .evaluation import (
     Agreement,
+    Detection,
     Effects,
     EffectsOverSeeds,
     Guidance,
+    Interventions,
     agreement,
+    bootstrap_scores,
     compare_methods,
+    controls,
+    detection,
     guided,
+    intervene,
     method_table,
     noise_ceiling,
+    out_of_fold,
+    predicted_gain,
     random_removals,
     removal_effects,
+    stability,
 )
 from .exercises import check
 from .influence import (
@@ -49,6 +58,7 @@ from .influence import (
     Ranking,
     RepresentationSimilarity,
     SegmentedInfluence,
+    SelfInfluence,
     SingleStage,
     StagePlan,
     Subset,
@@ -157,6 +167,7 @@ __all__ = [
     "GradientDot",
     "TracIn",
     "RepresentationSimilarity",
+    "SelfInfluence",
     "SingleStage",
     # curvature and solvers
     "Operator",
@@ -187,6 +198,15 @@ __all__ = [
     # acting on scores
     "guided",
     "Guidance",
+    "intervene",
+    "Interventions",
+    "controls",
+    "detection",
+    "Detection",
+    "out_of_fold",
+    "predicted_gain",
+    "stability",
+    "bootstrap_scores",
     # lessons
     "check",
     # errors

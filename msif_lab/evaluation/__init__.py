@@ -5,16 +5,35 @@ from .comparison import (
     agreement,
     compare,
     compare_methods,
-    detection,
     method_table,
     noise_ceiling,
+    precision_recall,
     row_correlations,
     row_ranks,
 )
+from .curation import Interventions, intervene
 from .guided import Guidance, guided
+from .rankings import (
+    Detection,
+    bootstrap_scores,
+    controls,
+    detection,
+    out_of_fold,
+    predicted_gain,
+    stability,
+)
 from .removals import Effects, EffectsOverSeeds, random_removals, removal_effects
 
 __all__ = [
+    "Detection",
+    "Interventions",
+    "bootstrap_scores",
+    "controls",
+    "detection",
+    "intervene",
+    "out_of_fold",
+    "predicted_gain",
+    "stability",
     "Agreement",
     "Effects",
     "EffectsOverSeeds",
@@ -22,8 +41,8 @@ __all__ = [
     "agreement",
     "compare",
     "compare_methods",
-    "detection",
     "guided",
+    "precision_recall",
     "method_table",
     "noise_ceiling",
     "random_removals",
