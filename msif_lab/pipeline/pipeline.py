@@ -180,6 +180,16 @@ class Pipeline:
             for i, at in enumerate(one)
         ]
 
+    def share_data(self, other: "Pipeline") -> None:
+        """Hold the equal data of another pipeline, so that the same numbers are kept once.
+
+        It counts as not trained afterwards.
+        """
+        for ours, theirs in zip(self.stages, other.stages, strict=True):
+            ours.data = theirs.data
+        self._take(None)
+        self._prepare()
+
     def take_fit(self, fulls: Sequence[Tensor], reports: Sequence[FitReport]) -> None:
         """Take what `fit` of an equal pipeline gave elsewhere: all parameters and reports."""
         self._prepare()

@@ -165,8 +165,7 @@ def not_fitted(
     pipelines = [_made(build, seed, redraw) for seed in seeds]
     for seed, pipeline in zip(seeds, pipelines, strict=True):
         _require_alike(pipelines[0], pipeline, f"build({seed})")
-        for ours, first in zip(pipeline.stages, pipelines[0].stages, strict=True):
-            ours.data = first.data  # the same numbers, kept once
+        pipeline.share_data(pipelines[0])
     _require_different(pipelines, seeds)
     return pipelines
 
