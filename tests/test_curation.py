@@ -385,7 +385,7 @@ def test_other_refusals(monkeypatch):
     for given, words in (
         ({"fraction": 0.99}, "fraction"),
         ({"ranking": torch.rand(47)}, r"\(48,\)"),
-        ({"ranking": torch.full((48,), torch.nan)}, "NaN"),
+        ({"ranking": torch.full((48,), torch.nan)}, "nan"),
         ({"ranking": short}, "other ids"),
         ({"ranking": scores, "stage": "finetune"}, "examples of stage 'pretrain'"),
         ({"ranking": {KEEP: RANDOM}}, KEEP),

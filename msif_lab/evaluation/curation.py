@@ -281,6 +281,10 @@ def intervene(
     >>> report.summary(measure="accuracy")[["ranking", "fraction", "count"]].values.tolist()
     [['keep all', 0.0, 0], ['random', 0.1, 20], ['last', 0.1, 20]]
     """
+    if not isinstance(pipeline, Pipeline | SeedRuns) and not callable(pipeline):
+        raise TypeError(
+            f"pipeline={shown(pipeline)} must be a Pipeline, SeedRuns, or a function of the seed"
+        )
     check_choice("action", action, ACTIONS)
     lanes, n_jobs = check_whole("lanes", lanes), check_jobs(n_jobs)
     rankings = dict(ranking) if isinstance(ranking, Mapping) else {"ranking": ranking}
@@ -402,7 +406,10 @@ def _branches(given, k: int, run: Pipeline, seed: int) -> dict[str, Pipeline]:
     for name, pair in given.items():
         pair = pair if isinstance(pair, tuple | list) and len(pair) == 2 else (None, None)
         if not isinstance(pair[0], Stage) or not isinstance(pair[1], Examples):
-            raise TypeError(f"other_tasks[{name!r}] must be a pair: its Stage, and test Examples")
+            raise TypeError(
+                f"other_tasks[{name!r}]={shown(given[name])} must be a pair: the last Stage of "
+                "that task, and test Examples"
+            )
         own = redrawn_stage(pair[0], seed * (last + 1) + last)
         found[name] = Pipeline([*run.stages[:-1], own])
     return found
@@ -678,8 +685,7 @@ def _predictions(rankings: Mapping, plan: _Plan, action: str, weight: float | Te
         if known and given.aggregate[:4] in ("", "mean") and action != "relabel":
             act = partial(_acted, k=len(first), weight=weight, turned=_upwards(action, given))
             if isinstance(given, InfluenceOverSeeds) and len(given.seeds) > 1:
-                changes = cross_fitted(given, act)
-                predicted, error = float(changes.mean()), float(changes.std()) / len(changes) ** 0.5
+                predicted, error = cross_fitted(given, act)
             else:
                 row = given.mean().values[0].detach().cpu().double()
                 predicted = float((act(ordered(row)) - 1) @ row)

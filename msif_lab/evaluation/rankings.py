@@ -97,7 +97,8 @@ def ranking_of(name: str, given, data: Examples | None = None, stage: str = "") 
             "queries give an Influence, or its mean"
         )
     if bool(torch.isnan(values).any()):
-        raise ValueError(f"{name} holds NaN at {int(values.isnan().nonzero()[0])}; rank all of it")
+        first = int(values.isnan().nonzero()[0])
+        raise ValueError(f"{name} holds nan, first at {first}; every example needs a number")
     return values
 
 
@@ -211,28 +212,35 @@ def detection(scores, truth, *, k: int | None = None, resamples=1000, seed: int 
     check_whole("resamples", resamples)
     rng = numpy.random.default_rng(check_seed("seed", seed, least=0))
     x, y = values.numpy(), mask.numpy()
-    kinds = [y.nonzero()[0], (~y).nonzero()[0]]
-    draws = [
-        _detected(x[at], y[at], k)
-        for at in (
-            numpy.concatenate([rng.choice(kind, len(kind)) for kind in kinds])
-            for _ in range(resamples)
-        )
-    ]
+    order = numpy.argsort(-x, kind="stable")
+    x, y, times = x[order], y[order], numpy.empty(len(x))
+    draws = []
+    for _ in range(resamples):  # how often each example is drawn
+        for kind in (y, ~y):
+            count = int(kind.sum())
+            times[kind] = rng.multinomial(count, numpy.full(count, 1 / count))
+        draws.append(_detected(x, y, times, k))
     spans = numpy.percentile(draws, [2.5, 97.5], axis=0).T.tolist()
     names = ("precision_at_k", "roc_auc", "pr_auc")
     intervals = {name: tuple(span) for name, span in zip(names, spans, strict=True)}
     curves = precision_recall(ordered(values), mask)
-    return Detection(*curves, k, truths, *_detected(x, y, k), intervals)
+    return Detection(*curves, k, truths, *_detected(x, y, numpy.ones(len(x)), k), intervals)
 
 
-def _detected(scores, truth, k: int) -> tuple[float, float, float]:
-    """Precision at k, ROC AUC, PR AUC."""
-    from sklearn.metrics import average_precision_score, roc_auc_score
+def _detected(scores, truth, times, k: int) -> tuple[float, float, float]:
+    """Precision at k, ROC AUC and PR AUC of falling scores, each counted so many times.
 
-    first = numpy.argsort(-scores, kind="stable")[:k]
-    areas = roc_auc_score(truth, scores), average_precision_score(truth, scores)
-    return float(truth[first].mean()), *map(float, areas)
+    As scikit-learn's ``roc_auc_score`` and ``average_precision_score`` with ``sample_weight``,
+    which check and sort their arguments anew at each of a bootstrap's thousand calls.
+    """
+    last = numpy.append(scores[1:] != scores[:-1], True)  # ties are flagged together
+    flagged, found = times.cumsum(), (times * truth).cumsum()
+    precision = numpy.interp(k, numpy.append(0, flagged), numpy.append(0, found)) / k
+    flagged, found = (numpy.append(0, part[last]) for part in (flagged, found))
+    wrong, steps = flagged - found, numpy.diff(found)
+    area = (numpy.diff(wrong) * (found[1:] + found[:-1])).sum() / (2 * wrong[-1] * found[-1])
+    shares = numpy.divide(found, flagged, out=numpy.zeros_like(found), where=flagged > 0)
+    return float(precision), float(area), float((steps * shares[1:]).sum() / found[-1])
 
 
 def mask_of(name: str, given, count: int) -> Tensor:
@@ -256,23 +264,36 @@ def mask_of(name: str, given, count: int) -> Tensor:
 # ---- What to expect before anything is retrained ----
 
 
-def cross_fitted(scores: InfluenceOverSeeds, act: Callable[[Tensor], Tensor]) -> Tensor:
-    """First-order change of the mean query by an action on the ranking, under each seed, ``(S,)``.
+def cross_fitted(
+    scores: InfluenceOverSeeds, act: Callable[[Tensor], Tensor]
+) -> tuple[float, float]:
+    """First-order change of the mean query by an action on the ranking, and its standard error.
 
     Each seed's scores judge what the other seeds' average has chosen, so that the noise that
-    brought an example to the top does not count as its effect.
+    brought an example to the top does not count as its effect. Since every seed both judges and
+    chooses, these judgements are not independent. The error is the jackknife's over seeds, which
+    is never too small on average (Efron & Stein 1981); NaN for two seeds.
 
     Args:
         scores: of two or more seeds.
         act: from an order ``(N,)`` of positions to the example weights ``(N,)`` of the action.
     """
     rows = scores.mean().per_seed.detach().cpu().double()  # (S, 1, N)
-    changes = []
-    for s in range(len(rows)):
-        others = torch.cat([rows[:s], rows[s + 1 :]])
-        rest = scores.harm_sign * averages(others, scores.average)[0][0]
-        changes.append((act(ordered(rest)) - 1) @ rows[s, 0])
-    return torch.stack(changes)
+
+    def judged(places: Sequence[int]) -> float:
+        total = 0.0
+        for s in places:
+            others = rows[[i for i in places if i != s]]
+            rest = scores.harm_sign * averages(others, scores.average)[0][0]
+            total += float((act(ordered(rest)) - 1) @ rows[s, 0])
+        return total / len(places)
+
+    count = len(rows)
+    if count < 3:
+        return judged(range(count)), float("nan")
+    left = torch.tensor([judged([i for i in range(count) if i != s]) for s in range(count)])
+    error = ((count - 1) / count * (left - left.mean()).square().sum()).sqrt()
+    return judged(range(count)), float(error)
 
 
 def predicted_gain(
@@ -282,14 +303,16 @@ def predicted_gain(
 
     ``gain = Σ_{i chosen} s̄_i``, in the unit of q. Summed over the examples that the scores
     themselves rank first it is too large, since noise helps an example to the top (winner's curse):
-    that is ``gain_in_sample``. ``gain`` lets each seed judge what all others have chosen, and its
-    standard error is over these judgements. A removal promises something where ``gain`` is
-    several standard errors above zero, and shows in a single run where it also exceeds the spread
-    of the loss from seed to seed. First order overstates the removal of large shares.
+    that is ``gain_in_sample``. ``gain`` lets each seed judge what all others have chosen; its
+    standard error is a jackknife over seeds (`cross_fitted`), rather too large than too small. A
+    removal promises something where ``gain`` is several standard errors above zero, and shows in a
+    single run where it also exceeds the spread of the loss from seed to seed. It is the gain on
+    the queries, which other examples of their task share in part, and first order knows nothing of
+    what the removed examples do together.
 
     Args:
-        scores: of two or more seeds, as `AveragedInfluence` gives them, best of
-            ``aggregate="mean"``.
+        scores: of two or more seeds, of three or more for the error, as `AveragedInfluence` gives
+            them, best of ``aggregate="mean"``.
         fraction: of the examples to be removed, one share or several.
         losses: ``(S,)`` mean validation loss of each run, for the spread over seeds:
             ``runs.evaluate(validation, aggregate="mean")``.
@@ -311,32 +334,32 @@ def predicted_gain(
     import pandas
 
     check_instance("scores", scores, InfluenceOverSeeds, "as AveragedInfluence gives them")
-    seeds, m = len(scores.seeds), len(scores.ids)
-    if seeds < 2:
+    m = len(scores.ids)
+    if len(scores.seeds) < 2:
         raise ValueError("scores are of one seed; how sure they are takes two or more seeds")
     spread = None
     if losses is not None:
-        what = "one mean validation loss for each run, (S,)"
-        losses = numbers_of("losses", losses, what).cpu().double().reshape(-1)
-        if len(losses) < 2 or not bool(torch.isfinite(losses).all()):
-            raise ValueError(f"losses={shown(losses)} must be two or more finite numbers")
-        spread = float(losses.std())
+        found = numbers_of("losses", losses, "one mean validation loss for each run, (S,)")
+        found = found.cpu().double().reshape(-1)
+        if len(found) < 2 or not bool(torch.isfinite(found).all()):
+            raise ValueError(f"losses={shown(losses)} must be two or more finite numbers, (S,)")
+        spread = float(found.std())
     one, rows = scores.mean(), []
     harm = one.harm_sign * one.values[0].detach().cpu().double()
     for share in fractions_of(fraction, m):
         k = round(share * m)
-        gains = -one.harm_sign * cross_fitted(scores, partial(weighted, k=k, weight=0.0))
-        error = float(gains.std()) / seeds**0.5
+        change, error = cross_fitted(scores, partial(weighted, k=k, weight=0.0))
+        gain = -one.harm_sign * change
         row = {
             "fraction": share,
             "count": k,
             "gain_in_sample": float(harm[ordered(harm)[:k]].sum()),
-            "gain": float(gains.mean()),
+            "gain": gain,
             "standard_error": error,
-            "gain_to_error": float(gains.mean()) / error if error else float("nan"),
+            "gain_to_error": gain / error if error else float("nan"),
         }
         if spread is not None:
-            row |= {"spread": spread, "gain_to_spread": row["gain"] / spread if spread else None}
+            row |= {"spread": spread, "gain_to_spread": gain / spread if spread else float("nan")}
         rows.append(row)
     return pandas.DataFrame(rows)
 
@@ -401,9 +424,12 @@ def _levels(varies: str, given) -> list[tuple[object, Tensor]]:
             for level, one in given.items()
         ]
     else:
-        found = list(enumerate(numbers_of(name, given, "rankings by level").cpu().double()))
+        rows = numbers_of(name, given, "rankings by level").cpu().double()
+        found = list(enumerate(rows if rows.ndim else [rows]))
     if len(found) < 2 or any(row.ndim != 1 for _, row in found):
-        raise ValueError(f"{name} must hold two or more rankings (N,), to be compared in pairs")
+        raise ValueError(
+            f"{name}={shown(given)} must hold two or more rankings (N,), to be compared in pairs"
+        )
     return found
 
 
@@ -448,6 +474,8 @@ def bootstrap_scores(
     (torch.Size([2, 100]), True)
     """
     check_instance("pipeline", pipeline, Pipeline)
+    if not callable(getattr(method, "fit", None)) or not callable(getattr(method, "score", None)):
+        raise TypeError(f"method={shown(method)} must be an attributor, as UnrolledInfluence()")
     k, count = pipeline.index(stage), check_whole("resamples", resamples)
     draw = torch.Generator().manual_seed(check_seed("seed", seed))
     data, m = pipeline.stages[k].data, len(pipeline.stages[k].data)
@@ -577,7 +605,9 @@ def controls(
     {'random': (100,), 'loss': (100,)}
     """
     pipelines = [runs] if isinstance(runs, Pipeline) else runs
-    check_instance("runs", pipelines, (list, SeedRuns), "as over_seeds gives them, or a Pipeline")
+    if not isinstance(runs, Pipeline | SeedRuns):
+        raise TypeError(f"runs={shown(runs)} must be a Pipeline, or SeedRuns as over_seeds' are")
+    check_instance("validation", validation, Examples, "wrap it: Examples(x, y)")
     first = pipelines[0]
     k, seed = first.index(stage), check_seed("seed", seed, least=0)
     data, recipe = first.stages[k].data, first.stages[k].recipe
