@@ -270,25 +270,13 @@ class GradientDot(Baseline):
         return torch.cat(found) if c is None else torch.stack(found).sum(0), some
 
 
-class TracIn(Baseline):
-    """``−(1/m) Σ_c η_c ∇q · ∇f_i(θ_c)`` over checkpoints of the stage's own run. Signed.
-
-    η_c sums the learning rates of the steps a checkpoint stands for. When q belongs to a later
-    stage, its gradient is the one after finetuning: at a checkpoint of pretraining there is no head
-    yet to compute q with.
-
-    Args:
-        checkpoints: how many, at equal distances, the last at the end of the run.
-
-    Reference: Pruthi et al. (2020).
-    """
-
-    signed = True
+class _AlongTheRun(Baseline):
+    """What a stage's own run gives at checkpoints, at equal distances, the last at its end."""
 
     def __init__(self, checkpoints: int = 5):
         self.checkpoints = check_whole("checkpoints", checkpoints)
 
-    def fit(self, pipeline: Pipeline, progress: bool = True) -> "TracIn":
+    def fit(self, pipeline: Pipeline, progress: bool = True):
         """Replay every stage's training for its checkpoints, or take those that were adopted.
 
         Raises:
@@ -303,6 +291,22 @@ class TracIn(Baseline):
             self._states.append(list(zip(run.fulls[1:], rates, strict=True)))
         return self
 
+
+class TracIn(_AlongTheRun):
+    """``−(1/m) Σ_c η_c ∇q · ∇f_i(θ_c)`` over checkpoints of the stage's own run. Signed.
+
+    η_c sums the learning rates of the steps a checkpoint stands for. When q belongs to a later
+    stage, its gradient is the one after finetuning: at a checkpoint of pretraining there is no head
+    yet to compute q with.
+
+    Args:
+        checkpoints: how many, at equal distances, the last at the end of the run.
+
+    Reference: Pruthi et al. (2020).
+    """
+
+    signed = True
+
     def _values(self, k, question):
         o, last = self._pipeline.objective(k), k == len(self._full) - 1
         v = None if last else self._query_gradients(k, question)
@@ -314,7 +318,7 @@ class TracIn(Baseline):
         return total
 
 
-class SelfInfluence(TracIn):
+class SelfInfluence(_AlongTheRun):
     """``(1/m) Σ_c η_c ‖∇f_i(θ_c)‖²`` over checkpoints of the stage's own run. Unsigned.
 
     How much an example's own steps have lowered its own loss: large where it had to be learned by
@@ -323,10 +327,8 @@ class SelfInfluence(TracIn):
     Args:
         checkpoints: how many, as in `TracIn`.
 
-    Reference: Pruthi et al. (2020), section 3.3 (self-influence).
+    Reference: Pruthi et al. (2020), where it finds mislabelled examples.
     """
-
-    signed = False
 
     def _values(self, k, question):
         o, total = self._pipeline.objective(k), 0.0
@@ -431,7 +433,10 @@ class SingleStage(Baseline):
 
 
 def all_baselines(solver=None) -> dict[str, Baseline]:
-    """Every baseline by name, unsigned ones first; ``solver`` is `SingleStage`'s."""
+    """The baselines of the studies by name, unsigned ones first; ``solver`` is `SingleStage`'s.
+
+    `SelfInfluence`, which finds wrong labels, is left to `controls`.
+    """
     return {
         "random": Random(),
         "loss": Loss(),

@@ -39,7 +39,7 @@ def trak(
         stage: whose examples are scored.
         aggregate: as in `ImplicitInfluence.score`; then one row.
 
-    Reference: Park et al. (2023, arXiv 2303.14186), equation 16.
+    Reference: Park et al. (2023, arXiv 2303.14186).
     """
     kernels, doubts = 0.0, 0.0
     for run in runs:
