@@ -419,26 +419,25 @@ def _judged(
     run: Pipeline, k: int, test, validation, held_out, other_tasks: Mapping, branches: Mapping
 ) -> dict[str, tuple[str | None, int, Examples]]:
     """By task its other task or None, the stage whose model answers, and the examples."""
-    last, name = len(run.stages) - 1, run.stages[k].name
-    asked = {"validation": (None, last, validation), "test": (None, last, test)}
-    if held_out is not None and name in asked:
-        raise ValueError(f"held_out is of stage {name!r}, a name that the table needs; rename it")
-    asked[name if held_out is not None else "held_out"] = (None, k, held_out)
-    for other, (_, examples) in other_tasks.items():
-        if other in asked or other in (KEEP, name):
-            raise ValueError(f"other_tasks hold {other!r}, a name that the table needs; rename it")
-        asked[other] = (other, last, examples)
-    for task, (other, at, examples) in asked.items():
+    last = len(run.stages) - 1
+    asked = [
+        ("validation", "validation", None, last, validation),
+        ("test", "test", None, last, test),
+        (run.stages[k].name, "held_out", None, k, held_out),
+        *((n, f"other_tasks[{n!r}]", n, last, other_tasks[n][1]) for n in other_tasks),
+    ]
+    found: dict[str, tuple[str | None, int, Examples]] = {}
+    for task, what, other, at, examples in asked:
         if examples is None and task != "test":
             continue
-        what = {"validation": "validation", "test": "test"}.get(task, f"other_tasks[{task!r}]")
-        what = "held_out" if at == k and other is None and task == name else what
+        if task in found:
+            raise ValueError(f"{what} gives the table a second task {task!r}; rename its stage")
         check_instance(what, examples, Examples)
-        objective = (branches[other] if other else run).objective(at)
-        check_examples(objective, examples, what)
+        check_examples((branches[other] if other else run).objective(at), examples, what)
+        found[task] = other, at, examples
     if validation is not None:
         _require_apart(validation, test)
-    return {task: where for task, where in asked.items() if where[2] is not None}
+    return found
 
 
 def _require_apart(validation: Examples, test: Examples) -> None:
