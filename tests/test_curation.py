@@ -318,6 +318,15 @@ def test_a_store_is_resumed(tmp_path, monkeypatch):
         msif.intervene(build, RANDOM, **given)
 
 
+def test_a_missed_tolerance_is_warned_of():
+    stage = msif.Stage("digits", net(4, 0), data()[0], weight_decay=1e-2)
+    stage.recipe = msif.LBFGS(max_iter=2)
+    given = asked(test=data()[5], fraction=0.5)
+    with pytest.warns(msif.ConvergenceWarning, match="stopped short") as caught:
+        msif.intervene(msif.Pipeline([stage]), RANDOM, **given)
+    assert caught[0].filename == __file__
+
+
 def test_regression_has_a_loss_only():
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(30, 3, generator=draw, dtype=torch.float64)

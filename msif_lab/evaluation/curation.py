@@ -508,7 +508,8 @@ def _measured(
                 _write(paths[i], result, about | {"pipeline": whose[i]})
             bar.update()
     results = [found[i] for i in range(len(seeds))]
-    warn_short(*(torch.cat([r[part] for r in results]) for part in ("norms", "short")))
+    missed = (torch.cat([r[part] for r in results]) for part in ("norms", "short"))
+    warn_short(*missed, stacklevel=4)
     values = torch.stack([result["values"] for result in results])
     names = results[0]["names"]
     for task in plan.judged:

@@ -502,14 +502,14 @@ def removal_effects(
     )
 
 
-def warn_short(norms: Tensor, short: Tensor) -> None:
-    """Warn where retrainings missed their recipe's tolerance, at the caller's caller."""
+def warn_short(norms: Tensor, short: Tensor, stacklevel: int = 3) -> None:
+    """Warn where retrainings missed their recipe's tolerance, at the caller's caller by default."""
     if bool(short.any()):
         warnings.warn(
             "some retrainings stopped short of their recipe's tolerance: largest ‖∇F‖ is "
             f"{float(norms.max()):.1e}; raise max_iter or weight_decay",
             ConvergenceWarning,
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
 
 
