@@ -10,14 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..arguments import (
-    check_instance,
-    check_number,
-    check_seed,
-    check_whole,
-    numbers_of,
-    shown,
-)
+from ..arguments import check_instance, check_number, check_seed, check_whole, numbers_of, shown
 from .examples import Examples
 from .fields import Fields
 from .inputs import Inputs
@@ -29,7 +22,7 @@ class Corrupted(NamedTuple):
     """Spoilt data and the truth about them; unpacks as ``examples, truth = ...``.
 
     Attributes:
-        examples: the data, a stage's or a query's.
+        examples: the data, spoilt.
         truth: mask ``(N,)`` on the CPU of the examples that were spoilt or added.
 
     >>> Corrupted(Examples([[0.0], [1.0]], [0, 1]), torch.tensor([True, False]))
@@ -235,9 +228,8 @@ def _added(examples: Examples, group: Examples, label, patch) -> Corrupted:
         )
     more = group.x if patch is None else _patched(group.x, patch)
     ids = torch.cat([examples.ids, group.ids + _step(1, examples, group)])
-    spoilt = examples._with(
-        _joined(examples.x, more), torch.cat([examples.y, y.to(examples.y.device)]), ids
-    )
+    y = torch.cat([examples.y, y.to(examples.y.device)])
+    spoilt = examples._with(_joined(examples.x, more), y, ids)
     return Corrupted(spoilt, torch.arange(len(ids)) >= len(examples))
 
 

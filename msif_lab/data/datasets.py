@@ -294,6 +294,10 @@ def load_cifar10_labels(
             f"{int(examples.ids.min())} to {int(examples.ids.max())}; give training images of "
             f"load_cifar10(), whose classes are {_CIFAR10N.classes} and whose ids are below {count}"
         )
+    return _labels(examples, labels, root, progress)
+
+
+def _labels(examples: Examples, labels: str, root, progress) -> Tensor:
     human = raw_arrays(_CIFAR10N, root, progress)[list(LABELS).index(labels)]
     return _places(human, _CIFAR10N.classes, examples.classes)[examples.ids].to(examples.y.device)
 

@@ -297,7 +297,8 @@ class Examples:
                 f"and y is {new.y.dtype} of shape {tuple(new.y.shape)}; for other targets make "
                 "Examples(x, y, ids)"
             )
-        return self._with(self.x, new.y.to(self.y.device), self.ids)
+        new.y, new.named = new.y.to(self.y.device), self.named
+        return new
 
     def to(self, *targets: torch.device | torch.dtype | str) -> "Examples":
         """A copy on another device and / or in another floating dtype; labels stay integers."""

@@ -188,8 +188,8 @@ def read_human(data: DataSet, paths: Sequence[Path]) -> list[np.ndarray]:
 def _human(path: Path) -> list[np.ndarray]:
     """The labels in the order of `LABELS`.
 
-    A pickle once more, of a dictionary of arrays: only the known file is read, and of its objects
-    only arrays of int64.
+    A pickle too, and beside CIFAR's batches the only one that this package reads: the known file
+    alone, by ``weights_only``, which takes containers and what is listed here, arrays of int64.
     """
     content = _content(path, 10**7)
     if (found := hashlib.sha256(content).hexdigest()) != HUMAN_SHA256:

