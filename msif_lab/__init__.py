@@ -5,7 +5,19 @@ retraining.
 """
 
 from .curvature import GGN, Hessian, Operator, example_products, per_example_gradients
-from .data import Examples, Fields, load_cifar10, load_digits, load_mnist
+from .data import (
+    Corrupted,
+    Examples,
+    Fields,
+    duplicate,
+    flip_labels,
+    load_cifar10,
+    load_cifar10_labels,
+    load_digits,
+    load_mnist,
+    out_of_distribution,
+    plant,
+)
 from .errors import (
     ConvergenceWarning,
     DataUnavailableError,
@@ -118,6 +130,13 @@ __all__ = [
     "load_digits",
     "load_mnist",
     "load_cifar10",
+    "load_cifar10_labels",
+    # data spoilt on purpose, with the truth
+    "Corrupted",
+    "flip_labels",
+    "duplicate",
+    "out_of_distribution",
+    "plant",
     # models and losses
     "EmbeddingHead",
     "convnet",

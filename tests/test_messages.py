@@ -39,6 +39,8 @@ MEMORY = ("much", 0, -1, True, None, NAN, [1])
 STAGE = ("other", 2, -3, None, 0.5, True, [0])
 PIPELINE = (None, 3, "p", [], nn.Linear(2, 2))
 EXAMPLES = (None, 3, "q", [], torch.ones(2, 4))
+FRACTION = (-0.1, 1.1, NAN, INF, True, "0.1", None, [0.1], 0.01)
+HALF = {"fraction": 0.5, "seed": 0}
 TARGET = (None, 3, "los", [])
 AGGREGATE = ("median", 3, [1.0], torch.full((6,), NAN), torch.zeros(6), {}, True)
 RANKING = (None, 3, "a", [], [1.0], [[1.0] * 6], [NAN] * 6, {}, {"keep all": [1.0] * 6}, {3: [1.0]})
@@ -75,6 +77,7 @@ def made():
         interventions=interventions,
         averaged=msif.InfluenceOverSeeds.of(per_seed, range(3), "mean", *about, origin={}),
         data=data,
+        animals=msif.Examples(torch.eye(2), [0, 1], classes=("cat", "dog")),
         net=nets[0],
         pipeline=pipeline,
         untrained=msif.Pipeline([msif.Stage("one", copy.deepcopy(nets[0]), data)]),
@@ -160,6 +163,10 @@ USES = {
     ),
     "Examples.select: n": (lambda m, v: m.data.select(n=v), (0, -1, 2, 1.5, True, "3", [2], NAN)),
     "Examples.select: seed": (lambda m, v: m.data.select(n=3, seed=v), SEED),
+    "Examples.with_labels: y": (
+        lambda m, v: m.data.with_labels(v),
+        (None, 3, "abc", [], [0], [0.5] * 6, [3] * 6, [-1] * 6, [[0]] * 6),
+    ),
     "Examples.to: targets": (
         lambda m, v: m.data.to(v),
         ("other", None, 3, torch.int64, "meta", [torch.float64]),
@@ -194,6 +201,75 @@ USES = {
             ("root", ("/nowhere", 3, b"a\0b", [1]), {}),
         )
     },
+    "load_cifar10: labels": (settings(msif.load_cifar10, "labels"), NAME),
+    "load_cifar10_labels: examples": (lambda m, v: msif.load_cifar10_labels(v), EXAMPLES),
+    "load_cifar10_labels: labels": (lambda m, v: msif.load_cifar10_labels(m.data, v), NAME),
+    "load_cifar10_labels: root": (
+        lambda m, v: msif.load_cifar10_labels(m.animals, root=v),
+        ("/nowhere", 3, b"a\0b", [1]),
+    ),
+    **{
+        f"{spoil.__name__}: {name}": (settings(spoil, name, **usual | more), bad)
+        for spoil, more in (
+            (msif.flip_labels, {}),
+            (msif.duplicate, {}),
+            (msif.out_of_distribution, {"other": msif.Examples(torch.eye(3), [0, 1, 0])}),
+        )
+        for usual in ({"examples": msif.Examples(torch.eye(3), [0, 1, 0])} | HALF,)
+        for name, bad in (("examples", EXAMPLES), ("fraction", FRACTION), ("seed", SEED))
+    },
+    "flip_labels: transition": (
+        lambda m, v: msif.flip_labels(m.data, 0.5, 0, transition=v),
+        (
+            3,
+            "ab",
+            [],
+            {},
+            {0: 3},
+            {0: 0},
+            {3: 0},
+            [[0.5, 0.5]] * 2,
+            torch.ones(3, 3),
+            [[NAN] * 3] * 3,
+        ),
+    ),
+    "flip_labels: examples?": (
+        lambda m, v: msif.flip_labels(v, 0.5, 0),
+        (msif.Examples(torch.eye(3), [0, 0, 0]), msif.Examples(torch.eye(3), [0.5] * 3)),
+    ),
+    "duplicate: copies": (lambda m, v: msif.duplicate(m.data, 0.5, 0, copies=v), COUNT),
+    "duplicate: ids": (
+        lambda m, v: msif.duplicate(msif.Examples(torch.eye(2), [0, 1], v), 0.5, 0),
+        ([-1, 0], [0, 2**62]),
+    ),
+    "out_of_distribution: other": (
+        lambda m, v: msif.out_of_distribution(m.data, v, 0.5, 0),
+        EXAMPLES,
+    ),
+    "plant: examples": (lambda m, v: msif.plant(v, [0], label=0), EXAMPLES),
+    "plant: group": (
+        lambda m, v: msif.plant(m.data, v, label=0),
+        (
+            None,
+            3,
+            "a",
+            [],
+            [6],
+            [-1],
+            [1, 1],
+            [0.5],
+            [True],
+            [[1]],
+        ),
+    ),
+    "plant: label": (
+        lambda m, v: msif.plant(m.data, [1, 2], label=v),
+        (3, "a", [0], {}, {0: 3}, {1: 1}, NAN),
+    ),
+    "plant: patch": (
+        lambda m, v: msif.plant(m.data, [0], label=1, patch=v),
+        (3, "a", [], [0.0], torch.ones(3, 3), torch.ones(2, 1, 1), torch.ones(1, 1, 1, 1)),
+    ),
     # ---- models and losses ----
     "EmbeddingHead: embedding": (
         lambda m, v: msif.EmbeddingHead(v, nn.Linear(2, 2)),
