@@ -279,3 +279,12 @@ def test_a_pipeline_takes_spoilt_data_and_loss_finds_flips(digits):
 
     assert found(msif.flip_labels(train, 0.15, 0)) > 0.8
     assert found(msif.duplicate(train, 0.15, 0)) < 0.5
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_is_spoilt_has_nothing_to_do_with_other_draws_of_the_seed(seed):
+    """Every use of seed 0 draws the same numbers; a random ranking must not find the truth."""
+    data = msif.Examples(torch.zeros(400, 1), torch.arange(400) % 4)
+    truth = msif.flip_labels(data, 0.2, seed).truth
+    drawn = torch.rand(400, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    assert 0.4 < msif.detection(drawn, truth, resamples=10).roc_auc < 0.6
