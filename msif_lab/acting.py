@@ -23,7 +23,7 @@ from .data.corruption import flip_labels
 from .data.datasets import load_cifar10, load_cifar10_labels, load_digits, load_mnist
 from .data.examples import Examples
 from .evaluation.curation import Interventions, intervene
-from .evaluation.guided import guided
+from .evaluation.guidance import guided
 from .evaluation.rankings import controls, detection, predicted_gain, stability
 from .experiments import ANIMALS, LINKS, VEHICLES
 from .influence.averaged import AveragedInfluence, InfluenceOverSeeds

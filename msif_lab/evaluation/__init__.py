@@ -12,7 +12,7 @@ from .comparison import (
     row_ranks,
 )
 from .curation import Interventions, intervene
-from .guided import Guidance, guided
+from .guidance import Guidance, guided
 from .rankings import (
     Detection,
     bootstrap_scores,
