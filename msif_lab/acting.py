@@ -1,11 +1,12 @@
 """Acting on scores: which pretraining examples to drop for a finetuning task, and what it changes.
 
-    python -m msif_lab.acting digits mnist cifar cifar10n --out notebooks/results
+    python -m msif_lab.acting digits mnist cifar cifar10n planted --out notebooks/results
 
 For each setting, noise and link: pretraining labels are wrong, by design or by human hand; rankings
 say which examples to remove first; all stages are retrained on fresh seeds without them. One table
 holds what each ranking detects, what each action brings to the finetuning task, to another task
-finetuned from the same pretraining and to pretraining itself, and how stable rankings are.
+finetuned from the same pretraining and to pretraining itself, and how stable rankings are. In
+``planted`` nothing is mislabelled: a group of examples hurts one task and helps another.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import check_choice
-from .data.corruption import flip_labels
+from .data.corruption import flip_labels, plant
 from .data.datasets import load_cifar10, load_cifar10_labels, load_digits, load_mnist
 from .data.examples import Examples
 from .evaluation.curation import Interventions, intervene
@@ -42,6 +43,7 @@ FRESH = tuple(range(100, 106))  # seeds that judge
 OURS = "influence"
 NOISES = {"10 %": 0.1, "20 %": 0.2}
 HUMAN = {"rater": "rater1", "worst": "worst"}
+PLANTED = ("for odd", "for above 6")
 
 
 @dataclass
@@ -49,8 +51,8 @@ class Setting:
     """Pretraining with some wrong labels, a task finetuned from it, and another one.
 
     Attributes:
-        pretraining, truth: examples, and which of their labels are wrong ``(N,)``.
-        clean: the right labels ``(N,)``.
+        pretraining, truth: examples, and which of them are wrong, or planted ``(N,)``.
+        clean: the right labels ``(N,)``; None where examples are what is wrong.
         held_out: of the pretraining task.
         tasks: by name the finetuning examples, those that choose, and those that judge; the first
             task is the one that is scored.
@@ -61,7 +63,7 @@ class Setting:
 
     pretraining: Examples
     truth: Tensor
-    clean: Tensor
+    clean: Tensor | None
     held_out: Examples
     tasks: dict[str, tuple[Examples, Examples, Examples]]
     model: Callable[..., nn.Module]
@@ -88,7 +90,13 @@ def _apart(examples: Examples, count: int, more: int, seed: int) -> tuple[Exampl
     """Two selections, balanced over classes, that share no example."""
     first = examples.select(n=count, seed=seed)
     rest = examples[~torch.isin(examples.ids, first.ids)]
-    return first, rest.select(n=min(more, len(rest)), seed=seed)
+    return first, rest.select(n=more, seed=seed)
+
+
+def _judging(test: Examples) -> Examples:
+    """A thousand test examples, with ids of their own: both parts of a data set count from 0."""
+    test = test.select(n=1000, seed=0)
+    return Examples(test.x, test.y, test.ids + 10**6, classes=test.classes)
 
 
 def _flipped(load, noise: str, classes, tasks, counts, **settings) -> Setting:
@@ -123,7 +131,7 @@ def _digits(noise: str) -> Setting:
 def _mnist(noise: str) -> Setting:
     def load(classes):
         train, test = load_mnist(classes=classes, pool=2, dtype=torch.float32)
-        return train, test.select(n=1000, seed=0)
+        return train, _judging(test)
 
     tasks, counts = (range(4, 7), range(7, 10)), (1000, 200, 400)
     model = partial(convnet, (1, 14, 14))
@@ -132,7 +140,7 @@ def _mnist(noise: str) -> Setting:
 
 def _images(classes, **settings):
     train, test = load_cifar10(classes=classes, pool=2, dtype=torch.float32, **settings)
-    return train, test.select(n=min(1000, len(test)), seed=0)
+    return train, _judging(test)
 
 
 def _cifar(noise: str) -> Setting:
@@ -161,11 +169,45 @@ def _cifar10n(noise: str) -> Setting:
     return Setting(noisy, noisy.y != kept.y, kept.y, held_out, tasks, **settings)
 
 
+def _planted(noise: str) -> Setting:
+    """A group that hurts one task and helps another: digits 4–9 labelled by size alone.
+
+    That they are all one of two kinds is what the task "above 6" asks, and hides what "odd" does.
+
+    Args:
+        noise: ``"for odd"``, where it hurts, or ``"for above 6"``: the task that is scored.
+    """
+    check_choice("noise", noise, PLANTED)
+    train, test = load_digits(dtype=torch.float64)
+    new, held_out = train.select(range(4, 10)), test.select(range(4, 10))
+    fine, chooses = _apart(new, 120, 200, 0)
+    rest = new[~torch.isin(new.ids, torch.cat([fine.ids, chooses.ids]))]
+    group = rest.select(n=120, seed=1)
+
+    def asked(examples: Examples, question: Callable, classes=(0, 1)) -> Examples:
+        digit = torch.tensor(examples.classes)[examples.y]
+        return Examples(examples.x, question(digit).long(), examples.ids, classes=classes)
+
+    questions = {"odd": lambda digit: digit % 2, "above 6": lambda digit: digit > 6}
+    names = list(questions) if noise == PLANTED[0] else list(questions)[::-1]
+    tasks = {
+        name: tuple(asked(part, questions[name]) for part in (fine, chooses, held_out))
+        for name in names
+    }
+    first = train.select(range(4), n=200, seed=0)
+    as_one_or_two = asked(group, lambda digit: 1 + (digit > 6).long(), first.classes)
+    pretraining, truth = plant(first, as_one_or_two)
+    model, of = partial(mlp, 64, hidden=(16,)), test.select(range(4))
+    settings = {"model": model, "lr": 0.1, "epochs": (8, 4)}
+    return Setting(pretraining, truth, None, of, tasks, **settings)
+
+
 SETTINGS = {
     "digits": (_digits, tuple(NOISES)),
     "mnist": (_mnist, tuple(NOISES)),
     "cifar": (_cifar, tuple(NOISES)),
     "cifar10n": (_cifar10n, tuple(HUMAN)),
+    "planted": (_planted, PLANTED),
 }
 
 
@@ -222,12 +264,11 @@ def study(name: str, noise: str, link: str, *, fresh: Sequence[int] = FRESH, fol
     asked |= {"held_out": setting.held_out, "other_tasks": {other: (side, setting.tasks[other][2])}}
     removed = intervene(build, ranked, fraction=setting.fractions, **asked)
     tables.append(_changed(removed, (OURS, f"{OURS}, one seed", "random", "loss")))
-    right = {"labels corrected": setting.truth.double()}
     share = float(setting.truth.double().mean())
-    corrected = intervene(
-        build, right, action="relabel", labels=setting.clean, fraction=share, **asked
-    )
-    tables.append(_changed(corrected))
+    if setting.clean is not None:
+        right = {"labels corrected": setting.truth.double()}
+        how = {"action": "relabel", "labels": setting.clean, "fraction": share}
+        tables.append(_changed(intervene(build, right, **how, **asked)))
     weights = guided(runs, validation, progress=False).weights.double()
     level = torch.full_like(weights, float(weights.mean()))
     for label, weight in (("guided weights", weights), ("all weights alike", level)):
