@@ -41,7 +41,7 @@ def test_the_planted_group_hurts_one_task_and_helps_the_other():
         after = [p.retrain({0: without}, progress=False).evaluate(test).mean() for p in runs]
         change = float((torch.stack(after) - runs.evaluate(test).mean(1)).mean())
         found[task] = msif.detection(scores, setting.truth, resamples=10).roc_auc, change
-    assert found["odd"][0] > 0.6 > 0.5 > found["above 6"][0]
+    assert found["odd"][0] > 0.55 > 0.4 > found["above 6"][0]
     assert found["odd"][1] < -0.01 and found["above 6"][1] > 0.01
 
 
