@@ -5,7 +5,19 @@ retraining.
 """
 
 from .curvature import GGN, Hessian, Operator, example_products, per_example_gradients
-from .data import Examples, Fields, load_cifar10, load_digits, load_mnist
+from .data import (
+    Corrupted,
+    Examples,
+    Fields,
+    duplicate,
+    flip_labels,
+    load_cifar10,
+    load_cifar10_labels,
+    load_digits,
+    load_mnist,
+    out_of_distribution,
+    plant,
+)
 from .errors import (
     ConvergenceWarning,
     DataUnavailableError,
@@ -22,16 +34,25 @@ from .errors import (
 )
 from .evaluation import (
     Agreement,
+    Detection,
     Effects,
     EffectsOverSeeds,
     Guidance,
+    Interventions,
     agreement,
+    bootstrap_scores,
     compare_methods,
+    controls,
+    detection,
     guided,
+    intervene,
     method_table,
     noise_ceiling,
+    out_of_fold,
+    predicted_gain,
     random_removals,
     removal_effects,
+    stability,
 )
 from .exercises import check
 from .influence import (
@@ -49,6 +70,7 @@ from .influence import (
     Ranking,
     RepresentationSimilarity,
     SegmentedInfluence,
+    SelfInfluence,
     SingleStage,
     StagePlan,
     Subset,
@@ -108,6 +130,13 @@ __all__ = [
     "load_digits",
     "load_mnist",
     "load_cifar10",
+    "load_cifar10_labels",
+    # data spoilt on purpose, with the truth
+    "Corrupted",
+    "flip_labels",
+    "duplicate",
+    "out_of_distribution",
+    "plant",
     # models and losses
     "EmbeddingHead",
     "convnet",
@@ -157,6 +186,7 @@ __all__ = [
     "GradientDot",
     "TracIn",
     "RepresentationSimilarity",
+    "SelfInfluence",
     "SingleStage",
     # curvature and solvers
     "Operator",
@@ -187,6 +217,15 @@ __all__ = [
     # acting on scores
     "guided",
     "Guidance",
+    "intervene",
+    "Interventions",
+    "controls",
+    "detection",
+    "Detection",
+    "out_of_fold",
+    "predicted_gain",
+    "stability",
+    "bootstrap_scores",
     # lessons
     "check",
     # errors

@@ -9,7 +9,6 @@ datamodelling score (LDS) as Park et al. (2023, arXiv 2303.14186) report it.
 """
 
 import argparse
-import math
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -19,16 +18,15 @@ import numpy
 import torch
 from torch import Tensor
 
-from .curvature.derivatives import per_example_gradients
 from .data.examples import Examples
 from .evaluation.comparison import agreement
 from .evaluation.removals import EffectsOverSeeds, random_removals, removal_effects
 from .experiments import LINKS, SETTINGS, Experiment
 from .influence.averaged import AveragedInfluence, InfluenceOverSeeds
 from .influence.baselines import GradientDot, RepresentationSimilarity, SingleStage, TracIn
+from .influence.ensembles import trak
 from .influence.result import Influence
 from .influence.unrolled import UnrolledInfluence
-from .objective.checks import ask
 from .pipeline.pipeline import Pipeline
 from .pipeline.seeds import SeedRuns, over_seeds
 from .solvers.exact import Exact
@@ -41,43 +39,7 @@ KINDS = {"one": None, "10 %": 0.1, "50 %": 0.5}
 FRESH = 8
 COUNTS = (1, 4, 8, 16)
 ENSEMBLE = 8  # seeds that every other method has
-PROJECTION = 256
 RIDGES = tuple(10.0**k for k in range(-2, 5))
-
-
-def trak(runs: Sequence[Pipeline], queries: Examples, seed: int = 0) -> Tensor:
-    """TRAK's scores ``(Q, N)`` of the first stage's examples, over an ensemble of runs.
-
-    ``mean_s[∇q (ΦᵀΦ)⁻¹ Φᵀ] · mean_s[1 − p]`` with Φ the gradients of the examples' log-odds under
-    run s, projected to `PROJECTION` random dimensions; the query's gradient is the one after
-    finetuning, in what the first stage trains, as in `GradientDot`.
-    """
-    kernels, doubts = 0.0, 0.0
-    for run in runs:
-        o, full = run.objective(0), run.trained()[0]
-        draw = torch.Generator().manual_seed(seed)
-        project = torch.randn(o.size, PROJECTION, generator=draw, dtype=o.dtype)
-        project /= math.sqrt(PROJECTION)
-        parts = [g @ project for _, g in per_example_gradients(o, full, function=_log_odds)]
-        features = torch.cat(parts)
-        baseline = GradientDot().fit(run)
-        question = ask(run.objective(-1), queries, "loss", None, derivative=True)
-        asked = baseline._query_gradients(0, question) @ project
-        gram = features.T @ features
-        gram.diagonal().add_(1e-6 * gram.diagonal().mean())
-        kernels = kernels + asked @ torch.linalg.solve(gram, features.T) / len(runs)
-        with torch.no_grad():
-            outputs = torch.cat([o.outputs(full, x) for _, x, _ in o.chunks()])
-        right = outputs.softmax(1).gather(1, o.data.y[:, None])[:, 0]
-        doubts = doubts + (1 - right) / len(runs)
-    return kernels * doubts
-
-
-def _log_odds(outputs: Tensor, y: Tensor) -> Tensor:
-    """``log p_y − log(1 − p_y)``, ``(B,)``."""
-    right = torch.nn.functional.one_hot(y, outputs.shape[1]).bool()
-    rest = outputs.masked_fill(right, -torch.inf).logsumexp(1)
-    return outputs.gather(1, y[:, None])[:, 0] - rest
 
 
 def datamodel(runs: SeedRuns, queries: Examples, count: int, folder=None) -> Tensor:

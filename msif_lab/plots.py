@@ -9,6 +9,7 @@ import torch
 from .arguments import check_instance, check_whole, is_number, listed, numbers_of, shown
 from .data.examples import Examples
 from .evaluation.comparison import CEILING, STATISTICS, Agreement, check_table
+from .evaluation.curation import Interventions
 from .figures import describe_figures, plain
 from .influence.averaged import InfluenceOverSeeds, spearman_brown
 from .influence.result import Influence
@@ -19,6 +20,7 @@ __all__ = [
     "agreement_scatter",
     "filter_curves",
     "influence_grid",
+    "intervention_changes",
     "method_intervals",
     "pipeline_diagram",
     "reliability_curve",
@@ -476,6 +478,37 @@ def method_intervals(table, statistics=("r", "magnitude"), removals: str | None 
     if CEILING in table.index:
         axes[0, -1].legend(frameon=False, fontsize=8, loc="lower right")
     return figure
+
+
+def intervention_changes(report: Interventions, task: str = "test", measure: str = "loss", ax=None):
+    """What acting on each ranking's chosen fraction changed: dots with paired 95 % intervals.
+
+    Args:
+        report: of `intervene`.
+        task, measure: as in `Interventions.summary`; the prediction is a diamond where it is known.
+        ax: where to draw; default a new figure.
+
+    Returns:
+        the matplotlib axes, rankings from the largest fall (top) to the largest rise.
+    """
+    import matplotlib.pyplot as plt
+
+    check_instance("report", report, Interventions, "as intervene gives it")
+    frame = report.summary(task, measure)
+    frame = frame[frame.chosen & (frame.fraction > 0)].sort_values("change", ascending=False)
+    if ax is None:
+        _, ax = plt.subplots(figsize=(5.2, 0.3 * len(frame) + 1.1))
+    ax.axvline(0, color=NEUTRAL, lw=0.8, ls=":", zorder=0)
+    error = [frame.change - frame.low, frame.high - frame.change]
+    y = range(len(frame))
+    ax.errorbar(frame.change, y, xerr=error, fmt="o", ms=5, color=HELPFUL, lw=1.5, label="real")
+    if frame.predicted.notna().any():
+        ax.plot(frame.predicted, y, "D", ms=6, mfc="none", color=HARMFUL, label="predicted")
+        ax.legend(frameon=False, fontsize=8)
+    names = zip(frame.ranking, frame.fraction, strict=True)
+    ax.set_yticks(y, [f"{plain(name)}, {share:.0%}" for name, share in names])
+    ax.set_xlabel(f"change of {task} {measure}, mean of {len(report.seeds)} fresh seeds")
+    return ax
 
 
 def v_curve(steps, errors, ax=None, labels=None):

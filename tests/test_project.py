@@ -26,7 +26,7 @@ TOP_LEVEL = TEXTS | SETTINGS | {".ci", "msif_lab", "notebooks", "tests", "binder
 ORDER = [
     *("errors", "arguments", "storage", "fingerprints", "memory", "parallel", "figures"),
     *("data", "objective", "curvature", "pipeline", "solvers", "influence", "evaluation"),
-    *("experiments", "studies", "lds", "exercises", "plots", "widgets"),
+    *("experiments", "studies", "lds", "acting", "exercises", "plots", "widgets"),
 ]
 
 CONDA_NAME = {"torch": "pytorch-cpu", "matplotlib": "matplotlib-base", "seaborn": "seaborn-base"}

@@ -7,7 +7,7 @@ from oracles import LINKS, implicit_scores, random_pipeline, random_queries
 from scipy import stats
 
 import msif_lab as msif
-from msif_lab.evaluation import detection, row_correlations, row_ranks
+from msif_lab.evaluation import precision_recall, row_correlations, row_ranks
 from msif_lab.influence import AlphaSweep
 
 
@@ -111,14 +111,14 @@ def test_row_correlations_are_scipys():
         row_correlations(a, b[:, 1:])
 
 
-def test_detection_counts():
+def test_precision_and_recall_count():
     truth = torch.tensor([True, False, True, False, False])
-    precision, recall = detection(torch.tensor([2, 1, 0, 4, 3]), truth)
+    precision, recall = precision_recall(torch.tensor([2, 1, 0, 4, 3]), truth)
     assert torch.allclose(
         precision, torch.tensor([1, 1 / 2, 2 / 3, 2 / 4, 2 / 5], dtype=precision.dtype)
     )
     assert recall.tolist() == [0.5, 0.5, 1, 1, 1]
     with pytest.raises(ValueError, match="something to find"):
-        detection(torch.arange(5), torch.zeros(5, dtype=torch.bool))
+        precision_recall(torch.arange(5), torch.zeros(5, dtype=torch.bool))
     with pytest.raises(ValueError, match="must rank the 5 examples"):
-        detection(torch.tensor([0, 0, 1, 2, 3]), truth)
+        precision_recall(torch.tensor([0, 0, 1, 2, 3]), truth)

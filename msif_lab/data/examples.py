@@ -277,6 +277,29 @@ class Examples:
             )
         return wanted
 
+    def with_labels(self, y) -> "Examples":
+        """The same inputs and ids with other class labels; the inputs are shared, not copied.
+
+        Args:
+            y: ``(N,)`` positions in `self.classes`; where the classes are text, also their names.
+
+        Raises:
+            ValueError, TypeError: not one label per example, or labels that are none of the
+                classes.
+
+        >>> Examples([[0.0], [1.0]], ["owl", "cat"]).with_labels(["owl", "owl"]).counts()
+        {'cat': 0, 'owl': 2}
+        """
+        new = Examples(self.x, y, self.ids, classes=self.classes)
+        if not (self.has_labels and new.has_labels):
+            raise ValueError(
+                f"with_labels needs class labels before and after, but targets are {self.y.dtype} "
+                f"and y is {new.y.dtype} of shape {tuple(new.y.shape)}; for other targets make "
+                "Examples(x, y, ids)"
+            )
+        new.y, new.named = new.y.to(self.y.device), self.named
+        return new
+
     def to(self, *targets: torch.device | torch.dtype | str) -> "Examples":
         """A copy on another device and / or in another floating dtype; labels stay integers."""
         check_targets(targets)

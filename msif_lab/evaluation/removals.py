@@ -37,7 +37,7 @@ from ..pipeline.recipes import progress_bar
 from ..pipeline.saved import former_facts
 from ..pipeline.seeds import SeedRuns
 from ..storage import digest, read_tensors, valid, write_tensors
-from .store import RemovalStore, Results
+from .store import RemovalStore
 
 __all__ = ["Effects", "EffectsOverSeeds", "random_removals", "removal_effects"]
 
@@ -387,13 +387,19 @@ def _retrain_without(
     for lane, group in enumerate(groups):
         weights[lane, group] = 0
     again = pipeline.retrain({stage: weights}, warm_start=protocol == "warm-start", progress=False)
-    norm = torch.stack([r.gradient_norm for r in again.reports]).amax(0)
-    short = torch.zeros(len(groups), dtype=torch.bool)
-    for s, r in zip(pipeline.stages, again.reports, strict=True):
-        if hasattr(s.recipe, "tol"):
-            short |= ~r.converged.cpu()
+    norm, short = largest_gradient(again)
     after = again.evaluate(queries, target, aggregate=aggregate)
-    return after.cpu().double(), norm.cpu().double(), short
+    return after.cpu().double(), norm, short
+
+
+def largest_gradient(again: Retrained) -> tuple[Tensor, Tensor]:
+    """Largest ``‖∇F‖`` over the stages, and which weightings missed a tolerance, ``(R,)`` each."""
+    norm = torch.stack([r.gradient_norm for r in again.reports]).amax(0)
+    short = torch.zeros(len(norm), dtype=torch.bool)
+    for stage, report in zip(again.pipeline.stages, again.reports, strict=True):
+        if hasattr(stage.recipe, "tol"):
+            short |= ~report.converged.cpu()
+    return norm.cpu().double(), short
 
 
 def default_protocol(pipeline: Pipeline) -> str:
@@ -481,7 +487,7 @@ def removal_effects(
             kept.add(parts[i], *result)
             bar.update(len(parts[i]))
     found = kept.all()
-    _warn_short(found)
+    warn_short(found.norms, found.short)
     return Effects(
         found.after - kept.base[:, None],
         groups,
@@ -496,14 +502,14 @@ def removal_effects(
     )
 
 
-def _warn_short(found: Results) -> None:
-    """Warn where retrainings missed their recipe's tolerance, at `removal_effects`' caller."""
-    if bool(found.short.any()):
+def warn_short(norms: Tensor, short: Tensor, stacklevel: int = 3) -> None:
+    """Warn where retrainings missed their recipe's tolerance, at the caller's caller by default."""
+    if bool(short.any()):
         warnings.warn(
             "some retrainings stopped short of their recipe's tolerance: largest ‖∇F‖ is "
-            f"{float(found.norms.max()):.1e}; raise max_iter or weight_decay",
+            f"{float(norms.max()):.1e}; raise max_iter or weight_decay",
             ConvergenceWarning,
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
 
 

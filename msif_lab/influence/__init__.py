@@ -10,11 +10,13 @@ from .baselines import (
     Margin,
     Random,
     RepresentationSimilarity,
+    SelfInfluence,
     SingleStage,
     TracIn,
     all_baselines,
 )
 from .cost import Plan, StagePlan, UnrolledPlan, plan
+from .ensembles import trak
 from .implicit import ImplicitInfluence
 from .precision import reduced_precision
 from .result import Influence, Ranking, TopInfluence
@@ -41,6 +43,7 @@ __all__ = [
     "Random",
     "Ranking",
     "RepresentationSimilarity",
+    "SelfInfluence",
     "Round",
     "RunCheck",
     "SingleStage",
@@ -56,4 +59,5 @@ __all__ = [
     "most_influential",
     "plan",
     "reduced_precision",
+    "trak",
 ]

@@ -1,9 +1,9 @@
 """Baselines: what one would try first, with the interface of `ImplicitInfluence`.
 
 From the pretrained model alone, the same row for every query: `Loss`, `Entropy`, `Margin`,
-`GradientNorm`, `Random`. For each query: `GradientDot`, `TracIn`, `RepresentationSimilarity`,
-`SingleStage`. A *signed* baseline says whether an example helps or harms, like influence: positive
-harms. An unsigned one says how much an example matters, not how.
+`GradientNorm`, `SelfInfluence`, `Random`. For each query: `GradientDot`, `TracIn`,
+`RepresentationSimilarity`, `SingleStage`. A *signed* baseline says whether an example helps or
+harms, like influence: positive harms. An unsigned one says how much an example matters, not how.
 """
 
 import itertools
@@ -43,6 +43,7 @@ __all__ = [
     "Margin",
     "Random",
     "RepresentationSimilarity",
+    "SelfInfluence",
     "SingleStage",
     "TracIn",
     "all_baselines",
@@ -269,25 +270,13 @@ class GradientDot(Baseline):
         return torch.cat(found) if c is None else torch.stack(found).sum(0), some
 
 
-class TracIn(Baseline):
-    """``−(1/m) Σ_c η_c ∇q · ∇f_i(θ_c)`` over checkpoints of the stage's own run. Signed.
-
-    η_c sums the learning rates of the steps a checkpoint stands for. When q belongs to a later
-    stage, its gradient is the one after finetuning: at a checkpoint of pretraining there is no head
-    yet to compute q with.
-
-    Args:
-        checkpoints: how many, at equal distances, the last at the end of the run.
-
-    Reference: Pruthi et al. (2020).
-    """
-
-    signed = True
+class _AlongTheRun(Baseline):
+    """What a stage's own run gives at checkpoints, at equal distances, the last at its end."""
 
     def __init__(self, checkpoints: int = 5):
         self.checkpoints = check_whole("checkpoints", checkpoints)
 
-    def fit(self, pipeline: Pipeline, progress: bool = True) -> "TracIn":
+    def fit(self, pipeline: Pipeline, progress: bool = True):
         """Replay every stage's training for its checkpoints, or take those that were adopted.
 
         Raises:
@@ -302,6 +291,22 @@ class TracIn(Baseline):
             self._states.append(list(zip(run.fulls[1:], rates, strict=True)))
         return self
 
+
+class TracIn(_AlongTheRun):
+    """``−(1/m) Σ_c η_c ∇q · ∇f_i(θ_c)`` over checkpoints of the stage's own run. Signed.
+
+    η_c sums the learning rates of the steps a checkpoint stands for. When q belongs to a later
+    stage, its gradient is the one after finetuning: at a checkpoint of pretraining there is no head
+    yet to compute q with.
+
+    Args:
+        checkpoints: how many, at equal distances, the last at the end of the run.
+
+    Reference: Pruthi et al. (2020).
+    """
+
+    signed = True
+
     def _values(self, k, question):
         o, last = self._pipeline.objective(k), k == len(self._full) - 1
         v = None if last else self._query_gradients(k, question)
@@ -311,6 +316,26 @@ class TracIn(Baseline):
                 v = query_gradients(o, full, question, every=False)
             total = total - rate * example_products(o, full, v.T) / len(o.data)
         return total
+
+
+class SelfInfluence(_AlongTheRun):
+    """``(1/m) Σ_c η_c ‖∇f_i(θ_c)‖²`` over checkpoints of the stage's own run. Unsigned.
+
+    How much an example's own steps have lowered its own loss: large where it had to be learned by
+    heart, as a wrong label is. No query enters, so every query has the same row.
+
+    Args:
+        checkpoints: how many, as in `TracIn`.
+
+    Reference: Pruthi et al. (2020), where it finds mislabelled examples.
+    """
+
+    def _values(self, k, question):
+        o, total = self._pipeline.objective(k), 0.0
+        for full, rate in self._states[k]:
+            squares = [g.square().sum(1) for _, g in per_example_gradients(o, full)]
+            total = total + rate * torch.cat(squares) / len(o.data)
+        return self._combined(total[None], question)
 
 
 class RepresentationSimilarity(Baseline):
@@ -408,7 +433,10 @@ class SingleStage(Baseline):
 
 
 def all_baselines(solver=None) -> dict[str, Baseline]:
-    """Every baseline by name, unsigned ones first; ``solver`` is `SingleStage`'s."""
+    """The baselines of the studies by name, unsigned ones first; ``solver`` is `SingleStage`'s.
+
+    `SelfInfluence`, which finds wrong labels, is left to `controls`.
+    """
     return {
         "random": Random(),
         "loss": Loss(),

@@ -95,6 +95,24 @@ def difference(left: Origin, right: Origin) -> str:
     return ""
 
 
+def asked_about(origin: Origin, ids: Tensor, examples: Examples) -> bool:
+    """Whether a result's queries are among these examples, or its aggregate is of just them.
+
+    Args:
+        origin: of the result.
+        ids: of the result's rows; −1 for an aggregate.
+        examples: in memory; of others nothing is known.
+    """
+    rows = _rows(examples)
+    if not origin or not len(rows):
+        return False
+    if ids.tolist() == [-1]:
+        return any(_same(asked, _all(rows).tolist()[0]) for asked in origin["queries"])
+    held = dict(zip(examples.ids.tolist(), rows.tolist(), strict=True))
+    pairs = zip(ids.tolist(), origin["queries"], strict=False)
+    return any(i in held and _same(asked, held[i]) for i, asked in pairs)
+
+
 def _same(left, right) -> bool:
     """Whether two digests, sketches or lists of sketches agree."""
     if isinstance(left, str) or isinstance(right, str):

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
-from ..arguments import check_choice, check_flag, check_whole, numbers_of, shown
+from ..arguments import (
+    check_choice,
+    check_flag,
+    check_instance,
+    check_whole,
+    numbers_of,
+    shown,
+)
 from ..curvature.gate import fingerprint, lanes_agree
 from ..curvature.matrices import DataCurvature, curvature
 from ..curvature.soundness import (
@@ -173,6 +180,16 @@ class Pipeline:
             for i, at in enumerate(one)
         ]
 
+    def share_data(self, other: "Pipeline") -> None:
+        """Hold the equal data of another pipeline, so that the same numbers are kept once.
+
+        It counts as not trained afterwards.
+        """
+        for ours, theirs in zip(self.stages, other.stages, strict=True):
+            ours.data = theirs.data
+        self._take(None)
+        self._prepare()
+
     def take_fit(self, fulls: Sequence[Tensor], reports: Sequence[FitReport]) -> None:
         """Take what `fit` of an equal pipeline gave elsewhere: all parameters and reports."""
         self._prepare()
@@ -253,16 +270,24 @@ class Pipeline:
         return self._trained is not None and self.reports is None
 
     def _run(
-        self, weights, starts, warm: bool, progress: bool, seeds: Sequence | None = None
+        self,
+        weights,
+        starts,
+        warm: bool,
+        progress: bool,
+        seeds: Sequence | None = None,
+        before: Sequence[Tensor] = (),
     ) -> tuple[list[Tensor], list[FitReport]]:
         """Train every stage of every lane, from ``starts`` (R, D) each.
 
         Shared parts that are trained start at the W* of their own lane, unless ``warm``.
-        ``seeds``: by stage, of each lane's own batches.
+        ``seeds``: by stage, of each lane's own batches. ``before``: the final parameters of the
+        first stages where these are done already; only the others have reports.
         """
-        done, reports, previous = [], [], None
-        for k, stage in enumerate(self.stages):
-            p = self._functional[k]
+        done, reports = list(before), []
+        previous = done[-1] if done else None
+        for k in range(len(done), len(self.stages)):
+            stage, p = self.stages[k], self._functional[k]
             lanes = p.lanes(starts[k], previous, weights[k])
             if not warm:
                 lanes = p.start(lanes)
@@ -676,6 +701,43 @@ class Retrained:
         known = {id(p): name for name, p in model.named_parameters()}  # as a wrapper calls them
         inside = plain_module(model).named_parameters()
         return {known[id(p)]: values[name] for name, p in inside}
+
+    def outputs(self, examples: Examples, stage: int | str = -1) -> Tensor:
+        """What the model of one stage says of examples of its task, ``(R, N, ...)``.
+
+        Raises:
+            ValueError, TypeError: an unknown stage, or examples that do not fit its model.
+        """
+        k = self.pipeline.index(stage)
+        o, fulls = self.pipeline.objective(k), self.parameters[k]
+        check_examples(o, examples, "examples")
+        with torch.no_grad():
+            chunks = o.chunks(examples, copies=len(fulls))
+            return torch.cat([_outputs(o, fulls, x) for _, x, _ in chunks], 1)
+
+    def with_last(self, pipeline: Pipeline) -> "Retrained":
+        """The same retrainings up to the last stage, followed by that of another pipeline.
+
+        So a second finetuning task costs no second pretraining. Its examples keep weight one.
+
+        Args:
+            pipeline: of the same stages but for the last one.
+
+        Raises:
+            ValueError: its earlier stages have other models.
+        """
+        check_instance("pipeline", pipeline, Pipeline)
+        done, stages = self.parameters[:-1], pipeline.stages
+        sizes = [full.shape[1] for full in done]
+        if sizes != [len(pipeline.initial(k)) for k in range(len(stages) - 1)] or not sizes:
+            raise ValueError(
+                f"pipeline has stages {[s.name for s in stages]}, which must be those of these "
+                f"retrainings, {[s.name for s in self.pipeline.stages]}, but for the last"
+            )
+        starts = [pipeline.initial(-1).expand(len(done[0]), -1)] * len(stages)
+        nothing = [None] * len(stages)
+        fulls, reports = pipeline._run(nothing, starts, False, False, before=done)
+        return Retrained(pipeline, fulls, [*self.reports[:-1], *reports])
 
     def evaluate(
         self, queries: Examples, target: str | Callable = "loss", *, aggregate=None

@@ -18,6 +18,7 @@ from ..parallel import check_jobs, each_result
 from ..storage import check_writable, digest
 from .pipeline import Pipeline
 from .recipes import FitReport, progress_bar
+from .stages import Stage
 
 __all__ = ["SeedRuns", "over_seeds"]
 
@@ -134,12 +135,7 @@ def over_seeds(
     redraw = listed("redraw", redraw, f"one or more of {PARTS}")
     if not redraw or any(part not in PARTS for part in redraw):
         raise ValueError(f"redraw={redraw!r} must hold one or more of {PARTS}")
-    pipelines = [_made(build, seed, redraw) for seed in seeds]
-    for seed, pipeline in zip(seeds, pipelines, strict=True):
-        _require_alike(pipelines[0], pipeline, f"build({seed})")
-        for ours, first in zip(pipeline.stages, pipelines[0].stages, strict=True):
-            ours.data = first.data  # the same numbers, kept once
-    _require_different(pipelines, seeds)
+    pipelines = not_fitted(build, seeds, redraw)
     paths = _paths(store, seeds)
     left = [i for i, path in enumerate(paths) if path is None or not path.exists()]
     for i in set(range(len(seeds))) - set(left):
@@ -156,6 +152,22 @@ def over_seeds(
                     pipelines[i].save(paths[i])
                 bar.update()
     return SeedRuns(pipelines, seeds)
+
+
+def not_fitted(
+    build: Callable[[int], Pipeline] | Pipeline, seeds: Sequence[int], redraw: Sequence = PARTS
+) -> list[Pipeline]:
+    """The pipeline of each seed, as `over_seeds` trains it.
+
+    Raises:
+        ValueError, TypeError: as `over_seeds`.
+    """
+    pipelines = [_made(build, seed, redraw) for seed in seeds]
+    for seed, pipeline in zip(seeds, pipelines, strict=True):
+        _require_alike(pipelines[0], pipeline, f"build({seed})")
+        pipeline.share_data(pipelines[0])
+    _require_different(pipelines, seeds)
+    return pipelines
 
 
 def _fitted(pipelines: Sequence[Pipeline]) -> list[tuple[list[Tensor], list[FitReport]]]:
@@ -277,17 +289,33 @@ def _made(build, seed: int, redraw: Sequence[str]) -> Pipeline:
 
 def _redrawn(pipeline: Pipeline, seed: int, redraw: Sequence[str]) -> Pipeline:
     """The same stages with initial weights and batches of this seed."""
-    stages = []
-    for k, stage in enumerate(pipeline.stages):
-        own = seed * len(pipeline.stages) + k
-        model, recipe = copy.deepcopy(stage.model), stage.recipe
-        _put(model, stage.name, pipeline.initial(k))
-        if "weights" in redraw:
-            _draw(plain_module(model), own, f"stage {stage.name!r}")
-        if "batches" in redraw and _seeded(recipe):
-            recipe = replace(recipe, seed=own)
-        stages.append(replace(stage, model=model, recipe=recipe))
-    return Pipeline(stages)
+    count = len(pipeline.stages)
+    return Pipeline(
+        [
+            redrawn_stage(stage, seed * count + k, redraw, pipeline.initial(k))
+            for k, stage in enumerate(pipeline.stages)
+        ]
+    )
+
+
+def redrawn_stage(
+    stage: Stage, seed: int, redraw: Sequence[str] = PARTS, initial: Tensor | None = None
+) -> Stage:
+    """A stage with initial weights and batches of this seed, and a model of its own.
+
+    Args:
+        stage: whose model holds its initial weights, unless they are given.
+        seed, redraw: as in `over_seeds`.
+        initial: all parameters ``(D,)`` before training.
+    """
+    model, recipe = copy.deepcopy(stage.model), stage.recipe
+    if initial is not None:
+        _put(model, stage.name, initial)
+    if "weights" in redraw:
+        _draw(plain_module(model), seed, f"stage {stage.name!r}")
+    if "batches" in redraw and _seeded(recipe):
+        recipe = replace(recipe, seed=seed)
+    return replace(stage, model=model, recipe=recipe)
 
 
 @exclusive

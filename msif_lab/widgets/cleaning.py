@@ -8,7 +8,7 @@ import torch
 from .. import plots
 from ..arguments import check_whole, numbers_of, shown
 from ..data.examples import Examples
-from ..evaluation.comparison import detection
+from ..evaluation.comparison import precision_recall
 from ..evaluation.removals import default_protocol, removal_base, require_start
 from ..figures import img, plain
 from ..influence.result import Influence
@@ -154,7 +154,7 @@ class CleaningExplorer(Explorer):
         """Share of the flagged that are corrupted, and share of the corrupted that are flagged."""
         if self.flagged == 0:
             return float("nan"), 0.0
-        precision, recall = detection(self.orders[self.ranking], self.corrupted)
+        precision, recall = precision_recall(self.orders[self.ranking], self.corrupted)
         return float(precision[self.flagged - 1]), float(recall[self.flagged - 1])
 
     @property
@@ -312,7 +312,7 @@ class CleaningExplorer(Explorer):
         precision, recall = self._figure.artists
         if self.ranking not in self._pngs:
             x = range(1, self.count + 1)
-            found = detection(self.orders[self.ranking], self.corrupted)
+            found = precision_recall(self.orders[self.ranking], self.corrupted)
             for line, values in zip((precision, recall), found, strict=True):
                 line.set_data(x, values.numpy())
             self._pngs[self.ranking] = self._figure.png()
@@ -410,7 +410,7 @@ class CleaningExplorer(Explorer):
             return
         style = {"markevery": 0.2, "ms": 4, "lw": 1}
         for name, marker in zip(self.table, "osxD^v" * len(self.table), strict=False):
-            precision, recall = detection(self.orders[name], self.corrupted)
+            precision, recall = precision_recall(self.orders[name], self.corrupted)
             ax.plot(recall, precision, marker=marker, label=plain(name) or "ranking", **style)
         ax.set(xlim=(0, 1.02), ylim=(0, 1.05), xlabel="recall", ylabel="precision")
         ax.legend(frameon=False, fontsize=7)
@@ -428,7 +428,7 @@ class CleaningExplorer(Explorer):
             suspicion = f"{scores}.harm_sign * {scores}.mean().values[0]"
         lines = [
             "import torch",
-            "from msif_lab.evaluation import detection",
+            "from msif_lab.evaluation import precision_recall",
             "",
             f"suspicion = {suspicion}",
             "order = suspicion.argsort(descending=True, stable=True)  # the most suspicious first",
@@ -443,7 +443,7 @@ class CleaningExplorer(Explorer):
             if self.flagged:
                 lines.append(
                     f"precision, recall = (share[{self.flagged - 1}] for share in "
-                    "detection(order, truth))"
+                    "precision_recall(order, truth))"
                 )
         before = "again.evaluate({0}).T" if warm else "{1}.evaluate({0}), again.evaluate({0})[:, 0]"
         lines += [
