@@ -484,6 +484,32 @@ def test_changes_are_those_of_two_curvatures():
     assert relative_error(method.changes_, torch.stack(found)) < 1e-9
 
 
+def test_changes_step_by_step_are_those_at_a_checkpoint_not_known():
+    """By the matrices themselves, at weights that the path gives."""
+    pipeline = chain(msif.SGD(0.05, epochs=24, batch_size=N))
+    queries = examples(9, n=3)
+    method = msif.SegmentedInfluence(2, trust=0).fit(pipeline)
+    method.score(queries, progress=False)
+    run, o = method._runs[0], pipeline.objective(0)
+    path = RunPath(run, pipeline.fresh_lanes(0, None))
+    model = copy.deepcopy(pipeline.stages[0].model)
+    nn.utils.vector_to_parameters(run.fulls[-1], model.parameters())
+    found = []
+    for loss in msif.mean_squared_error(model(queries.x), queries.y):
+        grads = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+        theta, v = torch.cat([g.flatten() for g in grads]), 0.0
+        for (weights, _), rate in reversed(list(zip(path.segment(1), run.rates[12:], strict=True))):
+            v = v - rate * theta
+            theta, v = theta + Hessian(o, weights[0]).dense() @ v, 0.9 * v
+        known, unknown = (Hessian(o, weights).dense() for weights in path.at(1))
+        time = 12 * 0.05 / 0.1 * spread(12)
+        found.append(time / 2 * ((known - unknown) @ theta).norm() / theta.norm())
+    assert relative_error(method.changes_, torch.stack(found)) < 1e-9
+    ends = torch.stack(run.fulls)
+    left = torch.linalg.norm(path.at(1)[1] - ends[1])
+    assert 1e-6 < float(left) < float(torch.linalg.norm(ends[2] - ends[0]))
+
+
 def test_a_run_that_amplifies_is_named():
     pipeline = chain(msif.SGD(1.2, epochs=25, batch_size=N), LINKS["warm"])
     queries = examples(9, n=3)

@@ -143,9 +143,9 @@ class PathAdjoint(Adjoint):
     """`Adjoint` along a `RunPath`, which also tells how far off the path may be.
 
     Attributes:
-        changes: at each checkpoint between two stretches, ``τ ‖(H − H') θ̄‖ / ‖θ̄‖`` of each query
-            ``(Q,)``: H of the next batch at the checkpoint, and H' where the path would have run
-            without it; τ is the mean time of the two stretches.
+        changes: at each checkpoint between two stretches, ``½ τ ‖(H − H') θ̄‖ / ‖θ̄‖`` of each
+            query ``(Q,)``: H of the next batch at the checkpoint, and H' where the path would have
+            run without it; τ is the mean time of the two stretches.
     """
 
     def __init__(self, functional: FunctionalStage, run: RunPath, cotangent: Tensor, **settings):
@@ -165,4 +165,5 @@ class PathAdjoint(Adjoint):
             images.append(o.trained.take(image) if self.through_frozen else image)
         size = self.theta_bar.norm(dim=1)
         change = (images[0] - images[1]).norm(dim=1) / torch.where(size > 0, size, 1.0)
-        self.changes.append(change * (path.time(segment - 1) + path.time(segment)) / 2)
+        time = (path.time(segment - 1) + path.time(segment)) / 2
+        self.changes.append(change * time / 2)  # knowing the checkpoint, stretches are half as long

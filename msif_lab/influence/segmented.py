@@ -38,8 +38,8 @@ __all__ = ["SegmentedInfluence"]
 MOST_TOGETHER = 32  # queries in one Krylov space
 COORDINATES = 4  # of every step in it: of two stretches, weighted, and turned
 # Median `changes_` beyond which scores may be far from the run's derivative: chosen on one seed of
-# `bench_segmented.py warning`; on another, 4 of the 5 rows with r < 0.8 were beyond it, and 1 of
-# the 17 with r > 0.95.
+# `bench_segmented.py warning`. On others, of the rows with r < 0.8 it named 17 of 18 step by step
+# and 4 of 5 in Krylov spaces, of those with r > 0.95 2 of 69 and 1 of 17.
 UNSTEADY = 2.0
 VECTORS = 4  # per dimension: the bases of two stretches, and both side by side for the scores
 
@@ -105,8 +105,8 @@ class SegmentedInfluence:
         changes_: after `score`, how much curvature changed from stretch to stretch, where each
             query ``(Q,)`` felt it: the root of the sum, over all checkpoints between two stretches,
             of ``(τ ‖(H − H') θ̄‖ / ‖θ̄‖)²``, with τ their mean time, ``Σ η / (1 − μ)`` for SGD. Step
-            by step: how much it differs from what it would be at the checkpoint if that had not
-            been known. Steps that are a stretch each count for nothing, and a stage that is one
+            by step: half of what it differs by from what it would be at the checkpoint if that had
+            not been known. Steps that are a stretch each count for nothing, and a stage that is one
             stretch cannot tell.
 
     >>> import msif_lab as msif
