@@ -66,24 +66,30 @@ class SegmentCheck:
 class SegmentedInfluence:
     """Multi-stage influence from a dozen checkpoints of each run, converged or not.
 
-    `UnrolledInfluence` with every stage's run read as a few stretches of constant curvature: what
-    it takes per query is 4 to 20 Hessian products for each stretch instead of one for each step, on
-    all of the stretch's examples. That pays for long runs, and where there is no run to replay; of
-    runs of a few epochs `UnrolledInfluence` takes less. For `SGD` a dozen stretches come close to
-    it where the run is smooth; large learning rates with small batches need more (`check`).
+    `UnrolledInfluence` for runs that cannot be replayed, or are too long to. What it does depends
+    on how much is known of a stage's run:
 
-    Up to 32 queries share their Krylov spaces: many take fewer products each than one alone, and
-    their scores depend on which are scored together by less than a hundredth.
-
+    **Checkpoints alone.** Curvature is constant along each stretch from one to the next. That takes
+    4 to 20 Hessian products for each stretch and query instead of one for each step, on all of the
+    stage's examples, and pays for long runs. For `SGD` a dozen stretches come close to the unrolled
+    derivative where the run is smooth; large learning rates with small batches need more (`check`).
     For `Adam` and `AdamW` the squared gradients count as constant within a stretch, and what they
-    pass on is left out: a rougher answer.
+    pass on is left out: a rougher answer. Up to 32 queries share their Krylov spaces: many take
+    fewer products each than one alone, and their scores depend on which are scored together by less
+    than a hundredth.
+
+    **The batches of each step, too**, as of a pipeline's own run. Every step is taken with its own
+    Hessian, of its batch, at weights on a smooth curve through the checkpoints. That comes much
+    closer, for every recipe, and takes about as many products as the sweep of `UnrolledInfluence`.
+    Where stretches are longer than about five epochs, curvature is constant along them again, and
+    each example counts in its own steps.
 
     Args:
         segments: how many stretches a stage's run is cut into, at most. 24 come closer than 12 at
             little more cost where each step's examples are known: a shorter stretch takes fewer.
-        krylov: dimension of each stretch's Krylov space, for each query; default step by step where
-            the batches are known, and else as many as it takes until a block more changes what
-            comes of it by less than a thousandth, at most 20.
+        krylov: dimension of each stretch's Krylov space, for each query. Default: step by step
+            where the batches are known and stretches are short, else as many dimensions as it takes
+            until a block more changes what comes of it by less than a thousandth, at most 20.
         curvature: ``"hessian"``, or ``"ggn"`` where there are no second derivatives.
         curvature_examples: take the curvature from this many of a stage's examples, drawn at
             random; default all. A rough guide only: its noise adds up over long runs
@@ -91,9 +97,9 @@ class SegmentedInfluence:
         dynamics: ``"optimizer"``, its own recurrence, or ``"flow"``, gradient flow ``exp(−τH)`` of
             the same length. With ``curvature="ggn"`` and ``details=False`` that is how SOURCE reads
             a run.
-        details: use what is known beyond checkpoints: which examples each step had, and the mean
-            weights between two checkpoints. Of a pipeline's own run both are. In Krylov spaces each
-            example then counts in its own steps.
+        details: use what is known beyond checkpoints: which examples each step had, the mean
+            weights between two checkpoints, and the optimiser's memory. Of a pipeline's own run all
+            of it is.
         memory: for the queries' Krylov spaces and derivatives, as ``"1GB"``.
         n_jobs: processes through joblib, which share the queries; ``joblib.parallel_config`` moves
             them to a cluster.
@@ -284,8 +290,9 @@ class SegmentedInfluence:
     def _step_by_step(self, sizes: list[int] | None, lengths: list[int], m: int) -> bool:
         """Whether to take each step's own Hessian, of its batch, instead of its stretch's.
 
-        If nothing else was asked for, the batches are known, and they hold together no more
-        examples than the products in Krylov spaces would take.
+        If nothing else was asked for, the batches are known, and there are no more of them than
+        products in Krylov spaces, or together they hold a quarter of the examples of those: of
+        small batches a product costs more than in proportion.
 
         Args:
             sizes: how many examples each step had; None where the path cannot be followed.
@@ -294,11 +301,12 @@ class SegmentedInfluence:
         """
         if not self.details or self._reading != Reading() or sizes is None:
             return False
-        left, spaces = iter(sizes), 0
+        left, products, seen = iter(sizes), 0, 0
         for length in lengths:
-            seen = min(m, sum(itertools.islice(left, length)))
-            spaces += self._reading.dimension(length) * seen
-        return sum(sizes) <= spaces
+            dimension = self._reading.dimension(length)
+            products += dimension
+            seen += dimension * min(m, sum(itertools.islice(left, length)))
+        return len(sizes) <= products or 4 * sum(sizes) <= seen
 
     def plan(self, pipeline: Pipeline, queries: Examples | int) -> SegmentedPlan:
         """Products and bytes at most, and estimated seconds, for this many queries.
