@@ -218,7 +218,7 @@ class CleaningExplorer(Explorer):
         """
         if self._before is None and not self.runs:
             found = self._judge(self.pipeline)
-            self._before = {name: values[:, 0] for name, values in found.items()}
+            self._before = {n: found[n][:, 0] for n in found if n != "class"}
         return self._before
 
     @property
@@ -461,27 +461,29 @@ class CleaningExplorer(Explorer):
         state = self.ranking, len(self._tried)
         if self._drawn is None or self._drawn[0] != state:
             # A new figure: it changes with the ranking and the history, not with the slider.
-            plot = self._plotted = Plot(lambda figure: self._changes(open_axes(figure, **MARGINS)))
+            plot = self._plotted = Plot(
+                lambda figure: self._changes(open_axes(figure, **MARGINS), self.ranking)
+            )
             self._drawn = state, plot.png()
         alt = f"Change of the mean loss over the number removed, ranking {self.ranking or 'given'}"
         alt += f"; {len(self._tried)} tried so far; the line is at {self.flagged}"
         line = self._plotted.over(self._plotted.artists, self.flagged)
         return f'<div style="position:relative">{img(self._drawn[1], alt)}{line}</div>'
 
-    def _changes(self, ax):
-        """The predicted curve of the ranking in view, and the real change of all that was tried."""
+    def _changes(self, ax, ranking: str):
+        """The predicted curve of a ranking, and the real change of all that was tried."""
         ax.axhline(0, color=plots.NEUTRAL, lw=0.8)
-        if (curve := self.curve(self.ranking)) is not None:
+        if (curve := self.curve(ranking)) is not None:
             counts, changes, errors = curve
-            label = f"predicted {_by(self.ranking)}"
+            label = f"predicted {_by(ranking)}"
             ax.plot([0, counts[0]], [0, changes[0]], color=plots.HELPFUL, lw=1)
             ax.errorbar(counts, changes, errors, color=plots.HELPFUL, lw=1, label=label)
         marks = dict(zip(self.table, "osxD^v" * len(self.table), strict=False))
         for name, marker in marks.items():
             found = self.history.query("ranking == @name")
             if len(found):
-                # What belongs to another ranking than the one in view stays, but pale.
-                colour = plots.HARMFUL if name == self.ranking else plots.NEUTRAL
+                # What belongs to another ranking stays, but pale.
+                colour = plots.HARMFUL if name == ranking else plots.NEUTRAL
                 style = {"fmt": marker, "ms": 6, "color": colour, "label": f"real {_by(name)}"}
                 ax.errorbar(found.removed, found.change, found.standard_error, **style)
         ax.set(xlim=(0, self.count))
@@ -609,9 +611,7 @@ class CleaningExplorer(Explorer):
         if not self._tried:
             return [figure]
         second, ax = plt.subplots(figsize=(6.2, 3.4))
-        self.ranking, shown = ranking, self.ranking
-        self._changes(ax)
-        self.ranking = shown
+        self._changes(ax, ranking)
         return [figure, second]
 
     def _compare_rankings(self, ax) -> None:
