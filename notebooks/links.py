@@ -40,6 +40,7 @@ QUESTIONS = {
     "05": "Would the loss, the entropy or a similarity have told me the same?",
     "06": "Does it hold for the paper's own experiment, against real retraining?",
     "07": "Does it hold for photographs, and for whole groups of them?",
+    "08": "I may drop pretraining data for my task. Which, and who pays for it?",
     "09": "What if training stopped long before a minimum?",
     "10": "Are my scores still true for the next run, with another seed?",
     "11": "What about my own model and my own question?",

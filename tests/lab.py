@@ -248,7 +248,13 @@ class Student:
         return self
 
     def run_code(self, code: str):
-        """Paste ``code`` over the last cell and run it."""
+        """Paste ``code`` over the last cell, run it and wait for its end."""
+        prompt, before = self.start_code(code)
+        ran = "([e, old]) => /\\d/.test(e.textContent) && e.textContent !== old"
+        self.page.wait_for_function(ran, arg=[prompt.element_handle(), before])
+
+    def start_code(self, code: str):
+        """Paste ``code`` over the last cell and start it; returns its prompt and what was there."""
         cell = self.page.locator(CODE_CELL).last
         cell.get_by_role("textbox").click()
         self.page.keyboard.press("Control+a")
@@ -256,8 +262,7 @@ class Student:
         prompt = cell.locator(PROMPT)
         before = prompt.inner_text()
         self.page.keyboard.press("Control+Enter")
-        ran = "([e, old]) => /\\d/.test(e.textContent) && e.textContent !== old"
-        self.page.wait_for_function(ran, arg=[prompt.element_handle(), before])
+        return prompt, before
 
     def problems(self) -> list[str]:
         """Errors, dead widgets, cells that did not run, formulas cut off, empty pictures."""

@@ -498,8 +498,30 @@ def test_cleaning_refits(explorer):
     root.locator(".msif-flagged").get_by_role("slider").press("ArrowRight")
     root.locator(".msif-retrain").click()
     root.locator(".msif-status", has_text="done in").wait_for()
-    assert len(root.locator(".msif-answer").inner_text()) > 40
+    assert "not retrained yet" not in root.locator(".msif-answer").inner_text()
+    tried = root.locator(".msif-history tr", has_text="(in view)")
+    predicted, actual, *_ = numbers_with_errors(tried)
+    assert predicted and actual and root.locator(".msif-history tr").count() == 2
+    root.locator(".msif-flagged").get_by_role("slider").press("ArrowRight")
+    root.locator(".msif-answer", has_text="not retrained yet").wait_for()
+    tried.wait_for(state="detached")
     assert error_of(root) == ""
+
+
+def numbers_with_errors(row) -> list[float]:
+    """As `numbers`, without what follows the first number of a cell."""
+    texts = row.locator("td").all_inner_texts()
+    return [float(text.replace("−", "-").split()[0].rstrip("%")) for text in texts]
+
+
+def test_waiting_for_the_kernel_is_seen(explorers, explorer):
+    """While a cell runs, and only then."""
+    waiting = explorer("cleaning").locator(".msif-waiting i")
+    assert waiting.count() == 1 and not waiting.is_visible()
+    explorers.start_code("import time; time.sleep(6)")
+    waiting.wait_for(state="visible")
+    waiting.wait_for(state="hidden")
+    explorers.run_code("# room")
 
 
 def test_code_of_the_view_runs_where_it_is_pasted(explorers, explorer):

@@ -69,6 +69,7 @@ def test_explorers_print_public_names_only():
         widgets.MethodComparison(pipeline, table, queries),
         widgets.SeedExplorer(runs, averaged, queries),
         widgets.CleaningExplorer(pipeline, scores, queries, corrupted=[1, 2]),
+        widgets.CleaningExplorer(runs, averaged, queries, judges=random_queries(pipeline, n=5)),
         widgets.FigureSlider(lambda value: None, [1, 2], "n"),
     )
     assert {type(made).__name__ for made in explorers} == set(widgets.__all__)

@@ -97,6 +97,15 @@ def lesson_07(seed):
     yield {"r": draw(20, seed=seed).tanh()}
 
 
+def lesson_08(seed):
+    suspicion, wrong = draw(40, seed=seed), torch.arange(40) % 5 == 0
+    yield {"suspicion": suspicion + 0.5 * wrong, "wrong": wrong}
+    before = draw(6, seed=seed)
+    yield {"before": before, "after": before - 0.3 + 0.2 * draw(6, seed=seed + 1)}
+    yield {"per_seed": draw(30, seed=seed) + draw(6, 30, seed=seed + 1), "k": 5}
+    yield {"w": torch.ones(30).double(), "g": draw(30, seed=seed), "eta": 1.5, "limit": 3.0}
+
+
 def lesson_09(seed):
     yield {"gradients": draw(5, 7, seed=seed), "g_bar": draw(7, seed=seed + 1), "m": 40}
     bars = {"theta_bar": draw(6, seed=seed + 1), "v_bar": draw(6, seed=seed + 2)}
@@ -126,7 +135,7 @@ LESSONS = {
     make.__name__.removeprefix("lesson_"): make
     for make in (
         *(lesson_00, lesson_01, lesson_02, lesson_03, lesson_04),
-        *(lesson_05, lesson_06, lesson_07, lesson_09, lesson_10, lesson_11),
+        *(lesson_05, lesson_06, lesson_07, lesson_08, lesson_09, lesson_10, lesson_11),
     )
 }
 
@@ -277,6 +286,19 @@ HINTS = {
         "standard error": "1.96 of them",
         "whole width": "whole width",
     },
+    "08-1": {"upside down": "right label comes first", "precision": "flags nothing"},
+    "08-2": {
+        "not paired": "seed by seed",
+        "single seeds": "spread of single changes",
+        "divided by S": "divided by √S",
+    },
+    "08-3": {
+        "in sample": "gain in sample",
+        "own choice": "judges its own list",
+        "the other end": "most helpful",
+        "judged by the others": "other way round",
+    },
+    "08-4": {"uphill": "against the score", "not clipped": "clip to 0", "norm": "that is the norm"},
     "09-1": {"no mean": "1/|B|", "divided by m": "divided by m", "sign": "sign is flipped"},
     "09-2": {"old v_bar": "later steps", "no Hessian": "unchanged", "minus": "wrong sign"},
     "09-3": {"no 2": "without a ½", "no momentum": "repeats each gradient"},

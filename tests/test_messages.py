@@ -96,6 +96,7 @@ def made():
         objective=pipeline.objective(0),
         full=pipeline.trained()[0],
         explorer=widgets.InfluenceExplorer(pipeline, scores, data, k=2),
+        cleaning=widgets.CleaningExplorer(pipeline, scores, data, k=2),
         slider=slider,
     )
 
@@ -1037,6 +1038,13 @@ USES = {
         lambda m, v: widgets.CleaningExplorer(m.pipeline, [1.0] * 6, m.data, stage=v, k=2),
         STAGE,
     ),
+    "CleaningExplorer: seeds": (
+        lambda m, v: widgets.CleaningExplorer(m.pipeline, [1.0] * 6, m.data, seeds=v, k=2),
+        COUNT,
+    ),
+    "CleaningExplorer.try_out: ranking": (lambda m, v: m.cleaning.try_out(v, 1), ("other", 3, [])),
+    "CleaningExplorer.try_out: count": (lambda m, v: m.cleaning.try_out("", v), (6, *COUNT)),
+    "CleaningExplorer.curve: ranking": (lambda m, v: m.cleaning.curve(v), ("other", 3, [])),
     "InfluenceExplorer.pick: query": (lambda m, v: m.explorer.pick(query=v), (6, -1, *WHOLE[:3])),
     "InfluenceExplorer.pick: example": (lambda m, v: m.explorer.pick(example=v), (6, -1, 1.5, "a")),
     "InfluenceExplorer.pick: case": (lambda m, v: m.explorer.pick(case=v), ("other", 3, [])),

@@ -14,6 +14,15 @@ from .background import Job
 __all__ = ["WIDE", "Explorer", "need_choice"]
 
 WIDE = {"description_width": "initial"}
+# While the kernel runs something else, nothing that a reader does here has an effect. The kernel
+# cannot say so itself; JupyterLab's own indicator knows, and the line below a view follows it. It
+# waits a moment, or it would flicker at each step of a slider.
+WAITING = (
+    "<style>.msif-waiting{visibility:hidden}"
+    ".jp-NotebookPanel:has(.jp-Notebook-ExecutionIndicator[data-status=busy]) .msif-waiting"
+    "{animation:msif-waiting 0s 0.5s forwards}@keyframes msif-waiting{to{visibility:visible}}"
+    "</style><i>waiting for the kernel …</i>"
+)
 
 
 def _note(text: str) -> str:
@@ -45,7 +54,9 @@ class Explorer:
         import ipywidgets
 
         self.error = self._style(ipywidgets.Output(), "error")
-        box = self._style(ipywidgets.VBox([*self._build(), self.error]), "explorer")
+        waiting = self._html("waiting")
+        waiting.value = WAITING
+        box = self._style(ipywidgets.VBox([*self._build(), waiting, self.error]), "explorer")
         box.add_class(f"msif-{self.kind}")
         self._guarded(self._show)()
         return box

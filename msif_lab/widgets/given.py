@@ -63,8 +63,16 @@ def one_pipeline(pipeline: Pipeline, queries: Examples, name: str = "queries") -
     return pipelines(pipeline, queries, name)[""]
 
 
-def check_scores(scores, pipeline: Pipeline, queries: Examples, name: str = "scores") -> int:
+def check_scores(
+    scores, pipeline: Pipeline, queries: Examples, name: str = "scores", *, mean: bool = False
+) -> int:
     """Position of the stage whose examples are scored.
+
+    Args:
+        scores: an `Influence`.
+        pipeline, queries: that it must be of.
+        name: what messages call it.
+        mean: whether one row about the mean query will do.
 
     Raises:
         TypeError: ``scores`` is no `Influence`.
@@ -77,7 +85,8 @@ def check_scores(scores, pipeline: Pipeline, queries: Examples, name: str = "sco
         )
     stage = pipeline.index(scores.stage) if scores.stage else 0
     data = pipeline.stages[stage].data
-    if tuple(scores.values.shape) != (len(queries), len(data)):
+    one_row = mean and scores.aggregate.startswith("mean")
+    if tuple(scores.values.shape) != (1 if one_row else len(queries), len(data)):
         raise ValueError(
             f"{name} is {tuple(scores.values.shape)}, expected ({len(queries)}, {len(data)}): one "
             "row for each query, one column for each example of stage "
@@ -87,7 +96,7 @@ def check_scores(scores, pipeline: Pipeline, queries: Examples, name: str = "sco
         ("queries", scores.query_ids, queries.ids),
         ("examples", scores.ids, data.ids),
     ):
-        if not torch.equal(ours.cpu(), theirs.cpu()):
+        if not torch.equal(ours.cpu(), theirs.cpu()) and not (one_row and what == "queries"):
             raise ValueError(
                 f"{name} is of other {what}: the ids differ; score the ones you give here"
             )
