@@ -1,7 +1,6 @@
 """The real data sets of the lessons as `Examples`: bundled digits, MNIST and CIFAR-10."""
 
 import math
-import mmap
 import operator
 import os
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from torch.nn.functional import avg_pool2d
 
 from ..arguments import check_path, check_seed, check_whole
 from .examples import Examples
-from .formats import BATCHES, DataSet, read_binary, read_idx, read_python, read_sprites
+from .formats import BATCHES, DataSet, read_binary, read_idx, read_python, read_sprites, release
 from .sources import raw_arrays
 
 __all__ = ["load_cifar10", "load_digits", "load_mnist"]
@@ -249,9 +248,7 @@ def _examples(
         if pool > 1:
             block = avg_pool2d(block, pool, divisor_override=1)
         x[start : start + BLOCK] = block.div_(255 * pool**2)
-        if isinstance(images.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-            # The pages of a mapped file count as memory until they are released.
-            images.base.madvise(mmap.MADV_DONTNEED)
+        release(images)
     return Examples(x, kept.y, kept.ids, classes=kept.classes)
 
 
