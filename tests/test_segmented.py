@@ -2,6 +2,8 @@
 
 import copy
 import re
+import subprocess
+import sys
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -755,3 +757,37 @@ def test_adam_without_its_squared_gradients_is_refused():
 def test_bad_settings_are_refused(settings, words):
     with pytest.raises(ValueError, match=words):
         msif.SegmentedInfluence(**settings)
+
+
+MEMORY = """
+import pathlib, re, torch, msif_lab as msif
+torch.set_num_threads(1)
+def status(name):
+    text = pathlib.Path("/proc/self/status").read_text()
+    return int(re.search(name + r":\\s+(\\d+)", text)[1]) / 1e3
+def added(work):
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    kept = work()
+    return status("VmHWM") - before
+def scored(n):
+    data = msif.Examples(torch.rand(n, 2000), torch.arange(n) % 3)
+    recipe = msif.SGD(0.01, epochs=1, batch_size=200)
+    stage = msif.Stage("one", msif.mlp(2000, (4,), classes=3), data, recipe=recipe)
+    method = msif.SegmentedInfluence(2, trust=0).fit(msif.Pipeline([stage]).fit(False), False)
+    half = torch.arange(0, n, 2)
+    copied = added(lambda: data[half])
+    return added(lambda: method.score(data[:1], progress=False)), copied
+scored(1000)  # what PyTorch loads on first use
+print(*scored(2000), *scored(16_000))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+def test_memory_does_not_grow_with_the_data():
+    """In MB: 16,000 examples take 128, of which each of the two stretches sees a half."""
+    command = [sys.executable, "-W", "ignore", "-c", MEMORY]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    few, _, many, copied = map(float, out)
+    assert many - few < 30
+    assert copied > 50  # the control: what a copy of one stretch's examples would add

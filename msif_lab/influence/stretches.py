@@ -106,7 +106,7 @@ def _path(steps: Sequence[tuple[int, float]]) -> Tensor:
 
 
 def krylov(
-    operator: Callable[[Tensor], Tensor], start: Tensor, size: int
+    operator: Callable[[Tensor], Tensor], start: Tensor, size: int, rows: Tensor | None = None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Krylov spaces of a symmetric matrix from some vectors, each larger than the one before.
 
@@ -116,14 +116,16 @@ def krylov(
         operator: ``(P, B)`` → the matrix times each column.
         start: ``(P, B)``, the vectors that the spaces start from.
         size: of the last space, rounded up to whole blocks.
+        rows: ``(size + B, P)`` or more to write the basis to; made here by default.
 
     Yields:
         an orthonormal basis ``(P, K)``, the Ritz values ``(K,)``, and the Ritz vectors in the
         basis ``(K, K)``. The first columns of a basis are the basis before.
     """
     block = _orthonormal(start.new_empty(len(start), 0), start)
-    # Rows in one piece of memory, which is taken only as far as it is written to.
-    rows, count = start.new_empty(size + start.shape[1], len(start)), 0
+    # One piece of memory, which is taken only as far as it is written to.
+    rows = start.new_empty(size + start.shape[1], len(start)) if rows is None else rows
+    count = 0
     small = start.new_zeros(0, 0)
     if not block.shape[1]:  # nothing but zeros
         yield block, small.flatten(), small
@@ -310,6 +312,7 @@ class SegmentAdjoint(Backwards):
         self.decay = self.objective.weight_decay if recipe.decoupled else 0.0
         self.momentum_bar = torch.zeros_like(self.theta_bar)
         self.sizes, self.changes = [self.size()], []
+        self._rows = self.theta_bar[:0]  # of all Krylov bases in turn: each anew leaves holes
 
     def sweep(self, stretches: Sequence[Stretch], bar=None) -> None:
         """Backwards through all stretches of the stage."""
@@ -449,8 +452,10 @@ class SegmentAdjoint(Backwards):
         reverse = by_flow if self.reading.dynamics == "flow" else by_steps
         pair = [theta_bar, momentum_bar] if bool(momentum_bar.any()) else [theta_bar]
         size = len(theta_bar) * self.reading.dimension(len(steps))
+        if len(self._rows) < size + 2 * len(theta_bar):
+            self._rows = theta_bar.new_empty(size + 2 * len(theta_bar), theta_bar.shape[1])
         before = None
-        for basis, values, rotation in krylov(product, torch.cat(pair).T, size):
+        for basis, values, rotation in krylov(product, torch.cat(pair).T, size, self._rows):
             turned = [v @ basis @ rotation for v in (theta_bar, momentum_bar)]
             g_bars, *ended = (c @ rotation.T for c in reverse(values, *turned, steps))
             now = torch.cat([g_bars.sum(0), *ended])
@@ -461,7 +466,7 @@ class SegmentAdjoint(Backwards):
             before = now
         images = [values * turned[0], values * (ended[0] @ rotation)]
         held = *ended, *(image @ rotation.T for image in images)
-        return basis, g_bars, *(c @ basis.T for c in held)
+        return basis.T.clone().T, g_bars, *(c @ basis.T for c in held)
 
 
 def _nonzero(scale: Tensor) -> Tensor:
