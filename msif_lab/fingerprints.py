@@ -4,6 +4,7 @@ A file of results answers one question only, and belongs to one pipeline. Both a
 texts, which are the same in every process and so hold no addresses.
 """
 
+import dataclasses
 import dis
 import enum
 import functools
@@ -48,8 +49,9 @@ def describe(thing) -> str:
 def describe_modules(model: torch.nn.Module) -> str:
     """The code of one's own modules in a model, with their settings and all hooks; hashed.
 
-    Weights and buffers are not in it, nor attributes that are objects of other kinds: trainers,
-    histories.
+    Weights and buffers are not in it, nor attributes that are objects of other kinds, as trainers
+    and histories: settings are seen as numbers, arrays, functions, objects that are called, data
+    classes and namespaces.
     """
     parts = []
     for name, module in model.named_modules():
@@ -62,14 +64,32 @@ def describe_modules(model: torch.nn.Module) -> str:
     return _hashed(" ".join(parts)) if parts else ""
 
 
-def _plain(value) -> bool:
-    """Whether a value is made of numbers, text, tensors and functions alone."""
+PLAIN = (int, float, complex, str, bytes, type(None), range, enum.Enum, torch.Tensor, torch.dtype)
+PLAIN += (numpy.generic, types.FunctionType, types.BuiltinFunctionType, functools.partial)
+
+
+def _plain(value, within: tuple = ()) -> bool:
+    """Whether a value is made of numbers, text, tensors and functions alone.
+
+    So are data classes and namespaces of these; what one's own classes make and can be called
+    counts as a function.
+    """
+    if id(value) in within:
+        return True
     if isinstance(value, (list, tuple, set, frozenset)):
-        return all(map(_plain, value))
-    if isinstance(value, dict):
-        return all(map(_plain, value.values()))
-    kinds = (int, float, complex, str, bytes, torch.Tensor, torch.dtype, numpy.generic)
-    return value is None or isinstance(value, (*kinds, types.FunctionType, functools.partial))
+        parts = value
+    elif isinstance(value, dict):
+        parts = value.values()
+    elif isinstance(value, types.SimpleNamespace):
+        parts = vars(value).values()
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = [getattr(value, f.name, None) for f in dataclasses.fields(value)]
+    elif isinstance(value, numpy.ndarray):
+        return value.dtype != object
+    else:
+        own = callable(value) and not _installed(type(value).__module__)
+        return isinstance(value, PLAIN) or own
+    return all(_plain(part, (*within, id(value))) for part in parts)
 
 
 def _hashed(text: str) -> str:
@@ -138,7 +158,8 @@ class _Describer:
             sha.update(numpy.ascontiguousarray(thing).tobytes())
             return f"array#{sha.hexdigest()[:12]}"
         if isinstance(thing, enum.Enum):
-            return str(thing)
+            own = not _installed(type(thing).__module__)
+            return f"{thing}={describe(thing.value)}" if own else str(thing)
         if thing is None or isinstance(thing, (bool, int, float, complex, str, bytes, Path)):
             return repr(thing)
         if isinstance(thing, (torch.dtype, torch.device, range, torch.Size)):

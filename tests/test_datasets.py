@@ -274,6 +274,22 @@ def test_a_root_that_is_no_folder_is_refused(place, monkeypatch):
             assert says in str(caught.value) and "images-idx3" in str(caught.value)
 
 
+def test_what_is_checked_is_what_is_used(tmp_path):
+    """A file that takes the name of an opened one is neither checked nor used in its place."""
+    path, wrong, right = (
+        tmp_path / "own.npy",
+        numpy.full(5000, 7, "u1"),
+        numpy.arange(5000, dtype="u1"),
+    )
+    numpy.save(path, wrong)
+    mapped = formats._own(path)
+    numpy.save(tmp_path / "other.npy", right)
+    os.replace(tmp_path / "other.npy", path)
+    assert formats._sha256(mapped) == hashlib.sha256(wrong).hexdigest()
+    assert numpy.array_equal(mapped, wrong)
+    assert formats._sha256(formats._own(path)) == hashlib.sha256(right).hexdigest()
+
+
 def cut(files, name):
     return files | {name: files[name][: len(files[name]) * 2 // 3]}
 
@@ -319,7 +335,7 @@ DAMAGED = {
     "no npy": (
         "mnist",
         {
-            "mnist-train-images.npy: mmap length": lambda: cut(
+            "mnist-train-images.npy: it holds": lambda: cut(
                 own_files("mnist"), "mnist-train-images.npy"
             ),
             "mnist-test-labels.npy: ": lambda: (

@@ -2,6 +2,8 @@
 
 import copy
 import re
+import subprocess
+import sys
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -575,15 +577,15 @@ def test_the_plan_counts_what_will_be_done(runs, monkeypatch):
         method.plan(pipeline, 0)
 
 
-def test_many_queries_of_long_stretches_stay_within_the_memory(runs, monkeypatch):
+def test_many_queries_of_long_stretches_stay_within_the_memory(runs):
     """Each step of each query has coordinates in a space of all queries."""
     pipelines, queries = runs
-    method = msif.SegmentedInfluence(6, memory="1MB")
-    assert method._side_by_side(pipelines["warm"], 0) < len(queries)
-    assert msif.SegmentedInfluence(6)._side_by_side(pipelines["warm"], 0) == 32
-    together = msif.SegmentedInfluence(6, memory="50MB")._side_by_side(pipelines["warm"], 0)
-    monkeypatch.setattr(segmented_module, "step_counts", lambda *_: [[4000] * 6] * 2)
-    longer = msif.SegmentedInfluence(6, memory="50MB")._side_by_side(pipelines["warm"], 0)
+    asked = pipelines["warm"], 0, [[4] * 6, [2] * 6]
+    assert msif.SegmentedInfluence(6, memory="1MB")._side_by_side(*asked) < len(queries)
+    assert msif.SegmentedInfluence(6)._side_by_side(*asked) == 32
+    method = msif.SegmentedInfluence(6, memory="50MB")
+    together = method._side_by_side(*asked)
+    longer = method._side_by_side(*asked[:2], [[4000] * 6] * 2)
     assert 1 <= longer < together
 
 
@@ -855,3 +857,37 @@ def test_adam_without_its_moments_is_refused():
 def test_bad_settings_are_refused(settings, words):
     with pytest.raises(ValueError, match=words):
         msif.SegmentedInfluence(**settings)
+
+
+MEMORY = """
+import pathlib, re, torch, msif_lab as msif
+torch.set_num_threads(1)
+def status(name):
+    text = pathlib.Path("/proc/self/status").read_text()
+    return int(re.search(name + r":\\s+(\\d+)", text)[1]) / 1e3
+def added(work):
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    kept = work()
+    return status("VmHWM") - before
+def scored(n):
+    data = msif.Examples(torch.rand(n, 2000), torch.arange(n) % 3)
+    recipe = msif.SGD(0.01, epochs=1, batch_size=200)
+    stage = msif.Stage("one", msif.mlp(2000, (4,), classes=3), data, recipe=recipe)
+    method = msif.SegmentedInfluence(2, trust=0).fit(msif.Pipeline([stage]).fit(False), False)
+    half = torch.arange(0, n, 2)
+    copied = added(lambda: data[half])
+    return added(lambda: method.score(data[:1], progress=False)), copied
+scored(1000)  # what PyTorch loads on first use
+print(*scored(2000), *scored(16_000))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+def test_memory_does_not_grow_with_the_data():
+    """In MB: 16,000 examples take 128, of which each of the two stretches sees a half."""
+    command = [sys.executable, "-W", "ignore", "-c", MEMORY]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    few, _, many, copied = map(float, out)
+    assert many - few < 30
+    assert copied > 50  # the control: what a copy of one stretch's examples would add

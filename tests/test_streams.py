@@ -1,5 +1,7 @@
 """Data sets that are read when needed, and the two ends of a ranking that is never held."""
 
+import os
+
 import numpy
 import pytest
 import torch
@@ -7,6 +9,7 @@ from oracles import F64, close, draw, implicit_scores, random_examples, random_m
 
 import msif_lab as msif
 from msif_lab import memory
+from msif_lab.data.inputs import files_of
 
 
 class Counting(torch.utils.data.Dataset):
@@ -155,3 +158,63 @@ def test_top_refuses():
     with pytest.raises(ValueError, match="score with a larger top="):
         fitted.score(queries, top=3).helpful(4)
     assert fitted.score(queries, top=10**6).lowest.values.shape == (6, 40)  # all there are
+
+
+class Files(torch.utils.data.Dataset):
+    """An item for each file, as torchvision's ImageFolder has them: paths and labels."""
+
+    def __init__(self, root, n):
+        self.root, self.samples = root, [(f"{i}.npy", i % 2) for i in range(n)]
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, i):
+        name, label = self.samples[i]
+        return numpy.load(self.root / name), label
+
+
+class Mapped(torch.utils.data.Dataset):
+    """All items in one file that is mapped into memory."""
+
+    def __init__(self, path, n):
+        self.items, self.n = numpy.load(path, mmap_mode="r"), n
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        return numpy.array(self.items[i]), i % 2
+
+
+@pytest.mark.parametrize("kind", ["files", "mapped", "a part"])
+def test_files_that_change_on_disk_after_fit_are_noticed(kind, tmp_path):
+    """Also of items that no check looks at."""
+    n, values = 200, draw(200, 3, seed=6).numpy()
+    for i, row in enumerate(values):
+        numpy.save(tmp_path / f"{i}.npy", row)
+    numpy.save(tmp_path / "all.npy", values)
+    dataset = Mapped(tmp_path / "all.npy", n) if kind == "mapped" else Files(tmp_path, n)
+    if kind == "a part":
+        dataset = torch.utils.data.Subset(dataset, range(n))
+    data = msif.Examples.from_dataset(dataset)
+    net = msif.mlp(3, (4,), classes=2).double()
+    p = msif.Pipeline([msif.Stage("only", net, data, weight_decay=0.1)]).adopt()
+    p.evaluate(data[:2])
+    p.evaluate(data[:2])  # what is read only is not changed
+    unread = tmp_path / ("all.npy" if kind == "mapped" else "7.npy")
+    values[7] += 1
+    numpy.save(unread.with_name("new.npy"), values if kind == "mapped" else values[7])
+    os.replace(unread.with_name("new.npy"), unread)
+    with pytest.raises(ValueError, match=r"stage 'only': data\.x changed since fit"):
+        p.evaluate(data[:2])
+    p.adopt().evaluate(data[:2])
+    unread.unlink()
+    with pytest.raises(ValueError, match=r"data\.x changed since fit"):
+        p.evaluate(data[:2])
+
+
+def test_of_what_a_data_set_holds_in_memory_only_the_number_is_known():
+    _, lazy, dataset, _ = pair()
+    assert files_of(dataset) == []
+    assert lazy.objective(0).data.x.stamp() == (40, 0, ())

@@ -365,7 +365,8 @@ def product_chunks(
     examples: Examples | None = None,
     *,
     mode: str = "auto",
-) -> Iterator[tuple[slice, Tensor]]:
+    rows: Tensor | None = None,
+) -> Iterator[tuple[slice | Tensor, Tensor]]:
     """``(positions, ∇f_iᵀ v_q (Q, B))`` chunk by chunk, so that any amount of data will do.
 
     Three modes give the same numbers. ``"layers"`` takes one backward pass for all vectors and then
@@ -380,6 +381,7 @@ def product_chunks(
         vectors: v ``(P, Q)``.
         examples: default the stage's own data.
         mode: one of the above.
+        rows: only these positions.
 
     Raises:
         ValueError: an unknown mode, or vectors of another shape.
@@ -408,22 +410,23 @@ def product_chunks(
     if mode == "auto":
         mode = cheapest_products(o, vectors.shape[1])
     if mode == "gradients":
-        for rows, gradients in per_example_gradients(o, full, examples):
-            yield rows, (gradients @ vectors).T
+        for part, gradients in per_example_gradients(o, full, examples, rows=rows):
+            yield part, (gradients @ vectors).T
     elif mode == "layers":
         most = max(layer.bytes(vectors.shape[1], vectors.element_size()) for layer in layers)
-        for rows, x, y in o.chunks(examples, copies=2 + 2 * most // o.bytes_per_example()):
+        copies = 2 + 2 * most // o.bytes_per_example()
+        for part, x, y in o.chunks(examples, copies, rows):
             traced = trace(o, full, x, layers)
-            yield rows, traced.along(traced.output_gradients(o.loss, y), vectors).T
+            yield part, traced.along(traced.output_gradients(o.loss, y), vectors).T
     else:
         theta = o.trained.take(full)
-        for rows, x, y in o.chunks(examples, copies=3):
+        for part, x, y in o.chunks(examples, 3, rows):
 
             def losses(theta, x=x, y=y):
                 return o.losses(o.parameters(theta, full), x, y)
 
             slopes = [jvp(losses, (theta,), (v,))[1] for v in vectors.T]
-            yield rows, torch.stack(slopes) if slopes else vectors.new_empty(0, len(x))
+            yield part, torch.stack(slopes) if slopes else vectors.new_empty(0, len(x))
 
 
 def cheapest_products(o: Objective, queries: int) -> str:
@@ -542,7 +545,12 @@ def _own_products(
 
 
 def cross_products(
-    o: Objective, full: Tensor, names: Sequence[str], vectors: Tensor, weights: Tensor | None = None
+    o: Objective,
+    full: Tensor,
+    names: Sequence[str],
+    vectors: Tensor,
+    weights: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """``G_WT v = ∂_W (1/m) Σ_i w_i ∇_T f_i · v``: the W-derivative of the mean slope along v.
 
@@ -554,6 +562,7 @@ def cross_products(
         names: the parameters W, none of them among T.
         vectors: v ``(Q, P)``.
         weights: w ``(m,)``, one by default.
+        rows: only these positions; the others count as of weight zero.
 
     Returns:
         ``(Q, |W|)``, in the order of ``names``.
@@ -563,13 +572,13 @@ def cross_products(
     sizes = [len(o.layout.spans[name]) for name in names]
     result = vectors.new_zeros(len(vectors), sum(sizes))
     parts = result.split(sizes, 1)
-    for rows, x, y in o.chunks(copies=2):
+    for positions, x, y in o.chunks(copies=2, rows=rows):
         with torch.enable_grad():
             leaf = theta.detach().requires_grad_()
             shared = [named[name].detach().requires_grad_() for name in names]
             parameters = o.parameters(leaf, full) | dict(zip(names, shared, strict=True))
             losses = o.losses(parameters, x, y)
-            risk = (losses if weights is None else weights[rows] * losses).sum() / len(o.data)
+            risk = (losses if weights is None else weights[positions] * losses).sum() / len(o.data)
             (slope,) = torch.autograd.grad(risk, leaf, create_graph=True)
         if not slope.requires_grad:  # no part of the loss depends on W and T together
             continue

@@ -126,7 +126,7 @@ class Fingerprint:
         named = {f"data.x[{name!r}]": t for name, t in x.items()} if isinstance(x, Fields) else {}
         named = {"data.y": o.data.y, "data.ids": o.data.ids} | (named or {"data.x": x})
         data = {
-            name: (t.shape, t.dtype, checksum(t)) if isinstance(t, Tensor) else len(t)
+            name: (t.shape, t.dtype, checksum(t)) if isinstance(t, Tensor) else t.stamp()
             for name, t in named.items()
         }
         modules = list(o.model.modules())

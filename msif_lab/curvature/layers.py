@@ -22,6 +22,8 @@ from .gate import Probe, agree
 
 __all__ = ["Layer", "Trace", "find_layers", "trace"]
 
+TOGETHER = 64  # vectors that a layer multiplies its inputs by at once
+
 
 @dataclass
 class Layer:
@@ -68,7 +70,7 @@ class Layer:
     def bytes(self, columns: int, element: int) -> int:
         """Bytes that `along` takes for one example, with ``element`` bytes a number."""
         if self.pushes(columns):
-            return columns * self.numel * element
+            return min(columns, TOGETHER) * self.numel * element
         patches = self.positions * self.parameters // len(self.module.weight)
         return (self.parameters + patches) * element
 
@@ -83,7 +85,9 @@ class Layer:
     def along(self, a: Tensor, s: Tensor, vectors: Tensor) -> Tensor:
         """Each example's ``Σ_l s_lᵀ V a_l`` with ``s`` (B, 1, n): ``vectors`` (P, K) → (B, K)."""
         if self.pushes(vectors.shape[1]):
-            return (self.push(a, vectors) @ s.transpose(1, 2))[..., 0]
+            s = s.transpose(1, 2)
+            parts = [(self.push(a, some) @ s)[..., 0] for some in vectors.split(TOGETHER, 1)]
+            return torch.cat(parts, 1)
         parts = zip(self.spans, self.gradients(a, s), strict=True)
         return sum(part[:, 0] @ vectors[span] for span, part in parts)
 

@@ -1,7 +1,6 @@
 """The real data sets of the lessons as `Examples`: bundled digits, MNIST and CIFAR-10."""
 
 import math
-import mmap
 import operator
 import os
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from .formats import (
     read_idx,
     read_python,
     read_sprites,
+    release,
 )
 from .sources import raw_arrays
 
@@ -374,9 +374,7 @@ def _examples(data: DataSet, images, kept: Examples, pool: int, dtype: torch.dty
         if pool > 1:
             block = avg_pool2d(block, pool, divisor_override=1)
         x[start : start + BLOCK] = block.div_(255 * pool**2)
-        if isinstance(images.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-            # The pages of a mapped file count as memory until they are released.
-            images.base.madvise(mmap.MADV_DONTNEED)
+        release(images)
     return Examples(x, kept.y, kept.ids, classes=kept.classes)
 
 

@@ -116,7 +116,9 @@ class Examples:
 
         The data set need not fit in memory: every stage, score and baseline takes it chunk by
         chunk. ``.x`` is an `Inputs`; selecting by index or `select`, and `to`, read nothing.
-        Targets are small and stay in memory.
+        Targets are small and stay in memory. A pipeline notices when files that the data set names
+        in its attributes are written to; of what it holds in memory or downloads, when the number
+        of items changes or one of the few that checks look at (see `Inputs`).
 
         Args:
             dataset: has ``len(dataset)`` and ``dataset[i] -> (input, target)``, the same at every

@@ -5,6 +5,8 @@ import hashlib
 import io
 import json
 import math
+import mmap
+import os
 import pickle
 import struct
 import tarfile
@@ -108,11 +110,25 @@ def read_own(data: DataSet, paths: Sequence[Path]) -> list[np.ndarray]:
 
 
 def _own(path: Path) -> np.ndarray:
-    # Mapped into memory, so that a selection copies only its share.
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
-    if path.stat().st_size != getattr(array, "offset", 0) + array.nbytes:
-        raise ValueError("it holds more than the one array that it should")
-    return array
+    # Mapped into memory, so that a selection copies only its share. The file is opened once: what
+    # is checked is what is used, even where another file takes its name in between.
+    with open(path, "rb") as file:
+        version = np.lib.format.read_magic(file)
+        if version != (1, 0):
+            raise ValueError(f"it is in NumPy's format {version}, this package writes (1, 0)")
+        shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
+        if dtype.hasobject:
+            raise ValueError("it holds Python objects, which are never unpickled here")
+        end = file.tell() + math.prod(shape) * dtype.itemsize
+        if (size := os.fstat(file.fileno()).st_size) != end:
+            raise ValueError(f"it holds {size:,} bytes, its one array ends after {end:,}")
+        return np.memmap(file, dtype, "r", file.tell(), shape, "F" if by_columns else "C")
+
+
+def release(array: np.ndarray) -> None:
+    """Give back the pages of a mapped file: those that were touched count as memory until then."""
+    if isinstance(array.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        array.base.madvise(mmap.MADV_DONTNEED)
 
 
 def read_idx(data: DataSet, paths: Sequence[Path]) -> list[np.ndarray]:
@@ -271,15 +287,11 @@ def verified(data: DataSet, arrays: list[np.ndarray]) -> list[np.ndarray]:
 
 
 def _sha256(array: np.ndarray) -> str:
-    """SHA-256 of an array's bytes.
-
-    A mapped file is read instead, since every mapped page that is touched counts as memory.
-    """
+    """SHA-256 of an array's bytes; of a mapped file of the mapped bytes, a few pages at a time."""
     if not isinstance(array, np.memmap):
         return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
-    found = hashlib.sha256()
-    with open(array.filename, "rb") as file:
-        file.seek(array.offset)
-        while block := file.read(2**20):
-            found.update(block)
+    found, flat = hashlib.sha256(), array.reshape(-1)
+    for start in range(0, len(flat), 2**20):
+        found.update(flat[start : start + 2**20])
+        release(array)
     return found.hexdigest()

@@ -1,9 +1,12 @@
 """`Inputs`: the inputs of a data set that are read when needed, here or in other processes."""
 
+import functools
 import math
+import os
 import time
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -15,6 +18,7 @@ from .tensors import to_tensor
 
 __all__ = ["Inputs", "check_dataset", "fixed_like", "read_many"]
 
+MOST_FILES = 10_000  # of a data set that `Inputs.stamp` looks at
 PATIENCE = 0.1  # seconds of reading after which other processes are asked for the rest
 
 
@@ -24,6 +28,10 @@ class Inputs:
     Offers what the library needs of a tensor ``(N, ...)``: ``len``, ``shape``, ``dtype``,
     ``device``, ``to``, and indexing by an integer, a slice or positions, so ``inputs[3:9]`` is a
     tensor, or `Fields` where items are dictionaries. Made by `Examples.from_dataset`.
+
+    That an item has become another one is noticed by `stamp`: by the files that the data set names
+    in its attributes. Of what it holds in memory, downloads or computes only the number is known;
+    call `Pipeline.adopt` after changing it.
 
     Args:
         dataset: the data set.
@@ -61,6 +69,18 @@ class Inputs:
     def __len__(self) -> int:
         return len(self.positions)
 
+    def stamp(self) -> tuple:
+        """What changes when an item does: how many there are, and the `files_of` the data set.
+
+        Of each file its size and when it was last written to; of very many some, evenly spaced.
+        """
+        step = -(-len(self._files) // MOST_FILES) or 1
+        return len(self), len(self._files), tuple(map(_written, self._files[::step]))
+
+    @functools.cached_property
+    def _files(self) -> list[str]:
+        return files_of(self.dataset)
+
     def is_floating_point(self) -> bool:
         return self.dtype.is_floating_point
 
@@ -87,6 +107,46 @@ class Inputs:
     def _moved(self, values: Tensor | Fields) -> Tensor | Fields:
         # In turn: `to` of a half and then of a double rounds.
         return move(values, self._targets)
+
+
+def files_of(dataset) -> list[str]:
+    """Paths that a data set holds: in its attributes, in lists, tuples and dictionaries of them.
+
+    Data sets inside it count too, as of `torch.utils.data.Subset`, and arrays that are mapped
+    files. Names that are not files from here, or inside ``dataset.root``, are left out.
+    """
+    found: dict[str, None] = {}
+    seen, waiting = set(), [(dataset, None)]
+    while waiting:
+        thing, root = waiting.pop()
+        if isinstance(thing, (str, os.PathLike)):
+            for path in (thing, *([os.path.join(root, thing)] if root else [])):
+                if isinstance(os.fspath(path), str) and os.path.isfile(path):
+                    found[os.path.abspath(path)] = None
+            continue
+        if isinstance(thing, (int, float, type(None), Tensor, type)) or id(thing) in seen:
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, np.ndarray):
+            waiting += [(getattr(thing, "filename", None), root)]
+        elif isinstance(thing, dict):
+            waiting += [(value, root) for value in thing.values()]
+        elif isinstance(thing, (list, tuple)):
+            waiting += [(value, root) for value in thing]
+        elif hasattr(thing, "__getitem__") and hasattr(thing, "__dict__"):
+            own = getattr(thing, "root", root)
+            root = own if isinstance(own, (str, os.PathLike)) else root
+            waiting += [(value, root) for value in vars(thing).values()]
+    return sorted(found)
+
+
+def _written(path: str) -> tuple[int, int] | None:
+    """When a file was last written to, in nanoseconds, and its size; None where it is gone."""
+    try:
+        about = os.stat(path)
+    except OSError:
+        return None
+    return about.st_mtime_ns, about.st_size
 
 
 def check_dataset(dataset, workers: int) -> None:

@@ -206,8 +206,10 @@ class GradientNorm(Baseline):
 
     def _values(self, k, question):
         o = self._pipeline.objective(k)
-        norms = [g.norm(dim=1) for _, g in per_example_gradients(o, self._full[k])]
-        return self._combined(torch.cat(norms)[None], question)
+        norms = self._full[k].new_empty(len(o.data))
+        for rows, gradients in per_example_gradients(o, self._full[k]):
+            norms[rows] = gradients.norm(dim=1)  # kept apart they would pin the heap between chunks
+        return self._combined(norms[None], question)
 
 
 class Random(Baseline):
@@ -246,8 +248,10 @@ class GradientDot(Baseline):
             v = self._query_gradients(k, question)
             return -example_products(o, self._full[k], v.T) / len(o.data)
         v, some = self._directions(k, question)
-        parts = per_example_gradients(o, self._full[k])
-        return -torch.cat([v @ nn.functional.normalize(g * some, dim=1).T for _, g in parts], 1)
+        values = v.new_empty(len(v), len(o.data))
+        for rows, gradients in per_example_gradients(o, self._full[k]):
+            values[:, rows] = -v @ nn.functional.normalize(gradients * some, dim=1).T
+        return values
 
     def _directions(self, k: int, question: Question) -> tuple[Tensor, Tensor]:
         """Unit gradients of the queries ``(Q, P)``, or their weighted sum ``(1, P)``, and a mask.

@@ -142,8 +142,9 @@ class ImplicitInfluence:
         o = self._pipeline.objective(k)
         few = 256 if o.size < 10**5 else 32  # an order of magnitude is enough
         some = torch.arange(0, len(o.data), -(-len(o.data) // few), device=o.device)
-        squares = [g.square().sum(1) for _, g in per_example_gradients(o, self._full[k], rows=some)]
-        pull = float(torch.cat(squares).mean().sqrt()) / len(o.data)
+        parts = per_example_gradients(o, self._full[k], rows=some)
+        squares = torch.cat([gradients.norm(dim=1) ** 2 for _, gradients in parts])
+        pull = float(squares.mean().sqrt()) / len(o.data)
         if left > 0.1 * pull:
             warnings.warn(
                 f"{o.where} is not at a stationary point: ‖∇F‖ = {left:.1e}, one example's pull "

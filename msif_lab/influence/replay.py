@@ -136,10 +136,6 @@ def require_run(pipeline: Pipeline, backwards: bool = True) -> None:
     """Refuse pipelines whose training cannot be replayed, or run ``backwards``, with a way out."""
     if not isinstance(pipeline, Pipeline):
         raise TypeError(f"pipeline must be a msif_lab.Pipeline, not {type(pipeline).__name__}")
-    warm = [stage for stage in pipeline.stages if isinstance(stage.link, WarmStart)]
-    implicit = "use ImplicitInfluence, which needs only the final weights"
-    if warm:
-        implicit = f"{as_proximal(warm[0])}, and ImplicitInfluence(curvature='ggn')"
     if backwards:  # first, since no training would mend that
         _require_derivatives(pipeline)
     if pipeline.adopted:
@@ -147,17 +143,25 @@ def require_run(pipeline: Pipeline, backwards: bool = True) -> None:
             "the pipeline's weights were adopted, or converted by to(), so there is no run to "
             "differentiate; train with pipeline.fit() and a recipe such as SGD(...), keep "
             "checkpoints of your own run for SegmentedInfluence and TracIn, "
-            f"adopt(checkpoints=[msif.Run(...)]), or {implicit}"
+            f"adopt(checkpoints=[msif.Run(...)]), or {_implicit(pipeline)}"
         )
     for stage in pipeline.stages:
         if not isinstance(stage.recipe, MiniBatch):
             raise ValueError(
                 f"stage {stage.name!r} was trained by {type(stage.recipe).__name__}, whose steps "
                 "cannot be run backwards here; train it with recipe=SGD(...) or Adam(...), or "
-                f"{implicit}"
+                f"{_implicit(pipeline)}"
             )
     pipeline.trained()
     pipeline.require_repeatable()
+
+
+def _implicit(pipeline: Pipeline) -> str:
+    """How the final weights alone have influence, in words."""
+    warm = [stage for stage in pipeline.stages if isinstance(stage.link, WarmStart)]
+    if warm:
+        return f"{as_proximal(warm[0])}, and ImplicitInfluence(curvature='ggn')"
+    return "use ImplicitInfluence, which needs only the final weights"
 
 
 def as_proximal(stage: Stage) -> str:

@@ -236,7 +236,8 @@ class SegmentedInfluence:
             changes of curvature ``(Q,)``.
         """
         jobs = joblib.effective_n_jobs(self.n_jobs)
-        few = min(self._side_by_side(self._pipeline, first), -(-len(gradients) // jobs))
+        lengths = [run.lengths for run in runs]
+        few = min(self._side_by_side(self._pipeline, first, lengths), -(-len(gradients) // jobs))
         parts = gradients.split(few)
         each = sum(len(run.rates) for run in runs[first:])
         with progress_bar(each * len(parts), "sweep", progress) as bar:
@@ -320,8 +321,8 @@ class SegmentedInfluence:
         """
         check_instance("pipeline", pipeline, Pipeline)
         count = count_queries(queries)
-        part = min(count, self._side_by_side(pipeline, 0))
         lengths = step_counts(pipeline, self.segments)
+        part = min(count, self._side_by_side(pipeline, 0, lengths))
         sizes = []
         for k, stage in enumerate(pipeline.stages):
             m = len(stage.data)
@@ -334,7 +335,7 @@ class SegmentedInfluence:
         details = self.details and (not pipeline.adopted)
         few = self.curvature_examples
         asked = self.curvature, few, details, self.memory
-        spaces = self._bytes(pipeline, 0, part)
+        spaces = self._bytes(pipeline, 0, lengths, part)
         return segmented_plan(pipeline, count, part, spaces, lengths, dimensions, sizes, *asked)
 
     def check(
@@ -381,22 +382,25 @@ class SegmentedInfluence:
             )
         return report
 
-    def _side_by_side(self, pipeline: Pipeline, first: int) -> int:
+    def _side_by_side(self, pipeline: Pipeline, first: int, lengths: list[list[int]]) -> int:
         """How many queries to take at once, from the memory that their Krylov spaces take.
 
         Together they have a space of so many times the dimensions, in which every step of each
         query has coordinates: more than a few dozen gain nothing.
+
+        Args:
+            lengths: how many steps each stretch of every stage has.
         """
         what = "the Krylov space of a single query"
-        needed = functools.partial(self._bytes, pipeline, first)
+        needed = functools.partial(self._bytes, pipeline, first, lengths)
         require_memory(needed(1), self.memory, what, "give more memory= or a smaller krylov=")
         return max(q for q in range(1, MOST_TOGETHER + 1) if needed(q) <= self.memory)
 
-    def _bytes(self, pipeline: Pipeline, first: int, queries: int) -> int:
+    def _bytes(self, pipeline: Pipeline, first: int, lengths: list[list[int]], queries: int) -> int:
         """What the Krylov spaces of so many queries take, with the coordinates of every step."""
         stages = range(first, len(pipeline.stages))
         widest = max(pipeline.objective(k).layout.size for k in stages)
-        longest = max(max(step_counts(pipeline, self.segments)[k]) for k in stages)
+        longest = max(max(lengths[k]) for k in stages)
         dimensions = self.krylov or MOST_DIMENSIONS
         size = pipeline.trained()[-1].element_size()
         vectors = widest * (VECTORS * (dimensions + 2) + 9)

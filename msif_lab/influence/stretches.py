@@ -22,15 +22,15 @@ import torch
 from torch import Tensor, nn
 
 from ..curvature.derivatives import cross_products, product_chunks
-from ..curvature.matrices import curvature
+from ..curvature.matrices import DataCurvature, curvature
 from ..curvature.operators import Operator
-from ..data.examples import Examples
 from ..pipeline.recipes import LinearStep, MiniBatch
 from ..pipeline.runs import KeptRun
 from ..pipeline.stages import FunctionalStage
 from .adjoint import Backwards
 
 MOST_DIMENSIONS = 20  # of a Krylov space for each query, by default
+SHARED_PASS = 100  # directions of both ends of a stretch that are taken through the data at once
 SETTLED = 1e-3  # grow a Krylov space until a step changes what comes of it by less
 
 
@@ -107,7 +107,7 @@ def _path(steps: Sequence[tuple[int, float]]) -> Tensor:
 
 
 def krylov(
-    operator: Callable[[Tensor], Tensor], start: Tensor, size: int
+    operator: Callable[[Tensor], Tensor], start: Tensor, size: int, rows: Tensor | None = None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Krylov spaces of a symmetric matrix from some vectors, each larger than the one before.
 
@@ -117,27 +117,32 @@ def krylov(
         operator: ``(P, B)`` → the matrix times each column.
         start: ``(P, B)``, the vectors that the spaces start from.
         size: of the last space, rounded up to whole blocks.
+        rows: ``(size + B, P)`` or more to write the basis to; made here by default.
 
     Yields:
         an orthonormal basis ``(P, K)``, the Ritz values ``(K,)``, and the Ritz vectors in the
         basis ``(K, K)``. The first columns of a basis are the basis before.
     """
-    basis = _orthonormal(start.new_empty(len(start), 0), start)
-    small, block = start.new_zeros(0, 0), basis
+    block = _orthonormal(start.new_empty(len(start), 0), start)
+    # One piece of memory, which is taken only as far as it is written to.
+    rows = start.new_empty(size + start.shape[1], len(start)) if rows is None else rows
+    count = 0
+    small = start.new_zeros(0, 0)
     if not block.shape[1]:  # nothing but zeros
-        yield basis, small.flatten(), small
-    while block.shape[1]:
+        yield block, small.flatten(), small
+    while more := block.shape[1]:
+        rows[count : count + more] = block.T
+        count += more
+        basis = rows[:count].T
         image = operator(block)
-        more = block.shape[1]
         small = nn.functional.pad(small, (0, more, 0, more))
         small[:, -more:] = basis.T @ image
         # symmetric; what lies below the diagonal was not computed
         values, rotation = torch.linalg.eigh(small.triu() + small.triu(1).T)
         yield basis, values, rotation
-        if basis.shape[1] >= size:
+        if count >= size:
             break
         block = _orthonormal(basis, image)
-        basis = torch.cat([basis, block], 1)
 
 
 def _orthonormal(basis: Tensor, block: Tensor) -> Tensor:
@@ -314,6 +319,7 @@ class SegmentAdjoint(Backwards):
         self.decay = self.objective.weight_decay if recipe.decoupled else 0.0
         self.momentum_bar = torch.zeros_like(self.theta_bar)
         self.sizes, self.changes = [self.size()], []
+        self._rows = self.theta_bar[:0]  # of all Krylov bases in turn: each anew leaves holes
 
     def sweep(self, stretches: Sequence[Stretch], bar=None) -> None:
         """Backwards through all stretches of the stage."""
@@ -321,9 +327,9 @@ class SegmentAdjoint(Backwards):
         later: Pull | None = None
         before: tuple[Tensor, float] | None = None
         for stretch in reversed(stretches):
-            data, weights = self._seen(stretch)
+            rows, weights = self._seen(stretch)
             size = self.theta_bar.norm(dim=1)
-            pull, images = self._through(stretch, self._curvature(stretch, data, weights))
+            pull, images = self._through(stretch, self._curvature(stretch, rows, weights))
             time = spread(len(stretch.steps)) * time_of(self._linear_steps(stretch))
             if before is not None:
                 change = (images[0] - before[0]).norm(dim=1) * (time + before[1]) / 2
@@ -334,7 +340,7 @@ class SegmentAdjoint(Backwards):
             if self.through_frozen:
                 names = self.functional.frozen
                 self.frozen_bar += cross_products(
-                    o.on(data), stretch.middle, names, pull.total, weights
+                    o, stretch.middle, names, pull.total, weights, rows
                 )
             self.centre_bar -= 2 * o.alpha * o.coupled.take(pull.total)
             self.sizes.insert(0, self.size())
@@ -343,26 +349,33 @@ class SegmentAdjoint(Backwards):
         self.require_finite()
         self._add(stretches[0].start, None, later)
 
-    def _seen(self, stretch: Stretch) -> tuple[Examples, Tensor | None]:
-        """The examples of a stretch's steps, and how often each counts; None for once each."""
-        data = self.objective.data
-        if stretch.batches is None:
-            return data, None
-        weights = stretch.members(len(data)).sum(1).to_dense() / len(stretch.steps)
-        rows = weights.nonzero()[:, 0]
-        return data if len(rows) == len(data) else data[rows.cpu()], weights[rows] * len(rows)
+    def _seen(self, stretch: Stretch) -> tuple[Tensor | None, Tensor | None]:
+        """Positions of the examples in a stretch's steps, and how often each example counts (m,).
 
-    def _curvature(self, stretch: Stretch, data: Examples, weights: Tensor | None) -> Operator:
+        None for all of them, and for once each. Positions, since data may be too large to copy.
+        """
+        count = len(self.objective.data)
+        if stretch.batches is None:
+            return None, None
+        weights = stretch.members(count).sum(1).to_dense() * (count / len(stretch.steps))
+        rows = weights.nonzero()[:, 0]
+        return rows if len(rows) < count else None, weights
+
+    def _curvature(
+        self, stretch: Stretch, rows: Tensor | None, weights: Tensor | None
+    ) -> DataCurvature:
         """The curvature in the middle of a stretch, on its examples or some of them."""
-        few = self.reading.curvature_examples
-        if few is not None and few < len(data):
+        o, few = self.objective, self.reading.curvature_examples
+        seen = torch.arange(len(o.data)) if rows is None else rows.cpu()
+        if few is not None and few < len(seen):
             draw = torch.Generator().manual_seed(0)
-            rows = torch.randperm(len(data), generator=draw)[:few].sort().values
-            data = data[rows]
-            if weights is not None:
-                weights = weights[rows.to(weights.device)]
-                weights = weights / weights.mean()
-        return curvature(self.reading.curvature, self.objective.on(data), stretch.middle, weights)
+            rows = seen[torch.randperm(len(seen), generator=draw)[:few].sort().values]
+            rows = rows.to(stretch.middle.device)
+            weights = torch.ones_like(self.scores[0]) if weights is None else weights
+            weights = weights * (len(o.data) / weights[rows].sum())
+        operator = curvature(self.reading.curvature, o, stretch.middle, weights)
+        operator.rows = rows
+        return operator
 
     def _add(self, full: Tensor, before: Pull | None, after: Pull | None) -> None:
         """Scores from the gradients at a checkpoint ``full`` (D,), between two stretches.
@@ -374,18 +387,22 @@ class SegmentAdjoint(Backwards):
         ends = [(p, p is before) for p in (before, after) if p is not None and p.asks(p is before)]
         if not ends:
             return
-        data, count = self.objective.data, len(self.objective.data)
+        count = len(self.objective.data)
         known = [pull.stretch.batches for pull, _ in ends]
         rows = torch.arange(count)
         if all(batches is not None for batches in known):
-            rows = torch.cat([batch for batches in known for batch in batches]).unique().cpu()
-        data = data if len(rows) == count else data[rows]
+            rows = torch.cat([batch for batches in known for batch in batches]).unique()
         rows = rows.to(full.device)
-        directions = [pull.directions(late) for pull, late in ends]
-        sizes = [part.shape[1] for part in directions]
-        for part, products in product_chunks(self.objective, full, torch.cat(directions, 1), data):
-            for (pull, late), some in zip(ends, products.split(sizes), strict=True):
-                self.scores[:, rows[part]] += pull.scores(late, some, rows[part], count)
+        asked = [(pull, late, pull.directions(late)) for pull, late in ends]
+        # Few directions share a pass over the data; of many a copy would take memory.
+        few = sum(vectors.shape[1] for *_, vectors in asked) <= SHARED_PASS
+        for together in [asked] if few else [[one] for one in asked]:
+            vectors = [v for *_, v in together]
+            sizes = [v.shape[1] for v in vectors]
+            vectors = torch.cat(vectors, 1) if few else vectors[0]
+            for part, products in product_chunks(self.objective, full, vectors, rows=rows):
+                for (pull, late, _), some in zip(together, products.split(sizes), strict=True):
+                    self.scores[:, part] += pull.scores(late, some, part, count)
 
     def _linear_steps(self, stretch: Stretch) -> list[tuple[LinearStep, float, float]]:
         decay = 0.0 if isinstance(self.decay, Tensor) else self.decay
@@ -446,8 +463,10 @@ class SegmentAdjoint(Backwards):
         def through(values: Tensor, vectors: Tensor) -> tuple[Tensor, ...]:
             return reverse(values, theta_bar @ vectors, momentum_bar @ vectors, steps)
 
+        if len(self._rows) < size + 2 * len(theta_bar):
+            self._rows = theta_bar.new_empty(size + 2 * len(theta_bar), theta_bar.shape[1])
         before, last = None, 0
-        for basis, values, rotation in krylov(product, torch.cat(pair).T, size):
+        for basis, values, rotation in krylov(product, torch.cat(pair).T, size, self._rows):
             if last < len(values) < min(1.5 * last, size):
                 continue  # the steps of a long stretch take longer than a product
             last = len(values)
@@ -462,7 +481,7 @@ class SegmentAdjoint(Backwards):
             g_bars, *ended = (c @ rotation.T for c in through(values, basis @ rotation))
         images = [values * (theta_bar @ basis @ rotation), values * (ended[0] @ rotation)]
         held = *ended, *(image @ rotation.T for image in images)
-        return basis, g_bars, *(c @ basis.T for c in held)
+        return basis.T.clone().T, g_bars, *(c @ basis.T for c in held)
 
 
 def _nonzero(scale: Tensor) -> Tensor:
