@@ -346,6 +346,49 @@ def test_readme_shows_what_methods_that_read_checkpoints_reach(title, setting, l
     assert f"| {title} | {link} | {cells} |" in lines
 
 
+ACTING = {"digits": "digits 0–3 → 4–6", "mnist": "MNIST 0–3 → 4–6"}
+ACTIONS = ("loss", "oracle", "labels corrected", "influence", "guided weights")
+
+
+def acting_row(name: str, noise: str, link: str) -> str:
+    """One line of the README's table of acting on scores."""
+    import pandas
+
+    table = pandas.read_csv(ROOT / f"notebooks/results/acting_{name}.csv").query(
+        "kind == 'change' and task == 'test' and against == 'keep all' and chosen == True "
+        f"and noise == {noise!r} and link == {link!r}"
+    )
+    at = table.drop_duplicates(["measure", "method"]).set_index(["measure", "method"])
+    cells = [f"{at['value']['loss', 'keep all']:.2f} ({at['value']['accuracy', 'keep all']:.2f})"]
+    cells += [f"{at['change']['loss', 'random']:+.2f}"]
+    for method in ACTIONS:
+        low, high = (at[end]["loss", method] for end in ("low", "high"))
+        cells.append(f"{at['change']['loss', method]:+.2f} [{low:+.2f}, {high:+.2f}]")
+    fraction = at["fraction"]["loss", "influence"]
+    cells[5] += f", {fraction:.0%}"
+    cells.append(f"{at['value']['accuracy', 'guided weights']:.2f}")
+    return f"| {ACTING[name]}, {noise} | {link} | {' | '.join(cells)} |"
+
+
+def acting_rows() -> list[str]:
+    import pandas
+
+    rows = []
+    for name in ACTING:
+        path = ROOT / f"notebooks/results/acting_{name}.csv"
+        if path.exists():
+            kinds = pandas.read_csv(path)[["noise", "link"]].drop_duplicates()
+            rows += [acting_row(name, noise, link) for noise, link in kinds.values]
+    return rows
+
+
+def test_readme_shows_what_acting_on_scores_brings():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    rows = acting_rows()
+    assert len(rows) >= 4
+    assert [row for row in rows if row not in lines] == []
+
+
 def average_row(title: str, setting: str, link: str) -> str:
     """One line of the README's table of averaged scores."""
     import pandas
