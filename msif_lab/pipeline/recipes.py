@@ -173,7 +173,7 @@ def positions_of(batches, name: str, count: int | None = None) -> list[Tensor]:
     return found
 
 
-BatchOrder = Callable[[int, torch.Generator], Iterable[Sequence[int]]]
+BatchOrder = Callable[[int, int, torch.Generator], Iterable[Sequence[int]]]
 
 # What `torch.nn.utils.clip_grad_norm_` adds to the norm that it divides by.
 CLIP_EPS = 1e-6
@@ -313,7 +313,7 @@ class MiniBatch(ABC):
             if found[0] != found[1]:
                 raise ValueError(
                     f"batches={shown(self.batches)} gives other batches when it is called again; "
-                    "f(epoch, generator) must draw from the generator that it is given"
+                    "f(epoch, m, generator) must draw from the generator that it is given"
                 )
         total = self._planned(m)
         if self.stop is not None and self.stop > total:
@@ -407,11 +407,11 @@ class MiniBatch(ABC):
     def _own(self, epoch: int, generator: torch.Generator, m: int) -> list[Tensor]:
         """What a function of one's own gives as an epoch's batches, checked."""
         try:
-            given = list(self.batches(epoch, generator))
+            given = list(self.batches(epoch, m, generator))
         except Exception as error:  # whatever a function of other arguments raises
             raise ValueError(
                 f"batches={shown(self.batches)} fails in epoch {epoch}: {type(error).__name__}: "
-                f"{error}; f(epoch, generator) must give lists of positions"
+                f"{error}; f(epoch, m, generator) must give lists of positions of m examples"
             ) from error
         if not given:
             raise ValueError(f"batches={shown(self.batches)} gives no batch in epoch {epoch}")
@@ -577,10 +577,16 @@ class SGD(MiniBatch):
             that gradient, weight decay is not: it comes after.
         batches: an order of one's own, in batches of any size: a list with the positions of the
             examples of each step of the whole run (``epochs`` and ``batch_size`` then mean
-            nothing), or a function ``f(epoch, generator)`` of such lists for each epoch, which
-            draws from that generator alone. An example may come several times, or never.
+            nothing), or a function ``f(epoch, m, generator)`` of such lists of m examples for each
+            epoch, which draws from that generator alone. An example may come several times, or
+            never.
         stop: end the run after so many steps; the schedule stays that of the whole run.
 
+    >>> def whole(epoch, m, generator):  # leave out what is left of an epoch
+    ...     order = torch.randperm(m, generator=generator)
+    ...     return order[: m // 50 * 50].split(50)
+    >>> len(list(SGD(lr=0.1, epochs=3, batches=whole).steps(120)))
+    6
     >>> SGD(lr={"head.*": 0.1, "*": 0.01}, clip=1.0, epochs=3, stop=40)
     SGD(lr={'head.*': 0.1, '*': 0.01}, momentum=0.9, epochs=3, batch_size=50, seed=0, \
 schedule='constant', warmup=0, nesterov=False, clip=1.0, stop=40)
