@@ -23,7 +23,7 @@ from oracles import (
     unrolled_scores,
 )
 from torch import nn
-from torch.func import vjp
+from torch.func import jacrev, vjp
 
 import msif_lab as msif
 from msif_lab.fingerprints import describe
@@ -268,8 +268,9 @@ def plain_loop(stage, model, names, previous=None):
     fastest = 1.0 if not isinstance(recipe.lr, dict) else max(recipe.lr.values())
     for batch, rate in recipe.steps(len(o.data)):
         for name, group in zip(names, optimizer.param_groups, strict=True):
-            keys = [k for k in recipe.lr if _matches(k, name)] if fastest != 1.0 else []
-            group["lr"] = rate * (recipe.lr[keys[0]] / fastest if keys else 1.0)
+            group["lr"] = rate
+            if isinstance(recipe.lr, dict):
+                group["lr"] = rate * rate_of(name, recipe.lr) / fastest
         optimizer.zero_grad()
         risk = loss(model(stage.data.x[batch]), stage.data.y[batch]).mean()
         if isinstance(stage.link, msif.Proximal):
@@ -283,8 +284,10 @@ def plain_loop(stage, model, names, previous=None):
         optimizer.step()
 
 
-def _matches(key, name):
-    return {"bias": name.endswith("bias"), "head.*": "head" in name, "*": True}[key]
+def rate_of(name, rates):
+    """A parameter's learning rate by the keys that are used here, in their order."""
+    fits = {"bias": name.endswith("bias"), "head.*": "head" in name, "*": True}
+    return next(rate for key, rate in rates.items() if fits[key])
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -335,14 +338,14 @@ def segmented(pipeline, queries, segments, **settings):
     return method.score(queries, progress=False).values
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", ["rates", "decay", "clip with decay", "batches", "all"])
 def test_step_by_step_it_is_the_unrolled_derivative(name):
-    """With a stretch for each step; few stretches come close."""
-    pipeline = build(name, "warm").fit(progress=False)
+    """With a stretch for each step; a single one comes close."""
+    pipeline = build(name, "warm", k=2).fit(progress=False)
     queries = random_queries(pipeline)
     truth = unrolled_scores(pipeline, queries, trust=0)
     assert relative_error(segmented(pipeline, queries, 99), truth) < 1e-9
-    assert 1e-7 < relative_error(segmented(pipeline, queries, 4), truth) < 0.5
+    assert 1e-7 < relative_error(segmented(pipeline, queries, 1), truth) < 0.7
 
 
 @dataclass(frozen=True)
@@ -377,38 +380,22 @@ def test_krylov_spaces_are_exact_but_for_the_factors_derivative(decay, link):
 def test_rates_by_name_scale_the_gradients_of_tracin():
     pipeline = build("rates", k=1).fit(progress=False)
     queries, o = random_queries(pipeline), pipeline.objective(0)
-    ours = msif.TracIn(3).fit(pipeline).score(queries).values
     run = msif.SegmentedInfluence(3).fit(pipeline, progress=False)._runs[0]
-    recipe = pipeline.stages[0].recipe
     rates = torch.cat(
         [
-            torch.full(
-                (p.numel(),), GROUPS["bias" if "bias" in n else "head.*" if "head" in n else "*"]
-            )
-            for n, p in pipeline.stages[0].model.named_parameters()
+            torch.full((span.stop - span.start,), rate_of(name, GROUPS), dtype=F64)
+            for name, span in o.layout.spans.items()
         ]
-    ).to(F64)
-    assert torch.allclose(recipe.shares(o) * 0.2, rates)
-    total = 0.0
+    )
+    expected = torch.zeros(len(queries), 24, dtype=F64)
     for full in run.fulls[1:]:
-        per = lambda data, full=full: torch.stack(
-            [
-                torch.cat(
-                    [
-                        g.reshape(-1)
-                        for g in torch.autograd.grad(
-                            o.losses(
-                                leaf := full.clone().requires_grad_(), data.x[[i]], data.y[[i]]
-                            ).sum(),
-                            leaf,
-                        )
-                    ]
-                )
-                for i in range(len(data))
-            ]
+        of_queries, of_examples = (
+            jacrev(lambda full, some=some: o.losses(full, some.x, some.y))(full)
+            for some in (queries, o.data)
         )
-        total = total - 4 * (rates * per(queries)) @ per(o.data).T / 24
-    assert relative_error(ours, total) < 1e-10
+        expected -= 4 * (rates * of_queries) @ of_examples.T / 24
+    ours = msif.TracIn(3).fit(pipeline).score(queries).values
+    assert relative_error(ours, expected) < 1e-10
 
 
 # ---- A loop of one's own ----
@@ -450,13 +437,13 @@ def own_loop(clip):
 
 def test_a_plain_loop_with_groups_and_clipping_is_the_recipes_run():
     """Adopted from its checkpoints it scores as the same run of ours, unrolled."""
-    stage, run = own_loop(clip=0.5)
+    stage, run = own_loop(clip=0.3)
     adopted = msif.Pipeline([stage]).adopt([run])
     queries = random_queries(adopted)
     ours = segmented(adopted, queries, 99)
     recipe = msif.SGD(
         {"head.*": 0.1, "*": 0.04},
-        clip=0.5,
+        clip=0.3,
         batches=run.batches,
         schedule=lambda step, steps: run.rates[step] / 0.1,
     )
@@ -466,17 +453,20 @@ def test_a_plain_loop_with_groups_and_clipping_is_the_recipes_run():
     assert relative_error(pipeline.trained()[0], adopted.trained()[0]) < 1e-13
     truth = unrolled_scores(pipeline, queries, trust=0)
     assert relative_error(ours, truth) < 1e-9
-    blind = adopted.adopt([replace(run, batches=None)])
-    near = segmented(blind, queries, 99)
-    assert relative_error(near, truth) < 1.0
-    for wrong in (replace(run, norms=[1e-3] * 12), replace(run, clip=None, norms=None)):
-        assert relative_error(segmented(adopted.adopt([wrong]), queries, 99), truth) > 1e-2
+    # In Krylov spaces the norms tell each step's factor, and nothing its derivative.
+    unclipped = replace(run, clip=None, norms=None)
+    for known, least in ((True, 0.25), (False, 0.6)):
+        near, far = (
+            relative_error(segmented(adopted.adopt([each]), queries, 99, krylov=60), truth)
+            for each in (replace(r, batches=r.batches if known else None) for r in (run, unclipped))
+        )
+        assert near < least < 0.9 < far, (known, near, far)
 
 
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"norms": None}, "clip=0.5 needs norms"),
+        ({"norms": None}, "norms=None, but clip=0.5 needs them"),
         ({"clip": None}, "norms without clip"),
         ({"norms": [1.0]}, "norms=.* must be 12 finite numbers"),
         ({"norms": [float("nan")] * 12}, "must be 12 finite numbers"),

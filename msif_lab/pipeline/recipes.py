@@ -167,7 +167,7 @@ def positions_of(batches, name: str, count: int | None = None) -> list[Tensor]:
             up_to = f"from 0 to {count - 1}" if count else "from 0 on"
             raise ValueError(
                 f"{name}[{step}] must be whole numbers {up_to}, positions in the stage's data, "
-                f"not {at[:5].tolist()} of {at.dtype}"
+                f"not {at.reshape(-1)[:5].tolist()} of {at.dtype}"
             )
         found.append(at)
     return found

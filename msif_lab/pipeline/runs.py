@@ -190,7 +190,7 @@ class Run:
             return None
         what = "what torch.nn.utils.clip_grad_norm_ returned in each step"
         if self.norms is None:
-            raise ValueError(f"{where}: clip={recipe.clip} needs norms too, {what}")
+            raise ValueError(f"{where}: norms=None, but clip={recipe.clip} needs them: {what}")
         norms = numbers_of(f"{where}: norms", self.norms, what, torch.float64).cpu()
         if norms.shape != (count,) or not bool((norms.isfinite() & (norms >= 0)).all()):
             raise ValueError(
