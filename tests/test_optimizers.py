@@ -28,6 +28,7 @@ from torch.func import jacrev, vjp
 import msif_lab as msif
 from msif_lab.fingerprints import describe
 from msif_lab.influence import adjoint
+from msif_lab.influence.baselines import SelfInfluence
 from msif_lab.pipeline import recipes
 from msif_lab.pipeline.recipes import clip_factor, clip_transpose
 
@@ -387,15 +388,18 @@ def test_rates_by_name_scale_the_gradients_of_tracin():
             for name, span in o.layout.spans.items()
         ]
     )
-    expected = torch.zeros(len(queries), 24, dtype=F64)
+    expected, own = torch.zeros(len(queries), 24, dtype=F64), torch.zeros(24, dtype=F64)
     for full in run.fulls[1:]:
         of_queries, of_examples = (
             jacrev(lambda full, some=some: o.losses(full, some.x, some.y))(full)
             for some in (queries, o.data)
         )
         expected -= 4 * (rates * of_queries) @ of_examples.T / 24
+        own += 4 * (rates * of_examples**2).sum(1) / 24
     ours = msif.TracIn(3).fit(pipeline).score(queries).values
     assert relative_error(ours, expected) < 1e-10
+    ours = SelfInfluence(3).fit(pipeline).score(queries).values[0]
+    assert relative_error(ours, own) < 1e-10
 
 
 # ---- A loop of one's own ----

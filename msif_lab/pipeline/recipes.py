@@ -269,7 +269,7 @@ class MiniBatch(ABC):
         """Refuse a learning rate that is neither a number nor numbers by name."""
         way_out = 'one number, or numbers by name such as {"head.*": 0.1, "*": 0.01}'
         if not isinstance(self.lr, Mapping):
-            text = f"{way_out}, positive and finite; schedule= lets it change"
+            text = f"positive and finite, {way_out}; schedule= lets it change"
             keep_number(self, "lr", lambda lr: 0 < lr < math.inf, text)
             return
         given = dict(self.lr)
