@@ -108,6 +108,11 @@ def run(m, checkpoints=None, rates=0.1, optimizer=None, **given):
     return m.untrained.adopt([one])
 
 
+def trained_by(m):
+    """The optimizer of a loop of one's own."""
+    return torch.optim.SGD(m.untrained.stages[0].model.parameters(), 0.1)
+
+
 def removals(m, **given):
     usual = {"pipeline": m.pipeline, "queries": m.data, "subsets": [0]}
     return msif.removal_effects(**usual | given, progress=False)
@@ -324,6 +329,14 @@ USES = {
         lambda m, v: msif.cross_entropy(torch.ones(1, 2), v),
         (None, [0], torch.tensor([0, 1]), torch.tensor([[0, 1]])),
     ),
+    "cross_entropy: weight": (
+        lambda m, v: msif.cross_entropy(torch.ones(1, 2), torch.tensor([0]), weight=v),
+        (3, "ab", [1.0], [1.0, -1.0], [1.0, NAN], [[1.0, 1.0]], torch.ones(2) > 0, {}),
+    ),
+    "cross_entropy: label_smoothing": (
+        lambda m, v: msif.cross_entropy(torch.ones(1, 2), torch.tensor([0]), label_smoothing=v),
+        (-0.1, 1.1, NAN, True, "0.1", None, [0.1]),
+    ),
     "mean_squared_error: outputs": (
         lambda m, v: msif.mean_squared_error(v, torch.ones(2)),
         (None, [1.0], torch.ones(3), torch.tensor(1.0)),
@@ -369,12 +382,15 @@ USES = {
         f"{kind.__name__}: {name}": (settings(kind, name, **({"lr": 0.1} | usual)), bad)
         for kind in (msif.SGD, msif.Adam, msif.AdamW)
         for name, bad, usual in (
-            ("lr", POSITIVE, {}),
+            ("lr", (*POSITIVE, {}, {"*": -1.0}, {"*": 0.0}, {"*": NAN}, {"*": "1"}, {3: 0.1}), {}),
             ("epochs", COUNT, {}),
             ("batch_size", COUNT, {}),
             ("warmup", (-1, 0.5, True, "3", None), {}),
             ("seed", SEED, {}),
             ("schedule", (None, 3, "step", [0.1], type), {}),
+            ("clip", (0.0, -1.0, NAN, INF, True, "1", [1.0]), {}),
+            ("batches", (3, "a", [], [3], [[]], [[0.5]], [[True]], [[-1]], [["a"]], type), {}),
+            ("stop", COUNT_OR_NONE, {}),
         )
     },
     "SGD: momentum": (settings(msif.SGD, "momentum", lr=0.1), (-0.1, 1.0, NAN, True, "0", None)),
@@ -431,6 +447,14 @@ USES = {
     ),
     "Run: optimizer": (lambda m, v: run(m, optimizer=v), (3, "sgd", msif.SGD, torch.optim.SGD)),
     "Run: batches": (lambda m, v: run(m, batches=v), (3, "a", [], [[9]], [[0.5]], [["a"]], [None])),
+    "Run: clip": (
+        lambda m, v: run(m, optimizer=trained_by(m), clip=v, norms=[1.0]),
+        (0.0, -1.0, NAN, INF, True, "1", [1.0]),
+    ),
+    "Run: norms": (
+        lambda m, v: run(m, optimizer=trained_by(m), clip=1.0, norms=v),
+        (None, "a", [], [NAN], [-1.0], [1.0, 1.0], ["a"], {}),
+    ),
     "Run: means": (lambda m, v: run(m, means=v), (3, "a", [], [3], [{}])),
     # ---- influence ----
     "ImplicitInfluence: solver": (

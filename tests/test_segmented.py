@@ -263,7 +263,7 @@ def test_details_count_each_example_in_its_own_steps(count, monkeypatch):
                 patch.setattr(
                     segmented_module,
                     "stretches_of",
-                    lambda run, details, by=by: [shifted(s, by) for s in read(run, details)],
+                    lambda *run, by=by: [shifted(s, by) for s in read(*run)],
                 )
                 assert error() > 0.1, by
 

@@ -103,7 +103,7 @@ class Adjoint(Backwards):
         probes: for the leave-one-out correction.
 
     Attributes:
-        state_bar: ∂q/∂ the optimiser's memory, which starts as zeros: q does not depend on it.
+        state_bar: ∂q/∂ the optimiser's memory, zero at the end: q does not depend on it.
     """
 
     def __init__(
@@ -119,9 +119,9 @@ class Adjoint(Backwards):
         super().__init__(functional, cotangent, onwards=onwards)
         self.run, self.probes, self.memory = run, probes, memory
         self.base = run.lanes.base
-        self.decay = run.recipe.decay(run.lanes)
-        self.ridge = self.objective.ridge - self.decay  # the penalty's curvature as ∇L_B has it
-        self.state_bar = run.recipe.start(self.theta_bar)
+        # the penalty's curvature as ∇L_B has it
+        self.ridge = self.objective.ridge - run.recipe.decay_apart(self.objective)
+        self.state_bar = tuple(map(torch.zeros_like, run.recipe.start(self.theta_bar)))
 
     def sweep(self, norms: Tensor, bar=None) -> None:
         """Backwards through all T steps; adds `size` at every state to ``norms`` (T + 1,).
@@ -156,8 +156,8 @@ class Adjoint(Backwards):
         several = self.theta_bar.ndim == 3
         if several:  # a lane's numbers are those of all its queries
             saved = tuple(part[:, None] for part in saved)
-        g_bar, self.theta_bar, self.state_bar = self.run.recipe.pull_back(
-            self.theta_bar, self.state_bar, saved, step, rate, self.decay
+        g_bar, self.theta_bar, self.state_bar = self.run.recipe.retreat(
+            o, self.theta_bar, self.state_bar, saved, step, rate
         )
         more = self.through_frozen, min(self.memory // 4, CHUNK_BYTES)
         weights = self.run.lanes.weights
@@ -168,7 +168,7 @@ class Adjoint(Backwards):
         else:
             full = o.join(theta[0], self.base[0])
             product, own = gradient_transpose(o, full, batch, g_bar, weights[0, batch], *more)
-            self.scores[:, batch] += own
+            self.scores.index_add_(1, batch, own)  # an example may be in a batch twice
         if self.through_frozen:  # frozen parameters enter every step's gradient
             self.frozen_bar = self.frozen_bar + self.functional.here["frozen"].take(product)
             product = o.trained.take(product)
@@ -183,4 +183,5 @@ class Adjoint(Backwards):
         for part in batch.split(max(1, self.memory // 4 // (8 * row))):
             responses = self.probes.responses(probed, part)
             bent = own_products("hessian", o, full, o.data.x[part], o.data.y[part], responses)
-            self.scores[:, part] -= self.probes.share * (g_bar @ bent.T) / len(batch)
+            found = self.probes.share * (g_bar @ bent.T) / len(batch)
+            self.scores.index_add_(1, part, found, alpha=-1)

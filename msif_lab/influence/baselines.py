@@ -292,6 +292,8 @@ class _AlongTheRun(Baseline):
         for run in kept_runs(pipeline, self.checkpoints, progress, by_rates=False):
             pairs = itertools.pairwise(run.steps)
             rates = [sum(run.rates[a:b]) for a, b in pairs]
+            shares = run.recipe.shares(pipeline.objective(len(self._states)))
+            rates = [rate * shares for rate in rates]
             self._states.append(list(zip(run.fulls[1:], rates, strict=True)))
         return self
 
@@ -299,9 +301,9 @@ class _AlongTheRun(Baseline):
 class TracIn(_AlongTheRun):
     """``−(1/m) Σ_c η_c ∇q · ∇f_i(θ_c)`` over checkpoints of the stage's own run. Signed.
 
-    η_c sums the learning rates of the steps a checkpoint stands for. When q belongs to a later
-    stage, its gradient is the one after finetuning: at a checkpoint of pretraining there is no head
-    yet to compute q with.
+    η_c sums the learning rates of the steps a checkpoint stands for, each parameter's own where a
+    recipe gives them by name. When q belongs to a later stage, its gradient is the one after
+    finetuning: at a checkpoint of pretraining there is no head yet to compute q with.
 
     Args:
         checkpoints: how many, at equal distances, the last at the end of the run.
@@ -318,7 +320,7 @@ class TracIn(_AlongTheRun):
         for full, rate in self._states[k]:
             if last:  # q belongs to this very stage, so its checkpoints have it too
                 v = query_gradients(o, full, question, every=False)
-            total = total - rate * example_products(o, full, v.T) / len(o.data)
+            total = total - example_products(o, full, (rate * v).T) / len(o.data)
         return total
 
 
@@ -337,8 +339,8 @@ class SelfInfluence(_AlongTheRun):
     def _values(self, k, question):
         o, total = self._pipeline.objective(k), 0.0
         for full, rate in self._states[k]:
-            squares = [g.square().sum(1) for _, g in per_example_gradients(o, full)]
-            total = total + rate * torch.cat(squares) / len(o.data)
+            squares = [(rate * g.square()).sum(1) for _, g in per_example_gradients(o, full)]
+            total = total + torch.cat(squares) / len(o.data)
         return self._combined(total[None], question)
 
 

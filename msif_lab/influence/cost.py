@@ -508,7 +508,10 @@ def segmented_plan(
         if k and pipeline.functional(k).frozen:
             names = pipeline.functional(k).frozen
             mixed = seconds(lambda p=probe, f=full, n=names, v=v: cross_products(p, f, n, v.T))
-        size = stage.recipe.batch_size if details else m
+        size = m
+        if details:
+            each = [len(batch) for batch, _ in stage.recipe.steps(m)]
+            size = sum(each) / len(each)
         for steps, dimension in zip(lengths[k], dimensions[k], strict=True):
             seen = min(m, steps * size)
             score += dimension * product * min(seen, few or m)

@@ -53,7 +53,7 @@ class RunPath:
     def segment(self, index: int) -> list[tuple[Tensor, tuple]]:
         """As `Trajectory.segment`; what the recipe saves comes of gradients at these weights."""
         thetas = self._weights(self.known, index)
-        if not _keeps_memory(self.recipe):
+        if not _keeps_memory(self.recipe) and self.recipe.clip is None:
             return [(theta[None], ()) for theta in thetas]
         state, records = self.known.states[index], []
         state = self.recipe.start(thetas[:1]) if state is None else state
@@ -68,7 +68,7 @@ class RunPath:
         run, ends = self.known, [index - 1, index + 1]
         parts = ([part[i] for i in ends] for part in (run.steps, run.fulls, run.states))
         means = None if run.means is None else [run.mean(*ends)]
-        coarse = KeptRun(run.recipe, *parts, run.rates, run.batches, means)
+        coarse = KeptRun(run.recipe, *parts, run.rates, run.batches, means, run.factors)
         step = run.steps[index] - run.steps[index - 1]
         return self._trained(run.fulls[index]), self._weights(coarse, 0)[step]
 
@@ -122,10 +122,11 @@ class RunPath:
 
     def _before(self, theta: Tensor, state: State, step: int) -> Tensor:
         """The weights ``(P,)`` before the step that led to a checkpoint, by its momentum."""
-        rate, scale = self.known.rates[step - 1], self.recipe.preconditioner(state, step)
+        o, scale = self.lanes.objective, self.recipe.preconditioner(state, step)
+        rate = self.known.rates[step - 1] * self.recipe.shares(o)
         move = self._linear(step - 1).c * state[0][0]
         move = move if scale is None else scale[0] * move
-        return (theta + rate * move) / (1 - rate * self.recipe.decay(self.lanes))
+        return (theta + rate * move) / (1 - rate * self.recipe.decay(o))
 
 
 def _lagrange(at: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor]:

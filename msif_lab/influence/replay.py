@@ -10,7 +10,7 @@ from ..curvature.soundness import require_second_derivative
 from ..objective.objective import Lanes
 from ..objective.precision import require_precision
 from ..pipeline.pipeline import Pipeline
-from ..pipeline.recipes import MiniBatch, progress_bar
+from ..pipeline.recipes import MiniBatch, clip_factor, progress_bar
 from ..pipeline.runs import KeptRun, bounds_by_rates
 from ..pipeline.stages import Stage, WarmStart
 
@@ -42,7 +42,7 @@ class Trajectory:
         self.steps = list(self.recipe.lane_steps(self.lanes))
         theta = self.lanes.objective.trained.take(self.lanes.base)
         state = self.recipe.start(theta)
-        self._checkpoints, self._kept, self._means = [], None, []
+        self._checkpoints, self._kept, self._means, self._factors = [], None, [], []
         for segment in range(len(self.bounds) - 1):
             self._checkpoints.append((theta, state))
             every_step = self.keep and len(self.bounds) == 2
@@ -62,7 +62,8 @@ class Trajectory:
         states = [*(state for _, state in self._checkpoints), self._state]
         batches, rates = (list(each) for each in zip(*self.steps, strict=True))
         means = [self.lanes.full(mean)[0] for mean in self._means]
-        return KeptRun(self.recipe, self.bounds, fulls, states, rates, batches, means)
+        factors = self._factors or None
+        return KeptRun(self.recipe, self.bounds, fulls, states, rates, batches, means, factors)
 
     def _walk(self, segment: int, keep: bool, bar=None):
         theta, state = self._checkpoints[segment]
@@ -73,6 +74,8 @@ class Trajectory:
             total += theta
             batch, rate = self.steps[step]
             theta, state, saved = self.recipe.advance(self.lanes, theta, state, step, batch, rate)
+            if self.recipe.clip is not None and len(self._factors) == step:
+                self._factors.append(float(clip_factor(saved[0][0], self.recipe.clip)))
             if keep:
                 records.append((before, saved))
             if bar is not None:

@@ -281,7 +281,8 @@ class SegmentedInfluence:
             adjoint.sweep(norms, bar)
             return adjoint, norms[run.steps]
         adjoint = SegmentAdjoint(functional, run.recipe, cotangent, self._reading, onwards=onwards)
-        adjoint.sweep(stretches_of(run, self.details), bar)
+        shares = run.recipe.shares(functional.objective)
+        adjoint.sweep(stretches_of(run, self.details, shares), bar)
         return adjoint, torch.stack(adjoint.sizes)
 
     @property

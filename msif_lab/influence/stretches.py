@@ -60,7 +60,9 @@ class Stretch:
         steps: number, and learning rate of each step.
         middle: where its curvature is taken ``(D,)``: the mean of the weights before each step.
         batches: the examples of each step, or None where unknown.
-        scale: square root of the optimiser's preconditioner ``(P,)``, or None.
+        scale: square root of the optimiser's preconditioner and of the parameters' shares of the
+            learning rate ``(P,)``, or None.
+        factors: what clipping multiplied the gradient of each step by; None for one.
     """
 
     start: Tensor
@@ -69,6 +71,12 @@ class Stretch:
     middle: Tensor
     batches: list[Tensor] | None
     scale: Tensor | None
+    factors: list[float] | None = None
+
+    @property
+    def factor(self) -> float:
+        """What clipping multiplied gradients by, on average."""
+        return 1.0 if self.factors is None else sum(self.factors) / len(self.factors)
 
     @property
     def path(self) -> Tensor:
@@ -316,7 +324,9 @@ class SegmentAdjoint(Backwards):
     ):
         super().__init__(functional, cotangent, onwards=onwards)
         self.recipe, self.reading = recipe, reading
-        self.decay = self.objective.weight_decay if recipe.decoupled else 0.0
+        o = self.objective
+        self.decay, self.apart = recipe.decay(o), recipe.decay_apart(o)
+        self.shrink = self.decay * recipe.shares(o)  # what decay takes off θ at a rate of one
         self.momentum_bar = torch.zeros_like(self.theta_bar)
         self.sizes, self.changes = [self.size()], []
         self._rows = self.theta_bar[:0]  # of all Krylov bases in turn: each anew leaves holes
@@ -405,7 +415,7 @@ class SegmentAdjoint(Backwards):
                     self.scores[:, part] += pull.scores(late, some, part, count)
 
     def _linear_steps(self, stretch: Stretch) -> list[tuple[LinearStep, float, float]]:
-        decay = 0.0 if isinstance(self.decay, Tensor) else self.decay
+        decay = 0.0 if isinstance(self.shrink, Tensor) else self.shrink
         return [(self.recipe.linear_step(t), rate, decay) for t, rate in stretch.steps]
 
     def _through(self, stretch: Stretch, operator: Operator) -> tuple[Pull, list[Tensor]]:
@@ -418,15 +428,17 @@ class SegmentAdjoint(Backwards):
         theta_bar, momentum_bar = self.theta_bar, self.momentum_bar
         # Decay that differs between parameters has no eigenvectors in common with H: half of it
         # comes before the stretch and half after.
-        by_name = isinstance(self.decay, Tensor)
-        half = math.prod(1 - rate * self.decay for _, rate in stretch.steps) ** 0.5
+        by_name = isinstance(self.shrink, Tensor)
+        half = math.prod(1 - rate * self.shrink for _, rate in stretch.steps) ** 0.5
         theta_bar = theta_bar * half if by_name else theta_bar
         if scale is not None:  # the coordinates in which the preconditioner is one
             theta_bar, momentum_bar = theta_bar * scale, momentum_bar / _nonzero(scale)
 
         def product(columns: Tensor) -> Tensor:
             columns = columns if scale is None else scale[:, None] * columns
-            images = operator @ columns - (self.decay * columns.T).T
+            images = operator @ columns - (self.apart * columns.T).T
+            if stretch.factors is not None:  # decay comes after clipping, or acts on θ itself
+                images = stretch.factor * images + ((self.apart - self.decay) * columns.T).T
             return images if scale is None else scale[:, None] * images
 
         basis, g_bars, theta_bar, momentum_bar, *images = self._in_krylov_space(
@@ -440,6 +452,8 @@ class SegmentAdjoint(Backwards):
             theta_bar = torch.where(scale > 0, theta_bar / _nonzero(scale), kept)
         self.theta_bar = theta_bar * half if by_name else theta_bar
         self.momentum_bar = momentum_bar
+        if stretch.factors is not None:
+            g_bars = g_bars * g_bars.new_tensor(stretch.factors)[:, None, None]
         return Pull(stretch, basis, g_bars), images
 
     def _in_krylov_space(
@@ -488,21 +502,25 @@ def _nonzero(scale: Tensor) -> Tensor:
     return torch.where(scale > 0, scale, 1.0)
 
 
-def stretches_of(run: KeptRun, details: bool) -> list[Stretch]:
-    """What lies between the checkpoints of a run, with or without what is known beyond them."""
+def stretches_of(run: KeptRun, details: bool, shares: float | Tensor = 1.0) -> list[Stretch]:
+    """What lies between the checkpoints of a run, with or without what is known beyond them.
+
+    ``shares``: of the parameters in the learning rate, see `MiniBatch.shares`.
+    """
     stretches = []
     for i, (a, b) in enumerate(itertools.pairwise(run.steps)):
         ends = [(run.states[j], run.steps[j]) for j in (i, i + 1) if run.states[j] is not None]
         found = [run.recipe.preconditioner(state, step) for state, step in ends if step]
         steps = list(zip(range(a, b), run.rates[a:b], strict=True))
-        scale = None
+        scale = shares.sqrt() if isinstance(shares, Tensor) else None
         if found and found[-1] is not None:
             # A step uses what comes after it: of a single one that is the end's.
             share = (len(steps) + 1) / (2 * len(steps))
-            scale = (share * found[-1] + (1 - share) * found[0])[0].sqrt()
+            scale = (shares * (share * found[-1] + (1 - share) * found[0])[0]).sqrt()
         start, end = run.fulls[i : i + 2]
         middle = start + float(_path(steps).mean()) * (end - start)  # on a straight path
         middle = run.means[i] if details and run.means is not None else middle
         known = run.batches[a:b] if details and run.batches is not None else None
-        stretches.append(Stretch(start, end, steps, middle, known, scale))
+        factors = None if run.factors is None else run.factors[a:b]
+        stretches.append(Stretch(start, end, steps, middle, known, scale, factors))
     return stretches

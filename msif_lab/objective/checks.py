@@ -13,7 +13,7 @@ from ..data.randomness import States, draws_from
 from ..errors import UnsupportedModelError
 from .exclusive import exclusive
 from .layout import same_numbers
-from .losses import cross_entropy, next_token_loss, target_function
+from .losses import is_cross_entropy, next_token_loss, target_function
 from .objective import Objective
 from .precision import computing_dtype
 from .questions import (
@@ -58,7 +58,7 @@ def check_examples(objective: Objective, examples: Examples, name: str) -> tuple
     outputs = _checked_outputs(objective, examples, x, name)
     for buffer, value in objective.model.named_buffers():  # some are made in the first call
         objective.buffers.setdefault(buffer, value.detach().clone())
-    if objective.loss is cross_entropy:
+    if is_cross_entropy(objective.loss):
         _check_labels(objective, examples, outputs, name)
     if objective.loss is next_token_loss:
         _check_tokens(objective, examples, outputs, name)

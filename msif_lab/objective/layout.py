@@ -1,7 +1,8 @@
 """Named parameters of a module as places in one flat vector."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
@@ -112,3 +113,41 @@ class Layout:
             name: part.reshape((*flat.shape[:-1], *shape))
             for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
         }
+
+
+def by_name(
+    what: str, given: Mapping[str, float], layout: Layout, trained: Sequence[str], where: str
+) -> dict[str, float]:
+    """Numbers that were given by patterns, as ``what`` of each parameter; see `Stage`.
+
+    Raises:
+        ValueError: a key matches no parameter or decides nothing, or a trained one has no key.
+    """
+    found: dict[str, float] = {}
+    for key, value in given.items():
+        matched = [n for n, shape in layout.shapes.items() if _decides(key, n, len(shape))]
+        new = [n for n in matched if n not in found]
+        if not matched:
+            raise ValueError(
+                f"{where}: {what} key {key!r} matches no parameter; a key is a whole name, its "
+                "last part, a pattern such as 'head.*', or '1d' for biases and norms, and the "
+                f"names are {list(layout.shapes)}"
+            )
+        if not new:
+            raise ValueError(
+                f"{where}: {what} key {key!r} decides nothing, since the first key that "
+                "matches a parameter counts; put it before the more general ones, or leave it out"
+            )
+        found |= dict.fromkeys(new, value)
+    if missing := [name for name in trained if name not in found]:
+        raise ValueError(
+            f"{where}: no key of {what} matches the trained parameters {missing}; add them, "
+            'or "*": a number as the last key for all others'
+        )
+    return found
+
+
+def _decides(key: str, name: str, dimensions: int) -> bool:
+    if key == "1d":
+        return dimensions <= 1
+    return key in (name, name.rpartition(".")[2]) or fnmatchcase(name, key)

@@ -1,11 +1,12 @@
 """Losses with one number per example, and the quantities q whose influence can be asked for."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from ..arguments import check_tensor, shown
+from ..arguments import check_number, check_tensor, numbers_of, shown
 
 __all__ = ["cross_entropy", "mean_squared_error", "next_token_loss"]
 
@@ -23,11 +24,37 @@ def _negative_log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits - largest).exp().sum(-1).log() + largest[..., 0] - picked
 
 
-def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+def cross_entropy(
+    outputs: Tensor,
+    targets: Tensor,
+    *,
+    weight: Tensor | Sequence[float] | None = None,
+    label_smoothing: float = 0.0,
+) -> Tensor:
     """Negative log-likelihood of each label in nats: logits ``(B, C)``, labels ``(B,)`` → ``(B,)``.
+
+    As ``torch.nn.functional.cross_entropy(..., reduction="none")``: with class weights c and label
+    smoothing ε
+
+        ``f = −(1 − ε) c_y log p_y − (ε/C) Σ_k c_k log p_k``
+
+    A stage's loss with either is ``functools.partial(msif.cross_entropy, label_smoothing=0.1)``.
+    The stage divides their sum by the number of examples, where PyTorch's ``reduction="mean"``
+    divides by ``Σ_i c_{y_i}`` of the batch: class weights of mean one over the data come closest to
+    it. ``target="loss"`` asks about this very loss of a query.
+
+    Args:
+        outputs, targets: logits and labels; more dimensions before C are fine.
+        weight: of each class ``(C,)``, none negative; default one.
+        label_smoothing: ε in [0, 1].
+
+    Raises:
+        TypeError, ValueError: shapes that do not fit; settings out of range.
 
     >>> cross_entropy(torch.zeros(1, 2), torch.tensor([0]))
     tensor([0.6931])
+    >>> cross_entropy(torch.tensor([[2.0, 0.0]]), torch.tensor([0]), label_smoothing=0.1)
+    tensor([0.2269])
     """
     check_tensor("outputs", outputs, "(B, C)")
     check_tensor("targets", targets, "(B,)")
@@ -36,7 +63,33 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
             f"outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)} must be (B, C) "
             "and (B,), a label for each row of logits"
         )
-    return _negative_log_likelihood(outputs, targets)
+    check_number("label_smoothing", label_smoothing, lambda e: 0 <= e <= 1, "in [0, 1]")
+    losses = _negative_log_likelihood(outputs, targets)
+    if weight is None and not label_smoothing:
+        return losses
+    classes = outputs.shape[-1]
+    each = outputs.new_ones(classes) if weight is None else _class_weights(weight, outputs)
+    # Σ_k c_k (log Σ_j exp z_j − z_k)
+    spread = outputs.logsumexp(-1) * each.sum() - (outputs * each).sum(-1)
+    kept = (1 - label_smoothing) * each[targets.clamp(0, classes - 1).long()] * losses
+    return kept + label_smoothing / classes * spread
+
+
+def _class_weights(weight: Tensor | Sequence[float], outputs: Tensor) -> Tensor:
+    """The weights of the classes ``(C,)``, checked, as the outputs are."""
+    what = f"{outputs.shape[-1]} weights, zero or positive, one for each class"
+    dtype = None if isinstance(weight, Tensor) else outputs.dtype
+    each = numbers_of("weight", weight, what, dtype)
+    # Of weights on a GPU the sign would cost a synchronisation at every step.
+    wrong = each.device.type == "cpu" and not bool(((each >= 0) & each.isfinite()).all())
+    if wrong or each.dtype == torch.bool or each.shape != outputs.shape[-1:]:
+        raise ValueError(f"weight={shown(weight)} must be {what}")
+    return each.to(outputs.device, outputs.dtype)
+
+
+def is_cross_entropy(loss: Callable) -> bool:
+    """Whether a loss is `cross_entropy`, with settings of its own or without."""
+    return (loss.func if isinstance(loss, functools.partial) else loss) is cross_entropy
 
 
 def mean_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -79,22 +79,22 @@ class Objective:
             start = stop
         self.coupled = Places([trained_spans[n] for n in shared])  # where the coupled S lie in θ
         self._all = self.trained_names == list(self.layout.shapes)
-        self.weight_decay = self._decay(weight_decay)
+        self.weight_decay = self.spread(weight_decay)
         # The function's constants: copies, so that a module that writes into its buffers during a
         # call does not change its own.
         self.buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
         self._found: dict = {}  # see `once`
 
-    def _decay(self, given: float | Mapping[str, float]) -> float | Tensor:
-        """λ as one number where all trained parameters have the same, else ``(P,)``."""
+    def spread(self, given: float | Mapping[str, float]) -> float | Tensor:
+        """Numbers by name as one where all trained parameters have the same, else ``(P,)``."""
         if not isinstance(given, Mapping):
             return float(given)
         each = [float(given[name]) for name in self.trained_names]
         if len(set(each)) == 1:
             return each[0]
         counts = torch.tensor([len(self.layout.spans[name]) for name in self.trained_names])
-        decay = torch.tensor(each, dtype=torch.float64).repeat_interleave(counts)
-        return decay.to(self.device, self.dtype)
+        values = torch.tensor(each, dtype=torch.float64).repeat_interleave(counts)
+        return values.to(self.device, self.dtype)
 
     def once(self, name: Hashable, measure: Callable[[], object]):
         """A fact about model and loss by name: ``measure()`` is called only the first time."""

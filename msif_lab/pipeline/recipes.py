@@ -4,23 +4,25 @@ A recipe trains under many example weightings at once, the same way every time; 
 differentiates the whole run by the reverse of each step.
 """
 
+import itertools
 import math
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..arguments import check_number, check_seed, check_whole, is_number
+from ..arguments import check_number, check_seed, check_whole, is_number, listed, numbers_of, shown
 from ..errors import NotConvergedError
-from ..objective.objective import Lanes
+from ..objective.layout import by_name
+from ..objective.objective import Lanes, Objective
 
-__all__ = ["Adam", "AdamW", "FitReport", "SGD"]
+__all__ = ["Adam", "AdamW", "FitReport", "MiniBatch", "SGD"]
 
 
 @dataclass
@@ -115,26 +117,133 @@ class LinearStep(NamedTuple):
     d: float = 0.0
 
 
+class Batches:
+    """The examples of each step of a run, as they were given; equal if all positions are.
+
+    Attributes:
+        positions: of all steps in a row, int64.
+        sizes: how many belong to each step ``(T,)``.
+    """
+
+    def __init__(self, steps: Sequence[Tensor]):
+        self.positions = torch.cat(list(steps))
+        self.sizes = torch.tensor([len(step) for step in steps])
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.positions.split(self.sizes.tolist()))
+
+    def __eq__(self, other) -> bool:
+        mine = self.sizes, self.positions
+        return isinstance(other, Batches) and all(
+            map(torch.equal, mine, (other.sizes, other.positions))
+        )
+
+    def __hash__(self) -> int:
+        return hash((len(self), int(self.positions.sum())))
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} batches>"
+
+
+def positions_of(batches, name: str, count: int | None = None) -> list[Tensor]:
+    """Lists of positions of examples as int64 tensors ``(B,)`` on the CPU, none of them empty.
+
+    Args:
+        batches: what was given for the argument ``name``.
+        count: how many examples there are, if known.
+
+    Raises:
+        TypeError, ValueError: no lists of whole numbers from 0 to ``count − 1``.
+    """
+    what = "lists of positions of examples, whole numbers"
+    found = []
+    for step, batch in enumerate(listed(name, batches, what)):
+        at = numbers_of(f"{name}[{step}]", batch, what).cpu()
+        whole = at.ndim == 1 and len(at) and at.dtype == torch.int64
+        if not whole or not 0 <= int(at.min()) <= int(at.max()) < (count or math.inf):
+            up_to = f"from 0 to {count - 1}" if count else "from 0 on"
+            raise ValueError(
+                f"{name}[{step}] must be whole numbers {up_to}, positions in the stage's data, "
+                f"not {at.reshape(-1)[:5].tolist()} of {at.dtype}"
+            )
+        found.append(at)
+    return found
+
+
+BatchOrder = Callable[[int, int, torch.Generator], Iterable[Sequence[int]]]
+
+# What `torch.nn.utils.clip_grad_norm_` adds to the norm that it divides by.
+CLIP_EPS = 1e-6
+
+
+def clip_factor(gradient: Tensor, most: float) -> Tensor:
+    """What `torch.nn.utils.clip_grad_norm_` multiplies gradients ``(..., P)`` by, ``(..., 1)``."""
+    return (most / (gradient.norm(dim=-1, keepdim=True) + CLIP_EPS)).clamp(max=1.0)
+
+
+def clip_transpose(g_bar: Tensor, gradient: Tensor, most: float) -> Tensor:
+    """``(∂(k g)/∂g)ᵀ ḡ`` of the clipped gradient k g: ``k ḡ − k g (g·ḡ) / (‖g‖ (‖g‖ + ε))``.
+
+    The second term is the factor's own derivative, and only there where it clips.
+    """
+    factor, norm = clip_factor(gradient, most), gradient.norm(dim=-1, keepdim=True)
+    along = (gradient * g_bar).sum(-1, keepdim=True) / (norm * (norm + CLIP_EPS))
+    bends = (factor < 1) & (norm > 0)
+    return factor * (g_bar - torch.where(bends, along * gradient, 0.0))
+
+
 class MiniBatch(ABC):
-    """What mini-batch recipes share: batches, schedule, and the loop.
+    """What mini-batch recipes share: batches, schedule, clipping, and the loop.
 
     Batch order and schedule depend on the seed alone, not on example weights, so removing an
     example changes nothing else. Runs are reproducible bit for bit on one machine's CPU.
 
     A recipe adds the optimiser itself as pure functions on ``(R, P)`` tensors: `start`, `update`,
-    and the transpose `pull_back` of one update. Your own recipe needs nothing more to be trained,
-    vectorised over weightings, and unrolled.
+    and the transpose `pull_back` of one update. Your own recipe, a frozen dataclass with these
+    three and the settings that it wants to have, needs nothing more to be trained, vectorised over
+    weightings, and unrolled. Adagrad, for one, with all of its derivative:
+
+    >>> import msif_lab as msif
+    >>> @dataclass(frozen=True)
+    ... class Adagrad(msif.MiniBatch):
+    ...     lr: float
+    ...     epochs: int = 3
+    ...     clip: float | None = None
+    ...     def start(self, theta):
+    ...         return (torch.full_like(theta, 0.1),)
+    ...     def update(self, theta, state, gradient, step, rate, decay):
+    ...         total = state[0] + gradient**2
+    ...         return theta - rate * gradient / total.sqrt(), (total,), (gradient, total)
+    ...     def pull_back(self, theta_bar, state_bar, saved, step, rate, decay):
+    ...         gradient, total = saved
+    ...         total_bar = state_bar[0] + rate * theta_bar * gradient / (2 * total**1.5)
+    ...         g_bar = 2 * gradient * total_bar - rate * theta_bar / total.sqrt()
+    ...         return g_bar, theta_bar, (total_bar,)
+    >>> train, test = msif.load_digits(dtype=torch.float64)
+    >>> net = msif.mlp(64, (8,), classes=10).double()
+    >>> stage = msif.Stage("digits", net, train[:200], recipe=Adagrad(lr=0.05, clip=0.3))
+    >>> method = msif.UnrolledInfluence().fit(msif.Pipeline([stage]).fit())
+    >>> bool(method.check(n=2, queries=test[:3], steps=[1e-4]).error < 1e-6)
+    True
+
+    What a recipe does not name is as in `SGD`: ``epochs=10``, ``batch_size=50``, ``seed=0``, a
+    constant rate, no clipping, batches in random order, all steps.
     """
 
     decoupled: ClassVar[bool] = False  # weight decay acts on θ directly, not through the gradient
 
-    def _check(self) -> None:
-        keep_number(
-            self,
-            "lr",
-            lambda lr: 0 < lr < math.inf,
-            "positive and finite, one number for all parameters; schedule= lets it change",
-        )
+    epochs = 10
+    batch_size = 50
+    seed = 0
+    schedule = "constant"
+    warmup = 0
+    clip = batches = stop = None
+
+    def __post_init__(self):
+        self._keep_rate()
         keep_whole(self, epochs=1, batch_size=1, warmup=0)
         object.__setattr__(self, "seed", check_seed("seed", self.seed))
         known = ("constant", "linear", "cosine")
@@ -145,16 +254,77 @@ class MiniBatch(ABC):
                 f"schedule={self.schedule!r} must be 'constant', 'linear', 'cosine' or a function "
                 "f(step, steps) of the factor on lr, such as lambda step, steps: 0.5 ** (step // 9)"
             )
+        if self.clip is not None:
+            keep_number(self, "clip", lambda c: 0 < c < math.inf, "positive and finite, or None")
+        if self.stop is not None:
+            object.__setattr__(self, "stop", check_whole("stop", self.stop, none="all steps"))
+        self._keep_batches()
+        for name in ("clip", "batches", "stop"):
+            # An option that is not used leaves no trace, so that the recipe's fingerprint in files
+            # is what it was before there were such options.
+            if vars(self).get(name, self) is None:
+                del vars(self)[name]
+
+    def _keep_rate(self) -> None:
+        """Refuse a learning rate that is neither a number nor numbers by name."""
+        way_out = 'one number, or numbers by name such as {"head.*": 0.1, "*": 0.01}'
+        if not isinstance(self.lr, Mapping):
+            text = f"positive and finite, {way_out}; schedule= lets it change"
+            keep_number(self, "lr", lambda lr: 0 < lr < math.inf, text)
+            return
+        given = dict(self.lr)
+        bad = {k: v for k, v in given.items() if not isinstance(k, str) or not is_number(v)}
+        bad = bad or {k: v for k, v in given.items() if not 0 <= v < math.inf}
+        if bad or not any(given.values()):
+            raise ValueError(
+                f"lr={shown(self.lr)} must be {way_out}, finite, none negative and not all zero"
+            )
+        object.__setattr__(self, "lr", {name: float(rate) for name, rate in given.items()})
+
+    def _keep_batches(self) -> None:
+        """Refuse batches that are neither a function nor lists of positions; keep them as one."""
+        given = self.batches
+        if given is None or isinstance(given, Batches):
+            return
+        if isinstance(given, type):
+            raise ValueError(f"batches={given.__name__} is a class; give lists, or a function")
+        if not callable(given):
+            found = positions_of(given, "batches")
+            if not found:
+                raise ValueError("batches=[] holds no step; give a list of positions for each")
+            object.__setattr__(self, "batches", Batches(found))
+
+    def __repr__(self) -> str:
+        shown_ones = (f for f in fields(self) if f.name in vars(self))
+        settings = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in shown_ones)
+        return f"{type(self).__qualname__}({settings})"
 
     def check(self, m: int) -> None:
-        """Refuse a schedule that does not give one fixed factor for each step on ``m`` examples.
+        """Refuse batches, a stop or a schedule that do not fit a run on ``m`` examples.
 
         Raises:
-            ValueError: naming the step and what the schedule gives there.
+            ValueError, TypeError: batches beyond the data or other ones when asked again; a stop
+                after the last step; a schedule that does not give one fixed factor for each step.
         """
-        if not callable(self.schedule):
-            return
-        total = self.epochs * -(-m // self.batch_size)
+        if isinstance(self.batches, Batches):
+            positions_of(self.batches, "batches", m)
+        elif self.batches is not None:
+            found = [Batches(list(self._order(m))) for _ in range(2)]
+            if found[0] != found[1]:
+                raise ValueError(
+                    f"batches={shown(self.batches)} gives other batches when it is called again; "
+                    "f(epoch, m, generator) must draw from the generator that it is given"
+                )
+        total = self._planned(m)
+        if self.stop is not None and self.stop > total:
+            raise ValueError(
+                f"stop={self.stop} is after the last of the run's {total} steps; lower it, or "
+                "leave it out"
+            )
+        if callable(self.schedule):
+            self._check_schedule(total)
+
+    def _check_schedule(self, total: int) -> None:
         for step in range(0, total, -(-total // 1000)):
             way_out = "f(step, steps) must give one number, zero or positive, the same every time"
             try:
@@ -222,15 +392,49 @@ class MiniBatch(ABC):
 
     # --- the run ----------------------------------------------------------------------------------
 
-    def steps(self, m: int) -> Iterator[tuple[Tensor, float]]:
-        """The whole run as ``(batch positions, learning rate)`` pairs for ``m`` examples."""
+    def _order(self, m: int) -> Iterator[Tensor]:
+        """The batches of the whole run as planned, of ``m`` examples; `stop` ends it earlier."""
         generator = torch.Generator().manual_seed(self.seed)
-        total = self.epochs * -(-m // self.batch_size)
-        step = 0
-        for _ in range(self.epochs):
-            for batch in torch.randperm(m, generator=generator).split(self.batch_size):
-                yield batch, self.lr * self._factor(step, total)
-                step += 1
+        if isinstance(self.batches, Batches):
+            yield from self.batches
+            return
+        for epoch in range(self.epochs):
+            if self.batches is None:
+                yield from torch.randperm(m, generator=generator).split(self.batch_size)
+            else:
+                yield from self._own(epoch, generator, m)
+
+    def _own(self, epoch: int, generator: torch.Generator, m: int) -> list[Tensor]:
+        """What a function of one's own gives as an epoch's batches, checked."""
+        try:
+            given = list(self.batches(epoch, m, generator))
+        except Exception as error:  # whatever a function of other arguments raises
+            raise ValueError(
+                f"batches={shown(self.batches)} fails in epoch {epoch}: {type(error).__name__}: "
+                f"{error}; f(epoch, m, generator) must give lists of positions of m examples"
+            ) from error
+        if not given:
+            raise ValueError(f"batches={shown(self.batches)} gives no batch in epoch {epoch}")
+        return positions_of(given, f"batches(epoch {epoch})", m)
+
+    def _planned(self, m: int) -> int:
+        """How many steps the run has if nothing stops it; what schedules go by."""
+        if self.batches is None:
+            return self.epochs * -(-m // self.batch_size)
+        if isinstance(self.batches, Batches):
+            return len(self.batches)
+        return sum(1 for _ in self._order(m))
+
+    def steps(self, m: int) -> Iterator[tuple[Tensor, float]]:
+        """The whole run as ``(batch positions, learning rate)`` pairs for ``m`` examples.
+
+        Where learning rates go by name it is the largest of them; see `shares`.
+        """
+        total, largest = self._planned(m), self.lr
+        if isinstance(largest, Mapping):
+            largest = max(largest.values())
+        for step, batch in enumerate(itertools.islice(self._order(m), self.stop)):
+            yield batch, largest * self._factor(step, total)
 
     def lane_steps(self, lanes: Lanes) -> Iterator[tuple[Tensor, float]]:
         """`steps` of these lanes: batches ``(R, B)`` where each has a batch order of its own."""
@@ -252,9 +456,29 @@ class MiniBatch(ABC):
         cosine = float((1 + torch.cos(angle)) / 2)
         return rise * {"constant": 1.0, "linear": 1 - passed, "cosine": cosine}[self.schedule]
 
-    def decay(self, lanes: Lanes) -> float | Tensor:
+    def shares(self, objective: Objective) -> float | Tensor:
+        """Each parameter's learning rate as a share of the largest: 1, or ``(P,)`` by name.
+
+        Raises:
+            ValueError: a name that matches nothing, or a trained parameter without a rate.
+        """
+        if not isinstance(self.lr, Mapping):
+            return 1.0
+        return objective.once(("shares", *self.lr.items()), lambda: self._shares(objective))
+
+    def _shares(self, o: Objective) -> float | Tensor:
+        found = by_name("lr", self.lr, o.layout, o.trained_names, o.where)
+        largest = max(self.lr.values())
+        return o.spread({name: rate / largest for name, rate in found.items()})
+
+    def decay(self, objective: Objective) -> float | Tensor:
         """λ of decoupled weight decay, one number or ``(P,)``; 0 where the gradient holds it."""
-        return lanes.objective.weight_decay if self.decoupled else 0.0
+        return objective.weight_decay if self.decoupled else 0.0
+
+    def decay_apart(self, objective: Objective) -> float | Tensor:
+        """λ of weight decay that is no part of the gradient of a batch, as it is clipped."""
+        apart = self.decoupled or self.clip is not None
+        return objective.weight_decay if apart else 0.0
 
     def advance(
         self, lanes: Lanes, theta: Tensor, state: State, step: int, batch: Tensor, rate: float
@@ -266,19 +490,49 @@ class MiniBatch(ABC):
         Raises:
             NotConvergedError: NaN or inf.
         """
+        o = lanes.objective
         value, gradient = lanes.value_and_grad(theta, rows=batch.to(theta.device))
         check_finite(value, gradient, step, f"lower lr={self.lr}")
-        decay = self.decay(lanes)
-        if isinstance(decay, Tensor) or decay:  # `update` applies the penalty itself
-            gradient = gradient - decay * theta
-        return self.update(theta, state, gradient, step, rate, decay)
+        apart, decay = self.decay_apart(o), self.decay(o)
+        if isinstance(apart, Tensor) or apart:
+            gradient = gradient - apart * theta
+        before = ()
+        if self.clip is not None:  # as `loss.backward()` leaves it, before the optimiser adds decay
+            before = (gradient,)
+            gradient = clip_factor(gradient, self.clip) * gradient + (apart - decay) * theta
+        rate = rate * self.shares(o)
+        theta, state, saved = self.update(theta, state, gradient, step, rate, decay)
+        return theta, state, (*before, *saved)
+
+    def retreat(
+        self,
+        objective: Objective,
+        theta_bar: Tensor,
+        state_bar: State,
+        saved: State,
+        step: int,
+        rate: float,
+    ):
+        """The transpose of `advance`, as `pull_back` is that of `update`.
+
+        ḡ belongs to the gradient of the batch before it was clipped, in which weight decay has no
+        part that is `decay_apart`.
+        """
+        decay, rate = self.decay(objective), rate * self.shares(objective)
+        if self.clip is None:
+            return self.pull_back(theta_bar, state_bar, saved, step, rate, decay)
+        gradient, *saved = saved
+        bars = self.pull_back(theta_bar, state_bar, tuple(saved), step, rate, decay)
+        g_bar, theta_bar, state_bar = bars
+        theta_bar = theta_bar + (self.decay_apart(objective) - decay) * g_bar
+        return clip_transpose(g_bar, gradient, self.clip), theta_bar, state_bar
 
     def run(self, lanes: Lanes, theta: Tensor, progress: bool = True) -> tuple[Tensor, FitReport]:
         """Train from ``theta`` (R, P); returns the final parameters and the report."""
         start = time.perf_counter()
         m = len(lanes.objective.data)
         theta, state = theta.clone(), self.start(theta)
-        total = self.epochs * -(-m // self.batch_size)
+        total = min(self._planned(m), self.stop or math.inf)
         with progress_bar(total, type(self).__name__, progress) as bar:
             for step, (batch, rate) in enumerate(self.lane_steps(lanes)):
                 theta, state, _ = self.advance(lanes, theta, state, step, batch, rate)
@@ -296,15 +550,19 @@ class MiniBatch(ABC):
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SGD(MiniBatch):
     """Mini-batch gradient descent with heavy-ball momentum, as ``torch.optim.SGD`` does it.
 
     ``v ← μ v + ∇L_B(θ)``, ``θ ← θ − η_t v`` with ``L_B`` the mini-batch mean plus the stage's
     penalties.
 
+    Parameter groups are numbers by name: ``lr={"head.*": 0.1, "*": 0.01}`` here, and ``{"1d": 0.0,
+    "*": 1e-3}`` as the stage's ``weight_decay``; `Stage` says how names are matched. A schedule
+    scales them all.
+
     Args:
-        lr: learning rate η.
+        lr: learning rate η, one for all parameters or by name.
         momentum: μ in [0, 1).
         epochs: passes over the data.
         batch_size: examples per step; the last batch of an epoch holds what is left.
@@ -313,9 +571,28 @@ class SGD(MiniBatch):
             ``f(step, steps)``.
         warmup: steps over which η first rises linearly.
         nesterov: Nesterov's look-ahead, ``θ ← θ − η_t (∇L_B + μ v)``.
+        clip: largest norm c of a step's gradient over all trained parameters, as
+            ``torch.nn.utils.clip_grad_norm_`` sees to it between ``loss.backward()`` and
+            ``optimizer.step()``: ``g ← g min(1, c / (‖g‖ + 1e-6))``. A proximal term is part of
+            that gradient, weight decay is not: it comes after.
+        batches: an order of one's own, in batches of any size: a list with the positions of the
+            examples of each step of the whole run (``epochs`` and ``batch_size`` then mean
+            nothing), or a function ``f(epoch, m, generator)`` of such lists of m examples for each
+            epoch, which draws from that generator alone. An example may come several times, or
+            never.
+        stop: end the run after so many steps; the schedule stays that of the whole run.
+
+    >>> def whole(epoch, m, generator):  # leave out what is left of an epoch
+    ...     order = torch.randperm(m, generator=generator)
+    ...     return order[: m // 50 * 50].split(50)
+    >>> len(list(SGD(lr=0.1, epochs=3, batches=whole).steps(120)))
+    6
+    >>> SGD(lr={"head.*": 0.1, "*": 0.01}, clip=1.0, epochs=3, stop=40)
+    SGD(lr={'head.*': 0.1, '*': 0.01}, momentum=0.9, epochs=3, batch_size=50, seed=0, \
+schedule='constant', warmup=0, nesterov=False, clip=1.0, stop=40)
     """
 
-    lr: float
+    lr: float | Mapping[str, float]
     momentum: float = 0.9
     epochs: int = 10
     batch_size: int = 50
@@ -323,9 +600,13 @@ class SGD(MiniBatch):
     schedule: Schedule = "constant"
     warmup: int = 0
     nesterov: bool = False
+    _: KW_ONLY
+    clip: float | None = None
+    batches: Sequence[Sequence[int]] | BatchOrder | None = None
+    stop: int | None = None
 
     def __post_init__(self):
-        self._check()
+        super().__post_init__()
         keep_number(self, "momentum", lambda m: 0 <= m < 1, "in [0, 1)")
         if not isinstance(self.nesterov, bool):
             raise ValueError(f"nesterov={self.nesterov!r} must be True or False")
@@ -355,7 +636,7 @@ class SGD(MiniBatch):
 
         ``2α = (1 − μ) / Σ_t η_t``: gradient descent for a time ``τ = Σ η_t / (1 − μ)`` filters
         curvature s by ``exp(−τ s)``, the proximal optimum by ``2α / (s + 2α)``; they agree for
-        small s at ``2α = 1/τ``.
+        small s at ``2α = 1/τ``. Of rates by name the largest counts.
 
         >>> round(SGD(lr=0.1, momentum=0.0, epochs=10, batch_size=5).equivalent_alpha(m=10), 6)
         0.25
@@ -364,7 +645,7 @@ class SGD(MiniBatch):
         return (1 - self.momentum) / (2 * sum(rate for _, rate in self.steps(m)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Adam(MiniBatch):
     """Adam (Kingma & Ba 2015) as ``torch.optim.Adam``, the penalties part of the gradient.
 
@@ -375,10 +656,11 @@ class Adam(MiniBatch):
         lr: learning rate η.
         betas: (β₁, β₂), each in [0, 1).
         eps: ε > 0.
-        epochs, batch_size, seed, schedule, warmup: as in `SGD`.
+        epochs, batch_size, seed, schedule, warmup, clip, batches, stop: as in `SGD`, and rates by
+            name.
     """
 
-    lr: float = 1e-3
+    lr: float | Mapping[str, float] = 1e-3
     betas: Sequence[float] = (0.9, 0.999)
     eps: float = 1e-8
     epochs: int = 10
@@ -386,9 +668,13 @@ class Adam(MiniBatch):
     seed: int = 0
     schedule: Schedule = "constant"
     warmup: int = 0
+    _: KW_ONLY
+    clip: float | None = None
+    batches: Sequence[Sequence[int]] | BatchOrder | None = None
+    stop: int | None = None
 
     def __post_init__(self):
-        self._check()
+        super().__post_init__()
         betas = self.betas if isinstance(self.betas, (tuple, list)) else ()
         if len(betas) != 2 or not all(is_number(b) and 0 <= b < 1 for b in betas):
             raise ValueError(
@@ -435,7 +721,7 @@ class Adam(MiniBatch):
         return torch.where(root > 0, 1 / (root + self.eps), 0.0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AdamW(Adam):
     """`Adam` with decoupled weight decay (Loshchilov & Hutter 2019), as ``torch.optim.AdamW``.
 

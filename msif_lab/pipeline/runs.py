@@ -3,14 +3,14 @@
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..arguments import is_number, listed, numbers_of, shown
 from ..objective.wrapping import plain_module, seen_through
-from .recipes import SGD, Adam, AdamW, MiniBatch, State
+from .recipes import CLIP_EPS, SGD, Adam, AdamW, MiniBatch, State, positions_of
 from .stages import FunctionalStage, Stage
 
 __all__ = ["KeptRun", "Run"]
@@ -29,6 +29,7 @@ class KeptRun:
         batches: positions of the examples of each step; None where unknown.
         means: the mean of the weights before each step between two checkpoints ``(D,)``, ``(K −
             1,)`` of them; None where unknown.
+        factors: what clipping multiplied the gradient of each step by ``(T,)``; None without.
     """
 
     recipe: MiniBatch
@@ -38,6 +39,7 @@ class KeptRun:
     rates: list[float]
     batches: list[Tensor] | None = None
     means: list[Tensor] | None = None
+    factors: list[float] | None = None
 
     @property
     def lengths(self) -> list[int]:
@@ -54,7 +56,7 @@ class KeptRun:
         means = None
         if self.means is not None:
             means = [self.mean(a, b) for a, b in itertools.pairwise(kept)]
-        return KeptRun(self.recipe, *parts, self.rates, self.batches, means)
+        return KeptRun(self.recipe, *parts, self.rates, self.batches, means, self.factors)
 
     def mean(self, first: int, last: int) -> Tensor:
         """The mean weights from one checkpoint to another that need not be the next."""
@@ -110,14 +112,20 @@ class Run:
         checkpoints: ``(steps taken before, state dict)`` of each, from step 0 to the end, and the
             optimiser's ``state_dict()`` as third entry; not needed at step 0, nor for SGD, whose
             momentum tells more of the way from one checkpoint to the next.
-        rates: the learning rate of each step, or one number for all.
+        rates: the learning rate of each step, or one number for all. Where the optimiser's groups
+            have rates of their own it is that of the fastest group, and the others keep their
+            shares of it.
         optimizer: the `torch.optim.SGD`, `Adam` or `AdamW` that made the steps, or a recipe such as
-            ``msif.SGD(lr=0.1, momentum=0.9)``, of which only what a step does is read.
+            ``msif.SGD(lr=0.1, momentum=0.9)``, of which only what a step does is read. Its groups
+            may differ in learning rate and in weight decay, which must be the stage's by name.
         batches: positions in the stage's data of the examples of each step, where known: each
             step is then taken with its own examples. Give ``means`` and the optimiser's state too:
             they tell where the weights were in between.
         means: state dicts with the mean of the weights before each step from one checkpoint to the
             next, where known.
+        clip: largest norm of a step's gradient, where your code called
+            ``torch.nn.utils.clip_grad_norm_(net.parameters(), clip)``.
+        norms: what that returned in each step, the norm before clipping.
     """
 
     checkpoints: Sequence[tuple]
@@ -125,6 +133,8 @@ class Run:
     optimizer: object
     batches: Sequence | None = None
     means: Sequence[Mapping] | None = None
+    clip: float | None = None
+    norms: Sequence[float] | None = None
 
     def of(self, stage: Stage, functional: FunctionalStage) -> KeptRun:
         """The run as a stage's, checked.
@@ -134,7 +144,7 @@ class Run:
                 of another number, an optimiser that is not known or has other settings.
         """
         where = functional.objective.where
-        recipe = _recipe(self.optimizer, stage, functional)
+        recipe = self._clipping(_recipe(self.optimizer, stage, functional), where)
         steps, weights, memories = _unpacked(self.checkpoints, where)
         rates = [self.rates] * steps[-1] if is_number(self.rates) else self.rates
         rates = listed("rates", rates, "a learning rate for each step, or one number for all")
@@ -158,7 +168,36 @@ class Run:
             for step, memory in zip(steps, memories, strict=True)
         ]
         batches = _batches(self.batches, steps[-1], len(stage.data), where)
-        return KeptRun(recipe, steps, fulls, states, rates, batches, self._means(functional, steps))
+        means, factors = self._means(functional, steps), self._factors(recipe, steps[-1], where)
+        return KeptRun(recipe, steps, fulls, states, rates, batches, means, factors)
+
+    def _clipping(self, recipe: MiniBatch, where: str) -> MiniBatch:
+        """The recipe with `clip`, which an optimiser of torch does not know."""
+        if self.clip is None:
+            return recipe
+        if isinstance(self.optimizer, MiniBatch):
+            raise ValueError(
+                f"{where}: clip={shown(self.clip)} beside a recipe, which says itself how "
+                "gradients are clipped: optimizer=msif.SGD(lr=0.1, clip=1.0)"
+            )
+        return replace(recipe, clip=self.clip)
+
+    def _factors(self, recipe: MiniBatch, count: int, where: str) -> list[float] | None:
+        """What clipping multiplied the gradient of each step by."""
+        if recipe.clip is None:
+            if self.norms is not None:
+                raise ValueError(f"{where}: norms without clip: give the largest norm, clip=1.0")
+            return None
+        what = "what torch.nn.utils.clip_grad_norm_ returned in each step"
+        if self.norms is None:
+            raise ValueError(f"{where}: norms=None, but clip={recipe.clip} needs them: {what}")
+        norms = numbers_of(f"{where}: norms", self.norms, what, torch.float64).cpu()
+        if norms.shape != (count,) or not bool((norms.isfinite() & (norms >= 0)).all()):
+            raise ValueError(
+                f"{where}: norms={shown(self.norms)} must be {count} finite numbers, one for each "
+                f"step up to the last checkpoint: {what}"
+            )
+        return (recipe.clip / (norms + CLIP_EPS)).clamp(max=1.0).tolist()
 
     def _means(self, functional: FunctionalStage, steps: list[int]) -> list[Tensor] | None:
         if self.means is None:
@@ -177,23 +216,12 @@ def _batches(batches, count: int, examples: int, where: str) -> list[Tensor] | N
     """The positions of each step's examples, checked."""
     if batches is None:
         return None
-    what = "the positions of each step's examples, whole numbers"
-    found = [
-        numbers_of(f"{where}: batches[{step}]", batch, what).cpu()
-        for step, batch in enumerate(listed("batches", batches, what))
-    ]
+    found = positions_of(batches, f"{where}: batches", examples)
     if len(found) != count:
         raise ValueError(
             f"{where}: batches hold {len(found)} entries, expected the positions of the examples "
             f"of each of the {count} steps up to the last checkpoint"
         )
-    for step, batch in enumerate(found):
-        whole = batch.ndim == 1 and len(batch) and batch.dtype == torch.int64
-        if not whole or not 0 <= int(batch.min()) <= int(batch.max()) < examples:
-            raise ValueError(
-                f"{where}: batches[{step}] must be whole numbers from 0 to {examples - 1}, "
-                f"positions in the stage's data, not {batch[:5].tolist()} of {batch.dtype}"
-            )
     return found
 
 
@@ -262,7 +290,7 @@ def _recipe(optimizer, stage: Stage, functional: FunctionalStage) -> MiniBatch:
     if kind is Adam and groups[0].get("decoupled_weight_decay"):
         kind = AdamW
     names = ("momentum", "nesterov") if kind is SGD else ("betas", "eps")
-    for name in (*names, "lr"):
+    for name in names:
         if any(group[name] != groups[0][name] for group in groups):
             raise ValueError(
                 f"{where}: the optimizer's groups have different {name}; one for all is needed"
@@ -271,7 +299,22 @@ def _recipe(optimizer, stage: Stage, functional: FunctionalStage) -> MiniBatch:
         if any(group.get(name) for group in groups):
             raise ValueError(f"{where}: an optimizer with {name} is not known here")
     _require_same_training(optimizer, stage, functional)
-    return kind(float(groups[0]["lr"]) or 1.0, **{name: groups[0][name] for name in names})
+    return kind(_rates(optimizer, stage), **{name: groups[0][name] for name in names})
+
+
+def _rates(optimizer, stage: Stage) -> float | dict[str, float]:
+    """The learning rates of an optimiser's groups as a recipe has them, by the names they train.
+
+    They are those before any schedule, which may end at zero.
+    """
+    first = [float(g.get("initial_lr", g["lr"])) for g in optimizer.param_groups]
+    if len(set(first)) == 1 or not any(first):
+        return first[0] or 1.0
+    known = _trained_by(optimizer, stage)
+    # A name without dots is also the last part of others, which come first.
+    names = sorted(known, key=lambda name: -name.count("."))
+    by_group = {id(g): rate for g, rate in zip(optimizer.param_groups, first, strict=True)}
+    return {name: by_group[id(known[name][1])] for name in names}
 
 
 def _trained_by(optimizer, stage: Stage) -> dict[str, tuple[int, dict]]:

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
 import torch
@@ -195,12 +195,17 @@ def one_function(pipelines: Sequence[Pipeline]) -> tuple[list[Tensor], list] | N
     starts = [torch.stack([p.initial(k) for p in pipelines]) for k in places]
     recipes = [[p.stages[k].recipe for p in pipelines] for k in places]
     seeds = [tuple(r.seed for r in each) if _seeded(each[0]) else None for each in recipes]
+    for stage, each in zip(first.stages, recipes, strict=True):
+        if callable(getattr(each[0], "batches", None)):  # which may differ in size from run to run
+            sizes = [[len(batch) for batch, _ in r.steps(len(stage.data))] for r in each]
+            if any(one != sizes[0] for one in sizes):
+                return None
     return starts, seeds
 
 
 def _seeded(recipe) -> bool:
     """Whether a recipe has a seed that can be exchanged."""
-    return is_dataclass(recipe) and hasattr(recipe, "seed")
+    return is_dataclass(recipe) and any(f.name == "seed" for f in fields(recipe))
 
 
 def _without_seeds(pipeline: Pipeline) -> list:

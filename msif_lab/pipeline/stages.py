@@ -4,7 +4,6 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +11,12 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ..arguments import is_number, shown
 from ..data.examples import Examples
-from ..objective.layout import Layout, same_numbers
+from ..objective.layout import Layout, by_name, same_numbers
 from ..objective.losses import cross_entropy
 from ..objective.objective import Lanes, Objective
 from ..objective.wrapping import plain_module
 from .lbfgs import LBFGS
+from .recipes import MiniBatch
 from .sharing import Shared, buffer_pairs, left_out, shared_parameters, summary
 
 __all__ = ["Frozen", "Proximal", "Stage", "WarmStart"]
@@ -125,32 +125,7 @@ def decays(given: WeightDecay, layout: Layout, trained: Sequence[str], where: st
                     "positive number for every name"
                 )
         return found
-    found = {}
-    for key, value in given.items():
-        matched = [n for n in layout.shapes if _decides(key, n)]
-        new = [n for n in matched if n not in found]
-        if not matched:
-            raise ValueError(
-                f"{where}: weight_decay key {key!r} matches no parameter; a key is a whole "
-                "name, its last part, or a pattern such as 'head.*', and the names are "
-                f"{list(layout.shapes)}"
-            )
-        if not new:
-            raise ValueError(
-                f"{where}: weight_decay key {key!r} decides nothing, since the first key that "
-                "matches a parameter counts; put it before the more general ones, or leave it out"
-            )
-        found |= dict.fromkeys(new, value)
-    if missing := [name for name in trained if name not in found]:
-        raise ValueError(
-            f"{where}: no key of weight_decay matches the trained parameters {missing}; add them, "
-            'or "*": λ as the last key for all others'
-        )
-    return found
-
-
-def _decides(key: str, name: str) -> bool:
-    return key in (name, name.rpartition(".")[2]) or fnmatchcase(name, key)
+    return by_name("weight_decay", given, layout, trained, where)
 
 
 def _is_decay(value) -> bool:
@@ -175,10 +150,12 @@ def _decay_problem(given) -> str:
 class Stage:
     """One training stage: ``F(θ; w) = (1/m) Σ_i w_i f_i(θ) + (λ/2) ‖θ‖²`` over what it trains.
 
-    ``weight_decay`` may differ between parameters, as where biases and norms have none: the penalty
-    is then ``½ Σ_j λ_j θ_j²``. In a mapping a key matches a parameter by its whole name
-    (``"head.bias"``), by the last part of it (``"bias"``), or as a pattern of the whole name with
-    ``*`` (``"*.norm.*"``). The first key that matches counts, so ``"*"`` comes last.
+    ``weight_decay`` may differ between parameters: the penalty is then ``½ Σ_j λ_j θ_j²``. In a
+    mapping a key matches a parameter by its whole name (``"head.bias"``), by the last part of it
+    (``"bias"``), or as a pattern of the whole name with ``*`` (``"*.norm.*"``). The first key that
+    matches counts, so ``"*"`` comes last. ``"1d"`` stands for all parameters of at most one
+    dimension: ``{"1d": 0.0, "*": 1e-3}`` is no decay on biases and norms. Learning rates of a
+    recipe go by the same keys, ``SGD(lr={"head.*": 0.1, "*": 0.01})``.
 
     scikit-learn sums its losses and leaves the intercept free: for ``LogisticRegression(C)`` on m
     examples ``weight_decay={"weight": 1 / (C * m), "bias": 0.0}``, for ``Ridge(alpha)`` under
@@ -352,6 +329,8 @@ class FunctionalStage:
             self.coupled,
             where,
         )
+        if isinstance(stage.recipe, MiniBatch):
+            stage.recipe.shares(self.objective)  # refuses names that the model does not have
         self.live = {*trained, *(n for n in self.frozen if self.shared[n] in before.live)}
         names = {"coupled": self.coupled, "frozen": self.frozen}
         self.here = {how: layout.places(some) for how, some in names.items()}
