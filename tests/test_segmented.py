@@ -62,12 +62,12 @@ def chain(recipe, *links):
 
 
 def segmented(pipeline, queries, segments, stage=0, **settings):
-    attributor = msif.SegmentedInfluence(segments, **settings).fit(pipeline)
+    attributor = msif.SegmentedInfluence(segments, **{"trust": 0} | settings).fit(pipeline)
     return attributor.score(queries, stage=stage, progress=False).values
 
 
 def unrolled(pipeline, queries, stage=0):
-    attributor = msif.UnrolledInfluence().fit(pipeline, progress=False)
+    attributor = msif.UnrolledInfluence(trust=0).fit(pipeline, progress=False)
     return attributor.score(queries, stage=stage, progress=False).values
 
 
