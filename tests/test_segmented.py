@@ -274,12 +274,14 @@ def test_gradient_flow_against_the_exponential_of_the_matrix():
     values, vectors = torch.linalg.eigh(matrix)
     theta_bar = draw(1, 5, seed=1)
     steps = [(msif.SGD(0.1, momentum=0.5).linear_step(t), 0.1, 0.0) for t in range(7)]
-    ended = by_flow(values, theta_bar @ vectors, torch.zeros(1, 5, dtype=F64), steps)
+    turned = theta_bar @ vectors
+    shares, start, _ = (part * turned for part in by_flow(values, steps))
     time = 7 * 0.1 / (1 - 0.5)
     decayed = torch.linalg.matrix_exp(-time * matrix)
-    assert relative_error(ended[1] @ vectors.T, theta_bar @ decayed) < 1e-12
+    assert relative_error(start[:1] @ vectors.T, theta_bar @ decayed) < 1e-12
+    assert not bool(start[1:].any() | shares[:, 1].any())
     whole = -theta_bar @ (torch.eye(5, dtype=F64) - decayed) @ torch.linalg.inv(matrix)
-    assert relative_error(ended[0].sum(0) @ vectors.T, whole) < 1e-10
+    assert relative_error(shares[:, :1].sum(0) @ vectors.T, whole) < 1e-10
 
 
 def test_decay_by_name_is_nearly_exact_in_adamw():

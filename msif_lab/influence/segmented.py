@@ -36,7 +36,7 @@ __all__ = ["SegmentedInfluence"]
 
 
 MOST_TOGETHER = 32  # queries in one Krylov space
-COORDINATES = 4  # of every step in it: of two stretches, weighted, and turned
+COORDINATES = 8  # of every step in it: two responses of two stretches, and weighted
 # Median `changes_` beyond which scores may be far from the run's derivative: chosen on one seed of
 # `bench_segmented.py warning`. On others, of the rows with r < 0.8 it named 17 of 18 step by step
 # and 4 of 5 in Krylov spaces, of those with r > 0.95 2 of 69 and 1 of 17.
@@ -386,8 +386,8 @@ class SegmentedInfluence:
     def _side_by_side(self, pipeline: Pipeline, first: int, lengths: list[list[int]]) -> int:
         """How many queries to take at once, from the memory that their Krylov spaces take.
 
-        Together they have a space of so many times the dimensions, in which every step of each
-        query has coordinates: more than a few dozen gain nothing.
+        Together they have a space of so many times the dimensions, in which every step has two
+        responses: more than a few dozen gain nothing.
 
         Args:
             lengths: how many steps each stretch of every stage has.
@@ -398,14 +398,14 @@ class SegmentedInfluence:
         return max(q for q in range(1, MOST_TOGETHER + 1) if needed(q) <= self.memory)
 
     def _bytes(self, pipeline: Pipeline, first: int, lengths: list[list[int]], queries: int) -> int:
-        """What the Krylov spaces of so many queries take, with the coordinates of every step."""
+        """What the Krylov spaces of so many queries take, with the responses of every step."""
         stages = range(first, len(pipeline.stages))
         widest = max(pipeline.objective(k).layout.size for k in stages)
         longest = max(max(lengths[k]) for k in stages)
         dimensions = self.krylov or MOST_DIMENSIONS
         size = pipeline.trained()[-1].element_size()
         vectors = widest * (VECTORS * (dimensions + 2) + 9)
-        return size * queries * (vectors + COORDINATES * longest * dimensions * queries)
+        return size * queries * (vectors + COORDINATES * longest * dimensions)
 
 
 def _warn_of_changes(changes: float) -> None:

@@ -179,21 +179,24 @@ def _orthonormal(basis: Tensor, block: Tensor) -> Tensor:
 Steps = Sequence[tuple[LinearStep, float, float]]
 
 
-def by_steps(
-    values: Tensor, theta_bar: Tensor, momentum_bar: Tensor, steps: Steps
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The optimiser's recurrence backwards, on coordinates along eigenvectors of H.
+def by_steps(values: Tensor, steps: Steps) -> tuple[Tensor, Tensor, Tensor]:
+    """The optimiser's recurrence backwards, along eigenvectors of H: how it answers to its end.
+
+    It is linear in θ̄ and the momentum's derivative at the end, so two responses for each eigenvalue
+    serve all queries.
 
     Args:
         values: eigenvalues ``(K,)``.
-        theta_bar, momentum_bar: ∂q/∂ the parameters and the momentum at the end ``(Q, K)``.
         steps: each step's recurrence, learning rate, and rate of decoupled weight decay.
 
     Returns:
-        ḡ of each step ``(T, Q, K)``, then θ̄ and the momentum's at the start, ``(Q, K)`` each.
+        what ḡ of each step ``(T, 2, K)``, and θ̄ and the momentum's derivative at the start,
+        ``(2, K)`` each, have of θ̄ and of the momentum's derivative at the end.
     """
     # NumPy's calls on such small arrays take a fifth of the time of torch's.
-    h, theta, momentum = (part.cpu().numpy() for part in (values, theta_bar, momentum_bar))
+    h = values.cpu().numpy()
+    theta = numpy.stack([numpy.ones_like(h), numpy.zeros_like(h)])
+    momentum = theta[::-1].copy()
     g_bars = numpy.empty((len(steps), *theta.shape), theta.dtype)
     for at in reversed(range(len(steps))):
         (a, b, c, d), rate, decay = steps[at]
@@ -203,8 +206,7 @@ def by_steps(
             g_bar -= (rate * d) * theta
         theta = (theta if not decay else (1 - rate * decay) * theta) + h * g_bar
         momentum *= a
-    found = (torch.from_numpy(part).to(values) for part in (g_bars, theta, momentum))
-    return tuple(found)
+    return tuple(torch.from_numpy(part).to(values) for part in (g_bars, theta, momentum))
 
 
 def time_of(steps: Steps) -> float:
@@ -212,9 +214,7 @@ def time_of(steps: Steps) -> float:
     return sum(rate * (b * c / (1 - a) + d) for (a, b, c, d), rate, _ in steps)
 
 
-def by_flow(
-    values: Tensor, theta_bar: Tensor, momentum_bar: Tensor, steps: Steps
-) -> tuple[Tensor, Tensor, Tensor]:
+def by_flow(values: Tensor, steps: Steps) -> tuple[Tensor, Tensor, Tensor]:
     """`by_steps` for gradient flow of the same length: ``θ̄ ← exp(−τH) θ̄``, and no momentum.
 
     ``Σ ḡ = −H⁻¹ (1 − exp(−τH)) θ̄`` is spread evenly over the steps.
@@ -223,46 +223,60 @@ def by_flow(
     shrink = sum(rate * decay for _, rate, decay in steps)
     exponent = (time * values + shrink).clamp(min=-50.0)
     ratio = torch.where(exponent == 0, 1.0, -torch.expm1(-exponent) / exponent)
-    whole = -time * ratio * theta_bar
-    shares = whole[None].expand(len(steps), -1, -1) / len(steps)
-    return shares, torch.exp(-exponent) * theta_bar, torch.zeros_like(momentum_bar)
+    nothing = torch.zeros_like(values)
+    shares = torch.stack([-time * ratio / len(steps), nothing]).expand(len(steps), -1, -1)
+    theta_bar = torch.stack([torch.exp(-exponent), nothing])
+    return shares, theta_bar, torch.zeros_like(theta_bar)
+
+
+def _mixed(responses: Tensor, ends: Tensor) -> Tensor:
+    """Responses ``(..., 2, K)`` to θ̄ and momentum at the end ``(2, Q, K)``: ``(..., Q, K)``."""
+    return torch.einsum("...ik,iqk->...qk", responses, ends)
 
 
 @dataclass
 class Pull:
-    """What the steps of a stretch ask of the examples' gradients: ``ḡ_t = basis c_t``.
+    """What the steps of a stretch ask of the examples' gradients.
 
-    Half of it is asked at the stretch's start and half at its end, step by step more of it: an
-    example's gradient lies on a straight line between those at the two ends.
+    ``ḡ_t = basis rotation c_t``, where c_t mixes the ends by the responses of `by_steps`. Half of
+    it is asked at the stretch's start and half at its end, step by step more of it: an example's
+    gradient lies on a straight line between those at the two ends.
 
     Attributes:
         stretch: of which run.
         basis: ``(P, K)``.
-        coordinates: c of each step ``(T, Q, K)``.
+        rotation: to the Ritz vectors ``(K, K)``.
+        responses: of each step ``(T, 2, K)``.
+        ends: θ̄ and the momentum's derivative at the end, along Ritz vectors ``(2, Q, K)``.
     """
 
     stretch: Stretch
     basis: Tensor
-    coordinates: Tensor
+    rotation: Tensor
+    responses: Tensor
+    ends: Tensor
 
     @property
     def total(self) -> Tensor:
         """``Σ_t ḡ_t``, ``(Q, P)``."""
-        return self.coordinates.sum(0) @ self.basis.T
+        return self._along_basis(self.responses.sum(0)) @ self.basis.T
 
     def asks(self, late: bool) -> bool:
         """Whether anything is asked at this end; not at the end of a single step."""
-        return bool(self._weighted(late).any())
+        return bool(self.ends.any()) and bool(self._weighted(late).any())
+
+    def _along_basis(self, responses: Tensor) -> Tensor:
+        """Coordinates in the basis, ``(..., Q, K)``."""
+        return _mixed(responses, self.ends) @ self.rotation.T
 
     def _weighted(self, late: bool) -> Tensor:
         path = self.stretch.path
-        return (path if late else 1 - path)[:, None, None] * self.coordinates
+        return (path if late else 1 - path)[:, None, None] * self.responses
 
     @property
     def _by_step(self) -> bool:
         """Whether the ḡ_t are fewer vectors than the basis has."""
-        steps, queries, dimension = self.coordinates.shape
-        return steps * queries < dimension
+        return len(self.responses) * self.ends.shape[1] < self.basis.shape[1]
 
     def directions(self, late: bool) -> Tensor:
         """The vectors ``(P, J)`` whose products with the examples' gradients are wanted.
@@ -270,10 +284,11 @@ class Pull:
         Args:
             late: at the end of the stretch, else at its start.
         """
+        weighted = self._weighted(late)
         if self.stretch.batches is None:
-            return self.basis @ self._weighted(late).sum(0).T  # one for each query
+            return self.basis @ self._along_basis(weighted.sum(0)).T  # one for each query
         if self._by_step:
-            return self.basis @ self._weighted(late).flatten(0, 1).T
+            return self.basis @ self._along_basis(weighted).flatten(0, 1).T
         return self.basis
 
     def scores(self, late: bool, products: Tensor, rows: Tensor, count: int) -> Tensor:
@@ -288,14 +303,11 @@ class Pull:
         if self.stretch.batches is None:  # in every epoch once, somewhere: 1/m a step on average
             return products / count
         members = self.stretch.members(count, rows)
-        steps, queries, _ = self.coordinates.shape
         if self._by_step:
-            by_step = products.unflatten(0, (steps, queries))
+            by_step = products.unflatten(0, (len(self.responses), -1))
             return torch.einsum("bt,tqb->qb", members.to_dense(), by_step)
-        weighted = self._weighted(late)
-        return torch.stack(
-            [((members @ weighted[:, q]) * products.T).sum(1) for q in range(queries)]
-        )
+        own = (members @ self._weighted(late).flatten(1)).unflatten(1, (2, -1))  # (B, 2, K)
+        return torch.einsum("bik,iqk->qb", own * (products.T @ self.rotation)[:, None], self.ends)
 
 
 class SegmentAdjoint(Backwards):
@@ -441,20 +453,21 @@ class SegmentAdjoint(Backwards):
                 images = stretch.factor * images + ((self.apart - self.decay) * columns.T).T
             return images if scale is None else scale[:, None] * images
 
-        basis, g_bars, theta_bar, momentum_bar, *images = self._in_krylov_space(
+        pull, theta_bar, momentum_bar, *images = self._in_krylov_space(
             stretch, product, theta_bar, momentum_bar
         )
         if scale is not None:
             images = [image / _nonzero(scale) for image in images]
-            basis = scale[:, None] * basis
+            pull.basis = scale[:, None] * pull.basis
             momentum_bar = momentum_bar * scale
             kept = self.theta_bar * (half if by_name else half**2)
             theta_bar = torch.where(scale > 0, theta_bar / _nonzero(scale), kept)
         self.theta_bar = theta_bar * half if by_name else theta_bar
         self.momentum_bar = momentum_bar
         if stretch.factors is not None:
-            g_bars = g_bars * g_bars.new_tensor(stretch.factors)[:, None, None]
-        return Pull(stretch, basis, g_bars), images
+            factors = pull.responses.new_tensor(stretch.factors)
+            pull.responses = factors[:, None, None] * pull.responses
+        return pull, images
 
     def _in_krylov_space(
         self,
@@ -462,40 +475,45 @@ class SegmentAdjoint(Backwards):
         product: Callable[[Tensor], Tensor],
         theta_bar: Tensor,
         momentum_bar: Tensor,
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple:
         """Backwards over a stretch's steps in a Krylov space, grown until the answer settles.
 
         Returns:
-            the basis ``(P, K)``, ḡ of each step in it ``(T, Q, K)``, θ̄ and the momentum's at the
-            start ``(Q, P)``, and H times θ̄ at the end and at the start, as the space has it.
+            what is asked of the examples, θ̄ and the momentum's derivative at the start ``(Q, P)``,
+            and H times θ̄ at the end and at the start, as the space has it.
         """
         steps = self._linear_steps(stretch)
         reverse = by_flow if self.reading.dynamics == "flow" else by_steps
         pair = [theta_bar, momentum_bar] if bool(momentum_bar.any()) else [theta_bar]
         size = len(theta_bar) * self.reading.dimension(len(steps))
 
-        def through(values: Tensor, vectors: Tensor) -> tuple[Tensor, ...]:
-            return reverse(values, theta_bar @ vectors, momentum_bar @ vectors, steps)
+        def through(basis: Tensor, values: Tensor, rotation: Tensor) -> tuple[Pull, list[Tensor]]:
+            ends = torch.stack([v @ basis @ rotation for v in (theta_bar, momentum_bar)])
+            responses, *start = reverse(values, steps)
+            pull = Pull(stretch, basis, rotation, responses, ends)
+            return pull, [_mixed(part, ends) @ rotation.T for part in (responses.sum(0), *start)]
 
         if len(self._rows) < size + 2 * len(theta_bar):
             self._rows = theta_bar.new_empty(size + 2 * len(theta_bar), theta_bar.shape[1])
         before, last = None, 0
-        for basis, values, rotation in krylov(product, torch.cat(pair).T, size, self._rows):
-            if last < len(values) < min(1.5 * last, size):
+        for space in krylov(product, torch.cat(pair).T, size, self._rows):
+            if last < len(space[1]) < min(1.5 * last, size):
                 continue  # the steps of a long stretch take longer than a product
-            last = len(values)
-            g_bars, *ended = (c @ rotation.T for c in through(values, basis @ rotation))
-            now = torch.cat([g_bars.sum(0), *ended])
+            last = len(space[1])
+            pull, parts = through(*space)
+            now = torch.cat(parts)
             if before is not None and self.reading.krylov is None:
                 change = now - nn.functional.pad(before, (0, now.shape[1] - before.shape[1]))
                 if bool((change.norm(dim=1) <= SETTLED * now.norm(dim=1)).all()):
                     break
             before = now
-        if last < len(values):  # it ended sooner than it was asked to grow
-            g_bars, *ended = (c @ rotation.T for c in through(values, basis @ rotation))
-        images = [values * (theta_bar @ basis @ rotation), values * (ended[0] @ rotation)]
-        held = *ended, *(image @ rotation.T for image in images)
-        return basis.T.clone().T, g_bars, *(c @ basis.T for c in held)
+        if last < len(space[1]):  # it ended sooner than it was asked to grow
+            pull, parts = through(*space)
+        basis, values, rotation = space
+        images = [values * pull.ends[0], values * (parts[1] @ rotation)]
+        held = *parts[1:], *(image @ rotation.T for image in images)
+        pull.basis = basis.T.clone().T  # its memory is used again
+        return pull, *(c @ basis.T for c in held)
 
 
 def _nonzero(scale: Tensor) -> Tensor:
