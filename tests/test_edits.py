@@ -206,7 +206,7 @@ class Config:
 class Loss(nn.Module):
     def __init__(self):
         super().__init__()
-        self.inner = nn.Threshold(0.1, 0.2)
+        self.inner = nn.Softplus(1.0)
         self.register_buffer("weight", torch.ones(3).double())
     def forward(self, z, y):
         return (self.inner(z) * self.weight).sum(1)
@@ -310,7 +310,7 @@ EDITS = {
     "field of a data class": ("Config()", "scale: float = 1.5", "scale: float = 1.6"),
     "factory of a field": ("Config()", "lambda: [0, 1]", "lambda: [0, 2]"),
     "forward of a module": ("Loss()", "self.inner(z) * self.weight", "self.inner(z) - self.weight"),
-    "module inside a module": ("Loss()", "nn.Threshold(0.1, 0.2)", "nn.Threshold(1.5, 0.2)"),
+    "module inside a module": ("Loss()", "nn.Softplus(1.0)", "nn.Softplus(2.0)"),
     "buffer": (
         "Loss()", 'buffer("weight", torch.ones(3)', 'buffer("weight", torch.zeros(3)'
     ),
