@@ -263,7 +263,7 @@ def study(name: str, noise: str, link: str, *, fresh: Sequence[int] = FRESH, fol
     side = setting.stage(other, setting.tasks[other][0], 1, 0, LINKS[link])
     asked |= {"held_out": setting.held_out, "other_tasks": {other: (side, setting.tasks[other][2])}}
     removed = intervene(build, ranked, fraction=setting.fractions, **asked)
-    tables.append(_changed(removed, (OURS, f"{OURS}, one seed", "random", "loss")))
+    tables.append(_changed(removed, (OURS, "random", "loss")))
     share = float(setting.truth.double().mean())
     if setting.clean is not None:
         right = {"labels corrected": setting.truth.double()}
@@ -305,8 +305,6 @@ def _promised(scores: InfluenceOverSeeds, setting: Setting, runs: SeedRuns, vali
 
 def _stable(scores: InfluenceOverSeeds, ranked: Mapping[str, object]):
     """How far rankings agree from seed to seed, and halves of the seeds with one another."""
-    import pandas
-
     half = SCORING // 2
     halves = {i: scores.some(range(i * half, (i + 1) * half)) for i in range(2)}
     names = [OURS, "gradient dot", "similarity", "loss"]
@@ -319,11 +317,11 @@ def _stable(scores: InfluenceOverSeeds, ranked: Mapping[str, object]):
     )
     middle = pairs.groupby("varies")[["spearman", "overlap"]].median().reset_index()
     rows = middle.melt("varies", var_name="measure").rename(columns={"varies": "method"})
-    return pandas.DataFrame(rows).assign(kind="stability")
+    return rows.assign(kind="stability")
 
 
 def _changed(done: Interventions, closer: Sequence[str] = ()):
-    """Rows of all that an action changed, beside keeping all and, of the test, beside others."""
+    """Rows of all that an action changed, beside keeping all; of the test beside others, too."""
     import pandas
 
     pairs = set(zip(done.table.task, done.table.measure, strict=True))
@@ -332,7 +330,7 @@ def _changed(done: Interventions, closer: Sequence[str] = ()):
     for task, measure in sorted(pairs - per_class):
         tables.append(done.summary(task, measure).assign(task=task, measure=measure))
         tables[-1]["against"] = "keep all"
-    for name in [name for name in closer if name in ("random", "loss", OURS)]:
+    for name in closer:
         for measure in ("loss", "accuracy"):
             table = done.summary("test", measure, against=name)
             tables.append(table.assign(task="test", measure=measure, against=name))

@@ -307,3 +307,17 @@ def gauss_newton():
 def true_residuals(a, x, b):
     """``‖A x − b‖ / ‖b‖`` of each column, by the dense matrix; 0 for a zero column."""
     return (a.dense() @ x - b).norm(dim=0) / b.norm(dim=0).clamp(min=1e-300)
+
+
+def worst_error(pipeline, stages=None):
+    """Largest relative error of unrolled scores; each example at the better of two steps."""
+    attributor, worst = msif.UnrolledInfluence(trust=0).fit(pipeline, progress=False), 0.0
+    queries, examples = random_queries(pipeline), [0, 3, 7, 11, 13]
+    for stage in range(len(pipeline.stages)) if stages is None else stages:
+        values = attributor.score(queries, stage=stage, progress=False).values[:, examples]
+        errors = []
+        for step in (1e-3, 1e-4):
+            truth = central_differences(pipeline, queries, stage, examples, step, optimum=False)
+            errors.append((values - truth).norm(dim=0) / truth.norm(dim=0).clamp(min=1e-9))
+        worst = max(worst, float(torch.stack(errors).amin(0).max()))
+    return worst

@@ -21,6 +21,7 @@ from oracles import (
     random_queries,
     relative_error,
     unrolled_scores,
+    worst_error,
 )
 from torch import nn
 from torch.func import jacrev, vjp
@@ -98,19 +99,6 @@ def factors(pipeline, k=0):
     """What clipping multiplied each gradient of a stage by."""
     run = msif.SegmentedInfluence(2).fit(pipeline, progress=False)._runs[k]
     return torch.tensor(run.factors)
-
-
-def worst_error(pipeline, stages=None):
-    method, worst = msif.UnrolledInfluence(trust=0).fit(pipeline, progress=False), 0.0
-    queries, examples = random_queries(pipeline), [0, 3, 7, 11, 13]
-    for stage in range(len(pipeline.stages)) if stages is None else stages:
-        values = method.score(queries, stage=stage, progress=False).values[:, examples]
-        errors = []
-        for step in (1e-3, 1e-4):
-            truth = central_differences(pipeline, queries, stage, examples, step, optimum=False)
-            errors.append((values - truth).norm(dim=0) / truth.norm(dim=0).clamp(min=1e-9))
-        worst = max(worst, float(torch.stack(errors).amin(0).max()))
-    return worst
 
 
 # ---- The derivative ----

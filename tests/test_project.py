@@ -389,6 +389,20 @@ def test_readme_shows_what_acting_on_scores_brings():
     assert [row for row in rows if row not in lines] == []
 
 
+def test_readme_s_detection_is_that_of_its_files():
+    import pandas
+
+    paths = [ROOT / f"notebooks/results/acting_{name}.csv" for name in ACTING]
+    table = pandas.concat(pandas.read_csv(path) for path in paths if path.exists())
+    auc = table.query("kind == 'detection' and measure == 'roc_auc'").groupby("method")["value"]
+    ends = [
+        f"{end:.2f}" for name in ("loss", "influence") for end in auc.agg(["min", "max"]).T[name]
+    ]
+    loss = ends[0] if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}"
+    claim = f"(ROC AUC {loss}, influence {ends[2]} to {ends[3]})"
+    assert claim in " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+
+
 def average_row(title: str, setting: str, link: str) -> str:
     """One line of the README's table of averaged scores."""
     import pandas

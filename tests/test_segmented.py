@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -213,7 +214,32 @@ def test_a_stretch_for_each_step_is_the_unrolled_derivative_of_other_nets(net, l
     queries = msif.Examples(draw(3, 8, seed=9), torch.arange(3) % 2)
     truth = unrolled(pipeline, queries)
     assert relative_error(segmented(pipeline, queries, 5, krylov=6), truth) < 1e-9
+    assert relative_error(segmented(pipeline, queries, 5), truth) < 1e-9  # step by step
     assert relative_error(segmented(pipeline, queries, 2, krylov=20), truth) > 1e-5
+
+
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize(("count", "dtype", "most"), [(1, F64, 1e-9), (N, torch.float32, 1e-4)])
+def test_step_by_step_of_one_example_and_in_single_precision(net, count, dtype, most):
+    """In mini-batches, and two threads at once get what one gets."""
+    stages = []
+    for k in range(2):
+        torch.manual_seed(k)
+        recipe = msif.SGD(0.1, momentum=0.8, epochs=3, batch_size=4)
+        data = msif.Examples(
+            draw(count, 8, seed=k).to(dtype), torch.arange(count) % 2, classes=(0, 1)
+        )
+        stage = msif.Stage(f"stage {k}", NETS[net]().to(dtype), data, recipe=recipe)
+        stages.append(replace(stage, link=msif.WarmStart(shared="") if k else None))
+    pipeline = msif.Pipeline(stages).fit(progress=False)
+    queries = msif.Examples(draw(3, 8, seed=9).to(dtype), torch.arange(3) % 2)
+    truth = unrolled(pipeline, queries)
+    ours = segmented(pipeline, queries, 99)
+    assert ours.dtype == dtype and relative_error(ours, truth) < most
+    coarse = segmented(pipeline, queries, 2)
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda n: segmented(pipeline, queries, n), (99, 2)))
+    assert torch.equal(both[0], ours) and torch.equal(both[1], coarse)
 
 
 def test_batch_norm_in_train_mode_is_refused():

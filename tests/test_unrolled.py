@@ -20,6 +20,7 @@ from oracles import (
     same,
     states,
     unrolled_scores,
+    worst_error,
 )
 from torch.func import vjp
 
@@ -39,20 +40,6 @@ def trained(recipe="momentum", link="warm", k=2, kind="mlp", regression=False):
     recipes = recipe if isinstance(recipe, tuple) else (recipe,) * k
     recipes = [RECIPES[name] for name in recipes]
     return random_pipeline(kind, regression, ALL_LINKS[link], k, recipe=recipes)
-
-
-def worst_error(pipeline, stages=None):
-    """Largest relative error, over stages and examples, each at the better of two steps."""
-    attributor, worst = msif.UnrolledInfluence().fit(pipeline, progress=False), 0.0
-    queries, examples = random_queries(pipeline), [0, 3, 7, 11, 13]
-    for stage in range(len(pipeline.stages)) if stages is None else stages:
-        values = attributor.score(queries, stage=stage, progress=False).values[:, examples]
-        errors = []
-        for step in (1e-3, 1e-4):
-            truth = central_differences(pipeline, queries, stage, examples, step, optimum=False)
-            errors.append((values - truth).norm(dim=0) / truth.norm(dim=0).clamp(min=1e-9))
-        worst = max(worst, float(torch.stack(errors).amin(0).max()))
-    return worst
 
 
 def refused(error, *words):

@@ -13,7 +13,6 @@ from ..arguments import (
     check_choice,
     check_instance,
     check_number,
-    check_path,
     check_whole,
     is_number,
     listed,
@@ -30,9 +29,9 @@ from ..parallel import check_jobs, each_result
 from ..pipeline.origin import asked_about, share_runs, sketch
 from ..pipeline.pipeline import Pipeline, Retrained
 from ..pipeline.recipes import progress_bar
-from ..pipeline.seeds import SeedRuns, not_fitted, redrawn_stage
+from ..pipeline.seeds import SeedRuns, not_fitted, redrawn_stage, seed_paths
 from ..pipeline.stages import Stage
-from ..storage import check_writable, digest, locked, read_tensors, valid, write_tensors
+from ..storage import digest, locked, read_tensors, valid, write_tensors
 from .rankings import (
     cross_fitted,
     fractions_of,
@@ -488,7 +487,7 @@ def _measured(
     runs, branches, plan: _Plan, seeds, rankings, n_jobs: int, store, progress
 ) -> tuple[Tensor, list[tuple[str, str]]]:
     """Every measure of every way and seed, ``(S, A, K)``, and of what task each is."""
-    paths, about = _paths(store, seeds), plan.about()
+    paths, about = seed_paths(store, seeds, "-interventions"), plan.about()
     whose = [_facts(run, others) for run, others in zip(runs, branches, strict=True)]
     found = {
         i: _read(path, about | {"pipeline": whose[i]})
@@ -627,18 +626,6 @@ def _require_unseen(result: dict, run: Pipeline, seed: int, rankings: Mapping) -
 
 
 # ---- Files of finished seeds ----
-
-
-def _paths(store, seeds: Sequence[int]) -> list[Path | None]:
-    if store is None:
-        return [None] * len(seeds)
-    check_path("store", store)
-    folder = Path(store)
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"seed-{seed}-interventions.safetensors" for seed in seeds]
-    for path in paths:
-        check_writable(path)
-    return paths
 
 
 def _facts(run: Pipeline, branches: Mapping[str, Pipeline]) -> list[str]:

@@ -337,10 +337,11 @@ class SelfInfluence(_AlongTheRun):
     """
 
     def _values(self, k, question):
-        o, total = self._pipeline.objective(k), 0.0
+        o = self._pipeline.objective(k)
+        total = self._full[k].new_zeros(len(o.data))
         for full, rate in self._states[k]:
-            squares = [(rate * g.square()).sum(1) for _, g in per_example_gradients(o, full)]
-            total = total + torch.cat(squares) / len(o.data)
+            for rows, gradients in per_example_gradients(o, full):
+                total[rows] += (rate * gradients.square()).sum(1) / len(o.data)
         return self._combined(total[None], question)
 
 

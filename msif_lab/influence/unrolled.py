@@ -299,8 +299,9 @@ class UnrolledInfluence:
         if self.group_fraction:
             values = values + self._level(runs, values, question)
         spent = time.perf_counter() - start
+        trust = None
         if weights is not None:
-            trust = warn_of_growth(self.adjoint_norms_)
+            warn_of_growth(self.adjoint_norms_)
         else:
             whole = queries, target, aggregate
             trust = self._measure(first, values, question, whole, spent, progress=progress)

@@ -452,9 +452,10 @@ class MiniBatch(ABC):
         if callable(self.schedule):
             return rise * float(self.schedule(step, total))
         passed = max(0, step - self.warmup) / max(1, total - self.warmup)
-        angle = torch.tensor(passed, dtype=torch.float64) * torch.pi
-        cosine = float((1 + torch.cos(angle)) / 2)
-        return rise * {"constant": 1.0, "linear": 1 - passed, "cosine": cosine}[self.schedule]
+        if self.schedule == "cosine":
+            angle = torch.tensor(passed, dtype=torch.float64) * torch.pi
+            return rise * float((1 + torch.cos(angle)) / 2)
+        return rise * (1 - passed if self.schedule == "linear" else 1.0)
 
     def shares(self, objective: Objective) -> float | Tensor:
         """Each parameter's learning rate as a share of the largest: 1, or ``(P,)`` by name.

@@ -136,7 +136,7 @@ def over_seeds(
     if not redraw or any(part not in PARTS for part in redraw):
         raise ValueError(f"redraw={redraw!r} must hold one or more of {PARTS}")
     pipelines = not_fitted(build, seeds, redraw)
-    paths = _paths(store, seeds)
+    paths = seed_paths(store, seeds)
     left = [i for i, path in enumerate(paths) if path is None or not path.exists()]
     for i in set(range(len(seeds))) - set(left):
         pipelines[i].load(paths[i])
@@ -236,12 +236,14 @@ def _shown(seeds: Sequence[int]) -> str:
     return f"{seeds[0]}, {seeds[1]}, … {seeds[-1]}"
 
 
-def _paths(store, seeds: Sequence[int]) -> list[Path | None]:
+def seed_paths(store, seeds: Sequence[int], what: str = "") -> list[Path | None]:
+    """A file for each seed in a folder, which is made; None for all where nothing is kept."""
     if store is None:
         return [None] * len(seeds)
+    check_path("store", store)
     folder = Path(store)
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"seed-{seed}.safetensors" for seed in seeds]
+    paths = [folder / f"seed-{seed}{what}.safetensors" for seed in seeds]
     for path in paths:
         check_writable(path)
     return paths
