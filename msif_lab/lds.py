@@ -36,9 +36,10 @@ from .studies import implicit
 __all__ = ["study"]
 
 KINDS = {"one": None, "10 %": 0.1, "50 %": 0.5}
-FRESH = 8
+FRESH = 16
 COUNTS = (1, 4, 8, 16)
 ENSEMBLE = 8  # seeds that every other method has
+RETRAININGS = (120, 1200)  # of a datamodel: what the scores cost, and ten times as many
 RIDGES = tuple(10.0**k for k in range(-2, 5))
 
 
@@ -99,8 +100,8 @@ def scored(build, runs: SeedRuns, queries: Examples, folder, costs: dict) -> dic
         "TracIn": lambda: average(TracIn()),
         "single stage": lambda: average(SingleStage(solver)),
         "similarity": lambda: average(RepresentationSimilarity()),
-        "datamodel, equal cost": partial(_model, few, queries, 120, folder, template),
-        "datamodel, 10 × the cost": partial(_model, few, queries, 1200, folder, template),
+        "datamodel, equal cost": partial(_model, few, queries, RETRAININGS[0], folder, template),
+        "datamodel, 10 × the cost": partial(_model, few, queries, RETRAININGS[1], folder, template),
     }
     for count in COUNTS:
         if count <= len(runs):
@@ -147,13 +148,22 @@ def rows(name: str, scores, truth: Mapping[str, EffectsOverSeeds], own: Mapping)
     return table
 
 
-def study(setting: str, link: str, *, size: str = "live", removals: int = 40, folder=None):
+def study(
+    setting: str,
+    link: str,
+    *,
+    size: str = "live",
+    removals: int = 40,
+    fresh: int = FRESH,
+    folder=None,
+):
     """One setting and link: a tidy table of every method's agreement with fresh seeds.
 
     Args:
         setting, link: names in `experiments.SETTINGS` and `experiments.LINKS`.
         size: as in the builders.
         removals: how many of each kind.
+        fresh: seeds that judge, beyond the `COUNTS` that score.
         folder: where runs and retrainings are kept; the same call goes on from it.
     """
     import pandas
@@ -163,7 +173,7 @@ def study(setting: str, link: str, *, size: str = "live", removals: int = 40, fo
 
     seen = max(COUNTS)
     runs = over_seeds(
-        lambda seed: build(seed).pipeline, seen + FRESH, store=_in(folder, "runs"), progress=False
+        lambda seed: build(seed).pipeline, seen + fresh, store=_in(folder, "runs"), progress=False
     )
     queries, m = build(0).queries, len(runs[0].stages[0].data)
     truth, own = {}, {}
@@ -175,7 +185,7 @@ def study(setting: str, link: str, *, size: str = "live", removals: int = 40, fo
     costs: dict[str, float] = {}
     found = scored(build, runs[:seen], queries, folder, costs)
     table = [line for name, scores in found.items() for line in rows(name, scores, truth, own)]
-    about = {"setting": setting, "link": link, "count": removals, "fresh": FRESH}
+    about = {"setting": setting, "link": link, "count": removals, "fresh": fresh}
     return pandas.DataFrame(table).assign(**about).assign(seconds=lambda t: t.method.map(costs))
 
 
@@ -193,6 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("settings", nargs="+", choices=sorted(SETTINGS))
     parser.add_argument("--links", nargs="+", choices=list(LINKS), default=["warm start", "frozen"])
     parser.add_argument("--removals", type=int, default=40, help="of each kind")
+    parser.add_argument("--fresh", type=int, default=FRESH, help="seeds that judge")
     parser.add_argument("--size", default="live", help="live or large")
     parser.add_argument(
         "--out",
@@ -206,7 +217,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for link in given.links:
             folder = given.out / "retrainings" / f"{setting}-{given.size}-{link.replace(' ', '-')}"
             folder.mkdir(parents=True, exist_ok=True)
-            asked = {"size": given.size, "removals": given.removals, "folder": folder}
+            asked = {"size": given.size, "removals": given.removals, "fresh": given.fresh}
+            asked |= {"folder": folder}
             tables.append(study(setting, link, **asked))
             path = given.out / f"{setting}_average.csv"
             text = pandas.concat(tables).to_csv(index=False, float_format="%.4g")
