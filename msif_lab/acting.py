@@ -145,8 +145,8 @@ def _images(classes, **settings):
 
 def _cifar(noise: str) -> Setting:
     tasks, counts = (("airplane", "automobile"), ("ship", "truck")), (1500, 200, 400)
-    model = partial(convnet, (3, 16, 16))
-    return _flipped(_images, noise, ANIMALS, tasks, counts, model=model, lr=0.03)
+    settings = {"model": partial(convnet, (3, 16, 16)), "lr": 0.03, "fractions": (0.1, 0.3, 0.5)}
+    return _flipped(_images, noise, ANIMALS, tasks, counts, **settings)
 
 
 def _cifar10n(noise: str) -> Setting:

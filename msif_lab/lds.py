@@ -78,8 +78,8 @@ def scored(build, runs: SeedRuns, queries: Examples, folder, costs: dict) -> dic
     solver = Exact("4GB")
     few = runs[:ENSEMBLE]
 
-    def average(method, some=few) -> InfluenceOverSeeds:
-        return AveragedInfluence(method).fit(some).score(queries, progress=False)
+    def average(method, some=few, how="mean") -> InfluenceOverSeeds:
+        return AveragedInfluence(method, how).fit(some).score(queries, progress=False)
 
     def ggn() -> InfluenceOverSeeds:
         def one(seed: int, run: Pipeline) -> Influence:
@@ -94,6 +94,9 @@ def scored(build, runs: SeedRuns, queries: Examples, folder, costs: dict) -> dic
     ways = {
         "unrolled, for 10 %": lambda: average(UnrolledInfluence(group_fraction=0.1)),
         "unrolled, for 50 %": lambda: average(UnrolledInfluence(group_fraction=0.5)),
+        "unrolled, for 50 %, weighted": lambda: average(
+            UnrolledInfluence(group_fraction=0.5), how="weighted"
+        ),
         "implicit, GGN": ggn,
         "TRAK": lambda: _of_ensemble(trak(few, queries), template),
         "gradient product": lambda: average(GradientDot()),

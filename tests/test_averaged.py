@@ -578,3 +578,66 @@ def test_without_reliability_nothing_is_promised():
     effects = noisy(4, 1e-3, draw, truth)
     found = msif.agreement(made_up(-truth[None].expand(2, -1, -1)), effects).noise
     assert all(math.isnan(end) for ends in found.intervals.values() for end in ends)
+
+
+def test_a_weighted_mean_listens_to_the_runs_that_predict_their_removals():
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.randn(4, 2, 50, generator=draw, dtype=torch.float64)
+    trust = [0.9, 0.3, -0.5, 0.6]
+    w = numpy.array([0.81, 0.09, 0.0, 0.36]) / 1.26  # r², and nothing where r < 0
+    middle, error = averages(rows, "weighted", trust)
+    numpy.testing.assert_allclose(middle, numpy.average(rows, 0, w), rtol=1e-12)
+    apart = ((w[:, None, None] * (rows - middle).numpy()) ** 2).sum(0) / (1 - (w**2).sum())
+    numpy.testing.assert_allclose(error, apart**0.5, rtol=1e-12)
+    # Runs that are trusted alike make the plain mean.
+    for alike in ([0.7] * 4, [-0.2] * 4):
+        for found, plain in zip(averages(rows, "weighted", alike), averages(rows, "mean")):
+            torch.testing.assert_close(found, plain)
+    assert averages(rows, "weighted", [1.0, 0, 0, -1])[1].isnan().all(), "of one run alone"
+
+
+def test_intervals_of_a_weighted_mean_keep_their_promise():
+    draw = torch.Generator().manual_seed(1)
+    truth = torch.randn(200, 100, generator=draw, dtype=torch.float64)
+    trust = torch.tensor([0.9, 0.9, 0.8, 0.8, 0.7, 0.5, 0.3, 0.1])
+    noise = torch.randn(8, 200, 100, generator=draw, dtype=torch.float64)
+    per_seed = truth + noise / trust[:, None, None]  # rough runs' scores are the noisier ones
+    about = torch.arange(100), torch.arange(200), "one", "loss", "", ""
+    scores, mean = (
+        msif.InfluenceOverSeeds.of(per_seed, range(8), how, *about, origin={}, run_trust=r)
+        for how, r in (("weighted", trust.tolist()), ("mean", ()))
+    )
+    low, high = scores.interval()
+    assert 0.93 < float(((low <= truth) & (truth <= high)).double().mean()) < 0.98
+    assert (scores.values - truth).square().mean() < 0.5 * (mean.values - truth).square().mean()
+    sure = scores.trusted()
+    assert bool(sure.any())
+    assert float((scores.values.sign() != truth.sign())[sure].double().mean()) < 0.05
+
+
+def test_weighted_scores_take_each_run_s_own_trust(runs, queries, tmp_path):
+    found = msif.AveragedInfluence(msif.UnrolledInfluence(), "weighted", lanes=2).fit(runs)
+    scores = found.score(queries, progress=False)
+    each = [
+        msif.UnrolledInfluence(trust=4).fit(run).score(queries, progress=False).trust_.r
+        for run in runs
+    ]
+    assert scores.run_trust == pytest.approx(each)
+    w = numpy.clip(each, 0, None) ** 2
+    numpy.testing.assert_allclose(
+        scores.values, numpy.average(scores.per_seed, 0, w), rtol=1e-6, atol=1e-12
+    )
+    assert found.method.trust == 4 and "weighted" in repr(scores)
+    scores.save(tmp_path / "scores.safetensors")
+    again = msif.InfluenceOverSeeds.load(tmp_path / "scores.safetensors")
+    assert again.run_trust == scores.run_trust and torch.equal(again.values, scores.values)
+    for part in (scores[:2], scores.mean(), again):
+        assert part.run_trust == scores.run_trust
+    some = scores.some([1, 2])
+    assert some.run_trust == scores.run_trust[1:3]
+    halves = msif.InfluenceOverSeeds.concatenate([scores[:2], scores[2:]])
+    assert torch.equal(halves.values, scores.values)
+    assert msif.predicted_gain(scores, 0.1).notna().all().all()
+    for method in (msif.UnrolledInfluence(trust=0), msif.TracIn()):
+        with pytest.raises(ValueError, match="weighted.*measures none"):
+            msif.AveragedInfluence(method, "weighted")

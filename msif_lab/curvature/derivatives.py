@@ -695,7 +695,8 @@ def transpose_lanes(
     copies = TRANSPOSE_FIXED + TRANSPOSE_PER_QUERY * cotangents.shape[1]
     cost = o.bytes_per_example() * copies * batches.shape[1]
     side = min(memory, LANE_BYTES) // cost
-    if side < 2 or not _transpose_ways(o, every)[0]:
+    way = _lanes_way(o, every) if side > 1 else None
+    if way is None:
         lanes = zip(fulls, batches, cotangents, weights, strict=True)
         pairs = [gradient_transpose(o, *lane, every, memory) for lane in lanes]
         products, scores = zip(*pairs, strict=True)
@@ -703,6 +704,31 @@ def transpose_lanes(
     if every:
         wide = cotangents.new_zeros(*cotangents.shape[:2], fulls.shape[1])
         cotangents = o.trained.put(wide, cotangents)
+    count = batches.shape[1]
+    parts = [
+        way(
+            o, fulls[i], o.data.x[batches[i]], o.data.y[batches[i]], cotangents[i], w / count, every
+        )
+        for i, w in zip(torch.arange(len(fulls)).split(side), weights.split(side), strict=True)
+    ]
+    products, scores = (torch.cat(part) for part in zip(*parts, strict=True))
+    return products, scores / count
+
+
+def _lanes_way(o: Objective, every: bool) -> Callable | None:
+    """How lanes go side by side; None if they had better not."""
+    if _transpose_ways(o, every)[0]:
+        return _lanes_forward
+    # PyTorch's convolutions with other weights for each lane are slower than one after the other.
+    flat = all(len(shape) <= 2 for shape in o.layout.shapes.values())
+    if not flat or not o.known("lanes", True):
+        return None
+    agrees = o.once(("transpose lanes", every), lambda: _lanes_agree(o, every))
+    return _lanes_in_reverse if agrees else None
+
+
+def _lanes_forward(o, fulls, x, y, cotangents, shares, every) -> tuple[Tensor, Tensor]:
+    """Pushes every lane's cotangents forward: ``(R, Q, P or D)`` and ``(R, Q, B)``."""
 
     def one(full, x, y, v, w):
         def risk(theta, w):
@@ -712,13 +738,48 @@ def transpose_lanes(
         point = full if every else o.trained.take(full)
         return vmap(lambda v: jvp(lambda t: gradients(t, w), (point,), (v,))[1])(v)
 
-    count = batches.shape[1]
-    parts = [
-        vmap(one)(fulls[i], o.data.x[batches[i]], o.data.y[batches[i]], cotangents[i], w / count)
-        for i, w in zip(torch.arange(len(fulls)).split(side), weights.split(side), strict=True)
-    ]
-    products, scores = (torch.cat(part) for part in zip(*parts, strict=True))
-    return products, scores / count
+    return vmap(one)(fulls, x, y, cotangents, shares)
+
+
+def _lanes_in_reverse(o, fulls, x, y, cotangents, shares, every) -> tuple[Tensor, Tensor]:
+    """Pulls every lane's cotangents back through the gradient of the sum of all lanes' risks."""
+
+    def losses(theta, full, x, y):
+        return o.losses(theta if every else o.parameters(theta, full), x, y)
+
+    with torch.enable_grad():
+        theta = (fulls if every else o.trained.take(fulls)).detach().requires_grad_()
+        shares = shares.detach().requires_grad_()
+        risk = (shares * vmap(losses)(theta, fulls, x, y)).sum()
+        (gradient,) = torch.autograd.grad(risk, theta, create_graph=True)
+    side_by_side = _transpose_ways(o, every)[1]
+    pulled = pull_back(gradient, (theta, shares), cotangents.movedim(1, 0), side_by_side)
+    return tuple(part.movedim(0, 1) for part in pulled)
+
+
+def _lanes_agree(o: Objective, every: bool) -> bool:
+    probe = Probe.of(o)
+    fulls = probe.full + 0.1 * probe.draw(2, len(probe.full))
+    x, y = (torch.stack([part, part.flip(0)]) for part in (probe.x, probe.y))
+    shares = 1 + probe.draw(*y.shape[:2]).sign() / 2
+    size = o.layout.size if every else o.size
+    cotangents = probe.draw(2, 3, size, seed=1)
+
+    def in_turn() -> Tensor:
+        rows = []
+        for full, x_, y_, v, w in zip(fulls, x, y, cotangents, shares, strict=True):
+
+            def risk(theta, w, full=full, x=x_, y=y_):
+                return (w * o.losses(theta if every else o.parameters(theta, full), x, y)).sum()
+
+            point = full if every else o.trained.take(full)
+            rows.append(torch.cat(_transpose(risk, point, w, v, False, False), 1))
+        return torch.stack(rows)
+
+    def at_once() -> Tensor:
+        return torch.cat(_lanes_in_reverse(o, fulls, x, y, cotangents, shares, every), 2)
+
+    return agree(at_once, in_turn)
 
 
 def _transpose_ways(o: Objective, every: bool) -> tuple[bool, bool]:

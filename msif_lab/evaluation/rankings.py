@@ -283,8 +283,9 @@ def cross_fitted(
     def judged(places: Sequence[int]) -> float:
         total = 0.0
         for s in places:
-            others = rows[[i for i in places if i != s]]
-            rest = scores.harm_sign * averages(others, scores.average)[0][0]
+            others = [i for i in places if i != s]
+            trust = [scores.run_trust[i] for i in others] if scores.run_trust else ()
+            rest = scores.harm_sign * averages(rows[others], scores.average, trust)[0][0]
             total += float((act(ordered(rest)) - 1) @ rows[s, 0])
         return total / len(places)
 

@@ -1,5 +1,6 @@
 """Scores averaged over seeds, and how sure the average is."""
 
+import copy
 import html
 import math
 from collections.abc import Callable, Sequence
@@ -23,7 +24,8 @@ from .together import scored_each
 
 __all__ = ["AveragedInfluence", "InfluenceOverSeeds"]
 
-AVERAGES = ("mean", "normalised", "median")
+AVERAGES = ("mean", "normalised", "median", "weighted")
+PROBES = 4  # runs that measure each run's trust for a weighted mean, where none are asked for
 MOST_FREEDOM = 1e4
 MEDIAN_NOISE = math.sqrt(math.pi / 2)  # of a median over that of a mean, for normal numbers
 
@@ -35,7 +37,9 @@ class InfluenceOverSeeds(Influence):
     Attributes:
         per_seed: ``(S, Q, N)``, the scores of each run.
         seeds: of the S runs.
-        average: ``"mean"``, ``"normalised"`` or ``"median"``, see `AveragedInfluence`.
+        average: ``"mean"``, ``"normalised"``, ``"median"`` or ``"weighted"``, see
+            `AveragedInfluence`.
+        run_trust: ``(S,)``, for a weighted mean each run's estimated r with real removals.
         standard_error: ``(Q, N)``, of `values` over other seeds; NaN for a single seed.
         reliability: ``(Q,)``, correlation of one seed's scores with another's over the examples,
             mean over all pairs of seeds; NaN for a single seed.
@@ -44,6 +48,7 @@ class InfluenceOverSeeds(Influence):
     per_seed: Tensor = field(default=None, repr=False)
     seeds: Sequence[int] = ()
     average: str = "mean"
+    run_trust: Sequence[float] = ()
     standard_error: Tensor = field(init=False, repr=False)
     reliability: Tensor = field(init=False, repr=False)
 
@@ -51,16 +56,31 @@ class InfluenceOverSeeds(Influence):
         shape = (len(self.seeds), len(self.query_ids), len(self.ids))
         if self.per_seed is None or tuple(self.per_seed.shape) != shape:
             raise ValueError(f"per_seed must be {shape}: seeds × queries × ids")
+        if len(self.run_trust) != (len(self.seeds) if self.average == "weighted" else 0):
+            raise ValueError("run_trust must hold a number for each seed of a weighted mean")
         super().__post_init__()
-        self.standard_error = averages(self.per_seed, self.average)[1]
+        self.standard_error = averages(self.per_seed, self.average, self.run_trust)[1]
         self.reliability = reliability(self.per_seed)
 
     @classmethod
-    def of(cls, per_seed: Tensor, seeds: Sequence[int], average: str, *about, origin: Origin):
+    def of(
+        cls,
+        per_seed: Tensor,
+        seeds: Sequence[int],
+        average: str,
+        *about,
+        origin: Origin,
+        run_trust: Sequence[float] = (),
+    ):
         """The average of ``per_seed``; ``about``: from ``ids`` to ``aggregate`` in `Influence`."""
-        values = averages(per_seed, average)[0]
+        values = averages(per_seed, average, run_trust)[0]
         more = {"per_seed": per_seed, "seeds": list(seeds), "average": average}
-        return cls(values, *about, origin, **more)
+        return cls(values, *about, origin, **more, run_trust=list(run_trust))
+
+    def _like(self, per_seed: Tensor, *about, origin: Origin) -> "InfluenceOverSeeds":
+        """Other rows of the same seeds, averaged in the same way."""
+        how = self.seeds, self.average
+        return self.of(per_seed, *how, *about, origin=origin, run_trust=self.run_trust)
 
     def _about(self) -> tuple:
         return self.stage, self.target, self.method
@@ -69,7 +89,7 @@ class InfluenceOverSeeds(Influence):
         some = super().__getitem__(queries)
         per_seed = self.per_seed[:, self._places(queries)]
         about = self.ids, some.query_ids, *self._about(), self.aggregate
-        return self.of(per_seed, self.seeds, self.average, *about, origin=some.origin)
+        return self._like(per_seed, *about, origin=some.origin)
 
     def mean(self) -> "InfluenceOverSeeds":
         """The mean over queries as one row, with its own standard error over seeds."""
@@ -78,15 +98,16 @@ class InfluenceOverSeeds(Influence):
         row = self.per_seed.mean(1, keepdim=True)
         ids = self.query_ids.new_full((1,), -1)
         about = self.ids, ids, *self._about(), about_all("mean", self.query_ids)
-        return self.of(row, self.seeds, self.average, *about, origin=all_rows(self.origin))
+        return self._like(row, *about, origin=all_rows(self.origin))
 
     def some(self, places: Sequence[int]) -> "InfluenceOverSeeds":
         """The average over some of the seeds, by their places among them."""
         places = list(places)
         seeds = [self.seeds[i] for i in places]
         about = self.ids, self.query_ids, *self._about(), self.aggregate
-        origin = some_runs(self.origin, places)
-        return self.of(self.per_seed[places], seeds, self.average, *about, origin=origin)
+        more = {"origin": some_runs(self.origin, places)}
+        more |= {"run_trust": [self.run_trust[i] for i in places] if self.run_trust else ()}
+        return self.of(self.per_seed[places], seeds, self.average, *about, **more)
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
         """Lower and upper ends ``(Q, N)`` of Student's interval for the average of all seeds.
@@ -97,7 +118,7 @@ class InfluenceOverSeeds(Influence):
         from scipy.stats import t
 
         self._require_several("an interval")
-        half = float(t.ppf((1 + _level(level)) / 2, len(self.seeds) - 1)) * self.standard_error
+        half = float(t.ppf((1 + _level(level)) / 2, self._freedom())) * self.standard_error
         return self.values - half, self.values + half
 
     def trusted(self, level: float = 0.95) -> Tensor:
@@ -115,7 +136,7 @@ class InfluenceOverSeeds(Influence):
 
         self._require_several("a sign that is sure")
         wrong = 1 - _level(level)
-        error, freedom = moderated(self.standard_error.cpu().double(), len(self.seeds) - 1)
+        error, freedom = moderated(self.standard_error.cpu().double(), self._freedom())
         size = self.values.cpu().double().abs() / error.clamp(min=1e-300)
         p = 2 * t.sf(size.numpy(), freedom.numpy())
         sure = false_discovery_control(p.reshape(-1)).reshape(p.shape) <= wrong
@@ -144,6 +165,12 @@ class InfluenceOverSeeds(Influence):
             return math.inf
         return max(1, math.ceil(r * r * (1 - rho) / (rho * (1 - r * r)) - 1e-9))
 
+    def _freedom(self) -> float:
+        """Degrees of freedom of the standard error: seeds − 1, fewer where some weigh little."""
+        if self.average != "weighted":
+            return len(self.seeds) - 1
+        return max(1.0, 1 / float(trust_weights(self.run_trust).square().sum()) - 1)
+
     def _rho(self) -> float:
         self._require_several("a reliability")
         if bool(self.reliability.isnan().all()):
@@ -166,17 +193,18 @@ class InfluenceOverSeeds(Influence):
         """As `Influence.concatenate`; the parts must be of the same seeds and average."""
         parts = list(parts)
         joined = Influence.concatenate.__func__(Influence, parts)
-        same = {(tuple(part.seeds), part.average) for part in parts}
+        same = {(tuple(part.seeds), part.average, tuple(part.run_trust)) for part in parts}
         if len(same) > 1:
-            raise ValueError(f"parts are of different seeds or averages: {sorted(same)}")
+            raise ValueError(f"parts are of different seeds, averages or trust: {sorted(same)}")
         per_seed = torch.cat([part.per_seed for part in parts], 1)
         about = joined.ids, joined.query_ids, *parts[0]._about(), ""
-        return cls.of(per_seed, parts[0].seeds, parts[0].average, *about, origin=joined.origin)
+        return parts[0]._like(per_seed, *about, origin=joined.origin)
 
     def save(self, path) -> None:
         """Write to one safetensors file, all or nothing."""
         names = ("stage", "target", "method", "aggregate", "origin", "average")
         facts = {name: getattr(self, name) for name in names} | {"seeds": list(self.seeds)}
+        facts |= {"run_trust": list(self.run_trust)} if self.run_trust else {}
         tensors = {name: getattr(self, name) for name in ("per_seed", "ids", "query_ids")}
         write_tensors(path, "influence over seeds", tensors, facts)
 
@@ -190,9 +218,8 @@ class InfluenceOverSeeds(Influence):
             about = tensors["ids"], tensors["query_ids"], *(facts[name] for name in names)
             if facts["average"] not in AVERAGES:
                 raise ValueError(f"average {facts['average']!r} is none of {AVERAGES}")
-            return cls.of(
-                tensors["per_seed"], facts["seeds"], facts["average"], *about, origin=origin
-            )
+            more = {"origin": origin, "run_trust": facts.get("run_trust", [])}
+            return cls.of(tensors["per_seed"], facts["seeds"], facts["average"], *about, **more)
 
     def __repr__(self) -> str:
         queries, examples = self.values.shape
@@ -236,7 +263,11 @@ class AveragedInfluence:
         method: the attributor, as `UnrolledInfluence()`; it is fitted to each run anew.
         average: ``"mean"`` of the scores, whose standard error is known best; ``"normalised"``, the
             mean of each seed's row divided by its norm, times the mean norm: rough runs, whose
-            scores differ in size by orders, count as much as calm ones; ``"median"``.
+            scores differ in size by orders, count as much as calm ones; ``"median"``;
+            ``"weighted"``, the mean weighted by r², r each run's ``trust_``: the share of real
+            effects' variance that its scores explain. Where a few of the runs are rough this keeps
+            them from drowning the others; it takes `UnrolledInfluence`, whose ``trust`` is 4 unless
+            it is given, and costs those runs.
         n_jobs: processes through joblib; ``joblib.parallel_config`` moves them to a cluster.
         lanes: how many runs a process scores at once, vectorised over models, by
             `UnrolledInfluence` on its own; they share its memory budget. With small MLPs eight take
@@ -262,6 +293,8 @@ class AveragedInfluence:
                 "msif.UnrolledInfluence()"
             )
         check_choice("average", average, AVERAGES)
+        if average == "weighted":
+            method = _measuring_trust(method)
         self.method, self.average = method, average
         self.n_jobs, self.lanes = check_jobs(n_jobs), check_whole("lanes", lanes)
 
@@ -302,7 +335,8 @@ class AveragedInfluence:
             asked["aggregate"] = aggregate
         runs = self._runs.pipelines
         groups = [runs[i : i + self.lanes] for i in range(0, len(runs), self.lanes)]
-        calls = [(self.method, group, queries, asked) for group in groups]
+        weighted = self.average == "weighted"
+        calls = [(self.method, group, queries, asked, weighted) for group in groups]
         parts: list[Influence] = []
         with progress_bar(len(runs), "runs scored", progress) as bar:
             for _, some in each_result(scored_each, calls, self.n_jobs):
@@ -311,15 +345,47 @@ class AveragedInfluence:
         first = parts[0]
         about = first.ids, first.query_ids, first.stage, first.target, repr(self), first.aggregate
         per_seed = torch.stack([part.values for part in parts])
-        origin = averaged([part.origin for part in parts])
-        return InfluenceOverSeeds.of(
-            per_seed, self._runs.seeds, self.average, *about, origin=origin
+        more = {"origin": averaged([part.origin for part in parts])}
+        more |= {"run_trust": [part.trust_.r for part in parts] if weighted else ()}
+        return InfluenceOverSeeds.of(per_seed, self._runs.seeds, self.average, *about, **more)
+
+
+def _measuring_trust(method):
+    """The method, which makes some runs to measure how far it can be trusted."""
+    trust = getattr(method, "trust", 0)
+    if trust == 0:
+        raise ValueError(
+            f"average='weighted' takes runs' measured trust, and {method!r} measures none; give "
+            "UnrolledInfluence() without trust=0, or another average"
         )
+    if trust is None:
+        method = copy.copy(method)
+        method.trust = PROBES
+    return method
 
 
-def averages(per_seed: Tensor, average: str) -> tuple[Tensor, Tensor]:
+def trust_weights(run_trust: Sequence[float]) -> Tensor:
+    """Shares ``(S,)`` of runs in a weighted mean: r², none where r < 0; alike if all are."""
+    weights = torch.tensor(list(run_trust), dtype=torch.float64).clamp(min=0).square()
+    return (
+        weights / weights.sum()
+        if bool(weights.sum() > 0)
+        else torch.ones_like(weights).div(len(weights))
+    )
+
+
+def averages(
+    per_seed: Tensor, average: str, run_trust: Sequence[float] = ()
+) -> tuple[Tensor, Tensor]:
     """Average over the first dimension and its standard error, ``(Q, N)`` each."""
     count = len(per_seed)
+    if average == "weighted":
+        share = trust_weights(run_trust).to(per_seed)[:, None, None]
+        middle = (share * per_seed).sum(0)
+        if count < 2 or float(share.max()) > 1 - 1e-6:
+            return middle, torch.full_like(middle, torch.nan)
+        squares = (share * (per_seed - middle)).square().sum(0)
+        return middle, (squares / (1 - share.square().sum())).sqrt()
     if average == "normalised":
         norms = per_seed.norm(dim=2, keepdim=True)
         per_seed = per_seed / norms.clamp(min=torch.finfo(norms.dtype).tiny) * norms.mean(0)

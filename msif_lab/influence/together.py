@@ -104,13 +104,15 @@ def _replay(pipelines: Sequence[Pipeline], alike: tuple, plan) -> list[Trajector
     return runs
 
 
-def scored_each(method, pipelines: Sequence[Pipeline], queries: Examples, asked: dict) -> list:
+def scored_each(
+    method, pipelines: Sequence[Pipeline], queries: Examples, asked: dict, with_trust: bool = False
+) -> list:
     """The method's scores of each run; ``asked``: the other arguments of ``score``."""
-    if suits(method, pipelines) and (alike := one_function(pipelines)):
+    if not with_trust and suits(method, pipelines) and (alike := one_function(pipelines)):
         return scores_together(method, pipelines, alike, queries, **asked)
     methods = [copy.copy(method) for _ in pipelines]
     for one in methods:
-        if hasattr(one, "trust"):
+        if hasattr(one, "trust") and not with_trust:
             one.trust = 0  # an average is judged by its seeds, not by more runs of each
     pairs = zip(methods, pipelines, strict=True)
     return [m.fit(p, progress=False).score(queries, **asked) for m, p in pairs]

@@ -1,4 +1,4 @@
-"""How to average in rough runs: mean, normalised rows or median, beside retraining itself.
+"""How to average in rough runs, beside retraining itself.
 
     python tests/benchmarks/bench_rough.py [--scored 16] [--fresh 16] [--threads 1]
 
@@ -62,8 +62,8 @@ def mean_r(predicted: torch.Tensor, actual: torch.Tensor) -> float:
     return float(torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in pairs]).mean())
 
 
-def measured(setting: str, scored: int, fresh: int) -> list[tuple[float, float]]:
-    """Print a setting's table; (retraining's r, best efficiency of the three averages) by kind."""
+def measured(setting: str, scored: int, fresh: int) -> list[tuple[float, dict[str, float]]]:
+    """Print a setting's table; by kind retraining's r, and that of each average of scores."""
     runs = msif.over_seeds(builder(*SETTINGS[setting]), scored + fresh, lanes=8, progress=False)
     _, test = msif.load_digits(dtype=torch.float64)
     queries = test.select(range(4, 10), n=20, seed=0)
@@ -74,17 +74,17 @@ def measured(setting: str, scored: int, fresh: int) -> list[tuple[float, float]]
         effects = msif.removal_effects(runs, queries, groups, progress=False)
         truth = effects.some(range(scored, scored + fresh)).values
         real = mean_r(effects.some(range(scored)).values, truth)
-        method = msif.UnrolledInfluence(group_fraction=fraction or 0.0, trust=0)
-        averaged = msif.AveragedInfluence(method, lanes=8).fit(runs[:scored])
+        method = msif.UnrolledInfluence(group_fraction=fraction or 0.0)
+        averaged = msif.AveragedInfluence(method, "weighted").fit(runs[:scored])
         scores = averaged.score(queries, progress=False)
         row = {}
         for average in AVERAGES:
-            values = averages(scores.per_seed, average)[0]
+            values = averages(scores.per_seed, average, scores.run_trust)[0]
             predicted = torch.stack([-values[:, group].sum(1) for group in groups], 1)
             row[average] = mean_r(predicted, truth)
         cells = ", ".join(f"{name} {r:.2f}" for name, r in row.items())
         print(f"  {kind:<7} retraining {real:.2f}; scores: {cells}", flush=True)
-        found.append((real, row["normalised"] / real))
+        found.append((real, row))
     return found
 
 
@@ -96,12 +96,10 @@ def main(scored=16, fresh=16, threads=1):
         for setting in SETTINGS:
             table.append(measured(setting, scored, fresh))
     for place, (kind, least) in enumerate((("one", 0.3), ("halves", 0.6))):
-        kept = [row[place][1] for row in table if row[place][0] >= least]
-        if kept:
-            mean = sum(kept) / len(kept)
-            print(
-                f"{kind}: mean efficiency of normalised rows {mean:.2f} over {len(kept)} settings"
-            )
+        kept = [row[place] for row in table if row[place][0] >= least]
+        for average in AVERAGES if kept else ():
+            mean = sum(found[average] / real for real, found in kept) / len(kept)
+            print(f"{kind}: mean efficiency of {average} {mean:.2f} over {len(kept)} settings")
 
 
 if __name__ == "__main__":
