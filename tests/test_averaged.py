@@ -591,7 +591,9 @@ def test_a_weighted_mean_listens_to_the_runs_that_predict_their_removals():
     numpy.testing.assert_allclose(error, apart**0.5, rtol=1e-12)
     # Runs that are trusted alike make the plain mean.
     for alike in ([0.7] * 4, [-0.2] * 4):
-        for found, plain in zip(averages(rows, "weighted", alike), averages(rows, "mean")):
+        for found, plain in zip(
+            averages(rows, "weighted", alike), averages(rows, "mean"), strict=True
+        ):
             torch.testing.assert_close(found, plain)
     assert averages(rows, "weighted", [1.0, 0, 0, -1])[1].isnan().all(), "of one run alone"
 
@@ -639,5 +641,5 @@ def test_weighted_scores_take_each_run_s_own_trust(runs, queries, tmp_path):
     assert torch.equal(halves.values, scores.values)
     assert msif.predicted_gain(scores, 0.1).notna().all().all()
     for method in (msif.UnrolledInfluence(trust=0), msif.TracIn()):
-        with pytest.raises(ValueError, match="weighted.*measures none"):
+        with pytest.raises(ValueError, match="measures none"):
             msif.AveragedInfluence(method, "weighted")

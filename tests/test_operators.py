@@ -29,6 +29,7 @@ from msif_lab.curvature.derivatives import (
     forward_over_reverse_agrees,
     gradient_transpose,
     own_products,
+    transpose_lanes,
 )
 from msif_lab.objective.objective import Lanes, Objective
 
@@ -115,7 +116,14 @@ class Case:
         batch = torch.arange(len(self.data))
         found, scores = gradient_transpose(self.o, self.full, batch, self.vectors.T)
         self.note(route, found, (truth @ self.vectors).T)
-        self.note(f"{route} scores", scores, (self.rows @ self.vectors).T / len(batch))
+        share = (self.rows @ self.vectors).T / len(batch)
+        self.note(f"{route} scores", scores, share)
+        fulls, v = self.full.expand(2, -1), self.vectors.T
+        batches, ones = torch.stack([batch, batch.flip(0)]), torch.ones(2, len(batch), dtype=F64)
+        found, scores = transpose_lanes(self.o, fulls, batches, torch.stack([v, 2 * v]), ones)
+        product = (truth @ self.vectors).T
+        self.note(f"{route} lanes", found, torch.stack([product, 2 * product]))
+        self.note(f"{route} lanes' scores", scores, torch.stack([share, 2 * share.flip(1)]))
 
 
 def outcome(entry: Entry, monkeypatch) -> tuple[str, str, dict[str, float]]:

@@ -196,6 +196,11 @@ def errors(case):
     products, scores = derivatives.gradient_transpose(o, full, torch.arange(N), v.T)
     pairs["transpose"] = products, (plain.hessians.mean(0) @ v).T
     pairs["scores"] = scores, (rows @ v).T / N
+    batches, ones = torch.arange(N).expand(2, -1), torch.ones(2, N, dtype=F64)
+    two = torch.stack([v.T, v.T.flip(0)])
+    products, scores = derivatives.transpose_lanes(o, full.expand(2, -1), batches, two, ones)
+    pairs["transpose lanes"] = products[1].flip(0), pairs["transpose"][1]
+    pairs["scores of lanes"] = scores[1].flip(0), pairs["scores"][1]
     weights = 1 + 0.3 * torch.randn(3, N, generator=torch.Generator().manual_seed(2), dtype=F64)
     q = case.pipeline.retrain(weights, progress=False).evaluate(case.queries)
     pairs["retrained"] = q, torch.stack([case.run(one) for one in weights], 1)
