@@ -2,7 +2,7 @@
 
     python tests/benchmarks/bench_seeds.py [--threads 1] [--repeats 3]
 
-Ratios of seconds, medians of pairs; peak memory of the whole process.
+Ratios of CPU seconds, medians of pairs; peak memory of the whole process.
 """
 
 import argparse
@@ -21,24 +21,24 @@ SIZES = {"digits": {}, "mnist": {"epochs": (2, 3)}}
 
 
 def measured(setting: str, link, queries: int, lanes: int):
-    """Seconds of fits and of sweeps, and the scores of each seed."""
+    """CPU seconds of fits and of sweeps, and the scores of each seed."""
 
     def build(seed):
         return experiments.SETTINGS[setting](link, seed=seed, **SIZES[setting])
 
     asked = build(0).queries[:queries]
     pipelines = {seed: build(seed).pipeline for seed in range(SEEDS)}  # made and checked before
-    start = time.perf_counter()
+    start = time.process_time()
     runs = msif.over_seeds(pipelines.get, SEEDS, lanes=lanes, progress=False)
-    fitted = time.perf_counter()
+    fitted = time.process_time()
     averaged = msif.AveragedInfluence(msif.UnrolledInfluence(), lanes=lanes).fit(runs)
     scores = averaged.score(asked, progress=False)
-    return fitted - start, time.perf_counter() - fitted, scores.per_seed
+    return fitted - start, time.process_time() - fitted, scores.per_seed
 
 
 def main(threads=1, repeats=3):
     torch.set_num_threads(threads)
-    print(f"{SEEDS} seeds, {threads} thread(s), medians of {repeats} pairs: time at once ÷ in turn")
+    print(f"{SEEDS} seeds, {threads} thread(s), medians of {repeats} pairs: CPU time at once ÷ in turn")
     failed = []
     for setting, most in MOST.items():
         for link in (msif.WarmStart(), msif.Frozen()):
