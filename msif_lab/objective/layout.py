@@ -95,6 +95,11 @@ class Layout:
             start = self.size
             self.size += shape.numel()
             self.spans[name] = range(start, self.size)
+        # Whether some tensor has a second name, which PyTorch takes long to look for at each call.
+        every = (model.named_parameters, model.named_buffers)
+        self.tied = any(
+            len(list(named())) < len(list(named(remove_duplicate=False))) for named in every
+        )
 
     def places(self, names: Sequence[str]) -> Places:
         """Where the named parameters lie, in the order of ``names``."""

@@ -189,7 +189,8 @@ class Objective:
         """Model outputs ``(B, ...)`` at all parameters, ``full`` (D,) or by name."""
         named = full if isinstance(full, dict) else self.layout.named(full)
         with MODULES, twice_differentiable(self.model):
-            outputs = functional_call(self.model, named | self.buffers, (as_model_input(x),))
+            given = named | self.buffers, (as_model_input(x),)
+            outputs = functional_call(self.model, *given, tie_weights=self.layout.tied)
         if not isinstance(outputs, Tensor) or outputs.is_nested or not outputs.ndim:
             raise UnsupportedModelError(f"{self.where}: {no_tensor(self.model, outputs)}")
         # Some models return float32 whatever they are, and autocast returns its own dtype.
@@ -295,10 +296,15 @@ class Lanes:
 
         ``rows`` holds positions ``(B,)``, or ``(R, B)`` where each lane has a batch of its own.
         """
+        risk, gradient = self.risk_and_grad(theta, rows)
+        return risk + self._penalty(theta), gradient
+
+    def risk_and_grad(self, theta: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As `value_and_grad`, but the value ``(R,)`` is without the penalties."""
         o = self.objective
         count = len(o.data) if rows is None else rows.shape[-1]
         own = rows is not None and rows.ndim == 2
-        value, gradient = self._penalty(theta)
+        value, gradient = theta.new_zeros(len(theta)), self._penalty_gradient(theta)
         for part, x, y in o.chunks(copies=len(self), rows=rows):
             with torch.enable_grad():
                 leaf = theta.detach().requires_grad_()
@@ -326,16 +332,22 @@ class Lanes:
         rows = [losses(t, b, *((x[i], y[i]) if own else (x, y))) for i, (t, b) in pairs]
         return torch.stack(rows)
 
-    def _penalty(self, theta: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight decay and proximal term of each lane ``(R,)``, and their gradient ``(R, P)``."""
+    def _penalty(self, theta: Tensor) -> Tensor:
+        """Weight decay and proximal term of each lane ``(R,)``."""
         o = self.objective
         if isinstance(o.weight_decay, Tensor):
             value = theta**2 @ (o.weight_decay / 2)
         else:
             value = o.weight_decay / 2 * (theta**2).sum(1)
+        if self.centre is not None and o.alpha:
+            value = value + o.alpha * ((o.coupled.take(theta) - self.centre) ** 2).sum(1)
+        return value
+
+    def _penalty_gradient(self, theta: Tensor) -> Tensor:
+        """Its gradient ``(R, P)``."""
+        o = self.objective
         gradient = o.weight_decay * theta
         if self.centre is not None and o.alpha:
             apart = o.coupled.take(theta) - self.centre
-            value = value + o.alpha * (apart**2).sum(1)
             gradient = o.coupled.add(gradient, 2 * o.alpha * apart)
-        return value, gradient
+        return gradient

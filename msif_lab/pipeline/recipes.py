@@ -21,6 +21,7 @@ from ..arguments import check_number, check_seed, check_whole, is_number, listed
 from ..errors import NotConvergedError
 from ..objective.layout import by_name
 from ..objective.objective import Lanes, Objective
+from ..objective.switches import twice_differentiable
 
 __all__ = ["Adam", "AdamW", "FitReport", "MiniBatch", "SGD"]
 
@@ -64,9 +65,11 @@ def progress_bar(total: int, text: str, show: bool = True) -> tqdm:
     return tqdm(total=total, desc=text, leave=False, delay=2.0, disable=not show, file=stream)
 
 
-def check_finite(value: Tensor, gradient: Tensor, step: int, advice: str) -> None:
-    """Raise `NotConvergedError` where a step's risk or gradient is NaN or inf."""
-    finite = torch.isfinite(value) & torch.isfinite(gradient).flatten(1).all(1)
+def check_finite(value: Tensor, gradient: Tensor | None, step: int, advice: str) -> None:
+    """Raise `NotConvergedError` where a step's risk, or gradient if given, is NaN or inf."""
+    finite = torch.isfinite(value)
+    if gradient is not None:
+        finite = finite & torch.isfinite(gradient).flatten(1).all(1)
     if not bool(finite.all()):
         bad = (~finite).nonzero().flatten().tolist()
         which = f" of weightings {bad[:5]} of {len(finite)}" if len(finite) > 1 else ""
@@ -492,8 +495,9 @@ class MiniBatch(ABC):
             NotConvergedError: NaN or inf.
         """
         o = lanes.objective
-        value, gradient = lanes.value_and_grad(theta, rows=batch.to(theta.device))
-        check_finite(value, gradient, step, f"lower lr={self.lr}")
+        # NaN in a gradient shows in the next step's risk, and at the end both are looked at.
+        risk, gradient = lanes.risk_and_grad(theta, rows=batch.to(theta.device))
+        check_finite(risk, None, step, f"lower lr={self.lr}")
         apart, decay = self.decay_apart(o), self.decay(o)
         if isinstance(apart, Tensor) or apart:
             gradient = gradient - apart * theta
@@ -534,7 +538,8 @@ class MiniBatch(ABC):
         m = len(lanes.objective.data)
         theta, state = theta.clone(), self.start(theta)
         total = min(self._planned(m), self.stop or math.inf)
-        with progress_bar(total, type(self).__name__, progress) as bar:
+        ready = twice_differentiable(lanes.objective.model)
+        with progress_bar(total, type(self).__name__, progress) as bar, ready:
             for step, (batch, rate) in enumerate(self.lane_steps(lanes)):
                 theta, state, _ = self.advance(lanes, theta, state, step, batch, rate)
                 bar.update()

@@ -38,7 +38,9 @@ def measured(setting: str, link, queries: int, lanes: int):
 
 def main(threads=1, repeats=3):
     torch.set_num_threads(threads)
-    print(f"{SEEDS} seeds, {threads} thread(s), medians of {repeats} pairs: CPU time at once ÷ in turn")
+    print(
+        f"{SEEDS} seeds, {threads} thread(s), {repeats} pairs (median), CPU time at once ÷ in turn"
+    )
     failed = []
     for setting, most in MOST.items():
         for link in (msif.WarmStart(), msif.Frozen()):
