@@ -271,8 +271,8 @@ class AveragedInfluence:
         n_jobs: processes through joblib; ``joblib.parallel_config`` moves them to a cluster.
         lanes: how many runs a process scores at once, vectorised over models, by
             `UnrolledInfluence` on its own; they share its memory budget. With small MLPs eight take
-            about 0.7 of the time, with conv nets hardly less. Other methods score one run after the
-            other.
+            about half of the time, with conv nets hardly less. Other methods, and weighted means,
+            score one run after the other.
 
     >>> import msif_lab as msif
     >>> train, test = msif.load_digits()
