@@ -214,6 +214,56 @@ USES = {
         lambda m, v: msif.load_cifar10_labels(m.animals, root=v),
         ("/nowhere", 3, b"a\0b", [1]),
     ),
+    "load_reviews: name": (lambda m, v: msif.load_reviews(v), NAME),
+    **{
+        f"load_{corpus}: {name}": (settings(load, name), bad)
+        for corpus, load in (
+            ("brown", msif.load_brown),
+            ("reviews", functools.partial(msif.load_reviews, "amazon")),
+            ("newsgroups", msif.load_newsgroups),
+            ("reuters", msif.load_reuters),
+        )
+        for name, bad in (
+            ("classes", (3, "news", ("spam",), (), [[0]])),
+            ("n", (0, -1, 2, 1.5, True, "9", [2])),
+            ("seed", SEED),
+            ("root", ("/nowhere", 3, b"a\0b", [1])),
+        )
+    },
+    "Texts: texts": (lambda m, v: msif.Texts(v, [0]), (None, 3, "a", [], [3], [""], {})),
+    "Texts: y": (
+        lambda m, v: msif.Texts(["a", "b"], v),
+        (None, 3, [], [0], [0.5, 1.0], [0, -1], [[0, 1]]),
+    ),
+    "Texts: ids": (lambda m, v: msif.Texts(["a", "b"], [0, 1], v), (3, "ab", [0], [0, 0])),
+    "Texts: classes": (
+        lambda m, v: msif.Texts(["a", "b"], [0, 1], classes=v),
+        (3, "a", ("a",), ("a", "a")),
+    ),
+    "Texts: document": (
+        lambda m, v: msif.Texts(["a", "b"], [0, 1], document=v),
+        (3, "ab", [0], [0, -1], [0.5, 1.0], [True, False]),
+    ),
+    "Texts: ratings": (
+        lambda m, v: msif.Texts(["a"], [0], ratings=v),
+        (3, "ab", [[1] * 8], [[-1] * 9], [[0.5] * 9], [[0] * 9]),
+    ),
+    "Texts[index]: index": (
+        lambda m, v: msif.Texts(["a", "b"], [0, 1])[v],
+        (2, -3, 1.5, "a", None, [], [0.5], [9]),
+    ),
+    "Texts.select: classes": (
+        lambda m, v: msif.Texts(["a", "b"], [0, 1]).select(v),
+        (3, "01", (), (7,), (0, 0), [[0]]),
+    ),
+    "Texts.select: n": (
+        lambda m, v: msif.Texts(["a", "b"], [0, 1]).select(n=v),
+        (0, -1, 1, 1.5, True, "3", [2], NAN),
+    ),
+    "Texts.select: seed": (
+        lambda m, v: msif.Texts(["a", "b"], [0, 1]).select(n=2, seed=v),
+        SEED,
+    ),
     **{
         f"{spoil.__name__}: {name}": (settings(spoil, name, **usual | more), bad)
         for spoil, more in (

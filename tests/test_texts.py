@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import io
 import os
+import random
 import re
 import tarfile
 import tempfile
@@ -18,6 +19,7 @@ import pytest
 import torch
 from conftest import real_data
 from test_datasets import archive, cut, encrypted, lying, needs_sh, write, zipped
+from test_fuzz import KINDS, ROUNDS, Budget, damaged
 
 import msif_lab as msif
 from msif_lab.data import corpora, sources
@@ -453,6 +455,25 @@ def test_damaged_files_are_named_and_the_next_source_serves(says, place):
     write(place / "cache/msif_lab", own(name))
     with pytest.warns(UserWarning, match="Trying the next source"):
         check(name, load(name, place / "data"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_randomly_damaged_files_are_refused_or_harmless(layout, place):
+    name, _, files = LAYOUTS[layout]
+    files, dice, found = files(), random.Random(layout), []
+    for i, kind in enumerate(KINDS * ROUNDS):
+        file = dice.choice(sorted(files))
+        folder = place / "data" / str(i)
+        write(folder, files | {file: damaged(files[file], kind, dice)})
+        with Budget():
+            try:
+                arrays = sources._read(tiny(name), folder)
+            except sources._Absent:
+                found.append("refused")
+            else:
+                found.append("read")
+                assert [a.tobytes() for a in arrays] == list(map(packed, ROWS[name].values()))
+    assert found.count("refused") > len(found) / 3
 
 
 def test_many_missing_files_are_counted_not_listed(place, monkeypatch):

@@ -207,7 +207,7 @@ def load_reviews(
     as ``&amp;`` included. Of the tweets 199 have a mean rating beside their text that differs from
     that of their ratings, by up to 1.13, and nowhere in its sign; here the ratings count.
 
-    Sources are as for `load_brown`: the cache (4 MB) and the PyPI *source* archive
+    Sources are as for `load_brown`: the cache (3 MB) and the PyPI *source* archive
     ``vaderSentiment`` 3.3.1 (2.5 MB, MIT licence), fetched by pip and never installed or run.
 
     Args:
@@ -282,7 +282,8 @@ def load_reuters(
 
     The texts are those of Cardoso-Cachopo (2007), prepared as in `load_newsgroups`; 75 are repeated
     within their part, and topics range from 51 (grain) to 3,923 texts (earn). Reuters Ltd. holds
-    the copyright and allows the use for research only.
+    the copyright and allows the use for research only. Sources are those of `load_newsgroups`; the
+    cache takes 5 MB.
 
     Args:
         root: folder with this package's own ``reuters-*.npy``, the two ``reuters-r8-*.tab`` or the

@@ -91,7 +91,7 @@ class Texts:
 
         >>> two = Texts(["fine", "odd"], [0, 0], ratings=[[0] * 7 + [3, 1], [5, 0, 0] + [1] * 6])
         >>> two.mean_rating
-        tensor([ 3.2500, -0.9091], dtype=torch.float64)
+        tensor([ 3.2500, -1.0000], dtype=torch.float64)
         """
         ratings = self._rated()
         return ratings @ torch.tensor(RATINGS).double() / ratings.sum(1)
