@@ -279,7 +279,11 @@ def test_a_corpus_is_announced_with_its_licence_and_fetched_once(name, place, mo
     assert client == "npm" or "--require-hashes" in asked[0]
     assert cached(place) == sorted(own(name)) and not left_over(place)
     for file, content in own(name).items():
-        assert (place / "cache/msif_lab" / file).read_bytes()[-20:] == content[-20:]
+        kept, expected = (
+            numpy.load(place / "cache/msif_lab" / file),
+            numpy.load(io.BytesIO(content)),
+        )
+        assert kept.dtype == numpy.uint8 and numpy.array_equal(kept, expected)
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -382,9 +386,9 @@ DAMAGED = {
     f"{TGZ}: no such files there": ("brown", lambda: archive(TGZ, {"else": b""})),
     f"{TGZ}: | has ca01 but not ca02, cb01": ("brown", lambda: archive(TGZ, {"ca01": b""})),
     "it unpacks to more than 0.03 GB": ("brown", lambda: bomb(TGZ, 3 * 10**7 + 1)),
-    f"{TGZ}: | ca01: it holds more than the 20,000,000": (
+    f"{TGZ}: | ca01: it holds more than the 100,000": (
         "brown",
-        lambda: archive(TGZ, BROWN_FILES | {"ca01": bytes(2 * 10**7 + 1)}),
+        lambda: archive(TGZ, BROWN_FILES | {"ca01": bytes(10**5 + 1)}),
     ),
     f"{TGZ}: ": ("brown", lambda: {TGZ: b"<html>"}),
     f"{SDIST}: | {INNER}: Compressed file ended": (
@@ -510,6 +514,7 @@ def test_members_of_an_archive_leave_its_folder_alone(kind, place):
     assert [p.name for p in place.rglob("ca01")] == [] and not left_over(place)
 
 
+@needs_sh
 @pytest.mark.parametrize("name", ROWS)
 def test_a_damaged_cache_is_noticed_and_replaced(name, place, monkeypatch):
     client, files, _ = FETCHED[name]
@@ -607,12 +612,8 @@ def test_texts_show_themselves_as_text():
 # ---- The real corpora ----
 
 
-def real(loader, folder, classes):
-    return real_data(loader, folder, classes)
-
-
 def test_real_brown(real_cache):
-    brown = real(msif.load_brown, real_cache, ("humor",))()
+    brown = real_data(msif.load_brown, real_cache, ("humor",))()
     assert len(brown) == 57_340 and brown.document.unique().tolist() == list(range(500))
     assert len(brown.classes) == 15 and sum(len(text.split()) for text in brown.texts) == 1_161_192
     known = {"news": 4623, "learned": 7734, "humor": 1053, "science_fiction": 948, "romance": 4431}
@@ -627,7 +628,7 @@ def test_real_reviews(real_cache):
     raters = {"movies": (15, 29), "amazon": (20, 20), "nyt": (20, 20), "tweets": (20, 99)}
     for name, size in sizes.items():
         loader = functools.partial(msif.load_reviews, name)
-        found = real(loader, real_cache, ("positive",))()
+        found = real_data(loader, real_cache, ("positive",))()
         assert len(found) == size
         people = found.ratings.sum(1)
         assert (int(people.min()), int(people.max())) == raters[name]
@@ -649,7 +650,7 @@ def test_real_reviews(real_cache):
     ids=["newsgroups", "reuters"],
 )
 def test_real_parts(loader, sizes, some, repeated, real_cache):
-    parts = real(loader, real_cache, tuple(some))()
+    parts = real_data(loader, real_cache, tuple(some))()
     assert tuple(map(len, parts)) == sizes
     for name, counts in some.items():
         assert tuple(part.counts()[name] for part in parts) == counts

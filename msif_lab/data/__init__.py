@@ -1,4 +1,4 @@
-"""Labelled examples that keep their identity, the lessons' data sets, data spoilt on purpose."""
+"""Labelled examples and texts that keep their ids, public data sets, data spoilt on purpose."""
 
 from .corpora import load_brown, load_newsgroups, load_reuters, load_reviews
 from .corruption import Corrupted, duplicate, flip_labels, out_of_distribution, plant

@@ -14,7 +14,7 @@ import numpy as np
 from .formats import DataSet, named, read_content
 from .texts import RATINGS, Texts
 
-MOST_TEXT = 2 * 10**7  # bytes that one file of a corpus may hold
+MOST_TEXT = 2 * 10**7  # bytes that a table may hold
 # The letter of each genre in the names of the Brown corpus's files, and how many texts it has.
 GENRES = {
     "news": ("a", 44),
@@ -76,7 +76,7 @@ def read_brown(data: DataSet, paths: Sequence[Path]) -> list[np.ndarray]:
 def _sentences(path: Path) -> list[str]:
     """The words of each line that is not blank, without the tags: ``The/at jury/nn said/vbd``."""
     sentences = []
-    for line in read_content(path, MOST_TEXT).decode("ascii").split("\n"):
+    for line in read_content(path, 10**5).decode("ascii").split("\n"):  # the longest has 24 kB
         words = [word.rpartition("/")[0] for word in line.split()]  # "and/or" holds one too
         if not all(words):
             raise ValueError(f"it has words without a tag, in the line {line.strip()[:60]!r}")
