@@ -109,6 +109,10 @@ def scored(build, runs: SeedRuns, queries: Examples, folder, costs: dict) -> dic
     for count in COUNTS:
         if count <= len(runs):
             found[f"unrolled, {count} seeds"] = template.some(range(count))
+    about = template.ids, template.query_ids, template.stage, template.target, template.method, ""
+    found["unrolled, normalised"] = InfluenceOverSeeds.of(
+        template.per_seed, template.seeds, "normalised", *about, origin=template.origin
+    )
     for name, way in ways.items():
         start = time.perf_counter()
         found[name] = way()

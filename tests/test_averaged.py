@@ -10,6 +10,7 @@ from torch import nn
 
 import msif_lab as msif
 from msif_lab import experiments
+from msif_lab.curvature import derivatives
 from msif_lab.influence.averaged import averages, reliability
 
 SEEDS = 5
@@ -643,3 +644,43 @@ def test_weighted_scores_take_each_run_s_own_trust(runs, queries, tmp_path):
     for method in (msif.UnrolledInfluence(trust=0), msif.TracIn()):
         with pytest.raises(ValueError, match="measures none"):
             msif.AveragedInfluence(method, "weighted")
+
+
+class Bag(nn.Module):
+    """Mean of the embeddings of a text's words."""
+
+    def __init__(self, classes: int):
+        super().__init__()
+        self.embedding = nn.Embedding(12, 5)
+        self.head = nn.Linear(5, classes)
+
+    def forward(self, x):
+        return self.head(self.embedding(x).mean(-2).tanh())
+
+
+@pytest.mark.parametrize("link", [msif.WarmStart(), msif.Frozen()])
+def test_small_nets_go_back_side_by_side(link, monkeypatch):
+    draw = torch.Generator().manual_seed(0)
+    texts = torch.randint(12, (10, 4), generator=draw)
+    pre = msif.Examples(texts, [0, 1, 2, 0, 1, 2, 0, 1, 2, 0])
+    fine, queries = msif.Examples(texts.flip(0), [0, 1] * 5), msif.Examples(texts[:4], [0, 1, 0, 1])
+
+    def build(seed):
+        torch.manual_seed(seed)
+        recipe = msif.SGD(0.3, epochs=2, batch_size=4, seed=seed)
+        stages = [
+            msif.Stage("pre", Bag(3).double(), pre, recipe=recipe),
+            msif.Stage("fine", Bag(2).double(), fine, link=link, recipe=recipe),
+        ]
+        return msif.Pipeline(stages)
+
+    runs = msif.over_seeds(build, 3, progress=False)
+    method = msif.UnrolledInfluence(trust=0)
+    alone = msif.AveragedInfluence(method).fit(runs).score(queries, progress=False)
+    ways, real = [], derivatives._lanes_way
+    monkeypatch.setattr(
+        derivatives, "_lanes_way", lambda *args: ways.append(real(*args)) or ways[-1]
+    )
+    together = msif.AveragedInfluence(method, lanes=3).fit(runs).score(queries, progress=False)
+    torch.testing.assert_close(together.per_seed, alone.per_seed, rtol=1e-10, atol=1e-14)
+    assert set(ways) == {derivatives._lanes_in_reverse}, "not one after the other"

@@ -759,24 +759,26 @@ def _lanes_in_reverse(o, fulls, x, y, cotangents, shares, every) -> tuple[Tensor
 
 def _lanes_agree(o: Objective, every: bool) -> bool:
     probe = Probe.of(o)
+    order = torch.arange(len(probe.y), device=o.device)
+    rows = torch.stack([order, order.flip(0)])
     fulls = probe.full + 0.1 * probe.draw(2, len(probe.full))
-    x, y = (torch.stack([part, part.flip(0)]) for part in (probe.x, probe.y))
-    shares = 1 + probe.draw(*y.shape[:2]).sign() / 2
-    size = o.layout.size if every else o.size
-    cotangents = probe.draw(2, 3, size, seed=1)
+    shares = 1 + probe.draw(*rows.shape).sign() / 2
+    cotangents = probe.draw(2, 3, o.layout.size if every else o.size, seed=1)
 
     def in_turn() -> Tensor:
-        rows = []
-        for full, x_, y_, v, w in zip(fulls, x, y, cotangents, shares, strict=True):
+        pairs = []
+        for full, row, v, w in zip(fulls, rows, cotangents, shares, strict=True):
 
-            def risk(theta, w, full=full, x=x_, y=y_):
-                return (w * o.losses(theta if every else o.parameters(theta, full), x, y)).sum()
+            def risk(theta, w, full=full, row=row):
+                parameters = theta if every else o.parameters(theta, full)
+                return (w * o.losses(parameters, probe.x[row], probe.y[row])).sum()
 
             point = full if every else o.trained.take(full)
-            rows.append(torch.cat(_transpose(risk, point, w, v, False, False), 1))
-        return torch.stack(rows)
+            pairs.append(torch.cat(_transpose(risk, point, w, v, False, False), 1))
+        return torch.stack(pairs)
 
     def at_once() -> Tensor:
+        x, y = probe.x[rows], probe.y[rows]
         return torch.cat(_lanes_in_reverse(o, fulls, x, y, cotangents, shares, every), 2)
 
     return agree(at_once, in_turn)
