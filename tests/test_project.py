@@ -424,11 +424,44 @@ def surely_better() -> tuple[int, int]:
     return int(found.sum()), len(found)
 
 
+def best_halves() -> tuple[int, int]:
+    """In how many settings the half that influence keeps beats a random half, and all data."""
+    table = acting_tables(*ACTING).query(
+        "kind == 'change' and task == 'test' and measure == 'loss' and action == 'remove' and "
+        "fraction == 0.5 and against == 'keep all'"
+    )
+    at = table.set_index(["setting", "noise", "link", "method"])[["change", "high"]].unstack()
+    ours = at["change"]["influence"]
+    return int((ours < at["change"]["random"]).sum()), int((at["high"]["influence"] < 0).sum())
+
+
+def side_effects() -> list[int]:
+    """Where removal by influence surely lowers and raises the loss of the other task, and of
+    pretraining.
+    """
+    table = acting_tables(*ACTING).query(
+        "kind == 'change' and measure == 'loss' and method == 'influence' and chosen == True and "
+        "against == 'keep all' and task != 'test' and task != 'validation'"
+    )
+    pretraining = table["task"] == "pretrain"
+    parts = [table[~pretraining], table[pretraining]]
+    return [int(n) for part in parts for n in ((part.high < 0).sum(), (part.low > 0).sum())]
+
+
 def test_readme_s_claims_of_acting_are_those_of_its_files():
     text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     for names in (("digits", "mnist"), ("cifar", "cifar10n")):
         assert detection_claim(*names) in text
-    assert "in {} of {} settings all three intervals exclude zero".format(*surely_better()) in text
+    better, count = surely_better()
+    assert f"in {better} of {count} settings all three intervals exclude zero" in text
+    random, everything = best_halves()
+    assert (
+        f"better than a random half in {random} of {count}, than all data in {everything}" in text
+    )
+    claim = (
+        "other finetuning task is surely better off in {}, worse in {}; pretraining in {} and {}"
+    )
+    assert claim.format(*side_effects()) in text
 
 
 def average_row(title: str, setting: str, link: str) -> str:
