@@ -515,13 +515,15 @@ def efficiencies() -> list[str]:
         "for halves": ("50 %", "unrolled, for 50 %"),
         "for halves if weighted": ("50 %", "unrolled, for 50 %, weighted"),
     }
+    normalised = "r of normalised rows, noise out", ("one", "unrolled, normalised")
     claims = []
-    for words, key in methods.items():
+    for words, key in [*methods.items(), normalised]:
+        column = "corrected" if words == normalised[0] else "efficiency"
         found = []
         for setting, link in settings:
             table = pandas.read_csv(ROOT / f"notebooks/results/{setting}_average.csv")
             chosen = table[table.link == link].set_index(["removals", "method"])
-            found.append(f"{chosen.efficiency[key]:.2f}")
+            found.append(f"{chosen[column][key]:.2f}")
         claims.append(f"{', '.join(found[:3])} and {found[3]} {words}")
     return claims
 
