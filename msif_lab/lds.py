@@ -109,10 +109,7 @@ def scored(build, runs: SeedRuns, queries: Examples, folder, costs: dict) -> dic
     for count in COUNTS:
         if count <= len(runs):
             found[f"unrolled, {count} seeds"] = template.some(range(count))
-    about = template.ids, template.query_ids, template.stage, template.target, template.method, ""
-    found["unrolled, normalised"] = InfluenceOverSeeds.of(
-        template.per_seed, template.seeds, "normalised", *about, origin=template.origin
-    )
+    found["unrolled, normalised"] = _of_rows(template.per_seed, template, "normalised")
     for name, way in ways.items():
         start = time.perf_counter()
         found[name] = way()
@@ -129,12 +126,14 @@ def _of_ensemble(values: Tensor, like: InfluenceOverSeeds) -> InfluenceOverSeeds
     return _of_rows(values.expand(ENSEMBLE, -1, -1), like)
 
 
-def _of_rows(per_seed: Tensor, like: InfluenceOverSeeds) -> InfluenceOverSeeds:
+def _of_rows(
+    per_seed: Tensor, like: InfluenceOverSeeds, average: str = "mean"
+) -> InfluenceOverSeeds:
     """Scores on the same queries and examples as others."""
     per_seed = per_seed.to(like.values)
     seeds = like.seeds[: len(per_seed)]
     about = like.ids, like.query_ids, like.stage, like.target, "", like.aggregate
-    return InfluenceOverSeeds.of(per_seed, seeds, "mean", *about, origin={})
+    return InfluenceOverSeeds.of(per_seed, seeds, average, *about, origin={})
 
 
 def rows(name: str, scores, truth: Mapping[str, EffectsOverSeeds], own: Mapping) -> list[dict]:

@@ -684,3 +684,32 @@ def test_small_nets_go_back_side_by_side(link, monkeypatch):
     together = msif.AveragedInfluence(method, lanes=3).fit(runs).score(queries, progress=False)
     torch.testing.assert_close(together.per_seed, alone.per_seed, rtol=1e-10, atol=1e-14)
     assert set(ways) == {derivatives._lanes_in_reverse}, "not one after the other"
+
+
+@pytest.mark.parametrize("link", [msif.WarmStart(), msif.Frozen()])
+def test_runs_whose_effects_cannot_vary_count_alike(link):
+    """One example has no r over examples: the weighted mean is then the plain one."""
+    train, test = msif.load_digits(dtype=torch.float64)
+
+    def build(seed):
+        recipe = msif.SGD(0.1, epochs=2, batch_size=4, seed=seed)
+        stages = [
+            msif.Stage(
+                name,
+                msif.mlp(64, (4,), classes=10, seed=seed).double(),
+                data,
+                link=to,
+                recipe=recipe,
+            )
+            for name, data, to in (("pre", train[:1], None), ("fine", train[1:9], link))
+        ]
+        return msif.Pipeline(stages)
+
+    runs = msif.over_seeds(build, 2, progress=False)
+    found = [
+        msif.AveragedInfluence(msif.UnrolledInfluence(), how).fit(runs).score(test[:3])
+        for how in ("mean", "weighted")
+    ]
+    assert found[1].run_trust == [1.0, 1.0]
+    torch.testing.assert_close(found[1].values, found[0].values)
+    torch.testing.assert_close(found[1].standard_error, found[0].standard_error)

@@ -61,6 +61,17 @@ def tiny_human():
     return dataclasses.replace(datasets._CIFAR10N, counts=(50, 0), sha256=digests)
 
 
+def without_sources(monkeypatch, folder):
+    """No index for pip, no npm, an empty cache, no `MSIF_DATA`; all of it below ``folder``."""
+    for name in ("cache", "temporary", "data", "bin"):
+        (folder / name).mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    monkeypatch.delenv("MSIF_DATA", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(folder / "temporary"))
+    monkeypatch.setenv("PATH", str(folder / "bin"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+
+
 @pytest.fixture(autouse=True)
 def place(request, monkeypatch, tmp_path):
     """The test's folder, with no network, no npm, an empty cache and small data; the real data
@@ -68,12 +79,7 @@ def place(request, monkeypatch, tmp_path):
     """
     if {"mnist", "cifar10"} & set(request.fixturenames):
         return tmp_path
-    for folder in ("cache", "temporary", "data", "bin"):
-        (tmp_path / folder).mkdir()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv("MSIF_DATA", raising=False)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    without_sources(monkeypatch, tmp_path)
 
     def unreachable(request, timeout):
         raise urllib.error.URLError("no network in this test")
@@ -82,7 +88,6 @@ def place(request, monkeypatch, tmp_path):
     monkeypatch.setattr(datasets, "_MNIST", tiny("mnist")[0])
     monkeypatch.setattr(datasets, "_CIFAR10", tiny("cifar10")[0])
     monkeypatch.setattr(datasets, "_CIFAR10N", tiny_human())
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
     return tmp_path
 
 

@@ -9,7 +9,6 @@ import os
 import random
 import re
 import tarfile
-import tempfile
 import warnings
 import zipfile
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy
 import pytest
 import torch
 from conftest import real_data
-from test_datasets import archive, cut, encrypted, lying, needs_sh, write, zipped
+from test_datasets import archive, cut, encrypted, lying, needs_sh, without_sources, write, zipped
 from test_fuzz import KINDS, ROUNDS, Budget, damaged
 
 import msif_lab as msif
@@ -176,13 +175,7 @@ def place(request, monkeypatch, tmp_path):
     """
     if "real_cache" in request.fixturenames:
         return tmp_path
-    for folder in ("cache", "temporary", "data", "bin"):
-        (tmp_path / folder).mkdir()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv("MSIF_DATA", raising=False)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    without_sources(monkeypatch, tmp_path)
     for name in ROWS:
         monkeypatch.setattr(corpora, f"_{name.upper()}", tiny(name))
     return tmp_path

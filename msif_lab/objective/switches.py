@@ -186,8 +186,8 @@ def twice_differentiable(model: nn.Module) -> Iterator[None]:
     """Forward passes without the kernels that have no second derivative.
 
     These are fused attention, what `torch.compile` made of a layer and, on CUDA, the recurrent
-    layers of cuDNN. Within such a block further ones for the same model cost nothing: around many
-    steps of training it saves a fifth of a small net's time.
+    layers of cuDNN. Within such a block further ones for the same model cost next to nothing, so
+    that a long loop can put one around all its steps.
     """
     if any(call.model is model for call in _prepared.calls):
         yield
